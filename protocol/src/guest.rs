@@ -1,0 +1,135 @@
+//! Conventions between the host and the guest.
+//!
+//! The order of a start: the agent mounts what it needs, listens on
+//! [`AGENT_PORT`] and [`STDIO_PORT`], then connects to [`READY_PORT`] of the
+//! host and writes [`ready_line`]. The host polls nothing: it listens where the
+//! monitor forwards that connection before it starts the monitor.
+
+/// vsock CID of the guest. Every sandbox has the same: the monitor's vsock is
+/// its own, no other sandbox sees it.
+pub const GUEST_CID: u32 = 3;
+/// vsock CID of the host (virtio specification 1.2, 5.10.4).
+pub const HOST_CID: u32 = 2;
+
+/// Guest port of the agent's ttrpc service.
+pub const AGENT_PORT: u32 = 1024;
+/// Host port the agent connects to once it serves [`AGENT_PORT`].
+pub const READY_PORT: u32 = 1025;
+/// Guest port for processes' standard streams; see [`StreamHeader`].
+pub const STDIO_PORT: u32 = 1026;
+
+/// virtio-fs tag of the sandbox's share.
+pub const SHARE_TAG: &str = "rvm";
+/// Where the agent mounts the share.
+pub const SHARE_DIR: &str = "/run/rvm/share";
+/// Where the agent mounts the scratch.
+pub const SCRATCH_DIR: &str = "/run/rvm/scratch";
+/// virtio-blk serial of the scratch device.
+pub const SCRATCH_SERIAL: &str = "rvm-scratch";
+
+/// Version of this protocol. Shim and agent are installed together; a
+/// difference means a mixed installation and is refused by name.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// Longest container or exec id (containerd's own limit is 76).
+pub const MAX_ID_LEN: usize = 256;
+
+/// The line the agent writes to [`READY_PORT`].
+pub fn ready_line() -> String {
+    format!("rvm-agent {PROTOCOL_VERSION}\n")
+}
+
+/// Longest line accepted on [`READY_PORT`] and [`STDIO_PORT`].
+pub const MAX_LINE_LEN: usize = 2 * MAX_ID_LEN + 64;
+
+/// What the agent answers on [`STDIO_PORT`] once a stream is attached.
+pub const STREAM_ATTACHED: &[u8] = b"ok\n";
+
+/// One of a process's standard streams.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Stream {
+    /// Host to process.
+    Stdin,
+    /// Process to host.
+    Stdout,
+    /// Process to host.
+    Stderr,
+    /// Both ways: the terminal of a process that has one.
+    Terminal,
+}
+
+impl Stream {
+    /// The stream's name on the wire.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Stdin => "stdin",
+            Self::Stdout => "stdout",
+            Self::Stderr => "stderr",
+            Self::Terminal => "terminal",
+        }
+    }
+
+    fn from_name(name: &str) -> Option<Self> {
+        [Self::Stdin, Self::Stdout, Self::Stderr, Self::Terminal].into_iter().find(|s| s.as_str() == name)
+    }
+}
+
+/// First line of a connection to [`STDIO_PORT`]:
+/// `CONTAINER<tab>EXEC<tab>STREAM<newline>`, EXEC empty for the container's
+/// first process. The agent answers [`STREAM_ATTACHED`], or a line starting
+/// with `error ` and closes; after that the connection carries the stream's
+/// bytes alone. End of file travels as a half-close, both ways.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StreamHeader {
+    /// The container.
+    pub container_id: String,
+    /// The exec, or empty for the container's first process.
+    pub exec_id: String,
+    /// Which of its streams.
+    pub stream: Stream,
+}
+
+impl StreamHeader {
+    /// The header as it goes over the wire, newline included.
+    pub fn to_line(&self) -> String {
+        format!("{}\t{}\t{}\n", self.container_id, self.exec_id, self.stream.as_str())
+    }
+
+    /// Parses a line without its newline; `None` where it is not a header.
+    pub fn parse(line: &str) -> Option<Self> {
+        let mut fields = line.split('\t');
+        let (container_id, exec_id, stream) = (fields.next()?, fields.next()?, fields.next()?);
+        if fields.next().is_some() || container_id.is_empty() {
+            return None;
+        }
+        if container_id.len() > MAX_ID_LEN || exec_id.len() > MAX_ID_LEN {
+            return None;
+        }
+        Some(Self {
+            container_id: container_id.to_owned(),
+            exec_id: exec_id.to_owned(),
+            stream: Stream::from_name(stream)?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stream_header_round_trip() {
+        for stream in [Stream::Stdin, Stream::Stdout, Stream::Stderr, Stream::Terminal] {
+            let header = StreamHeader { container_id: "c1".into(), exec_id: "e1".into(), stream };
+            assert_eq!(StreamHeader::parse(header.to_line().trim_end_matches('\n')), Some(header));
+        }
+    }
+
+    #[test]
+    fn stream_header_refuses_what_is_not_one() {
+        let long = format!("{}\t\tstdin", "x".repeat(MAX_ID_LEN + 1));
+        for line in ["", "c1", "c1\t", "\t\tstdin", "c1\t\tstdoub", "c1\t\tstdin\t", long.as_str()] {
+            assert_eq!(StreamHeader::parse(line), None, "{line:?}");
+        }
+    }
+}

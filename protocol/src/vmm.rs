@@ -1,0 +1,173 @@
+//! The monitor's configuration and control socket.
+//!
+//! `rvm-vmm --config FILE` reads one [`VmConfig`] as JSON. Relative paths are
+//! relative to the monitor's working directory: the shim starts it in the
+//! sandbox's directory, so socket paths stay below the 107 bytes of
+//! `sockaddr_un` however long a container's id is.
+//!
+//! The control socket is a Unix stream socket; each request and each answer is
+//! one line of JSON ([`Request`], [`Response`]).
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// Everything a monitor needs to know to run one VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// Sandbox id, for logs.
+    pub id: String,
+    /// Number of vCPUs, 1 to 255.
+    pub vcpus: u8,
+    /// Guest memory in MiB.
+    pub memory_mib: u64,
+    /// Uncompressed ELF kernel (`vmlinux`).
+    pub kernel: PathBuf,
+    /// Kernel command line as given to the kernel, except what the monitor
+    /// itself must add for the machine it presents.
+    pub cmdline: String,
+    /// Initial RAM file system; none boots without one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initramfs: Option<PathBuf>,
+    /// File that receives the serial console, appended to; none discards it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub console_log: Option<PathBuf>,
+    /// Path of the control socket to create; none for no control socket.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub control_socket: Option<PathBuf>,
+    /// The vsock device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<VsockConfig>,
+    /// virtio-fs devices.
+    #[serde(default)]
+    pub shares: Vec<ShareConfig>,
+    /// virtio-blk devices.
+    #[serde(default)]
+    pub disks: Vec<DiskConfig>,
+}
+
+/// virtio-vsock in user space. A host program connects to `socket`, writes
+/// `CONNECT <port>\n` and reads `OK <port>\n`; a connection the guest makes to
+/// host port P arrives at the Unix socket `<socket>_P`, which the host program
+/// has created.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockConfig {
+    /// The guest's CID, 3 or more.
+    pub guest_cid: u32,
+    /// Path of the Unix socket to create.
+    pub socket: PathBuf,
+}
+
+/// One directory tree seen by the guest over virtio-fs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ShareConfig {
+    /// Mount tag, 1 to 36 bytes.
+    pub tag: String,
+    /// The directory.
+    pub dir: PathBuf,
+    /// Whether every write is refused by the server itself.
+    #[serde(default)]
+    pub readonly: bool,
+    /// How long the guest may keep what it has read.
+    #[serde(default)]
+    pub cache: CachePolicy,
+}
+
+/// How long a guest may keep what it has read of a share.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CachePolicy {
+    /// The tree does not change while it is shared.
+    Always,
+    /// The host may change it: attributes and names are asked again after a second.
+    #[default]
+    Auto,
+}
+
+/// One virtio-blk device backed by a raw file or block device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskConfig {
+    /// Serial the guest sees, 1 to 20 bytes.
+    pub serial: String,
+    /// The file or block device.
+    pub path: PathBuf,
+    /// Whether writes are refused.
+    #[serde(default)]
+    pub readonly: bool,
+}
+
+/// A request on the control socket.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Request {
+    /// Stops every vCPU between two instructions.
+    Pause,
+    /// Lets paused vCPUs go on.
+    Resume,
+    /// Ends the VM and the monitor.
+    Stop,
+    /// Reads the counters.
+    Metrics,
+}
+
+/// The answer to a [`Request`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "response", rename_all = "snake_case")]
+pub enum Response {
+    /// Done.
+    Ok,
+    /// Counters since the monitor started.
+    Metrics(Metrics),
+    /// Refused or failed.
+    Error {
+        /// What went wrong, in one line.
+        message: String,
+    },
+}
+
+/// The monitor's counters.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Metrics {
+    /// Returns of `KVM_RUN` to user space, all vCPUs, by reason.
+    pub exits: ExitCounts,
+    /// Microseconds from the monitor's exec to each step of the start, in order.
+    pub start_us: Vec<(String, u64)>,
+    /// Guest memory in bytes.
+    pub memory_bytes: u64,
+    /// Guest memory resident on the host, in bytes.
+    pub memory_resident_bytes: u64,
+}
+
+/// Returns of `KVM_RUN` to user space by reason.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExitCounts {
+    /// Port reads and writes of PCI configuration space.
+    pub pci_config: u64,
+    /// Port reads and writes of the serial console.
+    pub serial: u64,
+    /// Other port reads and writes.
+    pub other_pio: u64,
+    /// MMIO reads and writes of device registers.
+    pub mmio: u64,
+    /// Interrupted by a signal or by the monitor.
+    pub interrupted: u64,
+    /// Everything else.
+    pub other: u64,
+}
+
+/// Exit codes of `rvm-vmm`.
+pub mod exit_code {
+    /// The guest powered off or was stopped by request.
+    pub const OK: i32 = 0;
+    /// The configuration is wrong; the reason is on stderr.
+    pub const BAD_CONFIG: i32 = 2;
+    /// The VM could not be built; the reason is on stderr.
+    pub const BUILD_FAILED: i32 = 3;
+    /// The guest stopped in a way no guest should: triple fault, an
+    /// instruction KVM cannot run, a KVM error.
+    pub const GUEST_CRASHED: i32 = 4;
+}

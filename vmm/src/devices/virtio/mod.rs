@@ -1,0 +1,91 @@
+//! virtio devices, one folder each, behind one trait.
+//!
+//! The transport ([`crate::pci`]) owns what the driver negotiates (status,
+//! features, queue addresses, MSI-X) and calls [`VirtioDevice::activate`] once
+//! on DRIVER_OK. From then on the device serves its queues on a thread of its
+//! own, named after it: no lock is shared between a vCPU and the data path, one
+//! slow device does not hold up another, and each kind of thread can have its
+//! own seccomp filter. A device that was never activated has no thread.
+//!
+//! Everything read from a queue or written to the configuration space comes
+//! from a hostile guest: lengths and addresses are checked, work per request is
+//! bounded, and a malformed chain is completed with length 0 or the device
+//! stops serving; it never panics.
+
+use std::io;
+use std::sync::Arc;
+
+use thiserror::Error;
+use virtio_queue::Queue;
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::EventFd;
+
+/// Raises one of a device's interrupts in the guest.
+pub trait Interrupt: Send + Sync {
+    /// Raises the interrupt, or marks it pending where the guest masked it.
+    fn trigger(&self) -> io::Result<()>;
+}
+
+/// A queue the driver has set up.
+pub struct ActiveQueue {
+    /// The queue, configured and validated by the transport.
+    pub queue: Queue,
+    /// Written by KVM (ioeventfd) when the driver notifies the queue.
+    pub kick: EventFd,
+    /// Tells the driver that buffers were used; the device asks
+    /// `Queue::needs_notification` first.
+    pub interrupt: Arc<dyn Interrupt>,
+}
+
+/// What a device receives on DRIVER_OK.
+pub struct Activation {
+    /// Guest memory.
+    pub memory: GuestMemoryMmap,
+    /// The device's queues in order; queues the driver left disabled are `None`.
+    pub queues: Vec<Option<ActiveQueue>>,
+    /// The features both sides agreed on.
+    pub features: u64,
+    /// Tells the driver that the configuration space changed.
+    pub config_interrupt: Arc<dyn Interrupt>,
+}
+
+/// Why a device could not be activated; the transport then sets
+/// DEVICE_NEEDS_RESET.
+#[derive(Debug, Error)]
+pub enum ActivateError {
+    /// The driver did not enable a queue the device cannot do without.
+    #[error("queue {0} is not enabled")]
+    MissingQueue(usize),
+    /// The device's thread or its event descriptors could not be made.
+    #[error("the device's thread could not be started")]
+    Worker(#[source] io::Error),
+}
+
+/// A virtio device (virtio specification 1.2), apart from its transport.
+pub trait VirtioDevice: Send {
+    /// Device type (section 5).
+    fn device_type(&self) -> u32;
+
+    /// The device's name in logs and thread names, at most 15 bytes.
+    fn name(&self) -> &str;
+
+    /// Largest size of each queue, a power of two.
+    fn queue_sizes(&self) -> &[u16];
+
+    /// Device-specific feature bits and ring feature bits the device offers;
+    /// the transport adds VIRTIO_F_VERSION_1.
+    fn features(&self) -> u64;
+
+    /// Reads the device's configuration space; bytes beyond its end read as 0.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// Writes the device's configuration space; ignored where read-only.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    /// Starts serving the queues.
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
+
+    /// Stops serving and joins the device's thread; afterwards the device can
+    /// be activated again. Without effect on a device that is not active.
+    fn reset(&mut self);
+}

@@ -1,0 +1,1 @@
+//! Builds what the other tasks need: binaries, guest kernel, initramfs, images.

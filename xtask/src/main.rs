@@ -1,0 +1,45 @@
+//! `cargo xtask`: everything a developer or CI does with this tree.
+
+mod bench;
+mod build;
+mod demo;
+mod devhost;
+mod host;
+mod install;
+mod packages;
+mod progress;
+mod test;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Build, try, test, measure and install rvm")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Build everything and run containers in microVMs through containerd.
+    Demo(demo::Args),
+    /// Formatting, lints, unit tests, then the end-to-end tests.
+    Test(test::Args),
+    /// Run a command on a software-emulated machine that has KVM.
+    Devhost(devhost::Args),
+    /// Measure, side by side with peers.
+    Bench(bench::Args),
+    /// Put binaries, kernel, initramfs and configuration in place.
+    Install(install::Args),
+}
+
+fn main() -> Result<()> {
+    match Cli::parse().command {
+        Command::Demo(args) => demo::run(args),
+        Command::Test(args) => test::run(args),
+        Command::Devhost(args) => devhost::run(args),
+        Command::Bench(args) => bench::run(args),
+        Command::Install(args) => install::run(args),
+    }
+}
