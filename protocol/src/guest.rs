@@ -27,6 +27,10 @@ pub const SCRATCH_DIR: &str = "/run/rvm/scratch";
 /// virtio-blk serial of the scratch device.
 pub const SCRATCH_SERIAL: &str = "rvm-scratch";
 
+/// Kernel parameters every guest is started with; a user's own come after them.
+/// What the machine itself needs (PCI, memory) is the monitor's to add.
+pub const DEFAULT_CMDLINE: &str = "console=ttyS0 quiet reboot=k panic=-1";
+
 /// Version of this protocol. Shim and agent are installed together; a
 /// difference means a mixed installation and is refused by name.
 pub const PROTOCOL_VERSION: u32 = 1;

@@ -1,0 +1,236 @@
+//! `/etc/rvm/config.toml`: which guest a sandbox gets and where things are.
+//!
+//! The file that is installed, `config.toml` beside this module, documents
+//! every key and is also where the defaults come from: a user's file is laid
+//! over it, and a key it does not have is unknown.
+
+mod table;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    env, io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use rvm_protocol::guest::DEFAULT_CMDLINE;
+
+use table::Table;
+
+/// The file that is installed: every key, its meaning and its default.
+pub const DOCUMENTED: &str = include_str!("config.toml");
+/// Where the configuration is looked for last.
+pub const DEFAULT_PATH: &str = "/etc/rvm/config.toml";
+/// Environment variable that names another file.
+pub const PATH_VARIABLE: &str = "RVM_CONFIG";
+
+/// Longest `guest.kernel_params`: with [`DEFAULT_CMDLINE`] and what the monitor
+/// adds it has to stay below the 2048 bytes of x86's `COMMAND_LINE_SIZE`.
+const MAX_KERNEL_PARAMS: usize = 1024;
+/// Smallest guest a kernel and the agent come up in, in MiB.
+const MIN_MEMORY_MIB: u64 = 64;
+/// 16 TiB, far above what a host has and far below where sizes in bytes overflow.
+const MAX_MIB: u64 = 16 << 20;
+
+/// What a sandbox is started with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// The virtual machine.
+    pub guest: Guest,
+    /// Where writable layers live.
+    pub scratch: Scratch,
+    /// Programs and directories of the host.
+    pub host: Host,
+    /// What the shim logs.
+    pub log_level: log::LevelFilter,
+}
+
+/// The virtual machine of a sandbox.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Guest {
+    /// Uncompressed ELF kernel.
+    pub kernel: PathBuf,
+    /// Initial RAM file system with the agent.
+    pub initramfs: PathBuf,
+    /// Parameters after rvm's own; see [`Guest::cmdline`].
+    pub kernel_params: String,
+    /// Virtual CPUs, 1 to 255.
+    pub vcpus: u8,
+    /// Memory in MiB.
+    pub memory_mib: u64,
+    /// From the start of the monitor until the agent has to answer.
+    pub boot_timeout: Duration,
+}
+
+impl Guest {
+    /// The kernel's command line: rvm's own parameters, then the user's.
+    pub fn cmdline(&self) -> String {
+        if self.kernel_params.is_empty() {
+            return DEFAULT_CMDLINE.to_owned();
+        }
+        format!("{DEFAULT_CMDLINE} {}", self.kernel_params)
+    }
+}
+
+/// Where containers' writable layers live.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scratch {
+    /// A tmpfs in the guest of at most this many bytes; 0 is half of its memory.
+    Tmpfs {
+        /// Size limit in bytes.
+        size_bytes: u64,
+    },
+    /// An ext4 file system on a sparse file of the host.
+    Block {
+        /// Size of the file in bytes.
+        size_bytes: u64,
+    },
+}
+
+/// Programs and directories of the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Host {
+    /// `rvm-vmm`.
+    pub monitor: PathBuf,
+    /// Directory below which each sandbox has its own, `NAMESPACE/ID`.
+    pub state_dir: PathBuf,
+}
+
+/// Why there is no configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file that was asked for cannot be read.
+    #[error("{}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// Not TOML.
+    #[error("{file}:{line}:{column}: {message}")]
+    Syntax {
+        /// The file.
+        file: String,
+        /// From 1.
+        line: usize,
+        /// From 1.
+        column: usize,
+        /// What the parser says.
+        message: String,
+    },
+    /// A key nobody reads, most likely misspelt.
+    #[error("{file}: {key}: unknown; {known}")]
+    UnknownKey {
+        /// The file.
+        file: String,
+        /// With its section.
+        key: String,
+        /// What there is.
+        known: String,
+    },
+    /// A value that cannot be used.
+    #[error("{file}: {key} = {value}: {expected}")]
+    WrongValue {
+        /// The file.
+        file: String,
+        /// With its section.
+        key: String,
+        /// As given.
+        value: String,
+        /// What would be right.
+        expected: String,
+    },
+}
+
+impl Config {
+    /// The configuration in effect: of the file `explicit` if there is one,
+    /// else of the one `RVM_CONFIG` names, else of [`DEFAULT_PATH`] where that
+    /// exists, else the defaults.
+    pub fn load(explicit: Option<&Path>) -> Result<Self, ConfigError> {
+        match Self::locate(explicit) {
+            Some(path) => Self::read(&path),
+            None => Self::defaults(),
+        }
+    }
+
+    /// The file [`Config::load`] reads, if any.
+    pub fn locate(explicit: Option<&Path>) -> Option<PathBuf> {
+        locate(explicit, env::var_os(PATH_VARIABLE).map(PathBuf::from), Path::new(DEFAULT_PATH))
+    }
+
+    /// The configuration in one file.
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        Self::parse(&text, &path.display().to_string())
+    }
+
+    /// What holds where no file says otherwise.
+    pub fn defaults() -> Result<Self, ConfigError> {
+        Self::parse("", "the defaults")
+    }
+
+    /// The configuration in `text`; `file` names it in errors.
+    pub fn parse(text: &str, file: &str) -> Result<Self, ConfigError> {
+        let table = Table::parse(text, file)?;
+        Ok(Self {
+            guest: Guest {
+                kernel: table.path("guest", "kernel")?,
+                initramfs: table.path("guest", "initramfs")?,
+                kernel_params: kernel_params(&table)?,
+                vcpus: table.integer("guest", "vcpus", 1, 255)? as u8,
+                memory_mib: table.integer("guest", "memory_mib", MIN_MEMORY_MIB, MAX_MIB)?,
+                boot_timeout: Duration::from_secs(table.integer("guest", "boot_timeout_s", 1, 3600)?),
+            },
+            scratch: scratch(&table)?,
+            host: Host {
+                monitor: table.path("host", "monitor")?,
+                state_dir: table.path("host", "state_dir")?,
+            },
+            log_level: log_level(&table)?,
+        })
+    }
+}
+
+fn locate(explicit: Option<&Path>, variable: Option<PathBuf>, default: &Path) -> Option<PathBuf> {
+    explicit
+        .map(Path::to_owned)
+        .or_else(|| variable.filter(|path| !path.as_os_str().is_empty()))
+        .or_else(|| default.exists().then(|| default.to_owned()))
+}
+
+/// Parameters that would break the command line around them are refused here
+/// rather than by a guest that does not come up.
+fn kernel_params(table: &Table) -> Result<String, ConfigError> {
+    let refuse = |expected: String| table.wrong("guest", "kernel_params", expected);
+    let params = table.string("guest", "kernel_params")?.trim();
+    if params.len() > MAX_KERNEL_PARAMS {
+        return Err(refuse(format!("must not be longer than {MAX_KERNEL_PARAMS} bytes")));
+    }
+    if !params.bytes().all(|byte| byte == b' ' || byte.is_ascii_graphic()) {
+        return Err(refuse("must be printable ASCII in one line".into()));
+    }
+    if params.bytes().filter(|byte| *byte == b'"').count() % 2 != 0 {
+        return Err(refuse("must close every quotation mark".into()));
+    }
+    if params.split(' ').any(|param| param == "--") {
+        return Err(refuse("must not contain \"--\": what follows it is not a kernel parameter".into()));
+    }
+    Ok(params.to_owned())
+}
+
+fn scratch(table: &Table) -> Result<Scratch, ConfigError> {
+    let backing = table.one_of("scratch", "backing", &["tmpfs", "block"])?;
+    let smallest = if backing == "block" { 64 } else { 0 };
+    let size_bytes = table.integer("scratch", "size_mib", smallest, MAX_MIB)? << 20;
+    Ok(if backing == "block" { Scratch::Block { size_bytes } } else { Scratch::Tmpfs { size_bytes } })
+}
+
+fn log_level(table: &Table) -> Result<log::LevelFilter, ConfigError> {
+    let names = ["off", "error", "warn", "info", "debug", "trace"];
+    let name = table.one_of("log", "level", &names)?;
+    name.parse().map_err(|_| table.wrong("log", "level", format!("must be one of {}", names.join(", "))))
+}
