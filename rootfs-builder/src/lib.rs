@@ -1,1 +1,5 @@
-//! TBD
+//! What the project boots and runs without any registry: the guest's
+//! initramfs and small OCI images made from Debian's packages.
+
+pub mod cpio;
+pub mod debian;

@@ -1,0 +1,99 @@
+//! What the machine boots into: an initramfs with busybox and modules, cached,
+//! and the files of one run, appended to it.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use rootfs_builder::cpio::CpioWriter;
+use rootfs_builder::debian;
+use sha2::{Digest, Sha256};
+
+use super::kernel::Kernel;
+use crate::packages;
+
+/// PID 1.
+const INIT: &[u8] = include_bytes!("init.sh");
+
+/// The initramfs common to all runs, from `cache` if it is there.
+pub fn initramfs(kernel: &Kernel, debian_cache: &Path, cache: &Path) -> Result<PathBuf> {
+    let busybox = busybox(debian_cache)?;
+    let mut hash = Sha256::new();
+    for part in [kernel.package.as_bytes(), Kernel::modules_key().as_bytes(), INIT, &busybox] {
+        hash.update((part.len() as u64).to_le_bytes());
+        hash.update(part);
+    }
+    let key: String = hash.finalize()[..8].iter().map(|byte| format!("{byte:02x}")).collect();
+    let path = cache.join(format!("initramfs-{key}.cpio"));
+    if path.exists() {
+        return Ok(path);
+    }
+    fs::create_dir_all(cache)?;
+    let partial = cache.join(format!(".initramfs-{key}.{}", std::process::id()));
+    write_initramfs(kernel, &busybox, File::create(&partial)?)?;
+    fs::rename(&partial, &path)?;
+    Ok(path)
+}
+
+fn write_initramfs(kernel: &Kernel, busybox: &[u8], out: File) -> Result<()> {
+    let mut cpio = CpioWriter::new(std::io::BufWriter::new(out));
+    for dir in ["bin", "dev", "modules"] {
+        cpio.dir(dir, 0o755)?;
+    }
+    cpio.char_device("dev/console", 0o600, 5, 1)?;
+    cpio.file("init", 0o755, INIT)?;
+    cpio.file("bin/busybox", 0o755, busybox)?;
+    let mut order = String::new();
+    for module in kernel.modules()? {
+        cpio.file(&format!("modules/{}", module.name), 0o644, &module.content)?;
+        order.push_str(&format!("{} {}\n", module.name, module.options));
+    }
+    cpio.file("modules/order", 0o644, order.as_bytes())?;
+    cpio.finish()?;
+    Ok(())
+}
+
+/// A static busybox.
+fn busybox(cache: &Path) -> Result<Vec<u8>> {
+    packages::ensure_known("busybox-static")?;
+    let tree = debian::fetch("busybox-static", cache)?;
+    for path in ["bin/busybox", "usr/bin/busybox"] {
+        if let Ok(content) = fs::read(tree.join(path)) {
+            return Ok(content);
+        }
+    }
+    anyhow::bail!("package busybox-static has no busybox (unpacked in {})", tree.display())
+}
+
+/// What differs from run to run.
+pub struct RunFiles {
+    /// The command as a shell script.
+    pub command: Vec<u8>,
+    /// Directories to show in the guest.
+    pub visible: Vec<PathBuf>,
+    /// Whether the command gets a terminal.
+    pub terminal: bool,
+}
+
+impl RunFiles {
+    /// Writes `initramfs` followed by these files to `path`.
+    pub fn append_to(&self, initramfs: &Path, path: &Path) -> Result<()> {
+        fs::copy(initramfs, path).with_context(|| format!("write {}", path.display()))?;
+        let mut cpio = CpioWriter::new(Vec::new());
+        cpio.dir("run.d", 0o755)?;
+        cpio.file("run.d/command", 0o755, &self.command)?;
+        let mut visible = Vec::new();
+        for dir in &self.visible {
+            visible.extend_from_slice(dir.as_os_str().as_bytes());
+            visible.push(b'\n');
+        }
+        cpio.file("run.d/visible", 0o644, &visible)?;
+        if self.terminal {
+            cpio.file("run.d/terminal", 0o644, b"")?;
+        }
+        File::options().append(true).open(path)?.write_all(&cpio.finish()?)?;
+        Ok(())
+    }
+}
