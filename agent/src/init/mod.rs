@@ -1,0 +1,51 @@
+//! Being the guest's first process: from the kernel's `execve` to ready, and out.
+//!
+//! The host waits for the announcement, so everything not needed to make it
+//! comes after it: connections that arrive meanwhile wait in the listeners'
+//! backlog, and are served once [`boot`] has returned.
+
+pub mod announce;
+pub mod console;
+pub mod loopback;
+pub mod mounts;
+pub mod reaper;
+pub mod shutdown;
+
+pub use announce::Listeners;
+
+/// Why the guest cannot come up.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A system call failed.
+    #[error("cannot {step}")]
+    Kernel {
+        /// What was tried.
+        step: &'static str,
+        /// Why not.
+        #[source]
+        source: nix::errno::Errno,
+    },
+    /// An I/O operation failed.
+    #[error("cannot {step}")]
+    Io {
+        /// What was tried.
+        step: &'static str,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The service cannot be started.
+    #[error("cannot serve requests")]
+    Serve(#[source] ttrpc::Error),
+}
+
+/// Brings the guest up as far as the agent needs it.
+pub fn boot() -> Result<Listeners, Error> {
+    let listeners = announce::listen()?;
+    announce::announce()?;
+    mounts::make_root_pivotable()?;
+    mounts::mount_kernel_file_systems()?;
+    loopback::bring_up()?;
+    log::info!("up");
+    Ok(listeners)
+}

@@ -1,0 +1,43 @@
+//! What an rvm guest runs as PID 1: it makes containers for the shim.
+//!
+//! ```text
+//!  host ──ttrpc/vsock──> service ──> sandbox ──> container ──clone3──> child ──execve──> process
+//!  host ──bytes/vsock──> io ───────────────────> pipes and terminals of the process
+//! ```
+//!
+//! # Invariants
+//!
+//! * **One thread.** The agent never starts a second one: no multi-threaded
+//!   runtime, no `spawn_blocking`, no library with a thread of its own. A child
+//!   made with `clone3` therefore finds no lock held by a thread it does not
+//!   have, and runs ordinary code (allocation included) until `execve`.
+//!   [`sys::process::spawn`] checks this before every clone.
+//! * **The child never touches the runtime.** It closes every descriptor it was
+//!   not given before anything else, so it shares no epoll instance, no pipe and
+//!   no connection with its parent.
+//! * **Parent and child meet only through [`container::channel`].**
+//! * **PID 1 never exits.** It ends by rebooting the VM: asked to
+//!   ([`init::shutdown`]), or because it panicked ([`init::console`]).
+
+use std::{convert::Infallible, sync::Arc};
+
+pub mod error;
+pub mod init;
+pub mod sandbox;
+pub mod service;
+pub mod storage;
+pub mod sys;
+
+/// Serves requests until the guest is shut down.
+pub fn serve(listeners: init::Listeners) -> Result<Infallible, init::Error> {
+    let failed = |step| move |source| init::Error::Io { step, source };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.map_err(failed("start the event loop"))?.block_on(async {
+        let sandbox = Arc::new(sandbox::Sandbox::new());
+        service::start(listeners.agent, Arc::clone(&sandbox)).await?;
+        tokio::select! {
+            reaped = sandbox.reaper().run() => reaped.map_err(failed("collect ended processes")),
+            never = init::shutdown::wait(&sandbox) => match never {},
+        }
+    })
+}

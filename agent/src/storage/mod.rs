@@ -1,0 +1,46 @@
+//! Where containers' files come from and go to: the share and the scratch.
+
+mod scratch;
+mod share;
+
+use std::path::{Path, PathBuf};
+
+use rvm_protocol::{agent, guest};
+pub use scratch::{Layer, Scratch};
+
+use crate::error::StepResult;
+
+/// The sandbox's storage.
+#[derive(Debug)]
+pub struct Storage {
+    scratch: Scratch,
+}
+
+impl Storage {
+    /// Mounts the share now and the scratch when first needed.
+    pub fn set_up(share_tag: &str, scratch: &agent::Scratch) -> StepResult<Self> {
+        share::mount(share_tag, Path::new(guest::SHARE_DIR))?;
+        Ok(Self { scratch: Scratch::new(scratch.backing.as_ref(), PathBuf::from(guest::SCRATCH_DIR)) })
+    }
+
+    /// A path of the share as the guest sees it; `relative` has been checked.
+    pub fn share_path(&self, relative: &str) -> PathBuf {
+        Path::new(guest::SHARE_DIR).join(relative)
+    }
+
+    /// The writable layer of a container, made if it does not exist.
+    pub fn layer(&mut self, container_id: &str) -> StepResult<Layer> {
+        self.scratch.layer(container_id)
+    }
+
+    /// Removes what a container's writable layer leaves behind.
+    pub fn remove_layer(&mut self, container_id: &str) -> StepResult<()> {
+        self.scratch.remove_layer(container_id)
+    }
+
+    /// Writes everything out and unmounts.
+    pub fn release(&mut self) {
+        self.scratch.release();
+        share::release(Path::new(guest::SHARE_DIR));
+    }
+}

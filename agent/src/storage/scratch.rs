@@ -1,0 +1,157 @@
+//! The scratch: the file system that holds containers' writable layers.
+
+use std::{
+    fs,
+    io::ErrorKind,
+    path::{Path, PathBuf},
+};
+
+use nix::mount::{MntFlags, MsFlags};
+use rvm_protocol::agent::scratch::Backing;
+
+use crate::{
+    error::{Step, StepError, StepResult},
+    init::mounts::make_dir,
+};
+
+/// What the scratch is made of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Kind {
+    /// Memory; 0 bytes leaves the kernel's default limit.
+    Tmpfs { bytes: u64 },
+    /// The ext4 file system on the virtio-blk device with this serial.
+    Block { serial: String },
+}
+
+/// The scratch, mounted when the first container needs it.
+#[derive(Debug)]
+pub struct Scratch {
+    kind: Kind,
+    target: PathBuf,
+    mounted: bool,
+}
+
+/// A container's writable layer, as OverlayFS wants it.
+#[derive(Clone, Debug)]
+pub struct Layer {
+    /// What differs from the image.
+    pub upper: PathBuf,
+    /// OverlayFS's own, on the same file system.
+    pub work: PathBuf,
+    /// Whether `upper` was made just now.
+    pub fresh: bool,
+}
+
+impl Scratch {
+    /// A scratch that will be mounted at `target`.
+    pub fn new(backing: Option<&Backing>, target: PathBuf) -> Self {
+        let kind = match backing {
+            Some(Backing::BlockSerial(serial)) => Kind::Block { serial: serial.clone() },
+            Some(Backing::TmpfsBytes(bytes)) => Kind::Tmpfs { bytes: *bytes },
+            // `Backing` is generated and open to additions.
+            Some(_) | None => Kind::Tmpfs { bytes: 0 },
+        };
+        Self { kind, target, mounted: false }
+    }
+
+    /// The writable layer of a container, made if it does not exist.
+    pub fn layer(&mut self, container_id: &str) -> StepResult<Layer> {
+        self.mount()?;
+        let dir = self.target.join(container_id);
+        let (upper, work) = (dir.join("upper"), dir.join("work"));
+        let fresh = !upper.exists();
+        make_dir(&upper)?;
+        make_dir(&work)?;
+        Ok(Layer { upper, work, fresh })
+    }
+
+    /// Removes a container's layer from memory. A layer on a block device
+    /// stays: the device belongs to the container's snapshot on the host, comes
+    /// back when the container is started again, and goes when it goes.
+    pub fn remove_layer(&mut self, container_id: &str) -> StepResult<()> {
+        if !self.mounted || matches!(self.kind, Kind::Block { .. }) {
+            return Ok(());
+        }
+        match fs::remove_dir_all(self.target.join(container_id)) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                Err(error).step(|| format!("remove the writable layer of {container_id:?}"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Writes everything out and unmounts, or at least makes the file system clean.
+    pub fn release(&mut self) {
+        if !self.mounted {
+            return;
+        }
+        nix::unistd::sync();
+        let Err(errno) = nix::mount::umount2(&self.target, MntFlags::empty()) else { return };
+        // A process may still hold it; read-only is as good for the journal.
+        log::debug!("unmount the scratch: {errno}");
+        let read_only = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+        if let Err(errno) =
+            nix::mount::mount(None::<&str>, &self.target, None::<&str>, read_only, None::<&str>)
+        {
+            log::debug!("make the scratch read-only: {errno}");
+        }
+    }
+
+    fn mount(&mut self) -> StepResult<()> {
+        if self.mounted {
+            return Ok(());
+        }
+        make_dir(&self.target)?;
+        match &self.kind {
+            Kind::Tmpfs { bytes } => {
+                let options =
+                    if *bytes == 0 { "mode=0700".into() } else { format!("mode=0700,size={bytes}") };
+                mount_at(Path::new("scratch"), &self.target, "tmpfs", MsFlags::empty(), &options)?;
+            }
+            Kind::Block { serial } => {
+                let device = device_with_serial(Path::new("/sys/block"), serial)?;
+                mount_at(&Path::new("/dev").join(device), &self.target, "ext4", MsFlags::MS_NOATIME, "")?;
+            }
+        }
+        self.mounted = true;
+        Ok(())
+    }
+}
+
+fn mount_at(source: &Path, target: &Path, fs_type: &str, flags: MsFlags, options: &str) -> StepResult<()> {
+    nix::mount::mount(Some(source), target, Some(fs_type), flags, Some(options))
+        .step(|| format!("mount the scratch, {fs_type} on {source:?}"))
+}
+
+/// Name of the block device whose driver reports `serial`.
+fn device_with_serial(sys_block: &Path, serial: &str) -> StepResult<String> {
+    let entries = fs::read_dir(sys_block).step(|| format!("list {sys_block:?}"))?;
+    for entry in entries.flatten() {
+        // Only virtio-blk has this attribute.
+        let Ok(found) = fs::read_to_string(entry.path().join("serial")) else { continue };
+        if found.trim_end() == serial {
+            return Ok(entry.file_name().to_string_lossy().into_owned());
+        }
+    }
+    Err(StepError::Refused(format!("find the scratch: no block device has the serial {serial:?}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn finds_the_device_by_its_serial() {
+        let sys = tempfile::tempdir().unwrap();
+        for (name, serial) in [("vda", Some("other\n")), ("loop0", None), ("vdb", Some("rvm-scratch"))] {
+            let dir = sys.path().join(name);
+            fs::create_dir(&dir).unwrap();
+            if let Some(serial) = serial {
+                fs::write(dir.join("serial"), serial).unwrap();
+            }
+        }
+        assert_eq!(device_with_serial(sys.path(), "rvm-scratch").unwrap(), "vdb");
+        let error = device_with_serial(sys.path(), "rvm").unwrap_err().to_string();
+        assert_eq!(error, "find the scratch: no block device has the serial \"rvm\"");
+    }
+}

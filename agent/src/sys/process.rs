@@ -1,0 +1,176 @@
+//! Making, signalling and preparing processes.
+
+use std::{
+    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+use nix::{errno::Errno, unistd::Pid};
+
+/// linux/sched.h; libc's own constant overflows its type.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
+/// Whether this process is a child that has not called `execve` yet.
+static IN_CHILD: AtomicBool = AtomicBool::new(false);
+
+/// Whether this process is a child made by [`spawn`]: its pid may well be 1, but
+/// in a pid namespace of its own.
+pub fn in_child() -> bool {
+    IN_CHILD.load(Ordering::Relaxed)
+}
+
+/// A child as its parent sees it.
+#[derive(Debug)]
+pub struct Child {
+    /// Its pid in the agent's pid namespace.
+    pub pid: Pid,
+    /// Refers to this very process even after its pid is used again.
+    pub pidfd: OwnedFd,
+}
+
+/// Makes a child in `cgroup` with `clone3` and runs `body` in it, whose result
+/// is the child's exit code where it does not call `execve`.
+///
+/// `body` should only borrow: what it owns is dropped in the child, and the
+/// child has closed the descriptors it was not given ([`close_all_except`]).
+/// `namespaces` are `CLONE_NEW*` flags. The caller must be the only thread of
+/// its process, see the crate's invariants; otherwise this fails with `EBUSY`.
+pub fn spawn(cgroup: BorrowedFd<'_>, namespaces: u64, body: impl FnOnce() -> i32) -> nix::Result<Child> {
+    // "." and ".." and one entry for every thread.
+    if nix::sys::stat::stat("/proc/self/task")?.st_nlink != 3 {
+        return Err(Errno::EBUSY);
+    }
+    let mut pidfd: RawFd = -1;
+    let args = libc::clone_args {
+        flags: (libc::CLONE_PIDFD as u64) | CLONE_INTO_CGROUP | namespaces,
+        pidfd: (&raw mut pidfd) as u64,
+        child_tid: 0,
+        parent_tid: 0,
+        exit_signal: libc::SIGCHLD as u64,
+        stack: 0,
+        stack_size: 0,
+        tls: 0,
+        set_tid: 0,
+        set_tid_size: 0,
+        cgroup: cgroup.as_raw_fd() as u64,
+    };
+    // SAFETY: without CLONE_VM the child has a copy of this address space and
+    // stack and returns here as after fork(2). glibc does not see the clone, so
+    // its cached thread id is wrong in the child; nothing the child calls uses
+    // it. The process has one thread, so no lock is held by a missing one.
+    let result = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of::<libc::clone_args>()) };
+    match Errno::result(result)? {
+        0 => {
+            IN_CHILD.store(true, Ordering::Relaxed);
+            exit_child(body())
+        }
+        pid => {
+            // SAFETY: CLONE_PIDFD stored a new descriptor that nobody else owns.
+            let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+            Ok(Child { pid: Pid::from_raw(pid as i32), pidfd })
+        }
+    }
+}
+
+/// Ends a child at once: no destructors, no `atexit`, which are the parent's.
+pub fn exit_child(code: i32) -> ! {
+    // SAFETY: `_exit` has no preconditions.
+    unsafe { libc::_exit(code) }
+}
+
+/// Sends a signal to the process a pidfd refers to.
+pub fn send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> nix::Result<()> {
+    // SAFETY: a null siginfo asks the kernel to fill in that of kill(2).
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            pidfd.as_raw_fd(),
+            signal,
+            std::ptr::null::<libc::siginfo_t>(),
+            0,
+        )
+    };
+    Errno::result(result).map(drop)
+}
+
+/// Collects one child that has ended: its pid, and its exit code or 128 + the
+/// signal that ended it. Not `nix`'s `waitpid`, which knows no real-time signals.
+pub fn wait_any() -> nix::Result<Option<(Pid, u32)>> {
+    let mut status = 0;
+    loop {
+        // SAFETY: `status` is a valid int for the call to fill in.
+        let pid = unsafe { libc::waitpid(-1, &raw mut status, libc::WNOHANG | libc::__WALL) };
+        let code = match Errno::result(pid) {
+            Ok(0) | Err(Errno::ECHILD) => return Ok(None),
+            Err(Errno::EINTR) => continue,
+            Err(errno) => return Err(errno),
+            Ok(_) if libc::WIFEXITED(status) => libc::WEXITSTATUS(status),
+            Ok(_) if libc::WIFSIGNALED(status) => 128 + libc::WTERMSIG(status),
+            // Stops and continues are not asked for.
+            Ok(_) => continue,
+        };
+        return Ok(Some((Pid::from_raw(pid), code.unsigned_abs())));
+    }
+}
+
+/// Closes every descriptor of this process except 0, 1, 2 and those in `keep`.
+pub fn close_all_except(keep: &[RawFd]) -> nix::Result<()> {
+    let mut keep: Vec<u32> = keep.iter().filter_map(|&fd| u32::try_from(fd).ok()).collect();
+    keep.extend([0, 1, 2]);
+    keep.sort_unstable();
+    keep.dedup();
+    let mut first = 0;
+    for fd in keep {
+        if first < fd {
+            close_range(first, fd - 1)?;
+        }
+        first = fd + 1;
+    }
+    close_range(first, u32::MAX)
+}
+
+fn close_range(first: u32, last: u32) -> nix::Result<()> {
+    // SAFETY: only called by a child that owns none of these descriptors any more.
+    let result = unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+    Errno::result(result).map(drop)
+}
+
+/// Default disposition for every signal and none blocked: what a process
+/// expects of whoever starts it.
+pub fn reset_signals() -> nix::Result<()> {
+    for signal in 1..=libc::SIGRTMAX() {
+        // SIGKILL and SIGSTOP and those glibc keeps for itself cannot be set;
+        // they have their default already.
+        // SAFETY: SIG_DFL installs no handler.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
+    nix::sys::signal::SigSet::empty().thread_set_mask()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::IntoRawFd;
+
+    use super::*;
+
+    #[test]
+    fn closes_everything_but_what_is_kept() {
+        // In a forked process: the test's own descriptors must survive.
+        // SAFETY: the child only makes system calls and exits.
+        match unsafe { nix::unistd::fork() }.unwrap() {
+            nix::unistd::ForkResult::Child => {
+                let open = || std::fs::File::open("/dev/null").map(IntoRawFd::into_raw_fd).unwrap_or(-1);
+                let (a, b, c) = (open(), open(), open());
+                let closed = close_all_except(&[b]).is_ok();
+                // SAFETY: F_GETFD has no effect.
+                let is_open = |fd| unsafe { libc::fcntl(fd, libc::F_GETFD) } >= 0;
+                let right = closed && !is_open(a) && is_open(b) && !is_open(c) && is_open(2);
+                exit_child(i32::from(!right));
+            }
+            nix::unistd::ForkResult::Parent { child } => {
+                let status = nix::sys::wait::waitpid(child, None).unwrap();
+                assert_eq!(status, nix::sys::wait::WaitStatus::Exited(child, 0));
+            }
+        }
+    }
+}
