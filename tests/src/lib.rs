@@ -1,1 +1,28 @@
-//! TBD
+//! End-to-end tests: a private containerd, `ctr` with time limits, a host
+//! compared before and after, and what a test needs to break things on purpose.
+//!
+//! * [`stage`]: where the programs under test are (environment).
+//! * [`scale`]: every time limit, from one factor.
+//! * [`job`]: one child process, its output, its end.
+//! * [`world`]: a mount namespace with its own `/run` and a containerd in it.
+//! * [`config`]: rvm's configuration file.
+//! * [`ctr`]: `ctr` commands.
+//! * [`events`]: what containerd published.
+//! * [`sandbox`]: the host side of one running sandbox.
+//! * [`host`]: what a sandbox could leave behind.
+//! * [`case`]: one test case from lock to comparison.
+//!
+//! The cases are libtest functions in `e2e/`; `cargo xtask test` runs them.
+
+pub mod case;
+pub mod config;
+pub mod ctr;
+pub mod events;
+pub mod host;
+pub mod job;
+pub mod sandbox;
+pub mod scale;
+pub mod stage;
+pub mod world;
+
+pub use case::case;

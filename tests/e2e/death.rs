@@ -1,0 +1,159 @@
+//! Whoever dies first: the client learns of it, once, and nothing stays.
+
+use anyhow::{Result, ensure};
+use nix::sys::signal::Signal;
+use rvm_tests::{case, ctr::Run, job::Input, sandbox::Sandbox, scale, world::World};
+
+fn detached(world: &World, prefix: &str) -> Result<(Run, Sandbox)> {
+    let run = world.ctr().container(prefix).detached();
+    run.run(&["sleep", "100000"])?.success()?;
+    let sandbox = Sandbox::find(world.stage(), &run.id)?;
+    Ok((run, sandbox))
+}
+
+#[test]
+fn monitor_killed_under_ctr_run() {
+    case(|world| {
+        let run = world.ctr().container("monitor");
+        let job = run.start(&["sh", "-c", "echo ready; sleep 100000"], Input::Open)?;
+        job.wait_for("ready", scale::container())?;
+        Sandbox::find(world.stage(), &run.id)?.kill_monitor()?;
+        let finished = job.finish(scale::container())?.exited(137)?;
+        ensure!(finished.text() == "ready\n", "{finished}");
+        ensure!(world.events(|events| events.exit_once(&run.id))? == 137, "exit code");
+        Ok(())
+    });
+}
+
+#[test]
+fn monitor_killed_and_task_deleted() {
+    case(|world| {
+        let ctr = world.ctr();
+        let (run, sandbox) = detached(world, "deleted")?;
+        // A second process's waiter is told as well.
+        let exec = ctr.exec(&run.id, &[], &["sh", "-c", "echo in; sleep 100000"], Input::Open)?;
+        exec.wait_for("in", scale::container())?;
+        sandbox.kill_monitor()?;
+        world.events(|events| events.wait_for("/tasks/exit", &run.id, scale::container()))?;
+        let exec = exec.finish(scale::container())?;
+        ensure!(exec.code() != 0, "{exec}");
+        ensure!(ctr.task_state(&run.id).as_deref() == Some("STOPPED"), "{:?}", ctr.list(&["task", "ls"]));
+        let late = ctr.exec(&run.id, &[], &["true"], Input::Nothing)?.finish(scale::command())?;
+        ensure!(late.code() != 0, "exec in a dead sandbox: {late}");
+        let deleted = ctr.run(&["task", "delete", &run.id], scale::container())?;
+        println!("task delete: {deleted}");
+        ctr.run(&["containers", "rm", &run.id], scale::command())?.success()?;
+        ensure!(world.events(|events| events.exit_once(&run.id))? == 137, "exit code");
+        sandbox.wait_until_gone(scale::command())
+    });
+}
+
+#[test]
+fn shim_killed() {
+    case(|world| {
+        let ctr = world.ctr();
+        let (run, sandbox) = detached(world, "shim")?;
+        sandbox.kill_shim()?;
+        // containerd calls `containerd-shim-rvm-v2 delete`, which must not need the shim.
+        sandbox.wait_until_gone(scale::container())?;
+        world.events(|events| events.wait_for("/tasks/exit", &run.id, scale::container()))?;
+        ensure!(
+            ctr.task_state(&run.id).is_none_or(|state| state != "RUNNING"),
+            "{:?}",
+            ctr.list(&["task", "ls"])
+        );
+        let _ = ctr.run(&["task", "rm", "-f", &run.id], scale::container())?;
+        ctr.run(&["containers", "rm", &run.id], scale::command())?.success()?;
+        ensure!(world.events(|events| events.exit_once(&run.id))? == 137, "exit code");
+        Ok(())
+    });
+}
+
+#[test]
+fn shim_and_monitor_killed_together() {
+    case(|world| {
+        let ctr = world.ctr();
+        let (run, sandbox) = detached(world, "both")?;
+        sandbox.kill_monitor()?;
+        sandbox.kill_shim()?;
+        world.events(|events| events.wait_for("/tasks/exit", &run.id, scale::container()))?;
+        let _ = ctr.run(&["task", "rm", "-f", &run.id], scale::container())?;
+        ctr.run(&["containers", "rm", &run.id], scale::command())?.success()?;
+        world.events(|events| events.exit_once(&run.id))?;
+        Ok(())
+    });
+}
+
+fn containerd_restarted(world: &World, signal: Signal) -> Result<()> {
+    let ctr = world.ctr();
+    let run = ctr.container("restart").detached();
+    run.run(&["sh", "-c", "trap 'exit 21' TERM; while :; do sleep 1000 & wait $!; done"])?.success()?;
+    let sandbox = Sandbox::find(world.stage(), &run.id)?;
+    world.restart_containerd(signal)?;
+    ensure!(ctr.task_state(&run.id).as_deref() == Some("RUNNING"), "{:?}", ctr.list(&["task", "ls"]));
+    let again = Sandbox::find(world.stage(), &run.id)?;
+    ensure!(
+        again.shim.pid == sandbox.shim.pid && again.monitor.pid == sandbox.monitor.pid,
+        "{sandbox:?} {again:?}"
+    );
+    let exec = ctr
+        .exec(&run.id, &[], &["echo", "still here"], Input::Nothing)?
+        .finish(scale::container())?
+        .success()?;
+    ensure!(exec.text() == "still here\n", "{exec}");
+    ctr.run(&["task", "kill", "-s", "SIGTERM", &run.id], scale::command())?.success()?;
+    world.events(|events| events.wait_for("/tasks/exit", &run.id, scale::container()))?;
+    ensure!(world.events(|events| events.exit_once(&run.id))? == 21, "exit code");
+    ctr.remove(&run.id)
+}
+
+#[test]
+fn containerd_restarted_politely() {
+    case(|world| containerd_restarted(world, Signal::SIGTERM));
+}
+
+#[test]
+fn containerd_killed_and_started_again() {
+    case(|world| containerd_restarted(world, Signal::SIGKILL));
+}
+
+/// The exit happens while no containerd is there to be told.
+#[test]
+fn exit_while_containerd_is_away() {
+    case(|world| {
+        let ctr = world.ctr();
+        let run = ctr.container("away").detached();
+        // Ends by itself once the file is there.
+        run.run(&["sh", "-c", "trap 'exit 22' TERM; while :; do sleep 1000 & wait $!; done"])?.success()?;
+        let sandbox = Sandbox::find(world.stage(), &run.id)?;
+        world.without_containerd(Signal::SIGKILL, || sandbox.kill_monitor())?;
+        let until = std::time::Instant::now() + scale::container();
+        while ctr.task_state(&run.id).as_deref() == Some("RUNNING") {
+            ensure!(std::time::Instant::now() < until, "still running: {:?}", ctr.list(&["task", "ls"]));
+        }
+        let removed = ctr.run(&["task", "rm", &run.id], scale::container())?;
+        println!("task rm: {removed}");
+        ctr.run(&["containers", "rm", &run.id], scale::command())?.success()?;
+        sandbox.wait_until_gone(scale::command())
+    });
+}
+
+/// `ctr run` itself is killed: its container goes on and can be ended by another.
+#[test]
+fn client_killed() {
+    case(|world| {
+        let ctr = world.ctr();
+        let run = ctr.container("client").kept();
+        let job = run.start(&["sh", "-c", "echo ready; sleep 100000"], Input::Open)?;
+        job.wait_for("ready", scale::container())?;
+        job.signal(Signal::SIGKILL)?;
+        job.finish(scale::command())?;
+        ensure!(ctr.task_state(&run.id).as_deref() == Some("RUNNING"), "{:?}", ctr.list(&["task", "ls"]));
+        ctr.run(&["task", "kill", "-s", "SIGKILL", &run.id], scale::command())?.success()?;
+        world.events(|events| events.wait_for("/tasks/exit", &run.id, scale::container()))?;
+        ctr.remove(&run.id)?;
+        // What the dead client made for itself is its own to leave.
+        rvm_tests::world::shell("rm -rf /run/containerd/fifo/*")?;
+        Ok(())
+    });
+}

@@ -1,0 +1,10 @@
+//! End-to-end cases: a real containerd, a real image, real kernels.
+//!
+//! `cargo xtask test` stages what they need and runs them where KVM can run a
+//! kernel; the module `ring0` is for machines where it cannot.
+
+mod death;
+mod exec;
+mod failures;
+mod ring0;
+mod run;

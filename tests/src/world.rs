@@ -1,0 +1,363 @@
+//! A mount namespace with its own `/run`, and a containerd in it.
+//!
+//! containerd and its shims use `/run/containerd/{s,fifo}` and rvm `/run/rvm`
+//! whatever root and state say, so a private containerd needs a private `/run`.
+//! It is a tmpfs, which also takes containerd's root: an overlay file system,
+//! the devhost's root, cannot be the upper layer of another.
+//!
+//! One thread, the keeper, lives in that namespace as long as the process does.
+//! It starts containerd with a parent death signal, so that containerd ends
+//! with the tests however these end. Test threads enter the namespace by
+//! [`World::enter`].
+
+use std::{
+    fs::File,
+    os::unix::{net::UnixDatagram, process::CommandExt},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::{
+        Mutex, PoisonError,
+        mpsc::{Sender, channel},
+    },
+};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, setns, unshare},
+    sys::signal::Signal,
+};
+
+use crate::{
+    config::ConfigFile,
+    ctr::Ctr,
+    events::Events,
+    host::HostSnapshot,
+    job::{self, Input},
+    scale,
+    stage::Stage,
+};
+
+/// Everything containerd and the tests write, inside the namespace.
+const DIR: &str = "/run/rvm-tests";
+/// containerd's default address, so that plain `ctr` finds it.
+const ADDRESS: &str = "/run/containerd/containerd.sock";
+/// Name of the imported image.
+pub const IMAGE: &str = "docker.io/library/busybox:latest";
+
+/// A private containerd and what runs beside it.
+pub struct World {
+    stage: Stage,
+    namespace: File,
+    keeper: Mutex<Sender<Order>>,
+    containerd: Mutex<Option<Child>>,
+    events: Mutex<Option<Events>>,
+}
+
+/// What the keeper does: starts a command in the namespace.
+type Order = (Command, Sender<std::io::Result<Child>>);
+
+impl World {
+    /// Makes the namespace, starts containerd, imports the image.
+    ///
+    /// # Errors
+    /// Without root, or when containerd does not come up.
+    pub fn new(stage: Stage) -> Result<Self> {
+        ensure!(nix::unistd::geteuid().is_root(), "needs root: mount namespaces, containerd");
+        let (keeper, namespace) = start_keeper()?;
+        let world = Self {
+            stage,
+            namespace,
+            keeper: Mutex::new(keeper),
+            containerd: Mutex::new(None),
+            events: Mutex::new(None),
+        };
+        world.enter()?;
+        std::fs::create_dir_all(world.wrapper_dir())?;
+        world.write_containerd_config()?;
+        world.set_config(&world.config())?;
+        world.start_containerd()?;
+        let image = world.stage.image.to_string_lossy().into_owned();
+        world.ctr().run(&["images", "import", &image], scale::container())?.success()?;
+        Ok(world)
+    }
+
+    /// Moves the calling thread, and what it starts from now on, into the namespace.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn enter(&self) -> Result<()> {
+        unshare(CloneFlags::CLONE_FS).context("unsharing the working directory")?;
+        setns(&self.namespace, CloneFlags::CLONE_NEWNS).context("entering the mount namespace")?;
+        Ok(())
+    }
+
+    /// The programs under test.
+    pub fn stage(&self) -> &Stage {
+        &self.stage
+    }
+
+    /// A scratch directory inside the namespace.
+    pub fn dir(&self) -> &'static Path {
+        Path::new(DIR)
+    }
+
+    /// Where a test may put shims of its own: on containerd's `PATH`.
+    pub fn wrapper_dir(&self) -> PathBuf {
+        self.dir().join("bin")
+    }
+
+    /// A `ctr` that talks to this containerd.
+    pub fn ctr(&self) -> Ctr {
+        Ctr::new(&self.stage, ADDRESS)
+    }
+
+    /// containerd's process id.
+    pub fn containerd_pid(&self) -> Option<u32> {
+        self.containerd.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(Child::id)
+    }
+
+    /// Runs `look` on what containerd has published so far.
+    ///
+    /// # Errors
+    /// Whatever `look` returns, and when containerd is not running.
+    pub fn events<T>(&self, look: impl FnOnce(&mut Events) -> Result<T>) -> Result<T> {
+        let mut events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
+        look(events.as_mut().context("containerd is not running")?)
+    }
+
+    /// Path of the configuration containerd's shims read.
+    pub fn config_path(&self) -> PathBuf {
+        self.dir().join("config.toml")
+    }
+
+    /// Writes that configuration.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn set_config(&self, config: &ConfigFile) -> Result<()> {
+        std::fs::write(self.config_path(), config.to_string()).context("writing the configuration")
+    }
+
+    /// Writes a file of the test's own, for example for `ctr run --runtime-config-path`.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn write_file(&self, name: &str, content: impl AsRef<[u8]>) -> Result<String> {
+        let path = self.dir().join(name);
+        std::fs::write(&path, content).with_context(|| format!("writing {}", path.display()))?;
+        Ok(path.to_string_lossy().into_owned())
+    }
+
+    /// A configuration that uses what is installed under the stage.
+    pub fn config(&self) -> ConfigFile {
+        ConfigFile::of(&self.stage)
+    }
+
+    /// The image's root file system as a plain directory, made once.
+    ///
+    /// # Errors
+    /// When containerd does not mount the image.
+    pub fn rootfs(&self) -> Result<PathBuf> {
+        let rootfs = self.dir().join("rootfs");
+        if !rootfs.exists() {
+            let view = self.dir().join("view").to_string_lossy().into_owned();
+            std::fs::create_dir_all(&view)?;
+            self.ctr().run(&["images", "mount", IMAGE, &view], scale::container())?.success()?;
+            shell(&format!("cp -a {view} {}", rootfs.display()))?;
+            self.ctr().run(&["images", "unmount", "--rm", &view], scale::command())?.success()?;
+            std::fs::remove_dir(&view)?;
+        }
+        Ok(rootfs)
+    }
+
+    /// Lists the host, without containerd itself and our subscription to its events.
+    pub fn host(&self) -> HostSnapshot {
+        let containerd = self.containerd_pid().map(u32::cast_signed);
+        let events = self.events(|events| Ok(events.pid())).ok();
+        HostSnapshot::take(&self.stage, &[containerd, events].into_iter().flatten().collect::<Vec<_>>())
+    }
+
+    /// Length of containerd's log so far.
+    pub fn log_length(&self) -> usize {
+        std::fs::metadata(self.log_path()).map_or(0, |meta| meta.len() as usize)
+    }
+
+    /// At most `lines` last lines of containerd's log, its shims' included, from a length on.
+    pub fn log_tail(&self, from: usize, lines: usize) -> String {
+        let text = std::fs::read(self.log_path()).unwrap_or_default();
+        let text = String::from_utf8_lossy(text.get(from..).unwrap_or_default());
+        let all: Vec<&str> = text.lines().collect();
+        all[all.len().saturating_sub(lines)..].join("\n")
+    }
+
+    /// Kills containerd (its shims live on) and starts it again on the same state.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn restart_containerd(&self, signal: Signal) -> Result<()> {
+        self.stop_containerd(signal)?;
+        self.start_containerd()
+    }
+
+    /// Kills containerd, runs `act` while there is none, and starts it again.
+    ///
+    /// # Errors
+    /// What `act` returns, and when containerd does not come up.
+    pub fn without_containerd(&self, signal: Signal, act: impl FnOnce() -> Result<()>) -> Result<()> {
+        self.stop_containerd(signal)?;
+        let result = act();
+        self.start_containerd()?;
+        result
+    }
+
+    fn stop_containerd(&self, signal: Signal) -> Result<()> {
+        *self.events.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        let mut slot = self.containerd.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut child = slot.take().context("containerd is not running")?;
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(child.id().cast_signed()), signal)?;
+        child.wait().context("waiting for containerd")?;
+        Ok(())
+    }
+
+    /// Starts containerd and waits until it says it is ready (sd_notify(3)).
+    fn start_containerd(&self) -> Result<()> {
+        let notify_path = self.dir().join("notify.sock");
+        if notify_path.exists() {
+            std::fs::remove_file(&notify_path)?;
+        }
+        let notify = UnixDatagram::bind(&notify_path).context("binding the notification socket")?;
+        notify.set_read_timeout(Some(scale::seconds(30.0)))?;
+
+        let log = File::options().create(true).append(true).open(self.log_path())?;
+        let mut command = Command::new(self.stage.containerd_program("containerd"));
+        command
+            .args(["--config", &self.containerd_config_path().to_string_lossy()])
+            .env("NOTIFY_SOCKET", &notify_path)
+            .env("RVM_CONFIG", self.config_path())
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
+        // What a test put there is found before what is staged.
+        let mut path = self.wrapper_dir().into_os_string();
+        path.push(":");
+        path.push(self.stage.path_variable());
+        command.env("PATH", path);
+        let child = self.spawn(command).context("starting containerd")?;
+        *self.containerd.lock().unwrap_or_else(PoisonError::into_inner) = Some(child);
+
+        let mut buffer = [0; 256];
+        loop {
+            let count = notify
+                .recv(&mut buffer)
+                .map_err(|e| anyhow!("containerd is not ready: {e}; its log:\n{}", self.log_tail(0, 30)))?;
+            if buffer[..count].starts_with(b"READY=1") {
+                break;
+            }
+        }
+        let events = Events::subscribe(&self.ctr())?;
+        *self.events.lock().unwrap_or_else(PoisonError::into_inner) = Some(events);
+        Ok(())
+    }
+
+    fn spawn(&self, command: Command) -> Result<Child> {
+        let (sender, receiver) = channel();
+        let keeper = self.keeper.lock().unwrap_or_else(PoisonError::into_inner);
+        keeper.send((command, sender)).context("the keeper is gone")?;
+        Ok(receiver.recv().context("the keeper is gone")??)
+    }
+
+    fn log_path(&self) -> PathBuf {
+        self.dir().join("containerd.log")
+    }
+
+    fn containerd_config_path(&self) -> PathBuf {
+        self.dir().join("containerd.toml")
+    }
+
+    fn write_containerd_config(&self) -> Result<()> {
+        // CRI is not used here and takes a second of every start in the devhost.
+        let text = format!(
+            "version = 2\nroot = \"{DIR}/containerd\"\nstate = \"/run/containerd\"\n\
+             disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n[grpc]\naddress = \"{ADDRESS}\"\n"
+        );
+        std::fs::write(self.containerd_config_path(), text).context("writing containerd's configuration")
+    }
+
+    /// Kills every process that a failed case left in this world, so that the
+    /// next case starts clean. Returns what was killed.
+    pub fn sweep(&self) -> Vec<String> {
+        let ctr = self.ctr();
+        for id in ctr.list(&["containers", "ls", "-q"]) {
+            let _ = ctr.run(&["task", "kill", "-s", "SIGKILL", &id], scale::command());
+            let _ = ctr.run(&["task", "rm", "-f", &id], scale::command());
+            let _ = ctr.run(&["containers", "rm", &id], scale::command());
+        }
+        for key in ctr.list(&["snapshots", "ls"]).iter().skip(1) {
+            if let Some((key, rest)) = key.split_once(' ')
+                && rest.contains("Active")
+            {
+                let _ = ctr.run(&["snapshots", "rm", key], scale::command());
+            }
+        }
+        let mut killed = Vec::new();
+        for process in crate::host::sandbox_processes(&self.stage) {
+            let pid = nix::unistd::Pid::from_raw(process.pid);
+            if nix::sys::signal::kill(pid, Signal::SIGKILL).is_ok() {
+                killed.push(process.to_string());
+            }
+        }
+        killed
+    }
+}
+
+/// Starts the keeper; returns how to order and its mount namespace.
+fn start_keeper() -> Result<(Sender<Order>, File)> {
+    let (orders, inbox) = channel::<Order>();
+    let (ready, started) = channel();
+    std::thread::Builder::new().name("keeper".into()).spawn(move || {
+        if ready.send(private_run()).is_err() {
+            return;
+        }
+        for (mut command, answer) in inbox {
+            let die_with_us = || {
+                nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
+                Ok(())
+            };
+            // SAFETY: prctl alone runs between fork and exec.
+            unsafe { command.pre_exec(die_with_us) };
+            if answer.send(command.spawn()).is_err() {
+                return;
+            }
+        }
+    })?;
+    let namespace = started.recv().context("the keeper is gone")??;
+    Ok((orders, namespace))
+}
+
+/// Gives the calling thread a mount namespace with an empty `/run`, whose mounts
+/// are shared as on a host under systemd: a mount that escapes from a sandbox's
+/// own namespace shows.
+fn private_run() -> Result<File> {
+    unshare(CloneFlags::CLONE_NEWNS).context("making a mount namespace")?;
+    let propagation = |flag| mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | flag, None::<&str>);
+    propagation(MsFlags::MS_SLAVE).context("making mounts slaves")?;
+    mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), Some("mode=755"))
+        .context("mounting a tmpfs on /run")?;
+    propagation(MsFlags::MS_SHARED).context("making mounts shared")?;
+    File::open("/proc/thread-self/ns/mnt").context("opening the mount namespace")
+}
+
+/// Runs a shell command in the calling thread's namespace, for set-up and looking.
+///
+/// # Errors
+/// When it does not exit with 0.
+pub fn shell(script: &str) -> Result<String> {
+    let mut command = Command::new("sh");
+    command.args(["-ec", script]);
+    let finished = job::run(command, Input::Nothing, scale::command())?;
+    if finished.code() != 0 {
+        bail!("{finished}");
+    }
+    Ok(finished.text())
+}
