@@ -12,6 +12,16 @@
 //! bounded, and a malformed chain is completed with length 0 or the device
 //! stops serving; it never panics.
 
+pub mod blk;
+pub mod fs;
+pub mod ring;
+pub mod rng;
+pub mod vsock;
+pub mod worker;
+
+#[cfg(test)]
+mod test_queue;
+
 use std::io;
 use std::sync::Arc;
 
@@ -88,4 +98,12 @@ pub trait VirtioDevice: Send {
     /// Stops serving and joins the device's thread; afterwards the device can
     /// be activated again. Without effect on a device that is not active.
     fn reset(&mut self);
+}
+
+/// Answers a read of a configuration space that is `config` and zeroes beyond.
+pub fn read_config_bytes(config: &[u8], offset: u64, data: &mut [u8]) {
+    let rest = usize::try_from(offset).ok().and_then(|start| config.get(start..)).unwrap_or(&[]);
+    for (index, byte) in data.iter_mut().enumerate() {
+        *byte = rest.get(index).copied().unwrap_or(0);
+    }
 }

@@ -1,0 +1,141 @@
+//! The file behind the device.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, FileTypeExt};
+
+use rvm_protocol::vmm::DiskConfig;
+
+use super::{BlkError, SECTOR_BYTES};
+use crate::devices::virtio::ring::GuestBuffers;
+
+/// Zeroes written at once where the host cannot do it by `fallocate`.
+static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+
+/// A disk: a file, its size when it was opened, and whether it may be written.
+#[derive(Debug)]
+pub struct Disk {
+    file: File,
+    sectors: u64,
+    readonly: bool,
+}
+
+impl Disk {
+    /// Opens the configured file.
+    pub fn open(config: &DiskConfig) -> Result<Self, BlkError> {
+        let readonly = config.readonly;
+        let refused = |source| BlkError::Open { path: config.path.clone(), readonly, source };
+        let mut file = OpenOptions::new().read(true).write(!readonly).open(&config.path).map_err(refused)?;
+        let kind = file.metadata().map_err(refused)?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(BlkError::NotADisk(config.path.clone()));
+        }
+        let bytes = file.seek(SeekFrom::End(0)).map_err(refused)?;
+        if bytes < SECTOR_BYTES {
+            return Err(BlkError::TooSmall { path: config.path.clone(), bytes });
+        }
+        Ok(Self { file, sectors: bytes / SECTOR_BYTES, readonly })
+    }
+
+    /// Size in sectors; a last incomplete one is not seen.
+    pub fn sectors(&self) -> u64 {
+        self.sectors
+    }
+
+    /// Whether writes are refused.
+    pub fn readonly(&self) -> bool {
+        self.readonly
+    }
+
+    /// The byte at which a range of sectors starts, if all of it is on the disk.
+    pub fn range(&self, sector: u64, sectors: u64) -> Option<u64> {
+        let end = sector.checked_add(sectors)?;
+        // `end` is at most the size in sectors, so that bytes fit 64 bits.
+        (end <= self.sectors).then(|| sector * SECTOR_BYTES)
+    }
+
+    /// Fills all of `buffers` from byte `offset` on.
+    pub fn read(&self, mut buffers: GuestBuffers<'_>, mut offset: u64) -> io::Result<()> {
+        while !buffers.is_empty() {
+            let iovecs = buffers.iovecs();
+            let count = iovecs.len() as libc::c_int;
+            // SAFETY: the iovecs are mapped guest memory that outlives the call;
+            // guest memory may change under anyone's hands.
+            let moved =
+                unsafe { libc::preadv(self.file.as_raw_fd(), iovecs.as_ptr(), count, offset.cast_signed()) };
+            offset += advance(&mut buffers, moved, io::ErrorKind::UnexpectedEof)?;
+        }
+        Ok(())
+    }
+
+    /// Writes all of `buffers` from byte `offset` on.
+    pub fn write(&self, mut buffers: GuestBuffers<'_>, mut offset: u64) -> io::Result<()> {
+        while !buffers.is_empty() {
+            let iovecs = buffers.iovecs();
+            let count = iovecs.len() as libc::c_int;
+            // SAFETY: as for reading.
+            let moved =
+                unsafe { libc::pwritev(self.file.as_raw_fd(), iovecs.as_ptr(), count, offset.cast_signed()) };
+            offset += advance(&mut buffers, moved, io::ErrorKind::WriteZero)?;
+        }
+        Ok(())
+    }
+
+    /// Makes what was written durable.
+    pub fn flush(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    /// Gives a range back to the host; it reads as zeroes afterwards.
+    pub fn discard(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        self.allocate(libc::FALLOC_FL_PUNCH_HOLE, offset, bytes)
+    }
+
+    /// Zeroes a range, giving it back to the host where `unmap` allows that.
+    pub fn write_zeroes(&self, offset: u64, bytes: u64, unmap: bool) -> io::Result<()> {
+        let mode = if unmap { libc::FALLOC_FL_PUNCH_HOLE } else { libc::FALLOC_FL_ZERO_RANGE };
+        match self.allocate(mode, offset, bytes) {
+            Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => self.fill(offset, bytes),
+            done => done,
+        }
+    }
+
+    fn allocate(&self, mode: libc::c_int, offset: u64, bytes: u64) -> io::Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        let mode = mode | libc::FALLOC_FL_KEEP_SIZE;
+        // SAFETY: fallocate touches no memory of ours.
+        let result = unsafe {
+            libc::fallocate(self.file.as_raw_fd(), mode, offset.cast_signed(), bytes.cast_signed())
+        };
+        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+
+    fn fill(&self, mut offset: u64, bytes: u64) -> io::Result<()> {
+        let end = offset + bytes;
+        while offset < end {
+            let now = (end - offset).min(ZEROES.len() as u64);
+            self.file.write_all_at(&ZEROES[..now as usize], offset)?;
+            offset += now;
+        }
+        Ok(())
+    }
+}
+
+/// Accounts for what one system call moved: an error, nothing at all (`stuck`),
+/// or a number of bytes.
+fn advance(buffers: &mut GuestBuffers<'_>, moved: isize, stuck: io::ErrorKind) -> io::Result<u64> {
+    match usize::try_from(moved) {
+        Ok(0) => Err(stuck.into()),
+        Ok(count) => {
+            buffers.take(count);
+            Ok(count as u64)
+        }
+        Err(_) => match io::Error::last_os_error() {
+            error if error.kind() == io::ErrorKind::Interrupted => Ok(0),
+            error => Err(error),
+        },
+    }
+}

@@ -1,0 +1,37 @@
+//! The disk's thread.
+
+use std::io;
+use std::sync::Arc;
+
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::epoll::{Epoll, EpollEvent, EventSet};
+
+use super::disk::Disk;
+use super::request::execute;
+use super::{BlkError, SERIAL_BYTES};
+use crate::devices::virtio::ring::{GuestBuffers, Ring};
+use crate::devices::virtio::worker::{Handler, add};
+
+pub(super) struct BlkWorker {
+    pub(super) memory: GuestMemoryMmap,
+    pub(super) ring: Ring,
+    pub(super) disk: Arc<Disk>,
+    pub(super) serial: [u8; SERIAL_BYTES],
+}
+
+impl Handler for BlkWorker {
+    type Error = BlkError;
+
+    fn register(&mut self, epoll: &Epoll) -> io::Result<()> {
+        add(epoll, self.ring.kick(), EventSet::IN, 0)
+    }
+
+    fn handle(&mut self, _epoll: &Epoll, _ready: &[EpollEvent]) -> Result<(), BlkError> {
+        let Self { memory, ring, disk, serial } = self;
+        ring.serve(memory, |chain| match GuestBuffers::from_chain(memory, chain) {
+            Ok((readable, writable)) => execute(disk, serial, readable, writable),
+            Err(_) => 0,
+        })?;
+        Ok(())
+    }
+}

@@ -1,0 +1,78 @@
+//! The file system device as the transport sees it.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+
+use rvm_protocol::vmm::ShareConfig;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+
+use super::{DEVICE_TYPE, FsError, MAX_REQUEST_QUEUES, QUEUE_SIZE, TAG_BYTES};
+use crate::devices::virtio::{ActivateError, Activation, VirtioDevice, read_config_bytes};
+
+/// A share.
+#[derive(Debug)]
+pub struct Fs {
+    tag: [u8; TAG_BYTES],
+    root: File,
+    /// The high-priority queue and the request queues.
+    queue_sizes: Vec<u16>,
+}
+
+impl Fs {
+    /// Opens the directory; the device has one request queue and is not active.
+    pub fn new(config: &ShareConfig) -> Result<Self, FsError> {
+        let mut tag = [0; TAG_BYTES];
+        let name = config.tag.as_bytes();
+        match tag.get_mut(..name.len()) {
+            Some(place) if !name.is_empty() && !name.contains(&0) => place.copy_from_slice(name),
+            _ => return Err(FsError::Tag(config.tag.clone())),
+        }
+        let root = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_PATH | libc::O_DIRECTORY)
+            .open(&config.dir)
+            .map_err(|source| FsError::Open { path: config.dir.clone(), source })?;
+        Ok(Self { tag, root, queue_sizes: vec![QUEUE_SIZE; 2] })
+    }
+
+    /// The same with `count` request queues (1 to [`MAX_REQUEST_QUEUES`]), each
+    /// served by a thread: one per vCPU lets them wait for the host's disk
+    /// independently.
+    pub fn with_request_queues(mut self, count: u16) -> Self {
+        self.queue_sizes = vec![QUEUE_SIZE; 1 + usize::from(count.clamp(1, MAX_REQUEST_QUEUES))];
+        self
+    }
+}
+
+impl VirtioDevice for Fs {
+    fn device_type(&self) -> u32 {
+        DEVICE_TYPE
+    }
+
+    fn name(&self) -> &str {
+        "fs"
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &self.queue_sizes
+    }
+
+    fn features(&self) -> u64 {
+        1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC
+    }
+
+    /// `struct virtio_fs_config`: the tag and the number of request queues.
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let mut config = self.tag.to_vec();
+        config.extend((self.queue_sizes.len() as u32 - 1).to_le_bytes());
+        read_config_bytes(&config, offset, data);
+    }
+
+    fn activate(&mut self, _activation: Activation) -> Result<(), ActivateError> {
+        let _ = &self.root;
+        Err(ActivateError::Worker(io::ErrorKind::Unsupported.into()))
+    }
+
+    fn reset(&mut self) {}
+}

@@ -1,0 +1,37 @@
+//! virtio-fs (virtio 1.2, section 5.11): a directory tree of the host, served
+//! to the guest as a FUSE file system on the device's own threads.
+
+mod device;
+
+use std::io;
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+pub use device::Fs;
+
+/// Device type (section 5.11.1).
+pub const DEVICE_TYPE: u32 = virtio_bindings::virtio_ids::VIRTIO_ID_FS;
+/// Size of each queue.
+pub const QUEUE_SIZE: u16 = 256;
+/// Bytes of the tag in the configuration space (section 5.11.4).
+pub const TAG_BYTES: usize = 36;
+/// Request queues, and threads serving them, of one share at most.
+pub const MAX_REQUEST_QUEUES: u16 = 4;
+
+/// Why a share cannot be served.
+#[derive(Debug, Error)]
+pub enum FsError {
+    /// The configured tag is empty or too long.
+    #[error("shares: tag {0:?} must have 1 to {TAG_BYTES} bytes and no NUL")]
+    Tag(String),
+    /// The directory could not be opened.
+    #[error("shares: dir {path:?} cannot be opened as a directory")]
+    Open {
+        /// The configured path.
+        path: PathBuf,
+        /// The host's reason.
+        #[source]
+        source: io::Error,
+    },
+}

@@ -1,0 +1,358 @@
+//! A device's view of one virtqueue, and of the guest buffers in a request.
+//!
+//! Guest memory is shared with running vCPUs: what was read once is not read
+//! again, and bytes are moved by `vm-memory`'s volatile copies or by the
+//! kernel, never through Rust references.
+
+use std::sync::Arc;
+
+use thiserror::Error;
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestMemory, GuestMemoryMmap, VolatileSlice};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{ActiveQueue, Interrupt};
+
+/// Most pieces of guest memory one request may consist of; what Linux takes in
+/// one `preadv`/`pwritev` (`UIO_MAXIOV`).
+pub const MAX_PIECES: usize = 1024;
+
+/// A ring the device cannot go on with.
+#[derive(Debug, Error)]
+pub enum RingError {
+    /// The ring's own memory or indices make no sense.
+    #[error("the driver's ring is invalid")]
+    Ring(#[from] virtio_queue::Error),
+    /// The interrupt could not be raised.
+    #[error("the interrupt could not be raised")]
+    Interrupt(#[source] std::io::Error),
+}
+
+/// A request that is answered without being looked at further.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum ChainError {
+    /// A buffer is not in guest memory.
+    #[error("a buffer lies outside guest memory")]
+    OutsideMemory,
+    /// The chain loops, leaves its table, or has too many pieces.
+    #[error("the descriptor chain is malformed or has more than {MAX_PIECES} pieces")]
+    Malformed,
+    /// A device-readable buffer follows a device-writable one (section 2.7.4.2).
+    #[error("a readable buffer follows a writable one")]
+    Order,
+}
+
+/// One virtqueue in use.
+pub struct Ring {
+    queue: Queue,
+    kick: EventFd,
+    interrupt: Arc<dyn Interrupt>,
+}
+
+impl Ring {
+    /// Takes over a queue; `features` are those both sides agreed on.
+    pub fn new(active: ActiveQueue, features: u64) -> Self {
+        let ActiveQueue { mut queue, kick, interrupt } = active;
+        queue.set_event_idx(features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
+        Self { queue, kick, interrupt }
+    }
+
+    /// The event the driver signals after adding requests.
+    pub fn kick(&self) -> &EventFd {
+        &self.kick
+    }
+
+    /// Clears the kick. It is level triggered, so a kick that comes right after
+    /// is seen in the next round.
+    pub fn clear_kick(&self) {
+        // Fails only when there is nothing to clear.
+        let _ = self.kick.read();
+    }
+
+    /// Makes the worker look at this ring again in its next round.
+    pub fn kick_again(&self) {
+        // Fails only when the counter is full, and then the event is set.
+        let _ = self.kick.write(1);
+    }
+
+    /// The next request, if there is one.
+    pub fn pop<'m>(
+        &mut self,
+        memory: &'m GuestMemoryMmap,
+    ) -> Result<Option<DescriptorChain<&'m GuestMemoryMmap>>, RingError> {
+        Ok(self.queue.iter(memory)?.next())
+    }
+
+    /// Gives back the `count` requests popped last, to be popped again.
+    pub fn unpop(&mut self, count: u16) {
+        self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(count));
+    }
+
+    /// Returns a request to the driver, `len` bytes of it written.
+    pub fn push(&mut self, memory: &GuestMemoryMmap, head: u16, len: u32) -> Result<(), RingError> {
+        Ok(self.queue.add_used(memory, head, len)?)
+    }
+
+    /// Interrupts the driver if it asked for that since the last call.
+    pub fn notify(&mut self, memory: &GuestMemoryMmap) -> Result<(), RingError> {
+        if self.queue.needs_notification(memory)? {
+            self.interrupt.trigger().map_err(RingError::Interrupt)?;
+        }
+        Ok(())
+    }
+
+    /// Asks for a kick on the next request; true if one has come in already.
+    pub fn arm(&mut self, memory: &GuestMemoryMmap) -> Result<bool, RingError> {
+        Ok(self.queue.enable_notification(memory)?)
+    }
+
+    /// Asks for no more kicks while the device looks at the ring anyway.
+    pub fn disarm(&mut self, memory: &GuestMemoryMmap) -> Result<(), RingError> {
+        Ok(self.queue.disable_notification(memory)?)
+    }
+
+    /// Serves what is available, one queue full at most per call: `answer`
+    /// returns the bytes it wrote into a request. What is left over, or comes in
+    /// meanwhile, is seen in the worker's next round.
+    pub fn serve<'m>(
+        &mut self,
+        memory: &'m GuestMemoryMmap,
+        mut answer: impl FnMut(DescriptorChain<&'m GuestMemoryMmap>) -> u32,
+    ) -> Result<(), RingError> {
+        self.clear_kick();
+        self.disarm(memory)?;
+        for _ in 0..self.size() {
+            let Some(chain) = self.pop(memory)? else { break };
+            let head = chain.head_index();
+            let written = answer(chain);
+            self.push(memory, head, written)?;
+            self.notify(memory)?;
+        }
+        if self.arm(memory)? {
+            self.kick_again();
+        }
+        Ok(())
+    }
+
+    /// Requests the queue holds at most.
+    pub fn size(&self) -> u16 {
+        self.queue.size()
+    }
+}
+
+/// A sequence of guest buffers, consumed from the front.
+#[derive(Default)]
+pub struct GuestBuffers<'m> {
+    pieces: Vec<VolatileSlice<'m>>,
+    len: usize,
+}
+
+impl<'m> GuestBuffers<'m> {
+    /// The device-readable and the device-writable buffers of a request.
+    pub fn from_chain(
+        memory: &'m GuestMemoryMmap,
+        chain: DescriptorChain<&'m GuestMemoryMmap>,
+    ) -> Result<(Self, Self), ChainError> {
+        let (mut readable, mut writable) = (Self::default(), Self::default());
+        let mut unfinished = true;
+        for descriptor in chain {
+            unfinished = descriptor.has_next();
+            let side = match (descriptor.is_write_only(), writable.pieces.is_empty()) {
+                (true, _) => &mut writable,
+                (false, true) => &mut readable,
+                (false, false) => return Err(ChainError::Order),
+            };
+            for piece in memory.get_slices(descriptor.addr(), descriptor.len() as usize) {
+                let piece = piece.map_err(|_| ChainError::OutsideMemory)?;
+                if side.pieces.len() == MAX_PIECES {
+                    return Err(ChainError::Malformed);
+                }
+                side.len += piece.len();
+                side.pieces.push(piece);
+            }
+        }
+        // The iterator ends early where the chain is broken or loops.
+        if unfinished { Err(ChainError::Malformed) } else { Ok((readable, writable)) }
+    }
+
+    /// Bytes left.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether nothing is left.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Takes the first `count` bytes, or as many as there are.
+    pub fn take(&mut self, count: usize) -> Self {
+        let mut front = Self::default();
+        let mut whole = 0;
+        for piece in &self.pieces {
+            let missing = count - front.len;
+            if missing < piece.len() {
+                if let (Ok(head), Ok(tail)) = (piece.subslice(0, missing), piece.offset(missing)) {
+                    if missing > 0 {
+                        front.len += missing;
+                        front.pieces.push(head);
+                    }
+                    if let Some(first) = self.pieces.get_mut(whole) {
+                        *first = tail;
+                    }
+                }
+                break;
+            }
+            front.len += piece.len();
+            front.pieces.push(*piece);
+            whole += 1;
+        }
+        self.pieces.drain(..whole);
+        self.len -= front.len;
+        front
+    }
+
+    /// Reads and consumes exactly `N` bytes; `None` if there are fewer.
+    pub fn read<const N: usize>(&mut self) -> Option<[u8; N]> {
+        if self.len < N {
+            return None;
+        }
+        let mut bytes = [0; N];
+        let mut rest = bytes.as_mut_slice();
+        for piece in &self.take(N).pieces {
+            let (now, later) = rest.split_at_mut(piece.len().min(rest.len()));
+            piece.copy_to(now);
+            rest = later;
+        }
+        Some(bytes)
+    }
+
+    /// Appends everything to `bytes` and consumes it.
+    pub fn read_to_end(&mut self, bytes: &mut Vec<u8>) {
+        for piece in self.pieces.drain(..) {
+            let start = bytes.len();
+            bytes.resize(start + piece.len(), 0);
+            if let Some(target) = bytes.get_mut(start..) {
+                piece.copy_to(target);
+            }
+        }
+        self.len = 0;
+    }
+
+    /// Writes `bytes` to the front and consumes what was written; returns how
+    /// many bytes fitted.
+    pub fn write(&mut self, bytes: &[u8]) -> usize {
+        let target = self.take(bytes.len());
+        let mut rest = bytes;
+        for piece in &target.pieces {
+            let (now, later) = rest.split_at(piece.len().min(rest.len()));
+            // In range: the piece is at least as long as `now`.
+            let _ = piece.write_slice(now, 0);
+            rest = later;
+        }
+        target.len
+    }
+
+    /// The buffers as the kernel wants them. They stay valid as long as guest
+    /// memory does, which is what `'m` stands for.
+    pub fn iovecs(&self) -> Vec<libc::iovec> {
+        self.pieces
+            .iter()
+            .map(|piece| libc::iovec {
+                iov_base: piece.ptr_guard_mut().as_ptr().cast(),
+                iov_len: piece.len(),
+            })
+            .collect()
+    }
+
+    /// Appends the buffers of `other`.
+    pub fn extend(&mut self, other: &Self) {
+        self.pieces.extend_from_slice(&other.pieces);
+        self.len += other.len;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
+    use virtio_queue::desc::{RawDescriptor, split::Descriptor};
+    use virtio_queue::mock::MockSplitQueue;
+    use vm_memory::GuestAddress;
+
+    use super::*;
+
+    const WRITE: u16 = VRING_DESC_F_WRITE as u16;
+    const NEXT: u16 = VRING_DESC_F_NEXT as u16;
+
+    fn memory() -> GuestMemoryMmap {
+        // Two regions that touch: a buffer may lie across them.
+        GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x8000), (GuestAddress(0x8000), 0x8000)]).unwrap()
+    }
+
+    fn parse<'m>(
+        memory: &'m GuestMemoryMmap,
+        descriptors: &[(u64, u32, u16, u16)],
+    ) -> Result<(GuestBuffers<'m>, GuestBuffers<'m>), ChainError> {
+        let mock = MockSplitQueue::new(memory, 16);
+        let raw: Vec<RawDescriptor> = descriptors
+            .iter()
+            .map(|&(addr, len, flags, next)| Descriptor::new(addr, len, flags, next).into())
+            .collect();
+        mock.add_desc_chains(&raw, 0).unwrap();
+        let mut queue: Queue = mock.create_queue().unwrap();
+        let chain = queue.iter(memory).unwrap().next().unwrap();
+        GuestBuffers::from_chain(memory, chain)
+    }
+
+    #[test]
+    fn buffers_are_split_where_asked_also_across_regions() {
+        let memory = memory();
+        let (mut readable, mut writable) =
+            parse(&memory, &[(0x7ffe, 4, NEXT, 1), (0x1000, 3, NEXT | WRITE, 2), (0x2000, 3, WRITE, 0)])
+                .unwrap();
+        assert_eq!((readable.len(), writable.len()), (4, 6));
+        memory.write_slice(b"abcd", GuestAddress(0x7ffe)).unwrap();
+        assert_eq!(&readable.read::<3>().unwrap(), b"abc");
+        assert!(readable.read::<2>().is_none());
+        let mut rest = Vec::new();
+        readable.read_to_end(&mut rest);
+        assert_eq!(rest, b"d");
+
+        assert_eq!(writable.write(b"12345"), 5);
+        assert_eq!(writable.write(b"678"), 1);
+        let mut seen = [0; 3];
+        memory.read_slice(&mut seen, GuestAddress(0x2000)).unwrap();
+        assert_eq!(&seen, b"456");
+        assert!(writable.is_empty());
+    }
+
+    #[test]
+    fn malformed_chains_are_refused() {
+        let memory = memory();
+        // A loop.
+        assert_eq!(
+            parse(&memory, &[(0x1000, 1, NEXT, 1), (0x1000, 1, NEXT, 0)]).err(),
+            Some(ChainError::Malformed)
+        );
+        // Out of the table.
+        assert_eq!(parse(&memory, &[(0x1000, 1, NEXT, 99)]).err(), Some(ChainError::Malformed));
+        // Out of memory, also where the end would overflow.
+        assert_eq!(parse(&memory, &[(0xfff0, 0x20, 0, 0)]).err(), Some(ChainError::OutsideMemory));
+        assert_eq!(parse(&memory, &[(u64::MAX - 1, 0x20, 0, 0)]).err(), Some(ChainError::OutsideMemory));
+        assert_eq!(
+            parse(&memory, &[(0x1000, 1, NEXT | WRITE, 1), (0x1000, 1, 0, 0)]).err(),
+            Some(ChainError::Order)
+        );
+    }
+
+    #[test]
+    fn take_may_ask_for_more_than_there_is() {
+        let memory = memory();
+        let (mut readable, _) = parse(&memory, &[(0x1000, 8, 0, 0)]).unwrap();
+        assert_eq!(readable.take(5).len(), 5);
+        assert_eq!(readable.take(5).len(), 3);
+        assert_eq!(readable.take(5).len(), 0);
+        assert!(readable.iovecs().is_empty());
+    }
+}

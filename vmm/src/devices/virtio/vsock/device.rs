@@ -1,0 +1,76 @@
+//! The socket device as the transport sees it.
+
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use rvm_protocol::vmm::VsockConfig;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+
+use super::{DEVICE_TYPE, PORT_SUFFIX_BYTES, QUEUE_SIZES, SUN_PATH_BYTES, VsockError};
+use crate::devices::virtio::{ActivateError, Activation, VirtioDevice, read_config_bytes};
+
+/// The socket device.
+#[derive(Debug)]
+pub struct Vsock {
+    guest_cid: u32,
+    socket: PathBuf,
+    listener: Arc<UnixListener>,
+}
+
+impl Vsock {
+    /// Creates the Unix socket; the device is not active.
+    pub fn new(config: &VsockConfig) -> Result<Self, VsockError> {
+        if config.guest_cid < 3 || config.guest_cid == u32::MAX {
+            return Err(VsockError::Cid(config.guest_cid));
+        }
+        let path = &config.socket;
+        if path.as_os_str().as_bytes().len() > SUN_PATH_BYTES - PORT_SUFFIX_BYTES {
+            return Err(VsockError::PathTooLong { path: path.clone() });
+        }
+        let refused = |source| VsockError::Bind { path: path.clone(), source };
+        let listener = UnixListener::bind(path).map_err(refused)?;
+        listener.set_nonblocking(true).map_err(refused)?;
+        Ok(Self { guest_cid: config.guest_cid, socket: path.clone(), listener: Arc::new(listener) })
+    }
+}
+
+impl Drop for Vsock {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_file(&self.socket) {
+            log::warn!("vsock: socket {:?} cannot be removed: {error}", self.socket);
+        }
+    }
+}
+
+impl VirtioDevice for Vsock {
+    fn device_type(&self) -> u32 {
+        DEVICE_TYPE
+    }
+
+    fn name(&self) -> &str {
+        "vsock"
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC
+    }
+
+    /// `struct virtio_vsock_config`: the guest's CID.
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        read_config_bytes(&u64::from(self.guest_cid).to_le_bytes(), offset, data);
+    }
+
+    fn activate(&mut self, _activation: Activation) -> Result<(), ActivateError> {
+        let _ = &self.listener;
+        Err(ActivateError::Worker(io::ErrorKind::Unsupported.into()))
+    }
+
+    fn reset(&mut self) {}
+}
