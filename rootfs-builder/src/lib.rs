@@ -3,3 +3,6 @@
 
 pub mod cpio;
 pub mod debian;
+pub mod image;
+pub mod initramfs;
+pub mod layer;

@@ -1,8 +1,124 @@
 //! Builds what the other tasks need: binaries, guest kernel, initramfs, images.
 
-use std::path::PathBuf;
+use std::collections::HashSet;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
+use guest_kernel::{BuildOptions, Flavour};
+use rootfs_builder::image::Image;
+use rootfs_builder::{debian, initramfs, layer};
+
+use crate::packages::{self, Purpose};
+use crate::progress::Step;
+
+/// The host's programs, by cargo package.
+const HOST_PACKAGES: &[&str] = &["rvm-shim", "rvm-vmm", "rvmctl"];
+/// The agent is linked statically: the guest has no libraries.
+const AGENT_PACKAGE: &str = "rvm-agent";
+const AGENT_TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// What [`busybox_image`] is called once imported.
+pub const BUSYBOX_NAME: &str = "rvm.local/busybox:latest";
+
+/// How the programs are compiled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Profile {
+    /// What the demo and tests run.
+    Fast,
+    /// What is installed and measured.
+    Release,
+}
+
+impl Profile {
+    /// cargo's name of it, which is that of the directory below the target directory as well.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Fast => "fast",
+            Self::Release => "release",
+        }
+    }
+}
+
+/// Everything rvm consists of, built.
+#[derive(Clone, Debug)]
+pub struct Artifacts {
+    /// `containerd-shim-rvm-v2`.
+    pub shim: PathBuf,
+    /// `rvmctl`.
+    pub rvmctl: PathBuf,
+    /// `rvm-vmm`.
+    pub monitor: PathBuf,
+    /// `rvm-agent`, static; it is in the initramfs.
+    pub agent: PathBuf,
+    /// The guest kernel, `vmlinux`.
+    pub kernel: PathBuf,
+    /// Its version as `uname -r` says it.
+    pub kernel_version: String,
+    /// The guest's initramfs.
+    pub initramfs: PathBuf,
+}
+
+/// Builds everything in `profile`; quick when nothing changed.
+pub fn artifacts(profile: Profile) -> Result<Artifacts> {
+    packages::ensure(&[Purpose::Build, Purpose::GuestKernel])?;
+    let binaries = target_dir().join(profile.as_str());
+    cargo_build("Compiling the host's programs", profile, HOST_PACKAGES, |_| {})?;
+    let agent = agent(profile)?;
+    let initramfs = target_dir().join("rvm").join(profile.as_str()).join("initramfs.cpio");
+    let content = initramfs::build(&fs::read(&agent).with_context(|| format!("read {}", agent.display()))?)?;
+    write_if_changed(&initramfs, &content)?;
+    let kernel = kernel(Flavour::Rvm)?;
+    Ok(Artifacts {
+        shim: binaries.join("containerd-shim-rvm-v2"),
+        rvmctl: binaries.join("rvmctl"),
+        monitor: binaries.join("rvm-vmm"),
+        agent,
+        kernel: kernel.vmlinux,
+        kernel_version: kernel.version,
+        initramfs,
+    })
+}
+
+/// The guest kernel of a flavour, from the cache or compiled.
+pub fn kernel(flavour: Flavour) -> Result<guest_kernel::Kernel> {
+    packages::ensure(&[Purpose::GuestKernel])?;
+    let step = Step::start(format!("Guest kernel ({})", flavour.as_str()));
+    let kernel = guest_kernel::build(&BuildOptions {
+        cache_dir: cache_dir()?,
+        jobs: std::thread::available_parallelism().map_or(1, usize::from),
+        flavour,
+        refresh: false,
+        progress: &|doing, fraction| step.at(fraction, doing.as_str()),
+    })?;
+    step.done(&kernel.version);
+    Ok(kernel)
+}
+
+/// A busybox image as an OCI archive for `ctr images import`; its reference is [`BUSYBOX_NAME`].
+pub fn busybox_image() -> Result<PathBuf> {
+    let path = target_dir().join("rvm").join("busybox.oci.tar");
+    let archive = Image::new(BUSYBOX_NAME, vec![layer::busybox(&busybox()?)?]).archive()?;
+    write_if_changed(&path, &archive)?;
+    Ok(path)
+}
+
+/// Debian's statically linked busybox, not installed.
+pub fn busybox() -> Result<PathBuf> {
+    let cache = debian_cache_dir()?;
+    if !cache.join("busybox-static").exists() {
+        packages::ensure_known("busybox-static")?;
+    }
+    let tree = debian::fetch("busybox-static", &cache)?;
+    for path in ["bin/busybox", "usr/bin/busybox"] {
+        if tree.join(path).is_file() {
+            return Ok(tree.join(path));
+        }
+    }
+    bail!("package busybox-static has no busybox (unpacked in {})", tree.display())
+}
 
 /// The checkout this xtask was built from.
 pub fn workspace_dir() -> PathBuf {
@@ -25,4 +141,111 @@ pub fn cache_dir() -> Result<PathBuf> {
         None => PathBuf::from(std::env::var_os("HOME").context("HOME is not set")?).join(".cache"),
     };
     Ok(base.join("rvm"))
+}
+
+/// Where Debian packages are unpacked that are not to be installed.
+pub fn debian_cache_dir() -> Result<PathBuf> {
+    Ok(cache_dir()?.join("debian"))
+}
+
+/// Compiles cargo packages' programs, with a bar. `configure` may add to the command.
+pub fn cargo_build(
+    name: &str,
+    profile: Profile,
+    packages: &[&str],
+    configure: impl FnOnce(&mut Command),
+) -> Result<()> {
+    let step = Step::start(name);
+    let total = crates(packages)?;
+    let mut command = cargo("build");
+    command.args(["--quiet", "--profile", profile.as_str(), "--bins"]);
+    command.args(["--message-format", "json-render-diagnostics"]);
+    for package in packages {
+        command.args(["--package", package]);
+    }
+    configure(&mut command);
+    let mut child =
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().context("start cargo build")?;
+    let mut stderr = child.stderr.take().context("cargo's stderr")?;
+    let diagnostics = std::thread::spawn(move || {
+        let mut text = Vec::new();
+        let _ = stderr.read_to_end(&mut text);
+        String::from_utf8_lossy(&text).into_owned()
+    });
+
+    #[derive(serde::Deserialize)]
+    struct Message {
+        reason: String,
+        package_id: Option<String>,
+    }
+    let mut built = HashSet::new();
+    let stdout = child.stdout.take().context("cargo's stdout")?;
+    for line in BufReader::new(stdout).lines() {
+        let line = line?;
+        let Ok(Message { reason, package_id: Some(id) }) = serde_json::from_str(&line) else { continue };
+        if reason == "compiler-artifact" {
+            let crate_name = id.rsplit(['/', '#']).next().unwrap_or_default().to_owned();
+            built.insert(id);
+            step.at(built.len() as f64 / total.max(built.len()) as f64, crate_name);
+        }
+    }
+    let status = child.wait()?;
+    let diagnostics = diagnostics.join().unwrap_or_default();
+    if !status.success() {
+        bail!("cargo build failed ({status}):\n{diagnostics}");
+    }
+    step.done("");
+    Ok(())
+}
+
+/// Compiles the agent. Returns its path.
+fn agent(profile: Profile) -> Result<PathBuf> {
+    // Naming the target keeps the flags away from build scripts and procedural macros.
+    let mut flags = std::env::var("RUSTFLAGS").unwrap_or_default();
+    flags.push_str(" -C target-feature=+crt-static");
+    let target_dir = target_dir().join("agent");
+    cargo_build("Compiling the agent", profile, &[AGENT_PACKAGE], |command| {
+        command.env("RUSTFLAGS", flags.trim()).args(["--target", AGENT_TARGET]);
+        command.arg("--target-dir").arg(&target_dir);
+    })?;
+    Ok(target_dir.join(AGENT_TARGET).join(profile.as_str()).join("rvm-agent"))
+}
+
+/// How many crates go into `packages`.
+fn crates(packages: &[&str]) -> Result<usize> {
+    let mut command = cargo("tree");
+    command.args(["--prefix", "none", "--format", "{p}", "--no-dedupe", "--edges", "normal,build"]);
+    for package in packages {
+        command.args(["--package", package]);
+    }
+    let output = command.output().context("run cargo tree")?;
+    if !output.status.success() {
+        bail!("cargo tree failed:\n{}", String::from_utf8_lossy(&output.stderr));
+    }
+    let text = String::from_utf8_lossy(&output.stdout);
+    Ok(text.lines().filter(|line| !line.is_empty()).collect::<HashSet<_>>().len())
+}
+
+fn cargo(subcommand: &str) -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.arg(subcommand).current_dir(workspace_dir());
+    command
+}
+
+/// Replaces a file as a whole, and only when it differs: what is made from it
+/// in turn sees by its times whether it must be made anew.
+fn write_if_changed(path: &Path, content: &[u8]) -> Result<()> {
+    if File::open(path).is_ok_and(|file| same(file, content)) {
+        return Ok(());
+    }
+    let dir = path.parent().context("a path with a parent")?;
+    fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
+    let partial = dir.join(format!(".partial.{}", std::process::id()));
+    fs::write(&partial, content).with_context(|| format!("write {}", partial.display()))?;
+    fs::rename(&partial, path).with_context(|| format!("move {} into place", path.display()))
+}
+
+fn same(mut file: File, content: &[u8]) -> bool {
+    let mut present = Vec::with_capacity(content.len());
+    file.read_to_end(&mut present).is_ok() && present == content
 }

@@ -28,9 +28,7 @@ impl Purpose {
         match self {
             // The linker and C library of Rust's gnu target; the static libc is part of libc6-dev.
             Self::Build => &["gcc", "libc6-dev"],
-            Self::GuestKernel => {
-                &["bc", "bison", "flex", "gcc", "libc6-dev", "libelf-dev", "libssl-dev", "make", "xz-utils"]
-            }
+            Self::GuestKernel => guest_kernel::BUILD_PACKAGES,
             Self::Containers => &["containerd", "e2fsprogs", "runc", "util-linux"],
             Self::Devhost => &["e2fsprogs", "kmod", "qemu-system-x86", "xz-utils"],
             Self::Bench => &["qemu-system-x86"],

@@ -8,18 +8,17 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use rootfs_builder::cpio::CpioWriter;
-use rootfs_builder::debian;
 use sha2::{Digest, Sha256};
 
 use super::kernel::Kernel;
-use crate::packages;
+use crate::build;
 
 /// PID 1.
 const INIT: &[u8] = include_bytes!("init.sh");
 
 /// The initramfs common to all runs, from `cache` if it is there.
-pub fn initramfs(kernel: &Kernel, debian_cache: &Path, cache: &Path) -> Result<PathBuf> {
-    let busybox = busybox(debian_cache)?;
+pub fn initramfs(kernel: &Kernel, cache: &Path) -> Result<PathBuf> {
+    let busybox = fs::read(build::busybox()?)?;
     let mut hash = Sha256::new();
     for part in [kernel.package.as_bytes(), Kernel::modules_key().as_bytes(), INIT, &busybox] {
         hash.update((part.len() as u64).to_le_bytes());
@@ -53,18 +52,6 @@ fn write_initramfs(kernel: &Kernel, busybox: &[u8], out: File) -> Result<()> {
     cpio.file("modules/order", 0o644, order.as_bytes())?;
     cpio.finish()?;
     Ok(())
-}
-
-/// A static busybox.
-fn busybox(cache: &Path) -> Result<Vec<u8>> {
-    packages::ensure_known("busybox-static")?;
-    let tree = debian::fetch("busybox-static", cache)?;
-    for path in ["bin/busybox", "usr/bin/busybox"] {
-        if let Ok(content) = fs::read(tree.join(path)) {
-            return Ok(content);
-        }
-    }
-    anyhow::bail!("package busybox-static has no busybox (unpacked in {})", tree.display())
 }
 
 /// What differs from run to run.

@@ -164,9 +164,8 @@ impl Devhost {
             bail!("another devhost runs with this target directory ({})", dir.display());
         }
         let cache = build::cache_dir()?;
-        let debian = cache.join("debian");
-        let kernel = kernel::Kernel::fetch(&debian)?;
-        let initramfs = image::initramfs(&kernel, &debian, &cache.join("devhost"))?;
+        let kernel = kernel::Kernel::fetch(&build::debian_cache_dir()?)?;
+        let initramfs = image::initramfs(&kernel, &cache.join("devhost"))?;
         Ok(Self { options, kernel: kernel.image, initramfs, dir, _lock: lock })
     }
 
