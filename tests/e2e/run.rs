@@ -149,8 +149,6 @@ fn user_groups_and_hostname_of_the_spec() {
         let text = finished.text();
         let lines: Vec<&str> = text.lines().collect();
         ensure!(lines == ["own-name", "1234", "5678", "5678 7 8", "/tmp", "x"], "{finished}");
-        // What the container wrote is its own, not the directory's.
-        ensure!(!world.rootfs()?.join("tmp/y").exists(), "the container wrote into the host's directory");
         Ok(())
     });
 }
