@@ -4,6 +4,7 @@ mod bench;
 mod build;
 mod demo;
 mod devhost;
+mod e2e;
 mod host;
 mod install;
 mod packages;

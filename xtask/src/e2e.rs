@@ -1,0 +1,125 @@
+//! What demo, tests and bench have in common: an installation of their own, the
+//! image, and a program of `tests/` that runs where KVM can run a kernel.
+
+use std::ffi::OsString;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result};
+
+use crate::build::{self, Profile};
+use crate::devhost::{self, Devhost};
+use crate::host::Host;
+use crate::install;
+use crate::packages::{self, Purpose};
+
+/// Ready to run.
+pub struct Prepared {
+    /// Where containers can run.
+    pub host: Host,
+    env: Vec<(OsString, OsString)>,
+}
+
+/// Where a program's streams go.
+pub enum Output<'a> {
+    /// To this process's own.
+    Inherit,
+    /// To its terminal, which becomes the program's.
+    Terminal,
+    /// Line by line to the callback, both streams.
+    Lines(&'a mut dyn FnMut(&str)),
+}
+
+impl Prepared {
+    /// Installs missing packages, builds everything, stages it.
+    pub fn new(profile: Profile) -> Result<Self> {
+        let host = Host::detect();
+        let mut purposes = vec![Purpose::Build, Purpose::GuestKernel, Purpose::Containers];
+        if host != Host::Hardware {
+            purposes.push(Purpose::Devhost);
+        }
+        packages::ensure(&purposes)?;
+        let dir = build::target_dir().join("rvm").join("stage").join(profile.as_str());
+        let stage = install::stage(&dir, profile, &[])?;
+        let image = build::busybox_image()?;
+        // The names are those of tests/src/stage.rs.
+        let env = vec![
+            ("RVM_STAGE".into(), stage.prefix.into_os_string()),
+            ("RVM_TEST_IMAGE".into(), image.into_os_string()),
+        ];
+        Ok(Self { host, env })
+    }
+
+    /// Sets an environment variable of every program.
+    pub fn set(&mut self, name: &str, value: impl Into<OsString>) {
+        self.env.push((name.into(), value.into()));
+    }
+
+    /// Runs a program as root where KVM can run a kernel: here or in the
+    /// devhost. Returns its exit code.
+    pub fn run_with_kvm(&self, program: &Path, arguments: &[String], output: Output<'_>) -> Result<i32> {
+        if self.host == Host::Hardware {
+            return self.run_here(program, arguments, output);
+        }
+        let devhost = Devhost::new(devhost::Options::default())?;
+        let argv = std::iter::once(program.into()).chain(arguments.iter().map(OsString::from));
+        let mut command = devhost::Command::new::<OsString>(argv);
+        for (name, value) in &self.env {
+            command = command.env(name, value);
+        }
+        match output {
+            Output::Inherit => devhost.run(&command, devhost::Stdio::Inherit),
+            Output::Terminal => devhost.run(&command, devhost::Stdio::Terminal),
+            Output::Lines(callback) => {
+                devhost.run(&command, devhost::Stdio::Lines(&mut |_, line| callback(line)))
+            }
+        }
+    }
+
+    /// Runs a program as root on this machine. Returns its exit code.
+    pub fn run_here(&self, program: &Path, arguments: &[String], output: Output<'_>) -> Result<i32> {
+        let mut command = if nix::unistd::geteuid().is_root() {
+            let mut command = Command::new(program);
+            command.envs(self.env.iter().map(|(name, value)| (name, value)));
+            command
+        } else {
+            let mut command = Command::new("sudo");
+            command.arg("env");
+            for (name, value) in &self.env {
+                let mut assignment = name.clone();
+                assignment.push("=");
+                assignment.push(value);
+                command.arg(assignment);
+            }
+            command.arg(program);
+            command
+        };
+        command.args(arguments).env("PATH", packages::path_with_sbin());
+        let failed = || format!("run {}", program.display());
+        let status = match output {
+            Output::Inherit | Output::Terminal => command.status().with_context(failed)?,
+            Output::Lines(callback) => lines(command, callback).with_context(failed)?,
+        };
+        Ok(status.code().unwrap_or(1))
+    }
+}
+
+/// Runs a command, both of its streams line by line to the callback.
+pub fn lines(mut command: Command, callback: &mut dyn FnMut(&str)) -> Result<std::process::ExitStatus> {
+    let (reader, writer) = std::io::pipe()?;
+    command.stdin(Stdio::null()).stdout(writer.try_clone()?).stderr(writer);
+    let mut child = command.spawn()?;
+    // The command's copies of the pipe's end would keep it open.
+    drop(command);
+    for line in BufReader::new(reader).split(b'\n') {
+        callback(&String::from_utf8_lossy(&line?));
+    }
+    Ok(child.wait()?)
+}
+
+/// A program of `tests/`, built.
+pub fn program(name: &str, profile: Profile) -> Result<PathBuf> {
+    build::cargo_build("Compiling the programs of tests/", profile, &["rvm-tests"], |_| {})?;
+    Ok(build::target_dir().join(profile.as_str()).join(name))
+}
