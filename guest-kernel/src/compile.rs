@@ -19,7 +19,7 @@ pub struct Built {
 /// A point release changes it by a few.
 fn expected_steps(flavour: Flavour) -> f64 {
     match flavour {
-        Flavour::Rvm => 1900.0,
+        Flavour::Rvm | Flavour::RvmMmio => 1900.0,
         Flavour::Trial => 1500.0,
     }
 }
