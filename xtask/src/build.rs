@@ -238,6 +238,11 @@ fn write_if_changed(path: &Path, content: &[u8]) -> Result<()> {
     if File::open(path).is_ok_and(|file| same(file, content)) {
         return Ok(());
     }
+    write_whole(path, content)
+}
+
+/// Writes a file that is never seen half written.
+pub fn write_whole(path: &Path, content: &[u8]) -> Result<()> {
     let dir = path.parent().context("a path with a parent")?;
     fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
     let partial = dir.join(format!(".partial.{}", std::process::id()));

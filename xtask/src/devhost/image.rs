@@ -29,29 +29,27 @@ pub fn initramfs(kernel: &Kernel, cache: &Path) -> Result<PathBuf> {
     if path.exists() {
         return Ok(path);
     }
-    fs::create_dir_all(cache)?;
-    let partial = cache.join(format!(".initramfs-{key}.{}", std::process::id()));
-    write_initramfs(kernel, &busybox, File::create(&partial)?)?;
-    fs::rename(&partial, &path)?;
+    build::write_whole(&path, &write_initramfs(kernel, &busybox)?)?;
     Ok(path)
 }
 
-fn write_initramfs(kernel: &Kernel, busybox: &[u8], out: File) -> Result<()> {
-    let mut cpio = CpioWriter::new(std::io::BufWriter::new(out));
+fn write_initramfs(kernel: &Kernel, busybox: &[u8]) -> Result<Vec<u8>> {
+    let mut cpio = CpioWriter::new(Vec::new());
     for dir in ["bin", "dev", "modules"] {
         cpio.dir(dir, 0o755)?;
     }
     cpio.char_device("dev/console", 0o600, 5, 1)?;
     cpio.file("init", 0o755, INIT)?;
     cpio.file("bin/busybox", 0o755, busybox)?;
-    let mut order = String::new();
-    for module in kernel.modules()? {
-        cpio.file(&format!("modules/{}", module.name), 0o644, &module.content)?;
-        order.push_str(&format!("{} {}\n", module.name, module.options));
+    for (list, modules) in ["root", "more"].into_iter().zip(kernel.modules()?) {
+        let mut order = String::new();
+        for module in modules {
+            cpio.file(&format!("modules/{}", module.name), 0o644, &module.content)?;
+            order.push_str(&format!("{}\n", module.name));
+        }
+        cpio.file(&format!("modules/{list}"), 0o644, order.as_bytes())?;
     }
-    cpio.file("modules/order", 0o644, order.as_bytes())?;
-    cpio.finish()?;
-    Ok(())
+    Ok(cpio.finish()?)
 }
 
 /// What differs from run to run.

@@ -30,20 +30,24 @@ port() {
 # mount_tmpfs DIR OPTIONS
 mount_tmpfs() { mkdir -p "$1" && mount -t tmpfs -o "$2" tmpfs "$1"; }
 
+insert_modules() {
+    while read -r module; do
+        insmod "/modules/$module" || echo "devhost: cannot insert $module" >/dev/console
+    done <"/modules/$1"
+}
+
 assemble_root() {
-    /bin/busybox mkdir -p /proc /sys /dev /run /host /new
+    /bin/busybox mkdir -p /proc /sys /dev /run /new
     /bin/busybox --install /bin
     mount -t devtmpfs -o mode=755 devtmpfs /dev
     mount -t proc proc /proc
     mount -t sysfs sysfs /sys
-
-    while read -r module options; do
-        # shellcheck disable=SC2086  # options are words
-        insmod "/modules/$module" $options || echo "devhost: cannot insert $module" >/dev/console
-    done </modules/order
+    insert_modules root
+    insert_modules more &
+    more=$!
 
     mount_tmpfs /run mode=755,size=50%
-    mkdir -p $stage /run/devhost/out $stage/host $stage/upper
+    mkdir -p $stage/out $stage/host $stage/upper $stage/bin /run/lock
     cp /bin/busybox /init $stage/
     cp -r /run.d $stage/run
 
@@ -61,20 +65,23 @@ assemble_root() {
     mount -t overlay -o lowerdir=$lower,upperdir=$stage/upper/upper,workdir=$stage/upper/work overlay /new ||
         fail "cannot mount the root overlay"
 
-    mkdir -p /new/dev /new/proc /new/sys /new/run /new/tmp
-    mount --move /dev /new/dev
-    mount --move /proc /new/proc
-    mount --move /sys /new/sys
-    mount --move /run /new/run
-    exec switch_root /new $stage/busybox sh $stage/init run
-}
+    mount_tmpfs /new/tmp mode=1777,size=75%
+    # Directories of the machine that lie below what is fresh here.
+    while read -r dir; do
+        case $dir in
+        /tmp/*) mkdir -p "/new$dir" && mount --bind "$stage/host$dir" "/new$dir" ;;
+        /run/*) mkdir -p "$dir" && mount --bind "$stage/host$dir" "$dir" ;;
+        esac || fail "cannot show $dir"
+    done <$stage/run/visible
 
-finish_root() {
-    mount -t tmpfs -o mode=1777,size=75% tmpfs /tmp
-    mkdir -p /dev/pts /dev/shm /dev/mqueue /run/lock
+    mkdir -p /dev/pts /dev/shm /dev/mqueue /dev/net
     mount -t devpts -o mode=620,gid=5,ptmxmode=666 devpts /dev/pts
     mount -t tmpfs -o mode=1777 tmpfs /dev/shm
     mount -t mqueue mqueue /dev/mqueue
+    ln -sfn /proc/self/fd /dev/fd
+    ln -sfn fd/0 /dev/stdin
+    ln -sfn fd/1 /dev/stdout
+    ln -sfn fd/2 /dev/stderr
     mount -t cgroup2 cgroup2 /sys/fs/cgroup || fail "cannot mount cgroup2"
     for controller in $(cat /sys/fs/cgroup/cgroup.controllers); do
         echo "+$controller" >/sys/fs/cgroup/cgroup.subtree_control
@@ -82,24 +89,18 @@ finish_root() {
     mount -t debugfs debugfs /sys/kernel/debug
     mount -t securityfs securityfs /sys/kernel/security
     mount -t bpf bpf /sys/fs/bpf
-    ln -sfn /proc/self/fd /dev/fd
-    ln -sfn fd/0 /dev/stdin
-    ln -sfn fd/1 /dev/stdout
-    ln -sfn fd/2 /dev/stderr
-    # Nodes whose modules are there but which udev would make or open up.
-    mkdir -p /dev/net
-    [ -c /dev/net/tun ] || mknod /dev/net/tun c 10 200
-    chmod 666 /dev/net/tun /dev/fuse
     hostname devhost
     ip link set lo up
     echo 1 >/proc/sys/net/ipv4/ip_forward
-    # Directories of the machine that lie below what is fresh here.
-    while read -r dir; do
-        case $dir in /tmp/* | /run/* | /dev/shm/*)
-            mkdir -p "$dir" && mount --bind "$stage/host$dir" "$dir" || fail "cannot show $dir"
-            ;;
-        esac
-    done <$stage/run/visible
+
+    wait $more
+    # udev would open these up.
+    chmod 666 /dev/net/tun /dev/fuse
+    for dir in dev proc sys run; do
+        mkdir -p /new/$dir
+        mount --move /$dir /new/$dir
+    done
+    exec switch_root /new $stage/busybox sh $stage/init run
 }
 
 run_command() {
@@ -137,10 +138,8 @@ if [ "$1" != run ]; then
     assemble_root
 fi
 
-mkdir -p $stage/bin
 $stage/busybox --install $stage/bin
 export PATH=$stage/bin
-finish_root
 control=$(port rvm.control)
 exec 3<>"$control"
 control=/proc/self/fd/3

@@ -8,37 +8,40 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 use rootfs_builder::debian;
 
-/// Modules inserted at boot, dependencies resolved, with their options. First
-/// what the root needs, then what rvm and its peers need.
-const MODULES: &[(&str, &str)] = &[
-    // Root and the way to the outside.
-    ("virtio_pci", ""),
-    ("9pnet_virtio", ""),
-    ("9p", ""),
-    ("overlay", ""),
-    ("virtio_blk", ""),
-    ("crc32c_generic", ""),
-    ("ext4", ""),
-    ("virtio_console", ""),
-    ("virtio_rng", ""),
-    // KVM and what monitors attach to it.
-    ("kvm_amd", "nested=0"),
-    ("tun", ""),
-    ("vhost_net", ""),
-    ("vhost_vsock", ""),
-    // Container networks, file systems and images.
-    ("veth", ""),
-    ("bridge", ""),
-    ("loop", ""),
-    ("fuse", ""),
-    ("erofs", ""),
-    ("squashfs", ""),
+use super::vmlinux;
+use crate::build;
+
+/// Modules the root and the way to the outside need.
+const ROOT_MODULES: &[&str] = &[
+    "virtio_pci",
+    "9pnet_virtio",
+    "9p",
+    "overlay",
+    "virtio_blk",
+    "crc32c_generic",
+    "ext4",
+    "virtio_console",
+];
+
+/// Modules that rvm, its peers and containers need; inserted while the root is put together.
+const MODULES: &[&str] = &[
+    "kvm_amd",
+    "tun",
+    "vhost_net",
+    "vhost_vsock",
+    "veth",
+    "bridge",
+    "loop",
+    "fuse",
+    "erofs",
+    "squashfs",
+    "virtio_rng",
 ];
 
 /// An unpacked kernel package.
 pub struct Kernel {
-    /// The kernel image QEMU loads.
-    pub image: PathBuf,
+    /// The kernel as Debian has it, compressed.
+    image: PathBuf,
     /// `lib/modules/VERSION` of the package.
     modules: PathBuf,
     /// Name of the package, version included.
@@ -47,10 +50,8 @@ pub struct Kernel {
 
 /// One module in the order of insertion.
 pub struct Module {
-    /// File name below the initramfs's `modules/`.
+    /// File name.
     pub name: String,
-    /// Module options, words as `insmod` takes them.
-    pub options: &'static str,
     /// The module, uncompressed.
     pub content: Vec<u8>,
 }
@@ -88,39 +89,42 @@ impl Kernel {
         Ok(Self { image, modules, package })
     }
 
-    /// The modules to insert, in an order in which each finds its dependencies.
-    pub fn modules(&self) -> Result<Vec<Module>> {
+    /// The uncompressed kernel, for QEMU's `-kernel`; from `cache` if it is there.
+    pub fn vmlinux(&self, cache: &Path) -> Result<PathBuf> {
+        let path = cache.join(format!("vmlinux-{}", self.package));
+        if !path.exists() {
+            let image = fs::read(&self.image).with_context(|| format!("read {}", self.image.display()))?;
+            let vmlinux =
+                vmlinux::extract(&image).with_context(|| format!("unpack {}", self.image.display()))?;
+            build::write_whole(&path, &vmlinux)?;
+        }
+        Ok(path)
+    }
+
+    /// The modules to insert before and after the root can be mounted, in an
+    /// order in which each finds its dependencies.
+    pub fn modules(&self) -> Result<[Vec<Module>; 2]> {
         let text = fs::read_to_string(self.modules.join("modules.dep"))?;
         let index = DependencyIndex::parse(&text);
         let builtin = fs::read_to_string(self.modules.join("modules.builtin"))?;
-        let builtin: HashSet<String> = builtin.lines().map(module_name).collect();
-
-        let mut seen = HashSet::new();
-        let mut modules = Vec::new();
-        for &(name, options) in MODULES {
-            if builtin.contains(name) {
-                continue;
+        // What is built in counts as inserted.
+        let mut seen: HashSet<String> = builtin.lines().map(module_name).collect();
+        let mut insert = |names: &[&str]| -> Result<Vec<Module>> {
+            let mut modules = Vec::new();
+            for path in index.order(names, &mut seen).with_context(|| self.package.clone())? {
+                modules.push(Module {
+                    name: format!("{}.ko", module_name(path)),
+                    content: read_module(&self.modules.join(path))?,
+                });
             }
-            let path =
-                index.paths.get(name).with_context(|| format!("{} has no module {name}", self.package))?;
-            let before = index.dependencies.get(path.as_str()).map(Vec::as_slice).unwrap_or_default();
-            // modules.dep lists the nearest dependency first.
-            for path in before.iter().rev().chain([path]) {
-                if seen.insert(path.clone()) {
-                    modules.push(Module {
-                        name: format!("{}.ko", module_name(path)),
-                        options: if module_name(path) == name { options } else { "" },
-                        content: read_module(&self.modules.join(path))?,
-                    });
-                }
-            }
-        }
-        Ok(modules)
+            Ok(modules)
+        };
+        Ok([insert(ROOT_MODULES)?, insert(MODULES)?])
     }
 
     /// What the initramfs depends on beside the package itself.
     pub fn modules_key() -> String {
-        format!("{MODULES:?}")
+        format!("{ROOT_MODULES:?}{MODULES:?}")
     }
 }
 
@@ -141,6 +145,25 @@ impl DependencyIndex {
                 .insert(path.to_owned(), dependencies.split_whitespace().map(str::to_owned).collect());
         }
         index
+    }
+
+    /// Paths of the modules named and of what they depend on, dependencies
+    /// first, without those in `seen`; adds them to it.
+    fn order<'a>(&'a self, names: &[&str], seen: &mut HashSet<String>) -> Result<Vec<&'a str>> {
+        let mut order = Vec::new();
+        for name in names {
+            if seen.contains(*name) {
+                continue;
+            }
+            let path = self.paths.get(*name).with_context(|| format!("there is no module {name}"))?;
+            // modules.dep lists the nearest dependency first.
+            for path in self.dependencies[path].iter().rev().chain([path]) {
+                if seen.insert(module_name(path)) {
+                    order.push(path.as_str());
+                }
+            }
+        }
+        Ok(order)
     }
 }
 
@@ -188,10 +211,15 @@ mod tests {
     }
 
     #[test]
-    fn dependencies_are_found_by_name() {
-        let index = DependencyIndex::parse("k/9p.ko: k/9pnet.ko k/netfs.ko\nk/9pnet.ko:\n");
-        assert_eq!(index.paths["9p"], "k/9p.ko");
-        assert_eq!(index.dependencies["k/9p.ko"], ["k/9pnet.ko", "k/netfs.ko"]);
-        assert!(index.dependencies["k/9pnet.ko"].is_empty());
+    fn dependencies_come_first_and_once() {
+        let index = DependencyIndex::parse(
+            "k/9p.ko: k/9pnet.ko k/netfs.ko\nk/9pnet.ko:\nk/netfs.ko:\nk/x-y.ko.xz: k/netfs.ko\n",
+        );
+        let mut seen = HashSet::from(["9pnet".to_owned()]);
+        assert_eq!(
+            index.order(&["9p", "x_y", "9p", "9pnet"], &mut seen).unwrap(),
+            ["k/netfs.ko", "k/9p.ko", "k/x-y.ko.xz"]
+        );
+        assert!(index.order(&["z"], &mut seen).is_err());
     }
 }

@@ -18,6 +18,11 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::terminal::RawTerminal;
 use super::{Options, Stdio, Stream, tail};
 
+/// The kernel's self-tests of its ciphers take a second here. Emulated TSCs are
+/// one, which Linux does not believe of several processors without being told;
+/// without it every look at the clock would be an exit.
+const KERNEL_PARAMETERS: &str =
+    "console=ttyS0 quiet panic=-1 mitigations=off cryptomgr.notests tsc=reliable apparmor=0";
 /// From QEMU's start to the guest's "ready".
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
 /// From the command's exit code to the end of QEMU.
@@ -340,7 +345,7 @@ impl Machine<'_> {
         add("-serial", join("file:", self.console));
         add("-kernel", self.kernel.into());
         add("-initrd", self.initrd.into());
-        add("-append", "console=ttyS0 quiet panic=-1 mitigations=off".into());
+        add("-append", KERNEL_PARAMETERS.into());
         add("-device", "virtio-rng-pci".into());
         for (id, path, readonly) in [("host", Path::new("/"), "on"), ("out", self.out, "off")] {
             let prefix =

@@ -8,6 +8,7 @@ mod image;
 mod kernel;
 mod machine;
 mod terminal;
+mod vmlinux;
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -64,7 +65,7 @@ pub struct Options {
     /// How long the command may take.
     pub timeout: Option<Duration>,
     /// Directories of this machine to show in the guest although they lie
-    /// below `/tmp`, `/run` or `/dev/shm`, which are otherwise fresh. The
+    /// below `/tmp` or `/run`, which are otherwise fresh. The
     /// checkout, the target directory and the cache always are.
     pub visible: Vec<PathBuf>,
 }
@@ -165,8 +166,9 @@ impl Devhost {
         }
         let cache = build::cache_dir()?;
         let kernel = kernel::Kernel::fetch(&build::debian_cache_dir()?)?;
-        let initramfs = image::initramfs(&kernel, &cache.join("devhost"))?;
-        Ok(Self { options, kernel: kernel.image, initramfs, dir, _lock: lock })
+        let cache = cache.join("devhost");
+        let initramfs = image::initramfs(&kernel, &cache)?;
+        Ok(Self { options, kernel: kernel.vmlinux(&cache)?, initramfs, dir, _lock: lock })
     }
 
     /// A directory the command can write to, as `$RVM_OUT`; it is kept.
