@@ -254,6 +254,11 @@ impl<'m> GuestBuffers<'m> {
         target.len
     }
 
+    /// Pieces of memory left.
+    pub fn pieces(&self) -> usize {
+        self.pieces.len()
+    }
+
     /// The buffers as the kernel wants them. They stay valid as long as guest
     /// memory does, which is what `'m` stands for.
     pub fn iovecs(&self) -> Vec<libc::iovec> {

@@ -1,6 +1,5 @@
 //! The socket device as the transport sees it.
 
-use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
@@ -9,7 +8,11 @@ use std::sync::Arc;
 use rvm_protocol::vmm::VsockConfig;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
+use super::muxer::Muxer;
+use super::worker::{FIRST_CONNECTION, VsockWorker};
 use super::{DEVICE_TYPE, PORT_SUFFIX_BYTES, QUEUE_SIZES, SUN_PATH_BYTES, VsockError};
+use crate::devices::virtio::ring::Ring;
+use crate::devices::virtio::worker::Worker;
 use crate::devices::virtio::{ActivateError, Activation, VirtioDevice, read_config_bytes};
 
 /// The socket device.
@@ -18,6 +21,7 @@ pub struct Vsock {
     guest_cid: u32,
     socket: PathBuf,
     listener: Arc<UnixListener>,
+    worker: Option<Worker>,
 }
 
 impl Vsock {
@@ -33,7 +37,16 @@ impl Vsock {
         let refused = |source| VsockError::Bind { path: path.clone(), source };
         let listener = UnixListener::bind(path).map_err(refused)?;
         listener.set_nonblocking(true).map_err(refused)?;
-        Ok(Self { guest_cid: config.guest_cid, socket: path.clone(), listener: Arc::new(listener) })
+        Ok(Self {
+            guest_cid: config.guest_cid,
+            socket: path.clone(),
+            listener: Arc::new(listener),
+            worker: None,
+        })
+    }
+
+    pub(super) fn guest_cid(&self) -> u32 {
+        self.guest_cid
     }
 }
 
@@ -67,10 +80,25 @@ impl VirtioDevice for Vsock {
         read_config_bytes(&u64::from(self.guest_cid).to_le_bytes(), offset, data);
     }
 
-    fn activate(&mut self, _activation: Activation) -> Result<(), ActivateError> {
-        let _ = &self.listener;
-        Err(ActivateError::Worker(io::ErrorKind::Unsupported.into()))
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let Activation { memory, queues, features, .. } = activation;
+        let mut rings = queues.into_iter().map(|queue| queue.map(|queue| Ring::new(queue, features)));
+        let rx = rings.next().flatten().ok_or(ActivateError::MissingQueue(0))?;
+        let tx = rings.next().flatten().ok_or(ActivateError::MissingQueue(1))?;
+        let worker = VsockWorker {
+            memory,
+            rx,
+            tx,
+            listener: Arc::clone(&self.listener),
+            callers: true,
+            muxer: Muxer::new(self.guest_cid, self.socket.clone(), FIRST_CONNECTION),
+        };
+        self.worker = Some(Worker::spawn(self.name(), worker).map_err(ActivateError::Worker)?);
+        Ok(())
     }
 
-    fn reset(&mut self) {}
+    /// Connections end; host programs that come from now on wait again.
+    fn reset(&mut self) {
+        self.worker = None;
+    }
 }

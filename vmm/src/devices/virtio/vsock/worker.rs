@@ -1,0 +1,107 @@
+//! The device's thread: rings on one side, Unix sockets on the other.
+
+use std::io;
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::epoll::{Epoll, EpollEvent, EventSet};
+
+use super::VsockError;
+use super::muxer::{Muxer, Progress};
+use super::packet::{HEADER_BYTES, Header};
+use crate::devices::virtio::ring::{GuestBuffers, Ring, RingError};
+use crate::devices::virtio::worker::{Handler, add};
+
+const RX: u64 = 0;
+const TX: u64 = 1;
+const LISTENER: u64 = 2;
+/// Tokens from here on belong to connections.
+pub(super) const FIRST_CONNECTION: u64 = 3;
+
+pub(super) struct VsockWorker {
+    pub(super) memory: GuestMemoryMmap,
+    pub(super) rx: Ring,
+    pub(super) tx: Ring,
+    pub(super) listener: Arc<UnixListener>,
+    /// Host programs may wait at the listener.
+    pub(super) callers: bool,
+    pub(super) muxer: Muxer,
+}
+
+impl Handler for VsockWorker {
+    type Error = VsockError;
+
+    fn register(&mut self, epoll: &Epoll) -> io::Result<()> {
+        add(epoll, self.rx.kick(), EventSet::IN, RX)?;
+        add(epoll, self.tx.kick(), EventSet::IN, TX)?;
+        add(epoll, &*self.listener, EventSet::IN | EventSet::EDGE_TRIGGERED, LISTENER)
+    }
+
+    fn handle(&mut self, epoll: &Epoll, ready: &[EpollEvent]) -> Result<(), VsockError> {
+        for event in ready {
+            match event.data() {
+                RX => self.rx.clear_kick(),
+                TX => self.tx.clear_kick(),
+                LISTENER => self.callers = true,
+                token => self.muxer.ready(token, event.event_set()),
+            }
+        }
+        if self.callers {
+            self.callers = !self.muxer.accept(epoll, &self.listener);
+        }
+        self.take(epoll)?;
+        self.give()?;
+        Ok(())
+    }
+}
+
+impl VsockWorker {
+    /// Takes the guest's packets, at most a ring full.
+    fn take(&mut self, epoll: &Epoll) -> Result<(), RingError> {
+        for _ in 0..self.tx.size() {
+            if self.muxer.congested() {
+                // The guest has to take its refusals first: see `give`.
+                return self.tx.notify(&self.memory);
+            }
+            let Some(chain) = self.tx.pop(&self.memory)? else { break };
+            let head = chain.head_index();
+            if let Ok((mut packet, _)) = GuestBuffers::from_chain(&self.memory, chain)
+                && let Some(bytes) = packet.read::<HEADER_BYTES>()
+            {
+                let header = Header::decode(&bytes);
+                // A packet cannot have more data than it says, nor less.
+                if packet.len() >= header.len as usize {
+                    let data = packet.take(header.len as usize);
+                    self.muxer.receive(epoll, &header, data);
+                }
+            }
+            self.tx.push(&self.memory, head, 0)?;
+        }
+        self.tx.notify(&self.memory)?;
+        if self.tx.arm(&self.memory)? {
+            self.tx.kick_again();
+        }
+        Ok(())
+    }
+
+    /// Gives packets to the guest, at most a ring full.
+    fn give(&mut self) -> Result<(), RingError> {
+        let was_congested = self.muxer.congested();
+        let progress = self.muxer.send(&mut self.rx, &self.memory)?;
+        self.rx.notify(&self.memory)?;
+        match progress {
+            Progress::Idle => self.rx.disarm(&self.memory)?,
+            Progress::More => self.rx.kick_again(),
+            Progress::Starved => {
+                if self.rx.arm(&self.memory)? {
+                    self.rx.kick_again();
+                }
+            }
+        }
+        if was_congested && !self.muxer.congested() {
+            self.tx.kick_again();
+        }
+        Ok(())
+    }
+}
