@@ -169,6 +169,11 @@ impl Job {
         String::from_utf8_lossy(&self.shared.lock().stdout).into_owned()
     }
 
+    /// What it has written to standard error so far.
+    pub fn stderr(&self) -> String {
+        String::from_utf8_lossy(&self.shared.lock().stderr).into_owned()
+    }
+
     /// Waits until its standard output contains `text`.
     ///
     /// # Errors

@@ -1,0 +1,86 @@
+//! The part of `cargo xtask bench boot` that runs where KVM is.
+//!
+//! Prints what it does on stderr, and on stdout one line [`MARK`]` {JSON}`.
+//!
+//! * `rvm-bench boot`: start times side by side with QEMU's `microvm`, returns
+//!   to user space, memory. Needs a KVM that runs kernels.
+//! * `rvm-bench first-run`: the monitor's exec to its first `KVM_RUN`. Any KVM.
+
+mod boot;
+mod counters;
+mod memory;
+mod monitor;
+mod peer;
+mod ready;
+
+use std::{path::PathBuf, process::ExitCode};
+
+use anyhow::{Context, Result, bail};
+use rvm_tests::stage::Stage;
+use serde_json::Value;
+
+/// What the line with the result starts with.
+const MARK: &str = "@result";
+
+/// Memory and vCPUs of the guests whose start is timed.
+const MEMORY_MIB: u64 = 128;
+const VCPUS: u8 = 1;
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(result) => {
+            println!("{MARK} {result}");
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("rvm-bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<Value> {
+    let stage = Stage::from_env()?;
+    let runs =
+        std::env::var("RVM_BENCH_RUNS").ok().map_or(Ok(10), |text| text.parse().context("RVM_BENCH_RUNS"))?;
+    match std::env::args().nth(1).as_deref() {
+        Some("boot") => {
+            let kernels = boot::Kernels {
+                both: variable("RVM_BENCH_KERNEL_MMIO")?,
+                trial: variable("RVM_BENCH_KERNEL_TRIAL")?,
+                trial_initramfs: variable("RVM_BENCH_INIT")?,
+            };
+            let mut result = boot::measure(&stage, &kernels, runs)?;
+            result["memory"] = memory::measure(stage)?;
+            Ok(result)
+        }
+        Some("first-run") => monitor::first_run(&stage, runs),
+        other => bail!("boot or first-run, not {other:?}"),
+    }
+}
+
+fn variable(name: &str) -> Result<PathBuf> {
+    std::env::var_os(name).map(PathBuf::from).with_context(|| format!("{name} is not set"))
+}
+
+/// The middle of a list of measurements; of an even number the mean of the two in the middle.
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    match sorted.len() {
+        0 => f64::NAN,
+        n if n % 2 == 1 => sorted[n / 2],
+        n => f64::midpoint(sorted[n / 2 - 1], sorted[n / 2]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::median;
+
+    #[test]
+    fn median_of_odd_and_even() {
+        assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
+    }
+}

@@ -1,0 +1,155 @@
+//! One run of `rvm-vmm`, from its exec to the agent's announcement.
+
+use std::{
+    io::{BufRead, BufReader, Write},
+    os::unix::net::{UnixListener, UnixStream},
+    path::Path,
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use rvm_protocol::{
+    guest::{DEFAULT_CMDLINE, GUEST_CID, READY_PORT, SHARE_TAG},
+    vmm::{Metrics, Request, Response, ShareConfig, VmConfig, VsockConfig},
+};
+use rvm_tests::{
+    job::{Input, Job},
+    scale,
+    stage::Stage,
+};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::{MEMORY_MIB, VCPUS, median, ready::Listener};
+
+/// The monitor's last step before the guest runs.
+pub const FIRST_RUN: &str = "first KVM_RUN";
+
+/// A running monitor in a directory of its own.
+pub struct Monitor {
+    /// Its directory.
+    dir: TempDir,
+    job: Job,
+    listener: Listener,
+    /// Just before it was spawned.
+    started: Instant,
+}
+
+impl Monitor {
+    /// Starts one with the devices the shim gives every sandbox.
+    pub fn start(stage: &Stage, kernel: &Path) -> Result<Self> {
+        let dir = tempfile::Builder::new().prefix("rvm-bench").tempdir()?;
+        std::fs::create_dir(dir.path().join("share"))?;
+        let config = VmConfig {
+            id: "bench".into(),
+            vcpus: VCPUS,
+            memory_mib: MEMORY_MIB,
+            kernel: kernel.to_owned(),
+            cmdline: DEFAULT_CMDLINE.into(),
+            initramfs: Some(stage.initramfs()),
+            console_log: Some("console.log".into()),
+            control_socket: Some("vmm.sock".into()),
+            vsock: Some(VsockConfig { guest_cid: GUEST_CID, socket: "vsock.sock".into() }),
+            shares: vec![ShareConfig {
+                tag: SHARE_TAG.into(),
+                dir: "share".into(),
+                readonly: false,
+                cache: Default::default(),
+            }],
+            disks: Vec::new(),
+        };
+        std::fs::write(dir.path().join("vm.json"), serde_json::to_vec(&config)?)?;
+        let listener = UnixListener::bind(dir.path().join(format!("vsock.sock_{READY_PORT}")))?;
+        let mut command = Command::new(stage.monitor());
+        command.args(["--config", "vm.json"]).current_dir(dir.path());
+        let started = Instant::now();
+        let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)?;
+        command.env("RVM_EXEC_BOOTTIME_NS", Duration::from(now).as_nanos().to_string());
+        let job = Job::start(command, Input::Nothing)?;
+        Ok(Self { dir, job, listener: Listener::Unix(listener), started })
+    }
+
+    /// Waits for the agent; milliseconds since the start.
+    pub fn ready_ms(&self) -> Result<f64> {
+        let result = self.listener.wait(scale::container());
+        let ms = self.started.elapsed().as_secs_f64() * 1e3;
+        result.with_context(|| format!("rvm: {}", console(self.dir.path())))?;
+        Ok(ms)
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> libc::pid_t {
+        self.job.pid()
+    }
+
+    /// Its counters.
+    pub fn metrics(&self) -> Result<Metrics> {
+        metrics(&self.dir.path().join("vmm.sock"))
+    }
+
+    /// Ends it.
+    pub fn stop(self) -> Result<()> {
+        self.job.signal(nix::sys::signal::Signal::SIGKILL)?;
+        self.job.finish(scale::command())?;
+        Ok(())
+    }
+}
+
+/// Asks a monitor for its counters.
+pub fn metrics(socket: &Path) -> Result<Metrics> {
+    let mut stream =
+        UnixStream::connect(socket).with_context(|| format!("connecting to {}", socket.display()))?;
+    let mut line = serde_json::to_vec(&Request::Metrics)?;
+    line.push(b'\n');
+    stream.write_all(&line)?;
+    let mut answer = String::new();
+    BufReader::new(stream).read_line(&mut answer)?;
+    match serde_json::from_str(&answer).with_context(|| format!("the monitor answered {answer:?}"))? {
+        Response::Metrics(metrics) => Ok(metrics),
+        other => bail!("the monitor answered {other:?}"),
+    }
+}
+
+/// The end of a guest's console, for messages.
+pub fn console(dir: &Path) -> String {
+    let text = std::fs::read(dir.join("console.log")).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let lines: Vec<&str> = text.lines().collect();
+    format!("console ends with\n{}", lines[lines.len().saturating_sub(10)..].join("\n"))
+}
+
+/// Medians of when each step of the start was reached, in milliseconds since exec.
+pub fn step_medians(runs: &[Metrics]) -> Vec<(String, f64)> {
+    let Some(first) = runs.first() else { return Vec::new() };
+    let at = |name: &str| -> Vec<f64> {
+        let of =
+            |metrics: &Metrics| metrics.start_us.iter().find(|(step, _)| step == name).map(|step| step.1);
+        runs.iter().filter_map(of).map(|us| us as f64 / 1e3).collect()
+    };
+    first.start_us.iter().map(|(name, _)| (name.clone(), median(&at(name)))).collect()
+}
+
+/// Exec to first `KVM_RUN`, on any `/dev/kvm`: what runs afterwards is not waited for.
+pub fn first_run(stage: &Stage, runs: usize) -> Result<Value> {
+    let mut all = Vec::new();
+    for _ in 0..runs {
+        let monitor = Monitor::start(stage, &stage.kernel())?;
+        let until = Instant::now() + scale::command();
+        let metrics = loop {
+            // The control socket is there before the vCPUs run.
+            match monitor.metrics() {
+                Ok(metrics) if metrics.start_us.iter().any(|(name, _)| name == FIRST_RUN) => break metrics,
+                result => ensure!(
+                    Instant::now() < until && !monitor.job.has_ended(),
+                    "no first KVM_RUN: {result:?}"
+                ),
+            }
+        };
+        monitor.stop()?;
+        all.push(metrics);
+    }
+    let steps = step_medians(&all);
+    let total = steps.iter().find(|(name, _)| name == FIRST_RUN).map(|step| step.1);
+    Ok(json!({ "runs": runs, "first_kvm_run_ms": total, "steps_ms": steps }))
+}
