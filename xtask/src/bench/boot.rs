@@ -1,0 +1,67 @@
+//! `cargo xtask bench boot`.
+
+use anyhow::{Context, Result, bail};
+use guest_kernel::Flavour;
+use rootfs_builder::initramfs;
+use serde_json::{Value, json};
+
+use super::{report, tiny_init};
+use crate::build::{self, Profile};
+use crate::e2e::{self, Output, Prepared};
+use crate::packages::{self, Purpose};
+
+/// Arguments of `cargo xtask bench boot`.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Print one JSON object on standard output, and nothing else there.
+    #[arg(long)]
+    json: bool,
+    /// Runs of each kind; medians are reported.
+    #[arg(long, default_value_t = 10)]
+    runs: u32,
+}
+
+/// What the program's result line starts with.
+const MARK: &str = "@result ";
+
+/// Runs `cargo xtask bench boot`.
+pub fn run(args: Args) -> Result<()> {
+    packages::ensure(&[Purpose::Bench])?;
+    let mut prepared = Prepared::new(Profile::Release)?;
+    let program = e2e::program("rvm-bench", Profile::Fast)?;
+    let init = build::target_dir().join("rvm").join("tiny-init.cpio");
+    std::fs::write(&init, initramfs::build(&tiny_init::program())?)
+        .context("writing the peer's initramfs")?;
+    prepared.set("RVM_BENCH_INIT", init);
+    prepared.set("RVM_BENCH_KERNEL_MMIO", build::kernel(Flavour::RvmMmio)?.vmlinux);
+    prepared.set("RVM_BENCH_KERNEL_TRIAL", build::kernel(Flavour::Trial)?.vmlinux);
+    prepared.set("RVM_BENCH_RUNS", args.runs.to_string());
+    eprintln!("{}", prepared.host);
+
+    // What the host does without running a guest is measured here, emulated or not.
+    let native =
+        result("first-run", |output| prepared.run_here(&program, &["first-run".to_owned()], output))?;
+    let mut all = result("boot", |output| prepared.run_with_kvm(&program, &["boot".to_owned()], output))?;
+    all["native"] = native;
+    all["conditions"]["where"] = json!(prepared.host.to_string());
+    if args.json {
+        println!("{}", serde_json::to_string(&all)?);
+    } else {
+        println!("{}", report::text(&all));
+    }
+    Ok(())
+}
+
+/// Runs a part of the program; its result is one line, everything else is passed on.
+fn result(part: &str, run: impl FnOnce(Output<'_>) -> Result<i32>) -> Result<Value> {
+    let mut found = None;
+    let code = run(Output::Lines(&mut |line| match line.strip_prefix(MARK) {
+        Some(json) => found = Some(json.to_owned()),
+        None => eprintln!("{line}"),
+    }))?;
+    if code != 0 {
+        bail!("rvm-bench {part} failed with exit code {code}");
+    }
+    let json = found.with_context(|| format!("rvm-bench {part} gave no result"))?;
+    serde_json::from_str(&json).with_context(|| format!("rvm-bench {part} gave {json:?}"))
+}
