@@ -21,8 +21,10 @@
 
 use std::{convert::Infallible, sync::Arc};
 
+pub mod container;
 pub mod error;
 pub mod init;
+pub mod io;
 pub mod sandbox;
 pub mod service;
 pub mod storage;
@@ -36,6 +38,7 @@ pub fn serve(listeners: init::Listeners) -> Result<Infallible, init::Error> {
         let sandbox = Arc::new(sandbox::Sandbox::new());
         service::start(listeners.agent, Arc::clone(&sandbox)).await?;
         tokio::select! {
+            accepted = io::accept(listeners.stdio, Arc::clone(&sandbox)) => accepted.map_err(failed("accept streams")),
             reaped = sandbox.reaper().run() => reaped.map_err(failed("collect ended processes")),
             never = init::shutdown::wait(&sandbox) => match never {},
         }

@@ -7,7 +7,11 @@ use std::{
 };
 
 use async_trait::async_trait;
-use rvm_protocol::agent::{Agent, Empty, SetUpSandboxRequest, create_agent};
+use rvm_protocol::agent::{
+    Agent, ContainerRef, CreateContainerRequest, CreateContainerResponse, CreateExecRequest, Empty,
+    ExitStatus, ListProcessesResponse, ProcessRef, ResizePtyRequest, SetUpSandboxRequest,
+    SignalProcessRequest, StartProcessResponse, create_agent,
+};
 use ttrpc::{
     Code,
     r#async::{Server, TtrpcContext},
@@ -47,10 +51,88 @@ fn answer<T>(method: &str, result: Result<T, Error>) -> ttrpc::Result<T> {
     })
 }
 
+/// Runs a request to its end even if the client does not wait for it: half a
+/// container must not be left behind.
+async fn to_the_end<T: Send + 'static>(
+    request: impl Future<Output = Result<T, Error>> + Send + 'static,
+) -> Result<T, Error> {
+    match tokio::spawn(request).await {
+        Ok(result) => result,
+        // A panic would have ended the VM.
+        Err(_) => Err(Error::Precondition("the guest is shutting down".into())),
+    }
+}
+
 #[async_trait]
 impl Agent for Service {
     async fn set_up_sandbox(&self, _: &TtrpcContext, request: SetUpSandboxRequest) -> ttrpc::Result<Empty> {
-        answer("SetUpSandbox", self.sandbox.set_up(&request)).map(|()| Empty::new())
+        answer("SetUpSandbox", self.sandbox.set_up(&request).map(|()| Empty::new()))
+    }
+
+    async fn create_container(
+        &self,
+        _: &TtrpcContext,
+        request: CreateContainerRequest,
+    ) -> ttrpc::Result<CreateContainerResponse> {
+        let sandbox = Arc::clone(&self.sandbox);
+        let created = to_the_end(async move { sandbox.create_container(request).await }).await;
+        answer("CreateContainer", created.map(|pid| CreateContainerResponse { pid, ..Default::default() }))
+    }
+
+    async fn create_exec(&self, _: &TtrpcContext, request: CreateExecRequest) -> ttrpc::Result<Empty> {
+        answer("CreateExec", self.sandbox.create_exec(request).map(|()| Empty::new()))
+    }
+
+    async fn start_process(
+        &self,
+        _: &TtrpcContext,
+        process: ProcessRef,
+    ) -> ttrpc::Result<StartProcessResponse> {
+        let sandbox = Arc::clone(&self.sandbox);
+        let started = to_the_end(async move { sandbox.start_process(&process).await }).await;
+        answer("StartProcess", started.map(|pid| StartProcessResponse { pid, ..Default::default() }))
+    }
+
+    async fn wait_process(&self, _: &TtrpcContext, process: ProcessRef) -> ttrpc::Result<ExitStatus> {
+        let exit = self.sandbox.wait_process(&process).await;
+        answer(
+            "WaitProcess",
+            exit.map(|exit| ExitStatus {
+                exit_code: exit.code,
+                exited_at_ns: exit.at_ns,
+                ..Default::default()
+            }),
+        )
+    }
+
+    async fn signal_process(&self, _: &TtrpcContext, request: SignalProcessRequest) -> ttrpc::Result<Empty> {
+        answer("SignalProcess", self.sandbox.signal_process(&request).map(|()| Empty::new()))
+    }
+
+    async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> ttrpc::Result<Empty> {
+        answer("ResizePty", self.sandbox.resize_pty(&request).map(|()| Empty::new()))
+    }
+
+    async fn close_stdin(&self, _: &TtrpcContext, process: ProcessRef) -> ttrpc::Result<Empty> {
+        answer("CloseStdin", self.sandbox.close_stdin(&process).map(|()| Empty::new()))
+    }
+
+    async fn list_processes(
+        &self,
+        _: &TtrpcContext,
+        container: ContainerRef,
+    ) -> ttrpc::Result<ListProcessesResponse> {
+        let processes = self.sandbox.list_processes(&container);
+        answer(
+            "ListProcesses",
+            processes.map(|processes| ListProcessesResponse { processes, ..Default::default() }),
+        )
+    }
+
+    async fn delete_process(&self, _: &TtrpcContext, process: ProcessRef) -> ttrpc::Result<Empty> {
+        let sandbox = Arc::clone(&self.sandbox);
+        let deleted = to_the_end(async move { sandbox.delete_process(&process).await }).await;
+        answer("DeleteProcess", deleted.map(|()| Empty::new()))
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {

@@ -45,6 +45,7 @@ pub fn boot() -> Result<Listeners, Error> {
     announce::announce()?;
     mounts::make_root_pivotable()?;
     mounts::mount_kernel_file_systems()?;
+    mounts::make_directories()?;
     loopback::bring_up()?;
     log::info!("up");
     Ok(listeners)

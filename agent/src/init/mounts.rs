@@ -15,6 +15,7 @@ use nix::{
 
 use super::Error;
 use crate::{
+    container::rootfs::MOUNT_POINT,
     error,
     sys::mount::{attach, clone_tree},
 };
@@ -55,6 +56,11 @@ fn mount(fs_type: &str, target: &str, flags: MsFlags, step: &'static str) -> Res
         Ok(()) | Err(Errno::EBUSY) => Ok(()),
         Err(source) => Err(Error::Kernel { step, source }),
     }
+}
+
+/// Makes the places containers and the sandbox are mounted at.
+pub fn make_directories() -> Result<(), Error> {
+    std::fs::create_dir_all(MOUNT_POINT).map_err(|source| Error::Io { step: "create directories", source })
 }
 
 /// Makes a directory of the agent's own, and those above it.

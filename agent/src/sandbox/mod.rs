@@ -2,14 +2,24 @@
 
 mod set_up;
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
-use rvm_protocol::agent;
+use rvm_protocol::{agent, guest::StreamHeader};
+pub use set_up::check_name;
 use tokio::sync::Notify;
 
 use crate::{
+    container::{
+        Container,
+        create::{Plan, check_process},
+        process::Process,
+    },
     error::{Error, check_id},
-    init::reaper::Reaper,
+    init::reaper::{Exit, Reaper},
+    io::Attachment,
     storage::Storage,
 };
 
@@ -25,7 +35,17 @@ pub struct Sandbox {
 struct State {
     /// Set by `SetUpSandbox`.
     storage: Option<Storage>,
+    containers: HashMap<String, Arc<Container>>,
 }
+
+impl State {
+    fn storage(&mut self) -> Result<&mut Storage, Error> {
+        self.storage.as_mut().ok_or_else(|| Error::Precondition("the sandbox has not been set up".into()))
+    }
+}
+
+/// Signals of Linux, real-time ones included.
+const SIGNALS: std::ops::RangeInclusive<u32> = 1..=64;
 
 impl Sandbox {
     /// A sandbox that has not been set up.
@@ -55,6 +75,110 @@ impl Sandbox {
         set_up::hostname(&request.hostname)?;
         state.storage = Some(Storage::set_up(&request.share_tag, &request.scratch)?);
         Ok(())
+    }
+
+    fn container(&self, id: &str) -> Result<Arc<Container>, Error> {
+        let container = self.state().containers.get(id).cloned();
+        container.ok_or_else(|| Error::NotFound(format!("no such container: {id:?}")))
+    }
+
+    fn process(&self, process: &agent::ProcessRef) -> Result<Arc<Process>, Error> {
+        self.container(&process.container_id)?.process(&process.exec_id)
+    }
+
+    /// Makes a container up to the `execve` of its first process. Returns that
+    /// process's pid.
+    pub async fn create_container(&self, request: agent::CreateContainerRequest) -> Result<u32, Error> {
+        check_id("container_id", &request.container_id)?;
+        let id = request.container_id.clone();
+        let (container, channel) = {
+            let mut state = self.state();
+            if state.containers.contains_key(&id) {
+                return Err(Error::AlreadyExists(format!("container {id:?} exists")));
+            }
+            let plan = Plan::new(request, state.storage()?)?;
+            let (container, channel) = Container::create(&id, &plan, &self.reaper)?;
+            state.containers.insert(id.clone(), Arc::clone(&container));
+            (container, channel)
+        };
+        if let Err(error) = container.ready(channel).await {
+            self.discard(&id, &container).await?;
+            return Err(error.into());
+        }
+        let pid = container.process("")?.pid();
+        Ok(pid.map_or(0, |pid| pid.as_raw().unsigned_abs()))
+    }
+
+    /// Removes a container with everything it owned in the guest.
+    async fn discard(&self, id: &str, container: &Container) -> Result<(), Error> {
+        container.remove().await?;
+        let mut state = self.state();
+        state.storage()?.remove_layer(id)?;
+        state.containers.remove(id);
+        Ok(())
+    }
+
+    /// Registers a process to be added to a container.
+    pub fn create_exec(&self, request: agent::CreateExecRequest) -> Result<(), Error> {
+        check_id("exec_id", &request.exec_id)?;
+        check_process("process", &request.process)?;
+        let container = self.container(&request.container_id)?;
+        container.add(&request.exec_id, request.process.unwrap_or_default())
+    }
+
+    /// Runs the program of a created process. Returns its pid in the container.
+    pub async fn start_process(&self, process: &agent::ProcessRef) -> Result<u32, Error> {
+        self.container(&process.container_id)?.start(&process.exec_id, &self.reaper).await
+    }
+
+    /// Waits for the end of a process.
+    pub async fn wait_process(&self, process: &agent::ProcessRef) -> Result<Exit, Error> {
+        // Holding the process would keep it from being forgotten meanwhile.
+        let exit = self.process(process)?.exit_receiver();
+        let exit = crate::init::reaper::ended(exit).await;
+        exit.ok_or_else(|| Error::NotFound("the process was deleted without having been started".into()))
+    }
+
+    /// Sends a signal.
+    pub fn signal_process(&self, request: &agent::SignalProcessRequest) -> Result<(), Error> {
+        if !SIGNALS.contains(&request.signal) {
+            let reason =
+                format!("{} must be between {} and {}", request.signal, SIGNALS.start(), SIGNALS.end());
+            return Err(Error::invalid("signal", reason));
+        }
+        let container = self.container(&request.process.container_id)?;
+        container.signal(&request.process.exec_id, request.signal as i32, request.all)
+    }
+
+    /// Sets the size of a process's terminal.
+    pub fn resize_pty(&self, request: &agent::ResizePtyRequest) -> Result<(), Error> {
+        self.process(&request.process)?.streams.resize(&request.size)
+    }
+
+    /// Ends a process's standard input.
+    pub fn close_stdin(&self, process: &agent::ProcessRef) -> Result<(), Error> {
+        self.process(process)?.streams.close_stdin();
+        Ok(())
+    }
+
+    /// Lists the processes of a container.
+    pub fn list_processes(&self, container: &agent::ContainerRef) -> Result<Vec<agent::ProcessInfo>, Error> {
+        self.container(&container.container_id)?.processes()
+    }
+
+    /// Forgets an exec, or removes a container.
+    pub async fn delete_process(&self, process: &agent::ProcessRef) -> Result<(), Error> {
+        let container = self.container(&process.container_id)?;
+        if !process.exec_id.is_empty() {
+            return container.remove_added(&process.exec_id);
+        }
+        container.check_removable()?;
+        self.discard(&process.container_id, &container).await
+    }
+
+    /// Finds what a stream connection is to carry.
+    pub fn attach(&self, header: &StreamHeader) -> Result<Attachment, Error> {
+        self.container(&header.container_id)?.process(&header.exec_id)?.streams.attach(header.stream)
     }
 
     /// Asks for the end of the guest, after the reply to whoever asks.

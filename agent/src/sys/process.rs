@@ -1,7 +1,7 @@
 //! Making, signalling and preparing processes.
 
 use std::{
-    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
     sync::atomic::{AtomicBool, Ordering},
 };
 
@@ -79,12 +79,12 @@ pub fn exit_child(code: i32) -> ! {
 }
 
 /// Sends a signal to the process a pidfd refers to.
-pub fn send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> nix::Result<()> {
+pub fn send_signal(pidfd: impl AsFd, signal: i32) -> nix::Result<()> {
     // SAFETY: a null siginfo asks the kernel to fill in that of kill(2).
     let result = unsafe {
         libc::syscall(
             libc::SYS_pidfd_send_signal,
-            pidfd.as_raw_fd(),
+            pidfd.as_fd().as_raw_fd(),
             signal,
             std::ptr::null::<libc::siginfo_t>(),
             0,
@@ -133,6 +133,13 @@ fn close_range(first: u32, last: u32) -> nix::Result<()> {
     // SAFETY: only called by a child that owns none of these descriptors any more.
     let result = unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
     Errno::result(result).map(drop)
+}
+
+/// Keeps other processes from looking into this one through `/proc`, its
+/// executable included, until `execve`.
+pub fn set_undumpable() -> nix::Result<()> {
+    // SAFETY: PR_SET_DUMPABLE takes an integer.
+    Errno::result(unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) }).map(drop)
 }
 
 /// Default disposition for every signal and none blocked: what a process

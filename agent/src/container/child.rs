@@ -1,0 +1,111 @@
+//! What every child does between `clone3` and `execve`, first process or added.
+
+use std::{
+    os::fd::{AsFd, OwnedFd, RawFd},
+    path::Path,
+};
+
+use nix::{
+    fcntl::{OFlag, open},
+    sys::stat::{Mode, SFlag, fstat, makedev, umask},
+    unistd::{dup2_stderr, dup2_stdin, dup2_stdout, setsid},
+};
+use rvm_protocol::agent;
+
+use super::{channel, exec::Program, terminal::Terminal, user};
+use crate::{
+    error::{Step, StepResult},
+    io::ChildEnds,
+    sys::process::{close_all_except, reset_signals, set_undumpable},
+};
+
+/// Exit code of a child that did not get as far as its program.
+const NOT_RUN: i32 = 127;
+
+/// Runs `steps`, of which the last is `execve`, and reports the one that fails.
+pub fn run(channel: &channel::Child, steps: impl FnOnce() -> StepResult<GivenUp>) -> i32 {
+    match steps() {
+        Ok(GivenUp) => 0,
+        Err(error) => {
+            channel.failed(&error);
+            NOT_RUN
+        }
+    }
+}
+
+/// The agent does not want the program run any more.
+#[derive(Debug)]
+pub struct GivenUp;
+
+/// The first step of every child: nothing of the agent's is left but what is
+/// handed over, and nothing of the child can be reached by what runs in the
+/// container already.
+pub fn begin(ends: &ChildEnds, keep: &[RawFd]) -> StepResult<()> {
+    set_undumpable().step(|| "protect the process")?;
+    // Modes are set in full by whoever makes a file.
+    umask(Mode::empty());
+    setsid().step(|| "create a session")?;
+    reset_signals().step(|| "reset signals")?;
+    let null =
+        || open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty()).step(|| "open /dev/null");
+    let connect = |end: &Option<OwnedFd>, dup: fn(&OwnedFd) -> nix::Result<()>| {
+        match end {
+            Some(end) => dup(end),
+            None => dup(&null()?),
+        }
+        .step(|| "connect the standard streams")
+    };
+    connect(&ends.stdin, |fd| dup2_stdin(fd))?;
+    connect(&ends.stdout, |fd| dup2_stdout(fd))?;
+    connect(&ends.stderr, |fd| dup2_stderr(fd))?;
+    close_all_except(keep).step(|| "close descriptors")
+}
+
+/// The last steps of every child, in the container's root file system: terminal,
+/// user, program, and after the agent's word, `execve`.
+pub fn finish(
+    process: &agent::Process,
+    terminal: Option<Terminal>,
+    ends: &ChildEnds,
+    channel: &channel::Child,
+) -> StepResult<GivenUp> {
+    if terminal.is_none() {
+        reopen_null(ends)?;
+    }
+    user::own_standard_streams(&process.user)?;
+    user::become_user(process, || enter_cwd(&process.cwd))?;
+    let program = Program::find(process)?;
+    if !channel.ready(terminal.as_ref().map(|terminal| terminal.master.as_fd()))? {
+        return Ok(GivenUp);
+    }
+    Err(program.run())
+}
+
+/// `/dev/null` of the container instead of the agent's, which has no name there.
+/// A container without one keeps the agent's.
+fn reopen_null(ends: &ChildEnds) -> StepResult<()> {
+    let Ok(null) = open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty()) else { return Ok(()) };
+    let stat = fstat(&null).step(|| "inspect /dev/null")?;
+    if stat.st_mode & SFlag::S_IFMT.bits() != SFlag::S_IFCHR.bits() || stat.st_rdev != makedev(1, 3) {
+        return Ok(());
+    }
+    let step = || "connect the standard streams";
+    if ends.stdin.is_none() {
+        dup2_stdin(&null).step(step)?;
+    }
+    if ends.stdout.is_none() {
+        dup2_stdout(&null).step(step)?;
+    }
+    if ends.stderr.is_none() {
+        dup2_stderr(&null).step(step)?;
+    }
+    Ok(())
+}
+
+/// `false`: the present user may not enter it.
+fn enter_cwd(cwd: &str) -> StepResult<bool> {
+    match std::env::set_current_dir(Path::new(cwd)) {
+        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => Ok(false),
+        entered => entered.step(|| user::cwd_step(cwd)).map(|()| true),
+    }
+}

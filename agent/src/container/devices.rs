@@ -1,0 +1,158 @@
+//! Device nodes and the links of `/dev`.
+
+use std::path::Path;
+
+use nix::{
+    errno::Errno,
+    fcntl::AtFlags,
+    sys::stat::{Mode, SFlag, makedev, mknodat},
+    unistd::{Gid, Uid, UnlinkatFlags, fchownat, symlinkat, unlinkat},
+};
+use rvm_protocol::agent;
+
+use super::paths::{Root, clean};
+use crate::error::{Error, Step, StepResult};
+
+/// One device node to be made.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Device {
+    path: String,
+    kind: SFlag,
+    number: u64,
+    mode: Mode,
+    owner: Uid,
+    group: Gid,
+}
+
+/// What every container has: character devices, `(path, major, minor)`, mode 0666.
+const DEFAULT: &[(&str, u64, u64)] = &[
+    ("/dev/null", 1, 3),
+    ("/dev/zero", 1, 5),
+    ("/dev/full", 1, 7),
+    ("/dev/tty", 5, 0),
+    ("/dev/urandom", 1, 9),
+    ("/dev/random", 1, 8),
+];
+
+/// What every container has: links, `(target, name in /dev)`.
+const LINKS: &[(&str, &str)] = &[
+    ("/proc/self/fd", "fd"),
+    ("/proc/self/fd/0", "stdin"),
+    ("/proc/self/fd/1", "stdout"),
+    ("/proc/self/fd/2", "stderr"),
+];
+
+impl Device {
+    /// Checks the device `devices[index]` of a request.
+    pub fn plan(index: usize, device: &agent::Device) -> Result<Self, Error> {
+        let field = |name: &str| format!("devices[{index}].{name}");
+        let path = clean(&device.path);
+        if !device.path.starts_with('/') || device.path.contains('\0') || path == Path::new("/") {
+            return Err(Error::invalid(field("path"), format!("{:?} must be an absolute path", device.path)));
+        }
+        let kind = match device.type_.as_str() {
+            "c" | "u" => SFlag::S_IFCHR,
+            "b" => SFlag::S_IFBLK,
+            "p" => SFlag::S_IFIFO,
+            other => {
+                return Err(Error::invalid(
+                    field("type"),
+                    format!("{other:?} must be \"c\", \"b\", \"u\" or \"p\""),
+                ));
+            }
+        };
+        // The OCI default, where the spec gives no mode.
+        let mode = if device.file_mode == 0 { 0o666 } else { device.file_mode & 0o7777 };
+        Ok(Self {
+            path: path.to_string_lossy().into_owned(),
+            kind,
+            number: makedev(device.major.into(), device.minor.into()),
+            mode: Mode::from_bits_truncate(mode),
+            owner: Uid::from_raw(device.uid),
+            group: Gid::from_raw(device.gid),
+        })
+    }
+
+    fn default(path: &str, major: u64, minor: u64) -> Self {
+        Self {
+            path: path.to_owned(),
+            kind: SFlag::S_IFCHR,
+            number: makedev(major, minor),
+            mode: Mode::from_bits_truncate(0o666),
+            owner: Uid::from_raw(0),
+            group: Gid::from_raw(0),
+        }
+    }
+
+    /// The file creation mask must be 0.
+    fn make(&self, root: &Root) -> nix::Result<()> {
+        let (parent, name) = root.make_parent(Path::new(&self.path))?;
+        match mknodat(&parent, name.as_os_str(), self.kind, self.mode, self.number) {
+            // Bind-mounted by the spec, or in the image: theirs comes first.
+            Err(Errno::EEXIST) => Ok(()),
+            Err(errno) => Err(errno),
+            Ok(()) => {
+                let nofollow = AtFlags::AT_SYMLINK_NOFOLLOW;
+                fchownat(&parent, name.as_os_str(), Some(self.owner), Some(self.group), nofollow)
+            }
+        }
+    }
+}
+
+/// Makes the spec's devices, the default ones and the links.
+pub fn make_all(devices: &[Device], root: &Root) -> StepResult<()> {
+    let default: Vec<Device> =
+        DEFAULT.iter().map(|(path, major, minor)| Device::default(path, *major, *minor)).collect();
+    // `/dev/ptmx` is a link into the container's own devpts, made below.
+    let wanted = devices.iter().chain(&default).filter(|device| device.path != "/dev/ptmx");
+    for device in wanted {
+        device.make(root).step(|| format!("create device {:?}", device.path))?;
+    }
+    let dev = root.make_dir(Path::new("/dev")).step(|| "open /dev")?;
+    let link = |target: &str, name: &str| match symlinkat(target, &dev, name) {
+        Ok(()) | Err(Errno::EEXIST) => Ok(()),
+        Err(errno) => Err(errno).step(|| format!("link /dev/{name}")),
+    };
+    for (target, name) in LINKS {
+        link(target, name)?;
+    }
+    if root.find(Path::new("/proc/kcore")).is_ok() {
+        link("/proc/kcore", "core")?;
+    }
+    match unlinkat(&dev, "ptmx", UnlinkatFlags::NoRemoveDir) {
+        Ok(()) | Err(Errno::ENOENT) => {}
+        Err(errno) => return Err(errno).step(|| "replace /dev/ptmx"),
+    }
+    link("pts/ptmx", "ptmx")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn device(path: &str, kind: &str, mode: u32) -> agent::Device {
+        agent::Device {
+            path: path.into(),
+            type_: kind.into(),
+            major: 10,
+            minor: 200,
+            file_mode: mode,
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn devices_are_checked_by_field() {
+        let tun = Device::plan(0, &device("/dev/net/tun", "c", 0o660)).unwrap();
+        assert_eq!((tun.kind, tun.number, tun.mode.bits()), (SFlag::S_IFCHR, makedev(10, 200), 0o660));
+        assert_eq!(Device::plan(0, &device("/dev/x", "u", 0)).unwrap().mode.bits(), 0o666);
+        assert_eq!(
+            Device::plan(3, &device("/dev/x", "q", 0)).unwrap_err().to_string(),
+            "devices[3].type: \"q\" must be \"c\", \"b\", \"u\" or \"p\""
+        );
+        assert_eq!(
+            Device::plan(1, &device("dev/x", "c", 0)).unwrap_err().to_string(),
+            "devices[1].path: \"dev/x\" must be an absolute path"
+        );
+    }
+}

@@ -1,0 +1,56 @@
+//! Adding a process to a container that exists.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+
+use nix::errno::Errno;
+use rvm_protocol::agent;
+
+use super::{
+    cgroup::Cgroup,
+    channel,
+    child::{self, GivenUp},
+    namespaces::{born_in, enter_all_of},
+    terminal, user,
+};
+use crate::{
+    error::{Step, StepError, StepResult},
+    io::ChildEnds,
+    sys::process::{Child, spawn},
+};
+
+/// Makes a process in the container whose first process `first` stands for. It
+/// prepares itself and then waits.
+pub fn spawn_into(
+    first: BorrowedFd<'_>,
+    cgroup: &Cgroup,
+    process: &agent::Process,
+    ends: &ChildEnds,
+) -> StepResult<(Child, channel::Parent)> {
+    let (parent, channel) = channel::pair()?;
+    let child = born_in(Some(first), || {
+        let child =
+            spawn(cgroup.dir(), 0, || child::run(&channel, || added_process(first, process, &channel, ends)));
+        match child {
+            // What the kernel says of a pid namespace whose PID 1 has ended.
+            Err(Errno::ENOMEM) => {
+                Err(StepError::Refused("create a process: the container has stopped".into()))
+            }
+            child => child.step(|| "create a process"),
+        }
+    })?;
+    Ok((child, parent))
+}
+
+/// In the child: from a copy of the agent to the program.
+fn added_process(
+    first: BorrowedFd<'_>,
+    process: &agent::Process,
+    channel: &channel::Child,
+    ends: &ChildEnds,
+) -> StepResult<GivenUp> {
+    child::begin(ends, &[first.as_raw_fd(), channel.as_fd().as_raw_fd()])?;
+    user::apply_oom_score(process)?;
+    enter_all_of(first)?;
+    let terminal = if process.terminal { Some(terminal::open_controlling()?) } else { None };
+    child::finish(process, terminal, ends, channel)
+}

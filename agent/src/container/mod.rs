@@ -1,0 +1,227 @@
+//! A container and its processes.
+//!
+//! Where to read on: [`create`] is the sequence that makes a container,
+//! [`enter`] the one that adds a process to it, [`child`] what both share.
+
+pub mod capabilities;
+pub mod cgroup;
+pub mod channel;
+pub mod child;
+pub mod create;
+pub mod devices;
+pub mod enter;
+pub mod exec;
+pub mod mounts;
+pub mod namespaces;
+pub mod paths;
+pub mod process;
+pub mod rootfs;
+pub mod sysctl;
+pub mod terminal;
+pub mod user;
+
+use std::{
+    collections::HashMap,
+    os::fd::AsFd,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use nix::sys::signal::Signal;
+use rvm_protocol::agent;
+
+use self::{cgroup::Cgroup, create::Plan, process::Process};
+use crate::{
+    error::{Error, StepResult},
+    init::reaper::{ExitReceiver, Reaper, ended},
+    io::{ChildEnds, Streams},
+};
+
+/// One container.
+#[derive(Debug)]
+pub struct Container {
+    id: String,
+    cgroup: Cgroup,
+    own_pids: bool,
+    first: Arc<Process>,
+    added: Mutex<HashMap<String, Added>>,
+}
+
+/// A process added by `CreateExec`.
+#[derive(Debug)]
+struct Added {
+    process: Arc<Process>,
+    /// Until it is started.
+    ends: Option<ChildEnds>,
+}
+
+impl Container {
+    /// Makes a container's cgroup and first process. The process still has to
+    /// become [`ready`](Self::ready).
+    pub fn create(id: &str, plan: &Plan, reaper: &Reaper) -> Result<(Arc<Self>, channel::Parent), Error> {
+        let (streams, ends) = Streams::new(plan.process())?;
+        let cgroup = Cgroup::create(plan.cgroup_path())?;
+        let (child, channel) = match plan.spawn(&cgroup, &ends) {
+            Ok(spawned) => spawned,
+            Err(error) => {
+                // The cgroup is as new as it is empty; the error at hand is the one to tell.
+                let _ = cgroup.remove();
+                return Err(error.into());
+            }
+        };
+        let exit = reaper.watch(child.pid);
+        let first = Arc::new(Process::new(plan.process().clone(), streams));
+        first.spawned(child);
+        let container = Arc::new(Self {
+            id: id.to_owned(),
+            cgroup,
+            own_pids: plan.has_own_pids(),
+            first,
+            added: Mutex::default(),
+        });
+        tokio::spawn(Arc::clone(&container).end_with_first(exit));
+        Ok((container, channel))
+    }
+
+    /// The end of the first process is the end of the container: of a pid
+    /// namespace of its own the kernel sees to that, else we do.
+    async fn end_with_first(self: Arc<Self>, exit: ExitReceiver) {
+        let Some(exit) = ended(exit).await else { return };
+        if !self.own_pids
+            && let Err(error) = self.kill_all().await
+        {
+            log::error!("container {}: {error}", self.id);
+        }
+        self.first.set_exited(exit);
+    }
+
+    async fn kill_all(&self) -> StepResult<()> {
+        self.cgroup.kill()?;
+        self.cgroup.empty().await
+    }
+
+    fn added(&self) -> MutexGuard<'_, HashMap<String, Added>> {
+        // One thread: a poisoned lock means a panic, and that rebooted the VM.
+        self.added.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until the first process waits before `execve`.
+    pub async fn ready(&self, channel: channel::Parent) -> StepResult<()> {
+        self.first.ready(channel).await
+    }
+
+    /// The first process, or the one added as `exec_id`.
+    pub fn process(&self, exec_id: &str) -> Result<Arc<Process>, Error> {
+        if exec_id.is_empty() {
+            return Ok(Arc::clone(&self.first));
+        }
+        match self.added().get(exec_id) {
+            Some(added) => Ok(Arc::clone(&added.process)),
+            None => Err(Error::NotFound(format!("no such exec: {exec_id:?} in container {:?}", self.id))),
+        }
+    }
+
+    /// Registers a process to be added.
+    pub fn add(&self, exec_id: &str, spec: agent::Process) -> Result<(), Error> {
+        if self.first.exited().is_some() {
+            return Err(Error::Precondition(format!("container {:?} has stopped", self.id)));
+        }
+        if self.added().contains_key(exec_id) {
+            return Err(Error::AlreadyExists(format!("exec {exec_id:?} exists in container {:?}", self.id)));
+        }
+        let (streams, ends) = Streams::new(&spec)?;
+        let process = Arc::new(Process::new(spec, streams));
+        self.added().insert(exec_id.to_owned(), Added { process, ends: Some(ends) });
+        Ok(())
+    }
+
+    /// Runs the program of a process. Returns its pid in the container.
+    pub async fn start(&self, exec_id: &str, reaper: &Reaper) -> Result<u32, Error> {
+        let process = self.process(exec_id)?;
+        if !exec_id.is_empty() {
+            let ends = self.added().get_mut(exec_id).and_then(|added| added.ends.take());
+            let ends = ends
+                .ok_or_else(|| Error::Precondition(format!("exec {exec_id:?} has been started already")))?;
+            let channel = self.spawn_added(&process, ends, reaper)?;
+            process.ready(channel).await?;
+        }
+        process.start().await
+    }
+
+    fn spawn_added(
+        &self,
+        process: &Arc<Process>,
+        ends: ChildEnds,
+        reaper: &Reaper,
+    ) -> Result<channel::Parent, Error> {
+        let stopped = || Error::Precondition(format!("container {:?} has stopped", self.id));
+        let spawned = self
+            .first
+            .with_child(|first| enter::spawn_into(first.pidfd.as_fd(), &self.cgroup, &process.spec, &ends));
+        let (child, channel) = spawned.ok_or_else(stopped)??;
+        let exit = reaper.watch(child.pid);
+        process.spawned(child);
+        let process = Arc::clone(process);
+        tokio::spawn(async move {
+            if let Some(exit) = ended(exit).await {
+                process.set_exited(exit);
+            }
+        });
+        Ok(channel)
+    }
+
+    /// Sends a signal to one process, or to all of the container.
+    pub fn signal(&self, exec_id: &str, signal: i32, all: bool) -> Result<(), Error> {
+        let process = self.process(exec_id)?;
+        if !all {
+            return process.signal(signal);
+        }
+        if signal == Signal::SIGKILL as i32 {
+            return Ok(self.cgroup.kill()?);
+        }
+        for pid in self.cgroup.processes()? {
+            // SAFETY: kill(2) takes integers. One that ended meanwhile needs no signal.
+            unsafe { libc::kill(pid.as_raw(), signal) };
+        }
+        Ok(())
+    }
+
+    /// The container's processes, with the exec id of those that were added.
+    pub fn processes(&self) -> Result<Vec<agent::ProcessInfo>, Error> {
+        let added: HashMap<i32, String> = self
+            .added()
+            .iter()
+            .filter_map(|(exec_id, added)| Some((added.process.pid()?.as_raw(), exec_id.clone())))
+            .collect();
+        let info = |pid: nix::unistd::Pid| agent::ProcessInfo {
+            pid: pid.as_raw().unsigned_abs(),
+            exec_id: added.get(&pid.as_raw()).cloned().unwrap_or_default(),
+            ..Default::default()
+        };
+        Ok(self.cgroup.processes()?.into_iter().map(info).collect())
+    }
+
+    /// Forgets an added process that has ended, was never started, or could not be.
+    pub fn remove_added(&self, exec_id: &str) -> Result<(), Error> {
+        let process = self.process(exec_id)?;
+        if process.pid().is_some() {
+            return Err(Error::Precondition(format!("exec {exec_id:?} is running")));
+        }
+        self.added().remove(exec_id);
+        Ok(())
+    }
+
+    /// Whether it may be removed: it has stopped or has never been started.
+    pub fn check_removable(&self) -> Result<(), Error> {
+        if self.first.exited().is_some() || self.first.is_created() {
+            return Ok(());
+        }
+        Err(Error::Precondition(format!("container {:?} is running", self.id)))
+    }
+
+    /// Ends what is left of it and removes its cgroup.
+    pub async fn remove(&self) -> StepResult<()> {
+        self.kill_all().await?;
+        self.first.wait().await;
+        self.cgroup.remove()
+    }
+}

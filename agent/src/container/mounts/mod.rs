@@ -1,0 +1,203 @@
+//! The mounts of a container, in the order of its spec.
+
+mod options;
+
+use std::{
+    os::fd::{AsFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    errno::Errno,
+    fcntl::AT_FDCWD,
+    sys::stat::{SFlag, fstat},
+};
+pub use options::Options;
+use rvm_protocol::agent;
+
+use super::paths::{Root, clean, kind};
+use crate::{
+    error::{Error, Step, StepError, StepResult, check_relative},
+    storage::Storage,
+    sys::mount::{Attributes, FsContext, attach, clone_tree, set_attributes},
+};
+
+/// Files below `/proc` that may be covered, as with runc: what lxcfs provides,
+/// and what hides more than the kernel does.
+const ALLOWED_IN_PROC: &[&str] = &[
+    "/proc/cpuinfo",
+    "/proc/diskstats",
+    "/proc/meminfo",
+    "/proc/stat",
+    "/proc/swaps",
+    "/proc/uptime",
+    "/proc/loadavg",
+    "/proc/slabinfo",
+    "/proc/net/dev",
+    "/proc/sys/kernel/ns_last_pid",
+    "/proc/sys/crypto/fips_enabled",
+];
+
+/// One mount to be made.
+#[derive(Debug)]
+pub struct Mount {
+    destination: PathBuf,
+    kind: Kind,
+    options: Options,
+}
+
+#[derive(Debug)]
+enum Kind {
+    /// A file system of its own.
+    New { fs_type: String, source: String },
+    /// A place of the guest, seen at a second place.
+    Bind { source: PathBuf, recursive: bool },
+}
+
+impl Mount {
+    /// Checks the mount `mounts[index]` of a request.
+    pub fn plan(index: usize, mount: &agent::Mount, storage: &Storage) -> Result<Self, Error> {
+        let field = |name: &str| format!("mounts[{index}].{name}");
+        if mount.destination.is_empty()
+            || [&mount.destination, &mount.source].iter().any(|path| path.contains('\0'))
+        {
+            return Err(Error::invalid(field("destination"), "must be a path without NUL"));
+        }
+        let destination = clean(&mount.destination);
+        let in_proc = destination.starts_with("/proc") && destination != Path::new("/proc");
+        if in_proc && !ALLOWED_IN_PROC.iter().any(|allowed| destination == Path::new(allowed)) {
+            return Err(Error::invalid(
+                field("destination"),
+                format!("{destination:?} cannot be mounted because it is inside /proc"),
+            ));
+        }
+        if destination == Path::new("/") {
+            return Err(Error::invalid(field("destination"), "must be below the root"));
+        }
+        let options =
+            Options::parse(&mount.options).map_err(|reason| Error::invalid(field("options"), reason))?;
+        let bind = options.bind.or((mount.type_ == "bind").then_some(false));
+        let kind = match bind {
+            Some(recursive) if mount.from_share => {
+                check_relative(&field("source"), &mount.source)?;
+                Kind::Bind { source: storage.share_path(&mount.source), recursive }
+            }
+            Some(recursive) if mount.source.starts_with('/') => {
+                Kind::Bind { source: PathBuf::from(&mount.source), recursive }
+            }
+            Some(_) => return Err(Error::invalid(field("source"), "must be an absolute path of the guest")),
+            None if mount.from_share => {
+                return Err(Error::invalid(
+                    field("from_share"),
+                    "only a bind mount has its source on the share",
+                ));
+            }
+            None if mount.type_.is_empty() => {
+                return Err(Error::invalid(field("type"), "must be given, or the option \"bind\""));
+            }
+            None => {
+                // The guest has cgroup v2 only, whatever the spec's author had.
+                let fs_type = if mount.type_ == "cgroup" { "cgroup2" } else { &mount.type_ };
+                Kind::New { fs_type: fs_type.to_owned(), source: mount.source.clone() }
+            }
+        };
+        Ok(Self { destination, kind, options })
+    }
+
+    /// Whether this mount brings a `/dev` that is complete already.
+    pub fn brings_devices(&self) -> bool {
+        self.destination == Path::new("/dev") && matches!(self.kind, Kind::Bind { .. })
+    }
+
+    fn make(&self, root: &Root) -> StepResult<Option<OwnedFd>> {
+        match &self.kind {
+            Kind::New { fs_type, source } => self.make_new(root, fs_type, source),
+            Kind::Bind { source, recursive } => self.make_bind(root, source, *recursive).map(|()| None),
+        }
+    }
+
+    /// Returns the mount where it is to become read-only once all is mounted:
+    /// later mounts may need directories in it.
+    fn make_new(&self, root: &Root, fs_type: &str, source: &str) -> StepResult<Option<OwnedFd>> {
+        let describe = || format!("mount {fs_type:?} at {:?}", self.destination);
+        let target = root.make_dir(&self.destination).step(describe)?;
+        let context = FsContext::new(fs_type).step(describe)?;
+        let fail = |errno: Errno| match context.complaint() {
+            Some(complaint) => StepError::Refused(format!("{}: {complaint}", describe())),
+            None => StepError::Kernel { step: describe(), errno },
+        };
+        let later = fs_type == "tmpfs" && self.options.read_only();
+        if !source.is_empty() {
+            context.set("source", Some(source)).map_err(fail)?;
+        }
+        if fs_type == "tmpfs" {
+            // The directory it covers lends it its mode, unless the spec names one.
+            let mode = fstat(&target).step(describe)?.st_mode & 0o7777;
+            context.set("mode", Some(&format!("{mode:o}"))).map_err(fail)?;
+        }
+        for (key, value) in &self.options.data {
+            context.set(key, value.as_deref()).map_err(fail)?;
+        }
+        if self.options.read_only() && !later {
+            context.set("ro", None).map_err(fail)?;
+        }
+        let mut set = self.options.attributes.set | self.options.recursive.set;
+        if later {
+            set &= !libc::MOUNT_ATTR_RDONLY;
+        }
+        let mount = context.mount(set).map_err(fail)?;
+        attach(&mount, &target).step(describe)?;
+        self.propagate(&mount)?;
+        Ok(later.then_some(mount))
+    }
+
+    fn make_bind(&self, root: &Root, source: &Path, recursive: bool) -> StepResult<()> {
+        let describe = || format!("bind mount {source:?} at {:?}", self.destination);
+        let mount = clone_tree(AT_FDCWD, source, recursive).step(describe)?;
+        let target = if kind(&mount).step(describe)? == SFlag::S_IFDIR {
+            root.make_dir(&self.destination)
+        } else {
+            root.make_file(&self.destination)
+        };
+        let target = target.step(describe)?;
+        for (attributes, recursive) in [(self.options.attributes, false), (self.options.recursive, true)] {
+            if !attributes.is_empty() {
+                set_attributes(mount.as_fd(), attributes, recursive).step(describe)?;
+            }
+        }
+        attach(&mount, &target).step(describe)?;
+        self.propagate(&mount)
+    }
+
+    fn propagate(&self, mount: &OwnedFd) -> StepResult<()> {
+        for (propagation, recursive) in &self.options.propagation {
+            let attributes = Attributes { propagation: *propagation, ..Attributes::default() };
+            set_attributes(mount.as_fd(), attributes, *recursive)
+                .step(|| format!("set the propagation of {:?}", self.destination))?;
+        }
+        Ok(())
+    }
+}
+
+/// Mounts that still have to become read-only.
+#[derive(Debug)]
+pub struct Unfinished(Vec<OwnedFd>);
+
+/// Makes all mounts, in order.
+pub fn make_all(mounts: &[Mount], root: &Root) -> StepResult<Unfinished> {
+    let mut unfinished = Vec::new();
+    for mount in mounts {
+        unfinished.extend(mount.make(root)?);
+    }
+    Ok(Unfinished(unfinished))
+}
+
+impl Unfinished {
+    /// Makes those read-only that were asked to be.
+    pub fn finish(self) -> StepResult<()> {
+        for mount in self.0 {
+            set_attributes(mount.as_fd(), Attributes::READ_ONLY, false).step(|| "make a mount read-only")?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,160 @@
+//! A process of a container as the agent keeps it, from creation to deletion.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use nix::{errno::Errno, unistd::Pid};
+use rvm_protocol::agent;
+use tokio::sync::watch;
+
+use super::channel;
+use crate::{
+    error::{Error, Step, StepResult},
+    init::reaper::{Exit, ExitReceiver, ended},
+    io::Streams,
+    sys::process::{Child, send_signal},
+};
+
+/// A container's first process, or one that was added to it.
+#[derive(Debug)]
+pub struct Process {
+    /// As requested; it has been checked.
+    pub spec: agent::Process,
+    /// Its standard streams or terminal.
+    pub streams: Streams,
+    stage: Mutex<Stage>,
+    exit: watch::Sender<Option<Exit>>,
+}
+
+/// ```text
+///  Registered ──spawn──> Spawned ──ready──> Created ──start──> Started
+/// ```
+/// Whether it has ended is told by `exit`: it may do so at any point after spawn.
+#[derive(Debug)]
+enum Stage {
+    /// No process yet.
+    Registered,
+    /// The child is preparing itself.
+    Spawned(Child),
+    /// The child waits just before `execve`.
+    Created(Child, u32, channel::Parent),
+    /// The program runs, or could not be run.
+    Started(Child),
+}
+
+impl Process {
+    /// A process that is yet to be spawned.
+    pub fn new(spec: agent::Process, streams: Streams) -> Self {
+        Self { spec, streams, stage: Mutex::new(Stage::Registered), exit: watch::channel(None).0 }
+    }
+
+    fn stage(&self) -> MutexGuard<'_, Stage> {
+        // One thread: a poisoned lock means a panic, and that rebooted the VM.
+        self.stage.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether nobody has tried to start it.
+    pub fn is_registered(&self) -> bool {
+        matches!(*self.stage(), Stage::Registered)
+    }
+
+    /// Whether it waits for [`start`](Self::start).
+    pub fn is_created(&self) -> bool {
+        matches!(*self.stage(), Stage::Created(..))
+    }
+
+    /// Notes the child that prepares itself to be this process.
+    pub fn spawned(&self, child: Child) {
+        *self.stage() = Stage::Spawned(child);
+    }
+
+    /// Waits until the child has done everything up to `execve`.
+    pub async fn ready(&self, channel: channel::Parent) -> StepResult<()> {
+        let ready = channel.ready().await?;
+        if let Some(terminal) = ready.terminal {
+            self.streams.set_terminal(terminal)?;
+        }
+        let mut stage = self.stage();
+        *stage = match std::mem::replace(&mut *stage, Stage::Registered) {
+            Stage::Spawned(child) => Stage::Created(child, ready.pid, channel),
+            other => other,
+        };
+        Ok(())
+    }
+
+    /// Lets a created process run its program. Returns its pid in its own pid
+    /// namespace.
+    pub async fn start(&self) -> Result<u32, Error> {
+        let (pid, channel) = {
+            let mut stage = self.stage();
+            match std::mem::replace(&mut *stage, Stage::Registered) {
+                Stage::Created(child, pid, channel) => {
+                    *stage = Stage::Started(child);
+                    (pid, channel)
+                }
+                other => {
+                    *stage = other;
+                    return Err(Error::Precondition("the process is not waiting to be started".into()));
+                }
+            }
+        };
+        channel.start().await?;
+        Ok(pid)
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: i32) -> Result<(), Error> {
+        // In the words of Go's os package, by which clients of containerd know it.
+        let finished = || Error::NotFound("process already finished".into());
+        if self.exited().is_some() {
+            return Err(finished());
+        }
+        match &*self.stage() {
+            Stage::Registered => Err(Error::Precondition("the process has not been started".into())),
+            Stage::Spawned(child) | Stage::Created(child, ..) | Stage::Started(child) => {
+                match send_signal(&child.pidfd, signal) {
+                    Err(Errno::ESRCH) => Err(finished()),
+                    sent => Ok(sent.step(|| format!("send signal {signal}"))?),
+                }
+            }
+        }
+    }
+
+    /// Its pid in the guest's root pid namespace, and the descriptor that
+    /// stands for it, for as long as it runs.
+    pub fn with_child<T>(&self, use_child: impl FnOnce(&Child) -> T) -> Option<T> {
+        if self.exited().is_some() {
+            return None;
+        }
+        match &*self.stage() {
+            Stage::Registered => None,
+            Stage::Spawned(child) | Stage::Created(child, ..) | Stage::Started(child) => {
+                Some(use_child(child))
+            }
+        }
+    }
+
+    /// Its pid in the guest's root pid namespace while it runs.
+    pub fn pid(&self) -> Option<Pid> {
+        self.with_child(|child| child.pid)
+    }
+
+    /// How it ended, if it has.
+    pub fn exited(&self) -> Option<Exit> {
+        *self.exit.borrow()
+    }
+
+    /// Makes its end known to everyone who waits.
+    pub fn set_exited(&self, exit: Exit) {
+        self.exit.send_replace(Some(exit));
+    }
+
+    /// Resolves once it has ended.
+    pub fn exit_receiver(&self) -> ExitReceiver {
+        self.exit.subscribe()
+    }
+
+    /// Waits for its end.
+    pub async fn wait(&self) -> Option<Exit> {
+        ended(self.exit_receiver()).await
+    }
+}

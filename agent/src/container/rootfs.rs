@@ -1,0 +1,244 @@
+//! The container's root file system: the image's layers below, the container's
+//! own changes above, and nothing else in sight.
+
+use std::{
+    ffi::OsStr,
+    fs,
+    os::{
+        fd::AsFd,
+        unix::fs::{MetadataExt, chown},
+    },
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    errno::Errno,
+    fcntl::AtFlags,
+    mount::{MntFlags, MsFlags, mount, umount2},
+    sys::{
+        stat::{SFlag, UtimensatFlags, utimensat},
+        time::TimeSpec,
+    },
+    unistd::{fchdir, pivot_root},
+};
+use rvm_protocol::agent;
+
+use super::paths::{Root, kind, open_path};
+use crate::{
+    error::{Error, Step, StepResult, check_relative},
+    storage::Layer,
+    sys::mount::{Attributes, FsContext, attach, clone_tree, set_attributes},
+};
+
+/// Where a container's root file system is mounted before it becomes the root.
+/// One place serves all: each container has its own mount namespace.
+pub const MOUNT_POINT: &str = "/run/rvm/rootfs";
+
+/// A root file system to be mounted.
+#[derive(Debug)]
+pub struct Rootfs {
+    lower: PathBuf,
+    layer: Layer,
+    readonly: bool,
+    propagation: u64,
+    masked: Vec<String>,
+    readonly_paths: Vec<String>,
+}
+
+/// Checks the part of a request that describes the root file system.
+pub fn check(request: &agent::CreateContainerRequest) -> Result<(), Error> {
+    check_relative("rootfs.share_path", &request.rootfs.share_path)?;
+    // These end a path in OverlayFS's mount options.
+    if request.rootfs.share_path.contains([':', ',', '\\']) {
+        return Err(Error::invalid("rootfs.share_path", "must not contain ':', ',' or '\\'"));
+    }
+    propagation(&request.rootfs.propagation)?;
+    for (field, paths) in
+        [("masked_paths", &request.masked_paths), ("readonly_paths", &request.readonly_paths)]
+    {
+        for (index, path) in paths.iter().enumerate() {
+            if !path.starts_with('/') || path.contains('\0') {
+                return Err(Error::invalid(
+                    format!("{field}[{index}]"),
+                    format!("{path:?} must be absolute"),
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn propagation(name: &str) -> Result<u64, Error> {
+    let flag = match name {
+        "" => return Ok(0),
+        "private" | "rprivate" => MsFlags::MS_PRIVATE,
+        "slave" | "rslave" => MsFlags::MS_SLAVE,
+        "shared" | "rshared" => MsFlags::MS_SHARED,
+        "unbindable" | "runbindable" => MsFlags::MS_UNBINDABLE,
+        _ => {
+            let reason = format!("{name:?} must be \"private\", \"slave\", \"shared\" or \"unbindable\"");
+            return Err(Error::invalid("rootfs.propagation", reason));
+        }
+    };
+    Ok(flag.bits())
+}
+
+impl Rootfs {
+    /// A root file system as asked for by a request that passed [`check`].
+    pub fn new(request: &agent::CreateContainerRequest, lower: PathBuf, layer: Layer) -> Result<Self, Error> {
+        Ok(Self {
+            lower,
+            layer,
+            readonly: request.rootfs.readonly,
+            propagation: propagation(&request.rootfs.propagation)?,
+            masked: request.masked_paths.clone(),
+            readonly_paths: request.readonly_paths.clone(),
+        })
+    }
+
+    /// Mounts it in the current, new mount namespace.
+    pub fn mount(&self) -> StepResult<Root> {
+        // Nothing mounted from here on reaches the agent.
+        let old = open_path(Path::new("/")).step(|| "open the guest's root")?;
+        let slave = Attributes { propagation: MsFlags::MS_SLAVE.bits(), ..Attributes::default() };
+        set_attributes(old.as_fd(), slave, true).step(|| "detach the mount namespace")?;
+
+        if self.layer.fresh {
+            copy_attributes(&self.lower, &self.layer.upper)
+                .step(|| "copy the attributes of the image's root")?;
+        }
+        let options = format!(
+            "lowerdir={},upperdir={},workdir={}",
+            self.lower.display(),
+            self.layer.upper.display(),
+            self.layer.work.display()
+        );
+        mount(Some("overlay"), MOUNT_POINT, Some("overlay"), MsFlags::empty(), Some(options.as_str()))
+            .step(|| format!("mount the root file system ({options})"))?;
+        Root::open(Path::new(MOUNT_POINT)).step(|| "open the root file system")
+    }
+
+    /// Last changes, after which less can be done to it: masked and read-only
+    /// paths, the root's own read-only flag and propagation.
+    pub fn protect(&self) -> StepResult<()> {
+        let root = Root::open(Path::new("/")).step(|| "open the root file system")?;
+        for path in &self.readonly_paths {
+            make_readonly(&root, Path::new(path)).step(|| format!("make {path:?} read-only"))?;
+        }
+        for path in &self.masked {
+            mask(&root, Path::new(path)).step(|| format!("mask {path:?}"))?;
+        }
+        let mut attributes = Attributes { propagation: self.propagation, ..Attributes::default() };
+        if self.readonly {
+            attributes.set = libc::MOUNT_ATTR_RDONLY;
+        }
+        if attributes.is_empty() {
+            return Ok(());
+        }
+        set_attributes(root.as_fd(), attributes, false).step(|| "protect the root file system")
+    }
+}
+
+/// Makes `root` the root of this mount namespace and lets go of the old one.
+pub fn pivot(root: &Root) -> StepResult<()> {
+    let old = open_path(Path::new("/")).step(|| "open the guest's root")?;
+    fchdir(root).step(|| "enter the root file system")?;
+    // pivot_root(".", ".") puts the old root on top of the new one, from where
+    // it is then taken away: no directory for it is needed in the image.
+    pivot_root(".", ".").step(|| "pivot_root")?;
+    fchdir(&old).step(|| "return to the guest's root")?;
+    umount2(".", MntFlags::MNT_DETACH).step(|| "unmount the guest's root")?;
+    std::env::set_current_dir("/").step(|| "enter the root file system")
+}
+
+/// The root directory of a container has the mode, owner and times of the
+/// image's, though OverlayFS takes them from the upper directory.
+fn copy_attributes(from: &Path, to: &Path) -> std::io::Result<()> {
+    let metadata = fs::metadata(from)?;
+    chown(to, Some(metadata.uid()), Some(metadata.gid()))?;
+    fs::set_permissions(to, metadata.permissions())?;
+    let atime = TimeSpec::new(metadata.atime(), metadata.atime_nsec());
+    let mtime = TimeSpec::new(metadata.mtime(), metadata.mtime_nsec());
+    utimensat(nix::fcntl::AT_FDCWD, to, &atime, &mtime, UtimensatFlags::FollowSymlink)?;
+    Ok(())
+}
+
+/// Paths a kernel or an image does not have need no protection.
+fn existing<T>(found: nix::Result<T>) -> nix::Result<Option<T>> {
+    match found {
+        Ok(found) => Ok(Some(found)),
+        Err(Errno::ENOENT | Errno::ENOTDIR) => Ok(None),
+        Err(errno) => Err(errno),
+    }
+}
+
+fn make_readonly(root: &Root, path: &Path) -> nix::Result<()> {
+    let Some(target) = existing(root.find(path))? else { return Ok(()) };
+    let clone = clone_tree(&target, Path::new(""), true)?;
+    set_attributes(clone.as_fd(), Attributes::READ_ONLY, false)?;
+    attach(&clone, &target)
+}
+
+fn mask(root: &Root, path: &Path) -> nix::Result<()> {
+    let Some(target) = existing(root.find(path))? else { return Ok(()) };
+    let cover = if kind(&target)? == SFlag::S_IFDIR {
+        let tmpfs = FsContext::new("tmpfs")?;
+        tmpfs.set("nr_blocks", Some("1"))?;
+        tmpfs.set("nr_inodes", Some("1"))?;
+        tmpfs.mount(libc::MOUNT_ATTR_RDONLY)?
+    } else {
+        clone_tree(root, Path::new("dev/null"), false)?
+    };
+    attach(&cover, &target)
+}
+
+/// Whether a file exists in the container, links not followed.
+pub fn exists(root: &Root, name: &OsStr) -> bool {
+    nix::sys::stat::fstatat(root, name, AtFlags::AT_SYMLINK_NOFOLLOW).is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(share_path: &str, propagation: &str, masked: &str) -> agent::CreateContainerRequest {
+        let rootfs = agent::Rootfs {
+            share_path: share_path.into(),
+            propagation: propagation.into(),
+            ..Default::default()
+        };
+        agent::CreateContainerRequest {
+            rootfs: protobuf::MessageField::some(rootfs),
+            masked_paths: vec![masked.into()],
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn the_request_is_checked_by_field() {
+        assert!(check(&request("c1/rootfs", "rslave", "/proc/kcore")).is_ok());
+        for (request, expected) in [
+            (request("../x", "", "/a"), "rootfs.share_path: \"../x\" must not contain \"..\""),
+            (request("a:b", "", "/a"), "rootfs.share_path: must not contain ':', ',' or '\\'"),
+            (
+                request("a", "sideways", "/a"),
+                "rootfs.propagation: \"sideways\" must be \"private\", \"slave\", \"shared\" or \"unbindable\"",
+            ),
+            (request("a", "", "proc"), "masked_paths[0]: \"proc\" must be absolute"),
+        ] {
+            assert_eq!(check(&request).unwrap_err().to_string(), expected);
+        }
+    }
+
+    #[test]
+    fn a_fresh_upper_directory_looks_like_the_image_root() {
+        let dir = tempfile::tempdir().unwrap();
+        let (lower, upper) = (dir.path().join("lower"), dir.path().join("upper"));
+        fs::create_dir(&lower).unwrap();
+        fs::create_dir(&upper).unwrap();
+        fs::set_permissions(&lower, std::os::unix::fs::PermissionsExt::from_mode(0o1751)).unwrap();
+        copy_attributes(&lower, &upper).unwrap();
+        let (a, b) = (fs::metadata(&lower).unwrap(), fs::metadata(&upper).unwrap());
+        assert_eq!((a.mode(), a.mtime(), a.mtime_nsec()), (b.mode(), b.mtime(), b.mtime_nsec()));
+    }
+}

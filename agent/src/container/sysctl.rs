@@ -1,0 +1,49 @@
+//! Kernel parameters of a container's namespaces.
+//!
+//! runc refuses those that belong to no namespace, for the host's sake. Here
+//! the kernel is the sandbox's own, and they are set.
+
+use std::{collections::HashMap, path::PathBuf};
+
+use crate::error::{Error, Step, StepResult};
+
+/// Checks `sysctl` of a request.
+pub fn check(parameters: &HashMap<String, String>) -> Result<(), Error> {
+    for (name, value) in parameters {
+        if path(name).is_none() || value.contains('\0') {
+            let reason = "must be a name such as \"net.core.somaxconn\" and a value without NUL";
+            return Err(Error::invalid(format!("sysctl[{name:?}]"), reason));
+        }
+    }
+    Ok(())
+}
+
+fn path(name: &str) -> Option<PathBuf> {
+    let path = name.replace('.', "/");
+    let plain = !path.contains('\0') && path.split('/').all(|part| !part.is_empty());
+    plain.then(|| PathBuf::from("/proc/sys").join(path))
+}
+
+/// Sets them in the namespaces of this process, while the agent's `/proc` is in sight.
+pub fn apply(parameters: &HashMap<String, String>) -> StepResult<()> {
+    for (name, value) in parameters {
+        let Some(path) = path(name) else { continue };
+        std::fs::write(path, value).step(|| format!("set sysctl {name} to {value:?}"))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_stay_below_proc_sys() {
+        assert_eq!(path("net.core.somaxconn"), Some("/proc/sys/net/core/somaxconn".into()));
+        // A dot is a separator, so there is no way to write "..".
+        for name in ["", "net..core", "../x", "/etc/passwd", "net.", "a\0"] {
+            assert_eq!(path(name), None, "{name}");
+            assert!(check(&HashMap::from([(name.to_owned(), String::new())])).is_err());
+        }
+    }
+}
