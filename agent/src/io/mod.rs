@@ -25,15 +25,20 @@ pub async fn accept(listener: OwnedFd, sandbox: Arc<Sandbox>) -> std::io::Result
         let (stream, _) = listener.accept().await?;
         let sandbox = Arc::clone(&sandbox);
         tokio::spawn(async move {
-            if let Err(error) = serve(stream, |header| sandbox.attach(header)).await {
-                log::info!("stream: {error}");
-            }
+            serve(stream, &sandbox).await;
         });
     }
 }
 
-/// Serves one connection: its header line, then the bytes of one stream.
-async fn serve(
+/// Serves one connection.
+pub async fn serve(connection: impl AsyncRead + AsyncWrite + Send, sandbox: &Sandbox) {
+    if let Err(error) = carry(connection, |header| sandbox.attach(header)).await {
+        log::info!("stream: {error}");
+    }
+}
+
+/// Reads a connection's header line, then carries the bytes of one stream.
+async fn carry(
     connection: impl AsyncRead + AsyncWrite + Send,
     attach: impl FnOnce(&StreamHeader) -> Result<Attachment, Error>,
 ) -> std::io::Result<()> {
@@ -77,7 +82,7 @@ mod tests {
                 let none = |header: &StreamHeader| {
                     Err(Error::NotFound(format!("no such container: {}", header.container_id)))
                 };
-                serve(guest, none).await.unwrap();
+                carry(guest, none).await.unwrap();
                 let mut answer = String::new();
                 host.read_to_string(&mut answer).await.unwrap();
                 assert_eq!(answer, expected);

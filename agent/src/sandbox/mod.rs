@@ -21,6 +21,7 @@ use crate::{
     init::reaper::{Exit, Reaper},
     io::Attachment,
     storage::Storage,
+    sys::process::SIGNALS,
 };
 
 /// Everything the agent knows.
@@ -44,13 +45,16 @@ impl State {
     }
 }
 
-/// Signals of Linux, real-time ones included.
-const SIGNALS: std::ops::RangeInclusive<u32> = 1..=64;
-
 impl Sandbox {
     /// A sandbox that has not been set up.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// A sandbox that needs no setting up.
+    pub fn with_storage(storage: Storage) -> Self {
+        let state = State { storage: Some(storage), ..State::default() };
+        Self { state: Mutex::new(state), ..Self::default() }
     }
 
     /// Never held across an `await`.
@@ -141,9 +145,8 @@ impl Sandbox {
 
     /// Sends a signal.
     pub fn signal_process(&self, request: &agent::SignalProcessRequest) -> Result<(), Error> {
-        if !SIGNALS.contains(&request.signal) {
-            let reason =
-                format!("{} must be between {} and {}", request.signal, SIGNALS.start(), SIGNALS.end());
+        if !(1..=SIGNALS).contains(&request.signal) {
+            let reason = format!("{} must be between 1 and {SIGNALS}", request.signal);
             return Err(Error::invalid("signal", reason));
         }
         let container = self.container(&request.process.container_id)?;

@@ -20,7 +20,12 @@ impl Storage {
     /// Mounts the share now and the scratch when first needed.
     pub fn set_up(share_tag: &str, scratch: &agent::Scratch) -> StepResult<Self> {
         share::mount(share_tag, Path::new(guest::SHARE_DIR))?;
-        Ok(Self { scratch: Scratch::new(scratch.backing.as_ref(), PathBuf::from(guest::SCRATCH_DIR)) })
+        Ok(Self::with_share_in_place(scratch))
+    }
+
+    /// Storage whose share is in place already.
+    pub fn with_share_in_place(scratch: &agent::Scratch) -> Self {
+        Self { scratch: Scratch::new(scratch.backing.as_ref(), PathBuf::from(guest::SCRATCH_DIR)) }
     }
 
     /// A path of the share as the guest sees it; `relative` has been checked.

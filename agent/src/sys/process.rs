@@ -10,6 +10,9 @@ use nix::{errno::Errno, unistd::Pid};
 /// linux/sched.h; libc's own constant overflows its type.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
+/// Signals of Linux, real-time ones included.
+pub const SIGNALS: u32 = 64;
+
 /// Whether this process is a child that has not called `execve` yet.
 static IN_CHILD: AtomicBool = AtomicBool::new(false);
 
@@ -145,11 +148,22 @@ pub fn set_undumpable() -> nix::Result<()> {
 /// Default disposition for every signal and none blocked: what a process
 /// expects of whoever starts it.
 pub fn reset_signals() -> nix::Result<()> {
-    for signal in 1..=libc::SIGRTMAX() {
-        // SIGKILL and SIGSTOP and those glibc keeps for itself cannot be set;
-        // they have their default already.
-        // SAFETY: SIG_DFL installs no handler.
-        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    // The kernel's own sigaction, of which all zeroes is SIG_DFL and nothing
+    // else: glibc refuses to touch the two signals it keeps for itself.
+    let default = [0u64; 4];
+    for signal in 1..=SIGNALS {
+        // SIGKILL and SIGSTOP cannot be set and need not be.
+        // SAFETY: `default` is as large as the kernel's sigaction and outlives
+        // the call; it installs no handler.
+        unsafe {
+            libc::syscall(
+                libc::SYS_rt_sigaction,
+                signal,
+                default.as_ptr(),
+                std::ptr::null_mut::<u64>(),
+                size_of::<u64>(),
+            )
+        };
     }
     nix::sys::signal::SigSet::empty().thread_set_mask()
 }

@@ -1,0 +1,277 @@
+//! A sandbox on this machine, and clients of it.
+
+use std::{
+    fs,
+    path::Path,
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
+};
+use protobuf::MessageField;
+use rvm_agent::{
+    container::rootfs::MOUNT_POINT, error::Error, init::reaper::Exit, io, sandbox::Sandbox, storage::Storage,
+};
+use rvm_protocol::{
+    agent::{
+        Capabilities, ConsoleSize, CreateContainerRequest, CreateExecRequest, Mount, Namespace,
+        NamespaceType, Process, ProcessRef, Rootfs, Scratch,
+    },
+    guest::{self, Stream, StreamHeader},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::UnixStream,
+};
+
+/// Path below the share of the image.
+const IMAGE: &str = "image/rootfs";
+/// What containerd gives a container by default.
+const DEFAULT_CAPABILITIES: u64 = 0xa804_25fb;
+
+/// A mount namespace with a cgroup hierarchy, a share and room for the scratch.
+pub fn prepare_machine() {
+    unshare(CloneFlags::CLONE_NEWNS).expect("a mount namespace");
+    let none = None::<&str>;
+    mount(none, "/", none, MsFlags::MS_PRIVATE | MsFlags::MS_REC, none).expect("a private mount namespace");
+    // The image: this machine's own root file system, without what is mounted on it.
+    let image = Path::new("/tmp").join(format!("rvm-agent-test-{}", std::process::id()));
+    fs::create_dir_all(&image).expect("a directory");
+    mount(Some("/"), &image, none, MsFlags::MS_BIND, none).expect("the root file system a second time");
+    mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), none).expect("a fresh /run");
+    let share = Path::new(guest::SHARE_DIR);
+    fs::create_dir_all(share.join(IMAGE)).expect("a share");
+    mount(Some(&image), &share.join(IMAGE), none, MsFlags::MS_MOVE, none).expect("the image in the share");
+    fs::remove_dir(&image).expect("an empty directory");
+    fs::create_dir_all(MOUNT_POINT).expect("a place for root file systems");
+    mount(Some("cgroup2"), "/sys/fs/cgroup", Some("cgroup2"), MsFlags::empty(), none).expect("cgroup v2");
+}
+
+/// The sandbox, with the tasks the agent runs beside it.
+pub struct Machine {
+    pub sandbox: Arc<Sandbox>,
+}
+
+impl Machine {
+    pub fn new() -> Self {
+        let sandbox = Arc::new(Sandbox::with_storage(Storage::with_share_in_place(&Scratch::default())));
+        let reaping = Arc::clone(&sandbox);
+        tokio::spawn(async move { reaping.reaper().run().await });
+        Self { sandbox }
+    }
+
+    /// Makes a container and attaches its output.
+    pub async fn create(&self, request: CreateContainerRequest) -> Result<Running, Error> {
+        let (id, spec) = (request.container_id.clone(), (*request.process).clone());
+        self.sandbox.create_container(request).await?;
+        Ok(self.attach(reference(&id, ""), &spec))
+    }
+
+    /// Registers an added process and attaches its output.
+    pub fn create_exec(&self, container: &str, exec: &str, process: Process) -> Result<Running, Error> {
+        self.sandbox.create_exec(CreateExecRequest {
+            container_id: container.into(),
+            exec_id: exec.into(),
+            process: MessageField::some(process.clone()),
+            ..Default::default()
+        })?;
+        Ok(self.attach(reference(container, exec), &process))
+    }
+
+    fn attach(&self, process: ProcessRef, spec: &Process) -> Running {
+        let connect = |stream| self.connect(&process, stream);
+        Running {
+            sandbox: Arc::clone(&self.sandbox),
+            terminal: spec.terminal.then(|| connect(Stream::Terminal)),
+            stdin: (spec.stdin && !spec.terminal).then(|| connect(Stream::Stdin)),
+            stdout: (spec.stdout && !spec.terminal).then(|| connect(Stream::Stdout)),
+            stderr: (spec.stderr && !spec.terminal).then(|| connect(Stream::Stderr)),
+            process,
+        }
+    }
+
+    /// A connection as the host makes it.
+    fn connect(&self, process: &ProcessRef, stream: Stream) -> UnixStream {
+        let (host, guest) = UnixStream::pair().expect("a socket pair");
+        let sandbox = Arc::clone(&self.sandbox);
+        tokio::spawn(async move { io::serve(guest, &sandbox).await });
+        let header = StreamHeader {
+            container_id: process.container_id.clone(),
+            exec_id: process.exec_id.clone(),
+            stream,
+        };
+        host.try_write(header.to_line().as_bytes()).expect("room for a line");
+        host
+    }
+
+    /// Makes and runs a container whose program is `sh -c script`, to its end and deletion.
+    pub async fn run(&self, id: &str, script: &str) -> Output {
+        self.run_request(container(id, shell(script))).await.expect("the container runs")
+    }
+
+    /// Makes and runs a container to its end and deletion.
+    pub async fn run_request(&self, request: CreateContainerRequest) -> Result<Output, Error> {
+        let mut running = self.create(request).await?;
+        running.start().await?;
+        let output = running.finish().await;
+        running.delete().await?;
+        Ok(output)
+    }
+}
+
+/// A process with its streams as the host has them.
+pub struct Running {
+    sandbox: Arc<Sandbox>,
+    pub process: ProcessRef,
+    pub stdin: Option<UnixStream>,
+    pub stdout: Option<UnixStream>,
+    pub stderr: Option<UnixStream>,
+    pub terminal: Option<UnixStream>,
+}
+
+/// What a process left.
+#[derive(Debug)]
+pub struct Output {
+    pub code: u32,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl Running {
+    pub async fn start(&self) -> Result<u32, Error> {
+        self.sandbox.start_process(&self.process).await
+    }
+
+    pub async fn wait(&self) -> Exit {
+        self.sandbox.wait_process(&self.process).await.expect("an exit")
+    }
+
+    pub async fn delete(&self) -> Result<(), Error> {
+        self.sandbox.delete_process(&self.process).await
+    }
+
+    /// Reads everything to its end and waits.
+    pub async fn finish(&mut self) -> Output {
+        let (stdout, stderr) = tokio::join!(read_all(self.stdout.take()), read_all(self.stderr.take()));
+        let exit = self.wait().await;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock").as_nanos() as i64;
+        assert!((now - exit.at_ns).abs() < 60_000_000_000, "the exit is stamped with the wall clock");
+        Output { code: exit.code, stdout, stderr }
+    }
+}
+
+/// Everything a stream carries after the agent's `ok`.
+pub async fn read_all(stream: Option<UnixStream>) -> String {
+    let Some(mut stream) = stream else { return String::new() };
+    let mut all = Vec::new();
+    stream.read_to_end(&mut all).await.expect("a stream");
+    let all = String::from_utf8_lossy(&all).into_owned();
+    match all.strip_prefix("ok\n") {
+        Some(content) => content.to_owned(),
+        None => panic!("the agent answered {all:?}"),
+    }
+}
+
+/// Reads until `wanted` has been seen.
+pub async fn read_until(stream: &mut UnixStream, wanted: &str) -> String {
+    let mut seen = String::new();
+    let mut buffer = [0; 4096];
+    while !seen.contains(wanted) {
+        let length = stream.read(&mut buffer).await.expect("a stream");
+        assert!(length > 0, "the stream ended after {seen:?}, before {wanted:?}");
+        seen.push_str(&String::from_utf8_lossy(&buffer[..length]));
+    }
+    seen
+}
+
+/// Writes everything and half-closes.
+pub async fn write_all(stream: &mut UnixStream, bytes: &[u8]) {
+    stream.write_all(bytes).await.expect("a stream");
+    stream.shutdown().await.expect("a half-close");
+}
+
+pub fn reference(container: &str, exec: &str) -> ProcessRef {
+    ProcessRef { container_id: container.into(), exec_id: exec.into(), ..Default::default() }
+}
+
+/// `sh -c script` with all output asked for and containerd's default capabilities.
+pub fn shell(script: &str) -> Process {
+    program(&["/bin/sh", "-c", script])
+}
+
+pub fn program(args: &[&str]) -> Process {
+    Process {
+        args: args.iter().map(|arg| (*arg).to_owned()).collect(),
+        env: vec!["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".into()],
+        cwd: "/".into(),
+        console_size: MessageField::some(ConsoleSize { width: 91, height: 17, ..Default::default() }),
+        capabilities: MessageField::some(Capabilities {
+            bounding: DEFAULT_CAPABILITIES,
+            effective: DEFAULT_CAPABILITIES,
+            permitted: DEFAULT_CAPABILITIES,
+            ..Default::default()
+        }),
+        no_new_privileges: true,
+        stdout: true,
+        stderr: true,
+        ..Default::default()
+    }
+}
+
+pub fn namespace(kind: NamespaceType) -> Namespace {
+    Namespace { type_: kind.into(), ..Default::default() }
+}
+
+pub fn mount_of(destination: &str, fs_type: &str, source: &str, options: &[&str]) -> Mount {
+    Mount {
+        destination: destination.into(),
+        type_: fs_type.into(),
+        source: source.into(),
+        options: options.iter().map(|option| (*option).to_owned()).collect(),
+        ..Default::default()
+    }
+}
+
+/// What containerd asks for by default.
+pub fn container(id: &str, process: Process) -> CreateContainerRequest {
+    use NamespaceType::{CGROUP, IPC, MOUNT, NETWORK, PID, UTS};
+    CreateContainerRequest {
+        container_id: id.into(),
+        rootfs: MessageField::some(Rootfs { share_path: IMAGE.into(), ..Default::default() }),
+        mounts: vec![
+            mount_of("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"]),
+            mount_of("/dev", "tmpfs", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
+            mount_of(
+                "/dev/pts",
+                "devpts",
+                "devpts",
+                &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
+            ),
+            mount_of("/dev/shm", "tmpfs", "shm", &["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"]),
+            mount_of("/dev/mqueue", "mqueue", "mqueue", &["nosuid", "noexec", "nodev"]),
+            mount_of("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", "ro"]),
+            mount_of("/sys/fs/cgroup", "cgroup", "cgroup", &["nosuid", "noexec", "nodev", "relatime", "ro"]),
+            mount_of("/run", "tmpfs", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
+        ],
+        namespaces: [PID, IPC, UTS, MOUNT, NETWORK, CGROUP].into_iter().map(namespace).collect(),
+        hostname: "inside".into(),
+        process: MessageField::some(process),
+        masked_paths: vec![
+            "/proc/version".into(),
+            "/proc/keys".into(),
+            "/sys/firmware".into(),
+            "/nonexistent".into(),
+        ],
+        readonly_paths: vec!["/proc/sys".into(), "/proc/bus".into()],
+        cgroup_path: format!("/rvm-agent-test-{}/{id}", std::process::id()),
+        ..Default::default()
+    }
+}
+
+/// Fails a case that hangs.
+pub async fn within<T>(limit: Duration, case: impl Future<Output = T>) -> Option<T> {
+    tokio::time::timeout(limit, case).await.ok()
+}
