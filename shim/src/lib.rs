@@ -1,2 +1,34 @@
-//! TBD
+//! rvm's shim: containerd's Task API over one microVM per sandbox.
+//!
+//! From the outside in: [`bootstrap`] starts the serving process, [`server`]
+//! serves, [`delete`] cleans up after a dead one. [`service`] translates
+//! messages into calls to [`task`], which owns containers; a [`container`] has
+//! [`process`]es with [`io`], runs in a [`sandbox`] (directory, [`share`],
+//! monitor, agent) and is described by its [`spec`]. What happens is told by
+//! [`events`] and kept in [`state`]. `rvmctl` uses the same parts from
+//! [`container`] downwards, without containerd.
+
+pub mod agent;
+pub mod bootstrap;
 pub mod config;
+pub mod container;
+pub mod delete;
+pub mod error;
+pub mod events;
+pub mod flags;
+pub mod io;
+mod logger;
+pub mod mount;
+pub mod process;
+pub mod process_id;
+pub mod rootfs;
+pub mod sandbox;
+pub mod server;
+pub mod service;
+pub mod share;
+pub mod spec;
+pub mod state;
+pub mod task;
+pub mod timeline;
+pub mod vmm;
+pub mod vsock;

@@ -1,2 +1,42 @@
-//! TBD
-fn main() {}
+//! `containerd-shim-rvm-v2`, as containerd starts it.
+
+use std::io::Write;
+
+use anyhow::{Context, Result};
+use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
+use protobuf::Message;
+use rvm_shim::{
+    bootstrap,
+    delete::delete,
+    flags::{Action, Flags},
+    server,
+};
+
+fn main() -> Result<()> {
+    let flags = Flags::parse(std::env::args().skip(1))?;
+    match flags.action {
+        Action::Start => {
+            if let Some(serve) = bootstrap::start(&flags)? {
+                server::run(serve)?;
+            }
+            Ok(())
+        }
+        Action::Delete => answer(&delete(&flags)),
+        Action::Info => answer(&RuntimeInfo {
+            name: "io.rvm.v2".into(),
+            version: Some(RuntimeVersion { version: env!("CARGO_PKG_VERSION").into(), ..Default::default() })
+                .into(),
+            ..Default::default()
+        }),
+        Action::Version => {
+            println!("containerd-shim-rvm-v2 {}", env!("CARGO_PKG_VERSION"));
+            Ok(())
+        }
+    }
+}
+
+/// Answers containerd on the standard output.
+fn answer(message: &impl Message) -> Result<()> {
+    let bytes = message.write_to_bytes()?;
+    std::io::stdout().write_all(&bytes).context("answering containerd")
+}

@@ -1,0 +1,452 @@
+//! One container of a sandbox: its processes and what is done with them.
+
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use containerd_shim_protos::{
+    events::task::{TaskCreate, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskStart},
+    types::mount::Mount,
+};
+use rvm_protocol::agent::ExitStatus;
+use tokio::time::timeout;
+
+use crate::{
+    agent::{AgentError, process_ref},
+    error::Error,
+    events::{Events, timestamp},
+    io::{Endpoints, ProcessIo, Stdio},
+    process::{Exit, Phase, Process},
+    rootfs::Layer,
+    sandbox::Sandbox,
+    spec::{self, Bundle},
+    state,
+};
+
+/// Above every pid a Linux host has (`PID_MAX_LIMIT`). Pids of the guest are
+/// told with this added, so that none can be taken for a process of the host;
+/// see docs/decisions/0602.
+pub const GUEST_PIDS_FROM: u32 = 1 << 22;
+
+/// Output that has not moved for this long after its process's end is held open
+/// by another process, or nobody reads it.
+const DRAIN_QUIET: Duration = Duration::from_millis(500);
+/// The longest an exit waits for output.
+const DRAIN_LIMIT: Duration = Duration::from_secs(10);
+/// How long a guest may take to act on SIGKILL before the machine is stopped.
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A container in a running sandbox.
+pub struct Container {
+    /// Its id.
+    pub id: String,
+    /// Its bundle.
+    pub bundle: PathBuf,
+    sandbox: Arc<Sandbox>,
+    namespace: String,
+    events: Events,
+    init: Arc<Process>,
+    /// The first process's pid in the guest.
+    init_guest_pid: u32,
+    execs: Mutex<BTreeMap<String, Arc<Process>>>,
+}
+
+/// What a container is made of.
+pub struct Create {
+    /// Its specification.
+    pub bundle: Bundle,
+    /// Its layers, as they were added to the share.
+    pub layers: Vec<Layer>,
+    /// Its streams as containerd named them.
+    pub stdio: Stdio,
+    /// Its streams, opened.
+    pub endpoints: Endpoints,
+}
+
+/// A process as `Pids` tells it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listed {
+    /// As containerd knows it.
+    pub pid: u32,
+    /// Where it was started by an exec.
+    pub exec_id: Option<String>,
+}
+
+impl Container {
+    /// Makes the container in the guest; its first process waits for
+    /// [`Container::start`].
+    pub async fn create(
+        sandbox: Arc<Sandbox>,
+        namespace: &str,
+        create: Create,
+        events: Events,
+    ) -> Result<Arc<Self>, Error> {
+        let Create { bundle, layers, stdio, endpoints } = create;
+        let mut request = bundle.container;
+        let id = request.container_id.clone();
+        let process = request.process.mut_or_insert_default();
+        process.terminal = endpoints.terminal;
+        (process.stdin, process.stdout, process.stderr) =
+            (endpoints.stdin.is_some(), endpoints.stdout.is_some(), endpoints.stderr.is_some());
+        let init_guest_pid = sandbox.agent().create_container(&request).await?;
+        sandbox.timeline().mark("container created");
+        let created = TaskCreate {
+            container_id: id.clone(),
+            bundle: bundle.dir.to_string_lossy().into_owned(),
+            rootfs: layers.into_iter().map(mount_message).collect(),
+            io: Some(io_message(&stdio)).into(),
+            pid: sandbox.pid(),
+            ..Default::default()
+        };
+        let init = Process::new("", stdio, sandbox.pid());
+        init.set_io(ProcessIo::attach(sandbox.vsock(), &id, "", endpoints).await?);
+        sandbox.timeline().mark("streams attached");
+        let container = Arc::new(Self {
+            id,
+            bundle: bundle.dir,
+            sandbox,
+            namespace: namespace.to_owned(),
+            events,
+            init: Arc::new(init),
+            init_guest_pid,
+            execs: Mutex::default(),
+        });
+        container.events.publish(created);
+        tokio::spawn(container.clone().follow(container.init.clone()));
+        Ok(container)
+    }
+
+    /// The sandbox it runs in.
+    pub fn sandbox(&self) -> &Arc<Sandbox> {
+        &self.sandbox
+    }
+
+    /// One of its processes; the first where `exec_id` is empty.
+    pub fn process(&self, exec_id: &str) -> Result<Arc<Process>, Error> {
+        if exec_id.is_empty() {
+            return Ok(self.init.clone());
+        }
+        let found = self.execs().get(exec_id).cloned();
+        found.ok_or_else(|| Error::NotFound(format!("container {} has no exec {exec_id}", self.id)))
+    }
+
+    /// Starts a created process and returns its pid.
+    pub async fn start(self: &Arc<Self>, exec_id: &str) -> Result<u32, Error> {
+        let process = self.process(exec_id)?;
+        let starting = process.starting.lock().await;
+        process.check_can_start()?;
+        if !exec_id.is_empty() {
+            return self.start_exec(&process).await;
+        }
+        let started = self.start_init(&process).await;
+        drop(starting);
+        if started.is_err() {
+            // What is left of it is no task any more when the client learns of
+            // this: it may then be deleted.
+            let killed = async {
+                let _ = self.kill("", libc::SIGKILL as u32, true).await;
+                process.wait().await;
+            };
+            if timeout(KILL_TIMEOUT, killed).await.is_err() {
+                self.sandbox.kill();
+            }
+        }
+        started
+    }
+
+    async fn start_init(&self, init: &Process) -> Result<u32, Error> {
+        self.sandbox.agent().start(&process_ref(&self.id, "")).await?;
+        self.sandbox.timeline().mark("started");
+        let pid = init.pid();
+        init.set_running(pid);
+        self.events.publish(TaskStart { container_id: self.id.clone(), pid, ..Default::default() });
+        let sandbox = self.sandbox.clone();
+        let label = format!("{}/{}", self.namespace, self.id);
+        tokio::spawn(async move {
+            sandbox.note_monitor_steps().await;
+            sandbox.set_phase(state::Phase::Running);
+            let steps = sandbox.timeline().steps();
+            let steps: Vec<_> = steps.iter().map(|step| format!("{} {:.1}", step.name, step.ms)).collect();
+            log::info!("{label}: started; ms since the request: {}", steps.join(", "));
+        });
+        Ok(pid)
+    }
+
+    async fn start_exec(self: &Arc<Self>, process: &Arc<Process>) -> Result<u32, Error> {
+        let exec_id = &process.exec_id;
+        let endpoints = Endpoints::open(&process.stdio, &self.namespace, &self.id).await?;
+        let io = ProcessIo::attach(self.sandbox.vsock(), &self.id, exec_id, endpoints).await?;
+        let guest_pid = self.sandbox.agent().start(&process_ref(&self.id, exec_id)).await?;
+        let pid = host_view(guest_pid);
+        process.set_io(io);
+        process.set_running(pid);
+        self.events.publish(TaskExecStarted {
+            container_id: self.id.clone(),
+            exec_id: exec_id.clone(),
+            pid,
+            ..Default::default()
+        });
+        tokio::spawn(self.clone().follow(process.clone()));
+        Ok(pid)
+    }
+
+    /// Registers a further process, `json` being its specification.
+    pub async fn exec(&self, exec_id: &str, json: &[u8], stdio: Stdio) -> Result<(), Error> {
+        if exec_id.is_empty() {
+            return Err(Error::InvalidArgument("exec_id: is empty".into()));
+        }
+        if self.init.phase() != Phase::Running {
+            return Err(Error::FailedPrecondition(format!("container {} is not running", self.id)));
+        }
+        let exists = || Error::AlreadyExists(format!("container {} has an exec {exec_id} already", self.id));
+        if self.execs().contains_key(exec_id) {
+            return Err(exists());
+        }
+        let (mut message, not_applied) = spec::exec_process(json)?;
+        log_not_applied(&format!("{}/{} exec {exec_id}", self.namespace, self.id), &not_applied);
+        message.terminal = stdio.terminal;
+        (message.stdin, message.stdout, message.stderr) =
+            (!stdio.stdin.is_empty(), !stdio.stdout.is_empty(), !stdio.stderr.is_empty() && !stdio.terminal);
+        if let Err(error) = self.sandbox.agent().create_exec(&self.id, exec_id, message).await {
+            let taken = matches!(&error, AgentError::Refused { code: ttrpc::Code::ALREADY_EXISTS, .. });
+            return Err(if taken { exists() } else { error.into() });
+        }
+        self.execs().insert(exec_id.to_owned(), Arc::new(Process::new(exec_id, stdio, 0)));
+        self.events.publish(TaskExecAdded {
+            container_id: self.id.clone(),
+            exec_id: exec_id.to_owned(),
+            ..Default::default()
+        });
+        Ok(())
+    }
+
+    /// Sends a signal to a process, or to every one of the container.
+    pub async fn kill(&self, exec_id: &str, signal: u32, all: bool) -> Result<(), Error> {
+        let process = self.process(exec_id)?;
+        let finished = || Error::NotFound("the process has finished already".into());
+        match process.phase() {
+            Phase::Stopped(_) => return Err(finished()),
+            Phase::Created if !exec_id.is_empty() => {
+                return Err(Error::FailedPrecondition(format!("exec {exec_id} is not started")));
+            }
+            Phase::Created | Phase::Running => {}
+        }
+        if signal > 64 {
+            return Err(Error::InvalidArgument(format!("signal: must be 0 to 64, is {signal}")));
+        }
+        let sent = self.sandbox.agent().signal(process_ref(&self.id, exec_id), signal, all);
+        let lethal = signal == libc::SIGKILL as u32 && exec_id.is_empty();
+        let answer = tokio::select! {
+            answer = sent => answer,
+            () = tokio::time::sleep(KILL_TIMEOUT), if lethal => {
+                log::warn!("{}/{}: the guest ignores SIGKILL; stopping it", self.namespace, self.id);
+                self.sandbox.kill();
+                return Ok(());
+            }
+            _ = process.wait() => return Ok(()),
+        };
+        match answer {
+            Err(error) if error.is_not_found() => Err(finished()),
+            // There is nobody left to ask, and no process either.
+            Err(AgentError::Lost(_)) if lethal => {
+                self.sandbox.kill();
+                Ok(())
+            }
+            answer => Ok(answer?),
+        }
+    }
+
+    /// Tells a process's terminal its size.
+    pub async fn resize(&self, exec_id: &str, width: u32, height: u32) -> Result<(), Error> {
+        let process = self.process(exec_id)?;
+        if !process.stdio.terminal {
+            return Err(Error::FailedPrecondition("the process has no terminal".into()));
+        }
+        if process.exited().is_some() {
+            return Err(Error::NotFound("the process has finished already".into()));
+        }
+        if exec_id.is_empty() || process.phase() == Phase::Running {
+            self.sandbox.agent().resize(process_ref(&self.id, exec_id), width, height).await?;
+        }
+        Ok(())
+    }
+
+    /// Lets a process's standard input end.
+    pub fn close_stdin(&self, exec_id: &str) -> Result<(), Error> {
+        let process = self.process(exec_id)?;
+        process.close_stdin();
+        Ok(())
+    }
+
+    /// The processes in the container.
+    pub async fn processes(&self) -> Result<Vec<Listed>, Error> {
+        if self.init.exited().is_some() {
+            return Ok(Vec::new());
+        }
+        let mut listed = Vec::new();
+        for process in self.sandbox.agent().processes(&self.id).await? {
+            let exec_id = Some(process.exec_id).filter(|exec_id| !exec_id.is_empty());
+            let pid =
+                if process.pid == self.init_guest_pid { self.init.pid() } else { host_view(process.pid) };
+            listed.push(Listed { pid, exec_id });
+        }
+        Ok(listed)
+    }
+
+    /// Forgets an ended exec and returns how it ended.
+    pub async fn delete_exec(&self, exec_id: &str) -> Result<(u32, Exit), Error> {
+        let process = self.process(exec_id)?;
+        let exit = match process.phase() {
+            Phase::Running => {
+                return Err(Error::FailedPrecondition(format!("exec {exec_id} is still running")));
+            }
+            Phase::Created => {
+                // Who waits for it waits for nothing; it never ran, so there is
+                // no exit to tell the others.
+                let exit = Exit::now(0);
+                process.set_exited(exit, || {});
+                exit
+            }
+            Phase::Stopped(exit) => exit,
+        };
+        self.release_io(&process).await;
+        self.execs().remove(exec_id);
+        if let Err(error) = self.sandbox.agent().delete(&process_ref(&self.id, exec_id)).await
+            && !error.is_not_found()
+            && self.init.exited().is_none()
+        {
+            log::warn!("{}/{}: forgetting exec {exec_id}: {error}", self.namespace, self.id);
+        }
+        Ok((process.pid(), exit))
+    }
+
+    /// Makes sure that the container has ended and returns how. A container that
+    /// was never started is ended by this; a running one is refused.
+    pub async fn end(&self) -> Result<(u32, Exit), Error> {
+        let exit = match self.init.phase() {
+            Phase::Running => {
+                return Err(Error::FailedPrecondition(format!(
+                    "container {} is still running; it has to be stopped before it is deleted",
+                    self.id
+                )));
+            }
+            Phase::Created => {
+                self.kill("", libc::SIGKILL as u32, true).await?;
+                match timeout(KILL_TIMEOUT, self.init.wait()).await {
+                    Ok(exit) => exit.unwrap_or_else(|| Exit::now(Exit::KILLED)),
+                    Err(_) => {
+                        self.sandbox.kill();
+                        self.init.wait().await.unwrap_or_else(|| Exit::now(Exit::KILLED))
+                    }
+                }
+            }
+            Phase::Stopped(exit) => exit,
+        };
+        let execs: Vec<_> = self.execs().values().cloned().collect();
+        for process in execs.iter().chain([&self.init]) {
+            self.release_io(process).await;
+        }
+        Ok((self.init.pid(), exit))
+    }
+
+    /// Delivers what is left of a process's output and lets go of its FIFOs.
+    async fn release_io(&self, process: &Process) {
+        if let Some(io) = process.io() {
+            io.drain(DRAIN_QUIET, DRAIN_LIMIT).await;
+        }
+        process.drop_io();
+    }
+
+    /// Waits for a process's end and tells it, once: by the agent, or by the
+    /// end of the machine.
+    async fn follow(self: Arc<Self>, process: Arc<Process>) {
+        let label = format!("{}/{} {}", self.namespace, self.id, process.exec_id);
+        let exit = match self.exit_of(&process).await {
+            Ok(status) => Exit::now(status.exit_code),
+            Err(reason) => {
+                log::error!("{label}: ended with its machine: {reason}");
+                Exit::now(Exit::KILLED)
+            }
+        };
+        if let Some(io) = process.io() {
+            io.drain(DRAIN_QUIET, DRAIN_LIMIT).await;
+        }
+        // The start is told first, however soon the end comes.
+        let _starting = process.starting.lock().await;
+        let id = if process.exec_id.is_empty() { self.id.clone() } else { process.exec_id.clone() };
+        process.set_exited(exit, || {
+            self.events.publish(TaskExit {
+                container_id: self.id.clone(),
+                id,
+                pid: process.pid(),
+                exit_status: exit.status,
+                exited_at: Some(timestamp(exit.at)).into(),
+                ..Default::default()
+            });
+        });
+        if process.exec_id.is_empty() {
+            self.sandbox.set_phase(state::Phase::Stopped);
+        }
+    }
+
+    async fn exit_of(&self, process: &Process) -> Result<ExitStatus, String> {
+        let reference = process_ref(&self.id, &process.exec_id);
+        let error = tokio::select! {
+            answer = self.sandbox.agent().wait(&reference) => match answer {
+                Ok(status) => return Ok(status),
+                Err(error) => error,
+            },
+            reason = self.sandbox.ended() => return Err(reason),
+        };
+        // An agent that has lost track of a process, or does not answer at all,
+        // cannot be asked about it again: the machine is of no use any more.
+        log::warn!("{}/{}: waiting for {:?}: {error}", self.namespace, self.id, process.exec_id);
+        self.sandbox.kill();
+        Err(format!("{error}; {}", self.sandbox.ended().await))
+    }
+
+    fn execs(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Process>>> {
+        self.execs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn mount_message(layer: Layer) -> Mount {
+    Mount {
+        type_: layer.kind,
+        source: layer.source,
+        target: layer.target,
+        options: layer.options,
+        ..Default::default()
+    }
+}
+
+fn io_message(stdio: &Stdio) -> TaskIO {
+    TaskIO {
+        stdin: stdio.stdin.clone(),
+        stdout: stdio.stdout.clone(),
+        stderr: stdio.stderr.clone(),
+        terminal: stdio.terminal,
+        ..Default::default()
+    }
+}
+
+/// A pid of the guest as it is told to the host.
+fn host_view(guest_pid: u32) -> u32 {
+    GUEST_PIDS_FROM.saturating_add(guest_pid)
+}
+
+/// Says which fields of a specification have no effect yet.
+pub(crate) fn log_not_applied(label: &str, fields: &[String]) {
+    // Every runtime's default specification has these.
+    const ALWAYS_THERE: [&str; 2] = ["linux.resources.devices", "linux.resources.cpu.shares"];
+    let (quiet, loud): (Vec<_>, Vec<_>) =
+        fields.iter().map(String::as_str).partition(|field| ALWAYS_THERE.contains(field));
+    for (level, fields) in [(log::Level::Debug, quiet), (log::Level::Warn, loud)] {
+        if !fields.is_empty() {
+            log::log!(level, "{label}: accepted without effect in this version: {}", fields.join(", "));
+        }
+    }
+}

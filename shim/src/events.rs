@@ -1,0 +1,258 @@
+//! Events for containerd's subscribers.
+//!
+//! They go out one after the other, in the order in which they happened. One
+//! that containerd has acknowledged is done; one that it has not is sent again
+//! once containerd is back. Who was subscribed to the containerd that went away
+//! is gone with it, so nobody sees an event twice.
+
+use std::{
+    io,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use containerd_shim_protos::{
+    api::ForwardRequest,
+    events::task::{TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskStart},
+    shim::event::Envelope,
+    shim_async::EventsClient,
+    topics,
+};
+use protobuf::{
+    Message,
+    well_known_types::{any::Any, timestamp::Timestamp},
+};
+use tokio::{
+    net::UnixStream,
+    sync::{Notify, mpsc, oneshot},
+    time::timeout,
+};
+use ttrpc::{
+    asynchronous::{Client, transport::Socket},
+    context,
+};
+
+/// How many events may wait for a containerd that is away.
+const QUEUE_LEN: usize = 1024;
+/// Between two attempts to reach containerd, unless somebody says it is back.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// An event containerd knows.
+pub trait TaskEvent: Message {
+    /// Where it is published.
+    const TOPIC: &'static str;
+}
+
+macro_rules! task_events {
+    ($($event:ty => $topic:ident),* $(,)?) => {
+        $(impl TaskEvent for $event {
+            const TOPIC: &'static str = topics::$topic;
+        })*
+    };
+}
+
+task_events! {
+    TaskCreate => TASK_CREATE_EVENT_TOPIC,
+    TaskStart => TASK_START_EVENT_TOPIC,
+    TaskExit => TASK_EXIT_EVENT_TOPIC,
+    TaskDelete => TASK_DELETE_EVENT_TOPIC,
+    TaskExecAdded => TASK_EXEC_ADDED_EVENT_TOPIC,
+    TaskExecStarted => TASK_EXEC_STARTED_EVENT_TOPIC,
+}
+
+/// Takes events; clones share one queue.
+#[derive(Clone)]
+pub struct Events {
+    namespace: Arc<str>,
+    queue: Option<mpsc::Sender<Queued>>,
+    back: Arc<Notify>,
+}
+
+enum Queued {
+    Event(Box<Envelope>),
+    Flush(oneshot::Sender<()>),
+}
+
+impl Events {
+    /// Publishes to the containerd that listens on `address`, its ttrpc socket,
+    /// with or without `unix://`.
+    pub fn publish_to(namespace: &str, address: &str) -> Self {
+        let (sender, receiver) = mpsc::channel(QUEUE_LEN);
+        let back = Arc::new(Notify::new());
+        let path = address.strip_prefix("unix://").unwrap_or(address).to_owned();
+        tokio::spawn(forward_all(path, receiver, back.clone()));
+        Self { queue: Some(sender), back, ..Self::to_nobody(namespace) }
+    }
+
+    /// For who runs containers without containerd.
+    pub fn to_nobody(namespace: &str) -> Self {
+        Self { namespace: namespace.into(), queue: None, back: Arc::default() }
+    }
+
+    /// Publishes an event after those before it.
+    pub fn publish<E: TaskEvent>(&self, event: E) {
+        let Some(queue) = &self.queue else { return };
+        let value = match event.write_to_bytes() {
+            Ok(value) => value,
+            Err(error) => return log::error!("encoding {}: {error}", E::NAME),
+        };
+        // The name a descriptor would give, without building descriptors.
+        let type_url = format!("containerd.events.{}", E::NAME);
+        let envelope = Envelope {
+            timestamp: Some(Timestamp::from(SystemTime::now())).into(),
+            namespace: self.namespace.to_string(),
+            topic: E::TOPIC.to_owned(),
+            event: Some(Any { type_url, value, ..Default::default() }).into(),
+            ..Default::default()
+        };
+        if queue.try_send(Queued::Event(Box::new(envelope))).is_err() {
+            log::error!("{}: dropped, as {QUEUE_LEN} events wait for containerd", E::TOPIC);
+        }
+    }
+
+    /// Says that containerd has been heard of: what waits is tried at once.
+    pub fn containerd_is_back(&self) {
+        self.back.notify_one();
+    }
+
+    /// Waits until everything published so far has been taken, at most `limit`.
+    pub async fn flush(&self, limit: Duration) {
+        let Some(queue) = &self.queue else { return };
+        let (done, wait) = oneshot::channel();
+        let flushed = async {
+            if queue.send(Queued::Flush(done)).await.is_ok() {
+                let _ = wait.await;
+            }
+        };
+        if timeout(limit, flushed).await.is_err() {
+            log::warn!("containerd did not take all events within {} s", limit.as_secs());
+        }
+    }
+}
+
+/// The moment as events and answers carry it.
+pub fn timestamp(at: SystemTime) -> Timestamp {
+    Timestamp::from(at)
+}
+
+async fn forward_all(path: String, mut queue: mpsc::Receiver<Queued>, back: Arc<Notify>) {
+    let mut client = None;
+    while let Some(queued) = queue.recv().await {
+        match queued {
+            Queued::Event(envelope) => forward(&path, &mut client, *envelope, &back).await,
+            Queued::Flush(done) => {
+                let _ = done.send(());
+            }
+        }
+    }
+}
+
+/// Sends one event until containerd takes or refuses it.
+async fn forward(path: &str, client: &mut Option<EventsClient>, envelope: Envelope, back: &Notify) {
+    let topic = envelope.topic.clone();
+    let request = ForwardRequest { envelope: Some(envelope).into(), ..Default::default() };
+    let mut told = false;
+    loop {
+        let connected = match client.take() {
+            Some(connected) => Ok(connected),
+            None => connect(path).await,
+        };
+        match connected {
+            Ok(connected) => match connected.forward(context::with_timeout(0), &request).await {
+                Ok(_) => {
+                    *client = Some(connected);
+                    return;
+                }
+                Err(ttrpc::Error::RpcStatus(status)) => {
+                    log::error!("{topic}: containerd refuses it: {}", status.message);
+                    *client = Some(connected);
+                    return;
+                }
+                // An old connection to a containerd that was restarted: the
+                // next one is new.
+                Err(error) => log::debug!("{topic}: {error}"),
+            },
+            Err(error) if !told => {
+                log::warn!("{topic}: waiting for containerd at {path}: {error}");
+                told = true;
+            }
+            Err(_) => {}
+        }
+        if told {
+            let _ = timeout(RETRY_AFTER, back.notified()).await;
+        }
+    }
+}
+
+async fn connect(path: &str) -> io::Result<EventsClient> {
+    let stream = UnixStream::connect(path).await?;
+    Ok(EventsClient::new(Client::new(Socket::new(stream))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use async_trait::async_trait;
+    use containerd_shim_protos::shim_async::{Events as EventsService, create_events};
+    use protobuf::well_known_types::empty::Empty;
+    use std::path::Path;
+    use ttrpc::asynchronous::{Server, TtrpcContext};
+
+    struct Containerd(mpsc::UnboundedSender<Envelope>);
+
+    #[async_trait]
+    impl EventsService for Containerd {
+        async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
+            self.0.send(request.envelope.unwrap()).unwrap();
+            Ok(Empty::new())
+        }
+    }
+
+    async fn containerd(path: &Path) -> (Server, mpsc::UnboundedReceiver<Envelope>) {
+        let _ = std::fs::remove_file(path);
+        let (sender, receiver) = mpsc::unbounded_channel();
+        let mut server = Server::new()
+            .bind(&format!("unix://{}", path.display()))
+            .unwrap()
+            .register_service(create_events(Arc::new(Containerd(sender))));
+        server.start().await.unwrap();
+        (server, receiver)
+    }
+
+    fn start(pid: u32) -> TaskStart {
+        TaskStart { container_id: "c".into(), pid, ..Default::default() }
+    }
+
+    fn pid(envelope: &Envelope) -> u32 {
+        TaskStart::parse_from_bytes(&envelope.event.value).unwrap().pid
+    }
+
+    #[tokio::test]
+    async fn events_arrive_once_and_in_order_across_a_restart() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("containerd.sock.ttrpc");
+        let (mut server, mut received) = containerd(&path).await;
+        let events = Events::publish_to("default", &format!("unix://{}", path.display()));
+        events.publish(start(1));
+        events.flush(Duration::from_secs(10)).await;
+        let first = received.recv().await.unwrap();
+        assert_eq!(
+            (pid(&first), first.topic.as_str(), first.namespace.as_str()),
+            (1, "/tasks/start", "default")
+        );
+        assert_eq!(first.event.type_url, "containerd.events.TaskStart");
+
+        server.shutdown().await.unwrap();
+        std::fs::remove_file(&path).unwrap();
+        events.publish(start(2));
+        events.publish(start(3));
+        events.flush(Duration::from_millis(50)).await;
+
+        let (_server, mut received) = containerd(&path).await;
+        events.containerd_is_back();
+        events.flush(Duration::from_secs(10)).await;
+        assert_eq!(pid(&received.recv().await.unwrap()), 2);
+        assert_eq!(pid(&received.recv().await.unwrap()), 3);
+        assert!(received.try_recv().is_err());
+    }
+}

@@ -1,0 +1,101 @@
+//! mount(2) as the share needs it.
+
+use std::{ffi::CString, fs::File, io, os::fd::AsRawFd, os::unix::ffi::OsStrExt, path::Path};
+
+use nix::{
+    errno::Errno,
+    mount::{MntFlags, MsFlags, mount, umount2},
+    sched::{CloneFlags, unshare},
+};
+
+/// Gives the process a mount namespace of its own: the host's mounts keep
+/// arriving in it, none of its own leave it, and all of them end with the last
+/// process in it. Must be called before threads are started.
+pub fn isolate() -> io::Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    Ok(mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_SLAVE, None::<&str>)?)
+}
+
+/// Binds `source` (what a symlink there points to) to `target`, which must
+/// exist and be of the same kind.
+pub fn bind(source: &Path, target: &Path, recursive: bool) -> io::Result<()> {
+    let flags = if recursive { MsFlags::MS_BIND | MsFlags::MS_REC } else { MsFlags::MS_BIND };
+    Ok(mount(Some(source), target, None::<&str>, flags, None::<&str>)?)
+}
+
+/// Mounts a file system.
+pub fn mount_fs(
+    kind: &str,
+    source: &str,
+    target: &Path,
+    flags: MsFlags,
+    data: Option<&str>,
+) -> io::Result<()> {
+    Ok(mount(Some(source), target, Some(kind), flags, data)?)
+}
+
+/// As [`mount_fs`], with relative paths in `data` counted from `dir`. The
+/// process's working directory stays what it is.
+pub fn mount_fs_from(
+    dir: &Path,
+    kind: &str,
+    source: &str,
+    target: &Path,
+    flags: MsFlags,
+    data: &str,
+) -> io::Result<()> {
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            unshare(CloneFlags::CLONE_FS)?;
+            std::env::set_current_dir(dir)?;
+            mount_fs(kind, source, target, flags, Some(data))
+        });
+        thread.join().unwrap_or_else(|_| Err(io::Error::other("the mounting thread ended early")))
+    })
+}
+
+/// Makes the mount at `target` read-only, with every mount below it where
+/// `recursive`, and cuts it off from mounts the host makes later.
+pub fn seal_readonly(target: &Path, recursive: bool) -> io::Result<()> {
+    set_attributes(target, recursive, libc::MOUNT_ATTR_RDONLY, libc::MS_PRIVATE)
+}
+
+/// Cuts the mount at `target` off from mounts the host makes later.
+pub fn seal(target: &Path, recursive: bool) -> io::Result<()> {
+    set_attributes(target, recursive, 0, libc::MS_PRIVATE)
+}
+
+fn set_attributes(target: &Path, recursive: bool, set: u64, propagation: u64) -> io::Result<()> {
+    let path = CString::new(target.as_os_str().as_bytes())?;
+    let attributes = libc::mount_attr { attr_set: set, attr_clr: 0, propagation, userns_fd: 0 };
+    let flags = if recursive { libc::AT_RECURSIVE } else { 0 };
+    // SAFETY: `path` is a C string and `attributes` a mount_attr of the size
+    // given; the kernel reads both during the call and keeps neither
+    // (mount_setattr(2), Linux 5.12).
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            libc::AT_FDCWD,
+            path.as_ptr(),
+            flags,
+            &raw const attributes,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Takes the topmost mount off `target` and everything below it; it is fine
+/// that there is none.
+pub fn detach(target: &Path) -> io::Result<()> {
+    match umount2(target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+        Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// A path that stays short however long `dir`'s is: `sockaddr_un` holds 107
+/// bytes and `mount(2)`'s options a page.
+pub fn short_path(dir: &File, name: &str) -> std::path::PathBuf {
+    format!("/proc/self/fd/{}/{name}", dir.as_raw_fd()).into()
+}

@@ -1,0 +1,129 @@
+//! Processes of the host that outlive the reader's knowledge of them: a pid
+//! alone may have been given to somebody else meanwhile.
+
+use std::{
+    fs, io,
+    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
+    time::Duration,
+};
+
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::signal::Signal,
+};
+use serde::{Deserialize, Serialize};
+
+/// A process, told from others by when it started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessId {
+    /// The process id.
+    pub pid: u32,
+    /// Start time in clock ticks since boot (proc(5), stat field 22).
+    pub start_ticks: u64,
+}
+
+impl ProcessId {
+    /// The running process `pid`.
+    pub fn of(pid: u32) -> io::Result<Self> {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+        start_ticks(&stat)
+            .map(|start_ticks| Self { pid, start_ticks })
+            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "unexpected /proc/PID/stat"))
+    }
+
+    /// The calling process.
+    pub fn of_self() -> io::Result<Self> {
+        Self::of(std::process::id())
+    }
+
+    /// Whether it still runs.
+    pub fn is_alive(self) -> bool {
+        let Ok(stat) = fs::read_to_string(format!("/proc/{}/stat", self.pid)) else { return false };
+        start_ticks(&stat) == Some(self.start_ticks) && state(&stat) != Some('Z')
+    }
+
+    /// Sends `signal` if it still runs, and waits at most `limit` for its end.
+    pub fn kill_and_wait(self, signal: Signal, limit: Duration) -> io::Result<()> {
+        // The descriptor first, the check second: what it refers to is the
+        // process that was checked.
+        let pidfd = match pidfd_open(self.pid) {
+            Ok(pidfd) => pidfd,
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        if !self.is_alive() {
+            return Ok(());
+        }
+        pidfd_send_signal(&pidfd, signal)?;
+        let timeout = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);
+        let ended = poll(&mut [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)], timeout)?;
+        if ended == 0 { Err(io::ErrorKind::TimedOut.into()) } else { Ok(()) }
+    }
+}
+
+/// A descriptor that becomes readable when process `pid` ends.
+pub fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
+    // SAFETY: takes and keeps no pointer (pidfd_open(2), Linux 5.3).
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let fd = i32::try_from(fd).map_err(io::Error::other)?;
+    // SAFETY: the kernel just returned this descriptor, and nothing else has it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn pidfd_send_signal(pidfd: &OwnedFd, signal: Signal) -> io::Result<()> {
+    let no_info = std::ptr::null::<libc::siginfo_t>();
+    // SAFETY: a null siginfo is allowed (pidfd_send_signal(2)).
+    let result = unsafe {
+        libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal as libc::c_int, no_info, 0)
+    };
+    match result {
+        0 => Ok(()),
+        _ => match io::Error::last_os_error() {
+            error if error.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+            error => Err(error),
+        },
+    }
+}
+
+/// Fields after the name, which may itself hold spaces and parentheses.
+fn fields(stat: &str) -> impl Iterator<Item = &str> {
+    stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_ascii_whitespace()
+}
+
+fn start_ticks(stat: &str) -> Option<u64> {
+    fields(stat).nth(19)?.parse().ok()
+}
+
+fn state(stat: &str) -> Option<char> {
+    fields(stat).next()?.chars().next()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::Command;
+
+    #[test]
+    fn kills_the_process_it_means() {
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let id = ProcessId::of(child.id()).unwrap();
+        assert!(id.is_alive());
+        let other = ProcessId { start_ticks: id.start_ticks + 1, ..id };
+        other.kill_and_wait(Signal::SIGKILL, Duration::from_secs(10)).unwrap();
+        assert!(id.is_alive());
+        id.kill_and_wait(Signal::SIGKILL, Duration::from_secs(10)).unwrap();
+        assert!(!id.is_alive());
+        child.wait().unwrap();
+        id.kill_and_wait(Signal::SIGKILL, Duration::from_secs(10)).unwrap();
+    }
+
+    #[test]
+    fn names_do_not_confuse_the_fields() {
+        let stat = "42 (a) b (c)) S 1 42 42 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 777 1000 1";
+        assert_eq!(start_ticks(stat), Some(777));
+        assert_eq!(state(stat), Some('S'));
+    }
+}

@@ -1,0 +1,415 @@
+//! The root file system's mounts as containerd hands them over, turned into one
+//! read-only tree.
+//!
+//! The guest gets the image's layers merged and read-only; what the container
+//! writes goes to the guest's own upper layer. So of an overlay only the lower
+//! layers are mounted, by the host's kernel, which resolves whiteouts and opaque
+//! directories once for everybody.
+
+use std::{
+    fs, io,
+    path::{Component, Path, PathBuf},
+};
+
+use nix::mount::MsFlags;
+
+use crate::mount;
+
+/// mount(2) takes one page of options.
+const MAX_MOUNT_DATA: usize = 4095;
+
+/// One mount of containerd's list (containerd.types.Mount).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Layer {
+    /// File system type, or "bind".
+    pub kind: String,
+    /// Device or directory.
+    pub source: String,
+    /// Directory below the root file system; empty for the root.
+    pub target: String,
+    /// As for mount(8).
+    pub options: Vec<String>,
+}
+
+/// Why there is no root file system.
+#[derive(Debug, thiserror::Error)]
+pub enum RootfsError {
+    /// A mount that cannot be used.
+    #[error("rootfs[{index}].{field}: {problem}")]
+    Layer {
+        /// Which of the mounts.
+        index: usize,
+        /// Which part of it.
+        field: &'static str,
+        /// What is wrong.
+        problem: String,
+    },
+    /// The bundle's own root file system is not there.
+    #[error("root.path: {}: {source}", path.display())]
+    Root {
+        /// The directory.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The kernel refused.
+    #[error("mounting {what}: {source}")]
+    Mount {
+        /// What was mounted.
+        what: String,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// One mount to make on the container's directory in the share.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// A directory as it is.
+    Bind(PathBuf),
+    /// Two or more layers merged, topmost first, as overlayfs spells them.
+    Overlay {
+        /// `lowerdir`'s elements.
+        lower: Vec<String>,
+        /// Further options.
+        options: Vec<String>,
+    },
+    /// Any other file system, read-only.
+    FileSystem {
+        /// Its type.
+        kind: String,
+        /// Its device.
+        source: String,
+        /// Flags besides read-only.
+        flags: MsFlags,
+        /// Options that are not flags.
+        data: String,
+    },
+}
+
+/// What to mount for containerd's `layers`; `root` is used where there are
+/// none, `is_empty` tells whether an upper directory holds nothing.
+pub(crate) fn plan(
+    layers: &[Layer],
+    root: &Path,
+    is_empty: impl Fn(&Path) -> bool,
+) -> Result<Vec<Step>, RootfsError> {
+    if layers.is_empty() {
+        return Ok(vec![Step::Bind(root.to_owned())]);
+    }
+    layers.iter().enumerate().map(|(index, layer)| step(index, layer, &is_empty)).collect()
+}
+
+fn step(index: usize, layer: &Layer, is_empty: &impl Fn(&Path) -> bool) -> Result<Step, RootfsError> {
+    let wrong = |field, problem: &str| Err(RootfsError::Layer { index, field, problem: problem.to_owned() });
+    if !matches!(layer.target.as_str(), "" | "/") {
+        return wrong("target", "mounts below the root are not supported");
+    }
+    let has = |name: &str| layer.options.iter().any(|option| option == name);
+    if layer.kind.is_empty() && !has("bind") && !has("rbind") {
+        return wrong("type", "is missing");
+    }
+    if layer.kind == "bind" || layer.kind.is_empty() || has("bind") || has("rbind") {
+        if layer.source.is_empty() {
+            return wrong("source", "is missing; a bind mount needs a directory");
+        }
+        return Ok(Step::Bind(layer.source.clone().into()));
+    }
+    if layer.kind == "overlay" {
+        return overlay(index, &layer.options, is_empty);
+    }
+    let mut flags = MsFlags::empty();
+    let mut data = Vec::new();
+    for option in &layer.options {
+        if option == "loop" {
+            return wrong("options", "\"loop\" is not supported: a block device is needed");
+        }
+        match mount_flag(option) {
+            Some(flag) => flags |= flag,
+            None => data.push(option.as_str()),
+        }
+    }
+    Ok(Step::FileSystem {
+        kind: layer.kind.clone(),
+        source: layer.source.clone(),
+        flags,
+        data: data.join(","),
+    })
+}
+
+fn overlay(index: usize, options: &[String], is_empty: &impl Fn(&Path) -> bool) -> Result<Step, RootfsError> {
+    let wrong = |problem: String| RootfsError::Layer { index, field: "options", problem };
+    let mut lower = Vec::new();
+    let mut upper = None;
+    let mut others = Vec::new();
+    for option in options {
+        match option.split_once('=') {
+            Some(("lowerdir", dirs)) => lower = split_lower(dirs),
+            Some(("upperdir", dir)) => upper = Some(dir.to_owned()),
+            Some(("workdir", _)) => {}
+            Some(("uidmap" | "gidmap", _)) => {
+                return Err(wrong(format!("{option:?}: idmapped layers are not supported")));
+            }
+            _ if option == "volatile" || mount_flag(option).is_some() => {}
+            _ => others.push(option.clone()),
+        }
+    }
+    // What somebody put into the writable layer before the start is part of
+    // what the container finds.
+    if let Some(upper) = upper
+        && !is_empty(Path::new(&unescape(&upper)))
+    {
+        lower.insert(0, upper);
+    }
+    match lower.as_slice() {
+        [] => Err(wrong("\"lowerdir\" is missing: an overlay needs layers".into())),
+        // Overlayfs without an upper layer wants two.
+        [only] => Ok(Step::Bind(unescape(only).into())),
+        _ => Ok(Step::Overlay { lower, options: others }),
+    }
+}
+
+/// Splits at colons that no backslash escapes, and keeps the escapes.
+fn split_lower(dirs: &str) -> Vec<String> {
+    let mut out = vec![String::new()];
+    let mut escaped = false;
+    for c in dirs.chars() {
+        if c == ':' && !escaped {
+            out.push(String::new());
+        } else if let Some(last) = out.last_mut() {
+            last.push(c);
+        }
+        escaped = c == '\\' && !escaped;
+    }
+    out.retain(|dir| !dir.is_empty());
+    out
+}
+
+fn unescape(path: &str) -> String {
+    let mut out = String::with_capacity(path.len());
+    let mut chars = path.chars();
+    while let Some(c) = chars.next() {
+        out.push(if c == '\\' { chars.next().unwrap_or(c) } else { c });
+    }
+    out
+}
+
+/// The flag a mount(8) option stands for; `ro` and `rw` are none of it, as
+/// every mount here is read-only.
+fn mount_flag(option: &str) -> Option<MsFlags> {
+    Some(match option {
+        "ro" | "rw" | "defaults" => MsFlags::empty(),
+        "nosuid" => MsFlags::MS_NOSUID,
+        "nodev" => MsFlags::MS_NODEV,
+        "noexec" => MsFlags::MS_NOEXEC,
+        "noatime" => MsFlags::MS_NOATIME,
+        "nodiratime" => MsFlags::MS_NODIRATIME,
+        "relatime" => MsFlags::MS_RELATIME,
+        "strictatime" => MsFlags::MS_STRICTATIME,
+        "sync" => MsFlags::MS_SYNCHRONOUS,
+        "dirsync" => MsFlags::MS_DIRSYNC,
+        _ => return None,
+    })
+}
+
+/// Mounts `layers`, or the directory `root` where there are none, read-only on
+/// `target`, which has to be detached as often as this says in the end.
+pub(crate) fn mount_readonly(
+    layers: &[Layer],
+    root: &Path,
+    target: &Path,
+    mut mounted: impl FnMut(),
+) -> Result<(), RootfsError> {
+    if layers.is_empty() && !root.is_dir() {
+        let source = fs::metadata(root).err().unwrap_or_else(|| io::ErrorKind::NotADirectory.into());
+        return Err(RootfsError::Root { path: root.to_owned(), source });
+    }
+    for step in plan(layers, root, is_empty_dir)? {
+        let (what, result) = match &step {
+            Step::Bind(source) => (source.display().to_string(), mount::bind(source, target, false)),
+            Step::Overlay { lower, options } => {
+                (format!("an overlay of {} layers", lower.len()), mount_overlay(lower, options, target))
+            }
+            Step::FileSystem { kind, source, flags, data } => (
+                format!("{source} ({kind})"),
+                mount::mount_fs(kind, source, target, *flags | MsFlags::MS_RDONLY, Some(data)),
+            ),
+        };
+        result
+            .and_then(|()| {
+                mounted();
+                mount::seal_readonly(target, false)
+            })
+            .map_err(|source| RootfsError::Mount { what, source })?;
+    }
+    Ok(())
+}
+
+fn is_empty_dir(dir: &Path) -> bool {
+    fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_none())
+}
+
+fn mount_overlay(lower: &[String], options: &[String], target: &Path) -> io::Result<()> {
+    let data = overlay_data(lower, options);
+    if data.len() <= MAX_MOUNT_DATA {
+        return mount::mount_fs("overlay", "overlay", target, MsFlags::MS_RDONLY, Some(&data));
+    }
+    // Many layers: name them from the directory they have in common.
+    let Some((dir, relative)) = relative_to_common(lower) else {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "the layers' paths are too long and have no directory in common",
+        ));
+    };
+    let data = overlay_data(&relative, options);
+    if data.len() > MAX_MOUNT_DATA {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("the layers' paths are {} bytes long, {MAX_MOUNT_DATA} are possible", data.len()),
+        ));
+    }
+    let flags = MsFlags::MS_RDONLY;
+    mount::mount_fs_from(Path::new(&unescape(&dir)), "overlay", "overlay", target, flags, &data)
+}
+
+fn overlay_data(lower: &[String], options: &[String]) -> String {
+    let mut data = format!("lowerdir={}", lower.join(":"));
+    for option in options {
+        data.push(',');
+        data.push_str(option);
+    }
+    data
+}
+
+/// The deepest directory all `paths` are in, and the paths from there.
+fn relative_to_common(paths: &[String]) -> Option<(String, Vec<String>)> {
+    let absolute = paths.iter().all(|path| path.starts_with('/'));
+    let parents: Vec<Vec<Component>> = paths
+        .iter()
+        .filter_map(|path| Path::new(path).parent())
+        .map(|parent| parent.components().collect())
+        .collect();
+    let first = parents.first().filter(|_| absolute)?;
+    let depth = parents
+        .iter()
+        .map(|other| first.iter().zip(other).take_while(|(a, b)| a == b).count())
+        .min()
+        .filter(|depth| *depth > 1)?;
+    let common: PathBuf = first.iter().take(depth).collect();
+    let relative = paths
+        .iter()
+        .map(|path| Path::new(path).strip_prefix(&common).ok()?.to_str().map(str::to_owned))
+        .collect::<Option<Vec<_>>>()?;
+    Some((common.to_str()?.to_owned(), relative))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn overlay_of(options: &[&str], upper_is_empty: bool) -> Result<Vec<Step>, RootfsError> {
+        let options = options.iter().map(|option| (*option).to_owned()).collect();
+        let layer = Layer { kind: "overlay".into(), source: "overlay".into(), options, ..Layer::default() };
+        plan(&[layer], Path::new("/unused"), |_| upper_is_empty)
+    }
+
+    #[test]
+    fn an_overlay_loses_its_writable_layer() {
+        let steps = overlay_of(
+            &["index=off", "workdir=/s/3/work", "upperdir=/s/3/fs", "lowerdir=/s/2/fs:/s/1/fs"],
+            true,
+        );
+        assert_eq!(
+            steps.unwrap(),
+            [Step::Overlay {
+                lower: vec!["/s/2/fs".into(), "/s/1/fs".into()],
+                options: vec!["index=off".into()]
+            }]
+        );
+    }
+
+    #[test]
+    fn what_is_in_the_writable_layer_already_is_seen() {
+        let steps = overlay_of(&["workdir=/s/3/work", "upperdir=/s/3/fs", "lowerdir=/s/1/fs"], false);
+        assert_eq!(
+            steps.unwrap(),
+            [Step::Overlay { lower: vec!["/s/3/fs".into(), "/s/1/fs".into()], options: vec![] }]
+        );
+    }
+
+    #[test]
+    fn a_single_layer_is_bound() {
+        let steps = overlay_of(&["workdir=/s/3/work", "upperdir=/s/3/fs", "lowerdir=/s\\:x/1/fs"], true);
+        assert_eq!(steps.unwrap(), [Step::Bind("/s:x/1/fs".into())]);
+        let bind = Layer {
+            kind: "bind".into(),
+            source: "/s/1/fs".into(),
+            options: vec!["rbind".into(), "rw".into()],
+            ..Layer::default()
+        };
+        assert_eq!(plan(&[bind], Path::new("/unused"), |_| true).unwrap(), [Step::Bind("/s/1/fs".into())]);
+    }
+
+    #[test]
+    fn no_mounts_mean_the_bundles_root() {
+        assert_eq!(plan(&[], Path::new("/b/rootfs"), |_| true).unwrap(), [Step::Bind("/b/rootfs".into())]);
+    }
+
+    #[test]
+    fn other_file_systems_keep_their_options() {
+        let layer = Layer {
+            kind: "ext4".into(),
+            source: "/dev/mapper/x".into(),
+            options: vec!["rw".into(), "nodev".into(), "discard".into(), "noload".into()],
+            ..Layer::default()
+        };
+        assert_eq!(
+            plan(&[layer], Path::new("/unused"), |_| true).unwrap(),
+            [Step::FileSystem {
+                kind: "ext4".into(),
+                source: "/dev/mapper/x".into(),
+                flags: MsFlags::MS_NODEV,
+                data: "discard,noload".into()
+            }]
+        );
+    }
+
+    #[test]
+    fn errors_name_the_mount() {
+        let error = |layer: Layer| plan(&[layer], Path::new("/"), |_| true).unwrap_err().to_string();
+        assert_eq!(error(Layer::default()), "rootfs[0].type: is missing");
+        assert_eq!(
+            error(Layer { kind: "bind".into(), ..Layer::default() }),
+            "rootfs[0].source: is missing; a bind mount needs a directory"
+        );
+        assert_eq!(
+            error(Layer { kind: "erofs".into(), options: vec!["loop".into()], ..Layer::default() }),
+            "rootfs[0].options: \"loop\" is not supported: a block device is needed"
+        );
+        assert_eq!(
+            error(Layer { kind: "ext4".into(), target: "data".into(), ..Layer::default() }),
+            "rootfs[0].target: mounts below the root are not supported"
+        );
+        assert_eq!(
+            overlay_of(&["lowerdir=/a:/b", "uidmap=0:1000:10"], true).unwrap_err().to_string(),
+            "rootfs[0].options: \"uidmap=0:1000:10\": idmapped layers are not supported"
+        );
+    }
+
+    #[test]
+    fn many_layers_are_named_from_their_common_directory() {
+        let layers: Vec<String> = (0..100).map(|n| format!("/var/lib/snapshots/{n}/fs")).collect();
+        let (dir, relative) = relative_to_common(&layers).unwrap();
+        assert_eq!(dir, "/var/lib/snapshots");
+        assert_eq!(relative[42], "42/fs");
+        assert!(relative_to_common(&["/a/fs".into(), "/b/fs".into()]).is_none());
+    }
+
+    #[test]
+    fn colons_may_be_escaped() {
+        assert_eq!(split_lower("/a\\:b:/c"), ["/a\\:b", "/c"]);
+        assert_eq!(split_lower("/a\\\\:/c"), ["/a\\\\", "/c"]);
+    }
+}

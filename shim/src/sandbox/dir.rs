@@ -1,0 +1,205 @@
+//! A sandbox's directory, `STATE_DIR/NAMESPACE/ID`.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::DirBuilderExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use super::SandboxError;
+use crate::{mount, share, state::State};
+
+/// Name of the share in the directory.
+pub const SHARE: &str = "share";
+
+/// A sandbox's directory. Dropping it removes it with the files in it.
+#[derive(Debug)]
+pub struct SandboxDir {
+    path: PathBuf,
+    fd: Arc<File>,
+}
+
+impl SandboxDir {
+    /// Makes the directory of the sandbox `namespace`/`id`. What a sandbox of
+    /// that name left behind is removed first; one that runs is an error.
+    pub fn create(state_dir: &Path, namespace: &str, id: &str) -> Result<Self, SandboxError> {
+        check_name("namespace", namespace)?;
+        check_name("id", id)?;
+        let path = state_dir.join(namespace).join(id);
+        let failed = |source| SandboxError::Directory { path: path.clone(), source };
+        match make(&path) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                if State::read(&path).is_ok_and(|state| state.is_alive()) {
+                    return Err(SandboxError::Exists { namespace: namespace.into(), id: id.into() });
+                }
+                clean_up(&path);
+                make(&path).map_err(failed)?;
+            }
+            made => made.map_err(failed)?,
+        }
+        let fd = Arc::new(File::open(&path).map_err(failed)?);
+        Ok(Self { path, fd })
+    }
+
+    /// Its path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The open directory.
+    pub fn fd(&self) -> &Arc<File> {
+        &self.fd
+    }
+}
+
+impl Drop for SandboxDir {
+    fn drop(&mut self) {
+        remove(&self.path);
+    }
+}
+
+/// Makes the directory and those above it. Another sandbox may be removing the
+/// namespace's directory, with the last one in it, at the same time.
+fn make(path: &Path) -> io::Result<()> {
+    const ATTEMPTS: usize = 100;
+    let mut result = Ok(());
+    for _ in 0..ATTEMPTS {
+        if let Some(parent) = path.parent() {
+            fs::DirBuilder::new().recursive(true).mode(0o711).create(parent)?;
+        }
+        result = fs::DirBuilder::new().mode(0o700).create(path);
+        match &result {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            _ => break,
+        }
+    }
+    result
+}
+
+/// Names become parts of paths, here and in the guest.
+fn check_name(what: &'static str, name: &str) -> Result<(), SandboxError> {
+    const MAX_LEN: usize = 128;
+    let starts_well = name.starts_with(|c: char| c.is_ascii_alphanumeric());
+    let fits = name.bytes().all(|c| c.is_ascii_alphanumeric() || b"._-".contains(&c));
+    if starts_well && fits && name.len() <= MAX_LEN {
+        return Ok(());
+    }
+    Err(SandboxError::Name { what, name: name.into() })
+}
+
+/// Ends and removes what is left of the sandbox in `dir`: processes, mounts,
+/// files. It is fine that there is nothing.
+pub fn clean_up(dir: &Path) {
+    if let Ok(state) = State::read(dir) {
+        state.kill();
+    }
+    for target in mounts_below(dir) {
+        if let Err(error) = mount::detach(&target) {
+            log::warn!("unmounting {}: {error}", target.display());
+        }
+    }
+    share::remove_dir(&dir.join(SHARE));
+    remove(dir);
+}
+
+/// Mount points below `dir` in this process's namespace, the latest first.
+fn mounts_below(dir: &Path) -> Vec<PathBuf> {
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let mut found: Vec<PathBuf> = table
+        .lines()
+        // proc(5): the fifth field, with spaces and the like as octal escapes,
+        // which no name of ours holds.
+        .filter_map(|line| line.split(' ').nth(4))
+        .map(PathBuf::from)
+        .filter(|path| path.starts_with(dir))
+        .collect();
+    found.reverse();
+    found
+}
+
+/// Removes the directory with the files in it, and its namespace's directory
+/// where it was the last one.
+fn remove(dir: &Path) {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| !kind.is_dir()) {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+    match fs::remove_dir(dir) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => log::warn!("{} stays: {error}", dir.display()),
+    }
+    if let Some(namespace) = dir.parent() {
+        // Fails where other sandboxes are in it, which is how it should be.
+        if fs::remove_dir(namespace).is_ok() {
+            let _ = namespace.parent().map(fs::remove_dir);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{process_id::ProcessId, state::Phase};
+
+    #[test]
+    fn a_directory_goes_with_its_value() {
+        let root = tempfile::tempdir().unwrap();
+        let state_dir = root.path().join("rvm");
+        let one = SandboxDir::create(&state_dir, "default", "one").unwrap();
+        let two = SandboxDir::create(&state_dir, "default", "two").unwrap();
+        fs::write(one.path().join("console.log"), "x").unwrap();
+        drop(one);
+        assert!(state_dir.join("default/two").is_dir());
+        assert!(!state_dir.join("default/one").exists());
+        drop(two);
+        assert!(!state_dir.exists());
+    }
+
+    #[test]
+    fn leftovers_are_replaced_and_running_ones_are_not() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = SandboxDir::create(root.path(), "default", "web").unwrap();
+        let mut state = State {
+            id: "web".into(),
+            namespace: "default".into(),
+            phase: Phase::Running,
+            bundle: "/b".into(),
+            shim: ProcessId::of_self().unwrap(),
+            monitor: None,
+            created_ms: 0,
+            vcpus: 1,
+            memory_mib: 64,
+            timeline: vec![],
+            not_applied: vec![],
+        };
+        state.write(dir.path()).unwrap();
+        let error = SandboxDir::create(root.path(), "default", "web").unwrap_err();
+        assert_eq!(error.to_string(), "sandbox default/web is running already");
+        state.shim.start_ticks += 1;
+        state.write(dir.path()).unwrap();
+        fs::create_dir_all(dir.path().join("share/web/rootfs")).unwrap();
+        std::mem::forget(dir);
+        let dir = SandboxDir::create(root.path(), "default", "web").unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn names_stay_names() {
+        let root = tempfile::tempdir().unwrap();
+        for name in ["", ".", "..", "a/b", "-x", "a b", &"x".repeat(129)] {
+            assert!(SandboxDir::create(root.path(), "default", name).is_err(), "{name:?}");
+            assert!(SandboxDir::create(root.path(), name, "web").is_err(), "{name:?}");
+        }
+    }
+
+    #[test]
+    fn cleaning_up_nothing_is_fine() {
+        let root = tempfile::tempdir().unwrap();
+        clean_up(&root.path().join("default/none"));
+        clean_up(&root.path().join("default/none"));
+    }
+}

@@ -1,0 +1,446 @@
+//! One microVM from its directory to its end.
+//!
+//! A sandbox is its directory, its share, its monitor and its agent. They come
+//! in this order and go in the reverse one; whichever step fails, what was there
+//! before it goes with the values that own it.
+
+mod dir;
+mod failure;
+
+use std::{
+    fs::{self, File},
+    io,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use rvm_protocol::{
+    agent::{Scratch, SetUpSandboxRequest, scratch::Backing},
+    guest::{GUEST_CID, READY_PORT, SHARE_TAG, ready_line},
+    vmm::{CachePolicy, ShareConfig, VmConfig, VsockConfig},
+};
+use tokio::{net::UnixListener, time::timeout};
+
+use dir::SandboxDir;
+pub use dir::clean_up;
+
+use crate::{
+    agent::{Agent, AgentError},
+    config::{self, Config},
+    process_id::ProcessId,
+    rootfs::Layer,
+    share::{Share, ShareError},
+    spec::Bundle,
+    state::{Phase, State},
+    timeline::Timeline,
+    vmm::{self, Exited, Monitor, MonitorError},
+    vsock::{self, Vsock, VsockError},
+};
+
+/// The guest's console in the sandbox's directory.
+pub const CONSOLE_LOG: &str = "console.log";
+
+/// How long a guest may take to flush its file systems and power off.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(10);
+/// The kernel's limit for a host name.
+const MAX_HOSTNAME_LEN: usize = 64;
+
+/// Why there is no sandbox.
+#[derive(Debug, thiserror::Error)]
+pub enum SandboxError {
+    /// A name that cannot be part of a path.
+    #[error("{what}: {name:?} must be letters, digits, '.', '_' and '-', starting with a letter or digit")]
+    Name {
+        /// Which name.
+        what: &'static str,
+        /// As given.
+        name: String,
+    },
+    /// Its name is taken.
+    #[error("sandbox {namespace}/{id} is running already")]
+    Exists {
+        /// containerd's namespace.
+        namespace: String,
+        /// Its id.
+        id: String,
+    },
+    /// Its directory.
+    #[error("{}: {source}", path.display())]
+    Directory {
+        /// The directory.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// A file the configuration names.
+    #[error("{key}: {}: {source}", path.display())]
+    File {
+        /// The configuration's key.
+        key: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// Something the configuration asks for.
+    #[error("{key}: not supported: {reason}")]
+    Unsupported {
+        /// The configuration's key.
+        key: &'static str,
+        /// Why.
+        reason: &'static str,
+    },
+    /// Its part of the file system.
+    #[error(transparent)]
+    Share(#[from] ShareError),
+    /// Its monitor was not started.
+    #[error(transparent)]
+    Monitor(#[from] MonitorError),
+    /// Its sockets.
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
+    /// Its agent.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    /// Its agent is not the one that was installed with this program.
+    #[error(
+        "the agent announces itself as {found:?} instead of {expected:?}: shim and initramfs are of different versions"
+    )]
+    Version {
+        /// What it said.
+        found: String,
+        /// What it should have said.
+        expected: String,
+    },
+    /// It ended before its agent answered.
+    #[error("the guest did not start: {0}")]
+    Ended(String),
+    /// It took too long.
+    #[error("the guest did not answer within {} s (guest.boot_timeout_s){}", limit.as_secs(), console.as_ref().map(|text| format!("; its console ends with: {text}")).unwrap_or_default())]
+    TimedOut {
+        /// How long was waited.
+        limit: Duration,
+        /// The end of its console.
+        console: Option<String>,
+    },
+}
+
+/// What a sandbox is started with.
+#[derive(Debug)]
+pub struct Start<'a> {
+    /// The configuration.
+    pub config: &'a Config,
+    /// containerd's namespace.
+    pub namespace: &'a str,
+    /// The sandbox's id.
+    pub id: &'a str,
+    /// Its first container.
+    pub bundle: &'a Bundle,
+    /// The container's layers.
+    pub layers: &'a [Layer],
+    /// Where the steps are noted.
+    pub timeline: Arc<Timeline>,
+}
+
+/// A running microVM whose agent answers.
+pub struct Sandbox {
+    monitor: Monitor,
+    agent: Agent,
+    vsock: Vsock,
+    timeline: Arc<Timeline>,
+    /// When the monitor was spawned, from the timeline's beginning.
+    spawned: Duration,
+    dir: Arc<File>,
+    /// Whether the guest may hold data that belongs on the host.
+    must_flush: bool,
+    console: PathBuf,
+    /// Gone once the sandbox is closed.
+    owned: Mutex<Option<Owned>>,
+}
+
+/// What a sandbox leaves on the host unless it is removed, in the order in
+/// which it has to go.
+struct Owned {
+    share: Share,
+    state: State,
+    dir: SandboxDir,
+}
+
+impl Sandbox {
+    /// Starts a microVM and waits until its agent has set the sandbox up. On an
+    /// error, and when the future is dropped, nothing is left.
+    ///
+    /// Has to be called on the process's main thread, in a mount namespace of
+    /// the process's own ([`crate::mount::isolate`]).
+    pub async fn start(start: Start<'_>) -> Result<Self, SandboxError> {
+        let Start { config, namespace, id, bundle, layers, timeline } = start;
+        check_config(config)?;
+        let dir = SandboxDir::create(&config.host.state_dir, namespace, id)?;
+        let mut owned = Owned {
+            share: Share::create(dir.path().join(dir::SHARE))?,
+            state: first_state(config, namespace, id, bundle, &dir)?,
+            dir,
+        };
+        owned.share.add(bundle, layers)?;
+        timeline.mark("rootfs mounted");
+
+        let path = owned.dir.path().to_owned();
+        let vsock = Vsock::new(owned.dir.fd().clone());
+        let ready = vsock.listen(READY_PORT)?;
+        vmm::write_config(&path, &vm_config(config, id, bundle))
+            .map_err(|source| SandboxError::Directory { path: path.clone(), source })?;
+        let spawned = timeline.elapsed();
+        let monitor = Monitor::spawn(&config.host.monitor, &path, &format!("rvm-vmm {namespace}/{id}"))?;
+        timeline.mark("monitor spawned");
+        owned.state.monitor = Some(monitor.id());
+        owned.save();
+
+        let console = path.join(CONSOLE_LOG);
+        let boot = async {
+            wait_ready(ready).await?;
+            timeline.mark("agent ready");
+            let agent = Agent::connect(&vsock).await?;
+            agent.set_up_sandbox(set_up_request(config, id)).await?;
+            timeline.mark("sandbox set up");
+            Ok(agent)
+        };
+        let agent = tokio::select! {
+            // An end of the monitor explains a lost connection, not the other way round.
+            biased;
+            exited = monitor.exited() => Err(ended(&exited, &console)),
+            agent = timeout(config.guest.boot_timeout, boot) => match agent {
+                Ok(Ok(agent)) => Ok(agent),
+                Ok(Err(error)) => Err(explain(error, &monitor, &console).await),
+                Err(_) => Err(SandboxError::TimedOut {
+                    limit: config.guest.boot_timeout,
+                    console: failure::console_summary(&console),
+                }),
+            },
+        }?;
+        owned.state.phase = Phase::Created;
+        owned.state.timeline = timeline.steps();
+        owned.save();
+        Ok(Self {
+            monitor,
+            agent,
+            vsock,
+            timeline,
+            spawned,
+            dir: owned.dir.fd().clone(),
+            must_flush: bundle.volumes.iter().any(|volume| !volume.readonly),
+            console,
+            owned: Mutex::new(Some(owned)),
+        })
+    }
+
+    /// The agent.
+    pub fn agent(&self) -> &Agent {
+        &self.agent
+    }
+
+    /// Connections to the guest.
+    pub fn vsock(&self) -> &Vsock {
+        &self.vsock
+    }
+
+    /// The monitor's process id on the host.
+    pub fn pid(&self) -> u32 {
+        self.monitor.id().pid
+    }
+
+    /// The steps of the start.
+    pub fn timeline(&self) -> &Timeline {
+        &self.timeline
+    }
+
+    /// Adds what the monitor measured of its own start to the timeline.
+    pub async fn note_monitor_steps(&self) {
+        match vmm::metrics(&self.dir).await {
+            Ok(metrics) => {
+                for (name, us) in metrics.start_us {
+                    let after = self.spawned + Duration::from_micros(us);
+                    self.timeline.mark_at(&format!("monitor: {name}"), after);
+                }
+            }
+            Err(error) => log::debug!("no steps from the monitor: {error}"),
+        }
+    }
+
+    /// Waits for the end of the monitor, whatever its cause, and says why.
+    pub async fn ended(&self) -> String {
+        describe_end(&self.monitor.exited().await, &self.console)
+    }
+
+    /// Ends the guest at once: it does not answer, or not as it should.
+    pub fn kill(&self) {
+        self.monitor.kill();
+    }
+
+    /// Notes what the sandbox is doing, for who reads its state.
+    pub fn set_phase(&self, phase: Phase) {
+        if let Some(owned) = self.owned().as_mut() {
+            owned.state.phase = phase;
+            owned.state.timeline = self.timeline.steps();
+            owned.save();
+        }
+    }
+
+    /// Ends the sandbox and removes what it has on the host. Calling it again
+    /// does nothing.
+    pub async fn close(&self) {
+        let stop = async {
+            if self.must_flush {
+                // The answer may be lost with the connection; what counts is the end.
+                let _ = self.agent.shut_down().await;
+                self.monitor.exited().await;
+            }
+        };
+        if timeout(SHUTDOWN_TIMEOUT, stop).await.is_err() {
+            log::warn!("the guest did not power off within {} s", SHUTDOWN_TIMEOUT.as_secs());
+        }
+        self.monitor.kill();
+        self.monitor.exited().await;
+        self.owned().take();
+    }
+
+    fn owned(&self) -> MutexGuard<'_, Option<Owned>> {
+        self.owned.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Owned {
+    fn save(&self) {
+        if let Err(error) = self.state.write(self.dir.path()) {
+            log::warn!("writing {}: {error}", self.dir.path().join(crate::state::FILE).display());
+        }
+    }
+}
+
+/// Refuses what no monitor could use before anything is made.
+fn check_config(config: &Config) -> Result<(), SandboxError> {
+    if matches!(config.scratch, config::Scratch::Block { .. }) {
+        return Err(SandboxError::Unsupported {
+            key: "scratch.backing",
+            reason: "this version has \"tmpfs\" only",
+        });
+    }
+    for (key, path) in [
+        ("guest.kernel", &config.guest.kernel),
+        ("guest.initramfs", &config.guest.initramfs),
+        ("host.monitor", &config.host.monitor),
+    ] {
+        let found = fs::metadata(path).and_then(|found| match found.is_file() {
+            true => Ok(()),
+            false => Err(io::Error::other("is not a file")),
+        });
+        found.map_err(|source| SandboxError::File { key, path: path.clone(), source })?;
+    }
+    Ok(())
+}
+
+fn first_state(
+    config: &Config,
+    namespace: &str,
+    id: &str,
+    bundle: &Bundle,
+    dir: &SandboxDir,
+) -> Result<State, SandboxError> {
+    let failed = |source| SandboxError::Directory { path: dir.path().to_owned(), source };
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let state = State {
+        id: id.into(),
+        namespace: namespace.into(),
+        phase: Phase::Starting,
+        bundle: bundle.dir.clone(),
+        shim: ProcessId::of_self().map_err(failed)?,
+        monitor: None,
+        created_ms: u64::try_from(now.as_millis()).unwrap_or(u64::MAX),
+        vcpus: config.guest.vcpus,
+        memory_mib: config.guest.memory_mib,
+        timeline: Vec::new(),
+        not_applied: bundle.not_applied.clone(),
+    };
+    state.write(dir.path()).map_err(failed)?;
+    Ok(state)
+}
+
+fn vm_config(config: &Config, id: &str, bundle: &Bundle) -> VmConfig {
+    VmConfig {
+        id: id.into(),
+        vcpus: config.guest.vcpus,
+        memory_mib: config.guest.memory_mib,
+        kernel: config.guest.kernel.clone(),
+        cmdline: config.guest.cmdline(),
+        initramfs: Some(config.guest.initramfs.clone()),
+        console_log: Some(CONSOLE_LOG.into()),
+        control_socket: Some(vmm::CONTROL_SOCKET.into()),
+        vsock: Some(VsockConfig { guest_cid: GUEST_CID, socket: vsock::SOCKET.into() }),
+        shares: vec![ShareConfig {
+            tag: SHARE_TAG.into(),
+            dir: dir::SHARE.into(),
+            // Each mount in it says for itself whether it may be written to.
+            readonly: false,
+            // Layers never change; what the host shares with others does.
+            cache: if bundle.volumes.is_empty() { CachePolicy::Always } else { CachePolicy::Auto },
+        }],
+        disks: Vec::new(),
+    }
+}
+
+fn set_up_request(config: &Config, id: &str) -> SetUpSandboxRequest {
+    let tmpfs_bytes = match config.scratch {
+        config::Scratch::Tmpfs { size_bytes } => size_bytes,
+        config::Scratch::Block { .. } => 0,
+    };
+    SetUpSandboxRequest {
+        hostname: id.chars().take(MAX_HOSTNAME_LEN).collect(),
+        share_tag: SHARE_TAG.into(),
+        scratch: Some(Scratch { backing: Some(Backing::TmpfsBytes(tmpfs_bytes)), ..Default::default() })
+            .into(),
+        ..Default::default()
+    }
+}
+
+async fn wait_ready(listener: UnixListener) -> Result<(), SandboxError> {
+    let io = |source| VsockError::Io { port: READY_PORT, source };
+    let (mut stream, _) = listener.accept().await.map_err(io)?;
+    let found = vsock::read_line(&mut stream).await.map_err(io)?;
+    let expected = ready_line();
+    if found == expected.trim_end() {
+        return Ok(());
+    }
+    Err(SandboxError::Version {
+        found: crate::agent::printable(found),
+        expected: expected.trim_end().to_owned(),
+    })
+}
+
+/// A connection that fails because the monitor is going down is told as the
+/// monitor's end, which is known a moment later.
+async fn explain(error: SandboxError, monitor: &Monitor, console: &Path) -> SandboxError {
+    const MOMENT: Duration = Duration::from_millis(500);
+    if !matches!(
+        error,
+        SandboxError::Vsock(_) | SandboxError::Agent(AgentError::Lost(_) | AgentError::Connect(_))
+    ) {
+        return error;
+    }
+    match timeout(MOMENT, monitor.exited()).await {
+        Ok(exited) => ended(&exited, console),
+        Err(_) => error,
+    }
+}
+
+fn ended(exited: &Exited, console: &Path) -> SandboxError {
+    SandboxError::Ended(describe_end(exited, console))
+}
+
+fn describe_end(exited: &Exited, console: &Path) -> String {
+    match failure::console_summary(console) {
+        Some(text) => format!("{exited}; its console ends with: {text}"),
+        None => exited.to_string(),
+    }
+}

@@ -1,0 +1,308 @@
+//! containerd's Task API: messages in, calls to [`Tasks`], messages out.
+
+use std::{path::PathBuf, sync::Arc};
+
+use async_trait::async_trait;
+use containerd_shim_protos::{
+    api::{
+        CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest,
+        CreateTaskResponse, DeleteRequest, DeleteResponse, ExecProcessRequest, KillRequest, PauseRequest,
+        PidsRequest, PidsResponse, ProcessInfo, ResizePtyRequest, ResumeRequest, ShutdownRequest,
+        StartRequest, StartResponse, StateRequest, StateResponse, StatsRequest, StatsResponse, Status,
+        UpdateTaskRequest, WaitRequest, WaitResponse,
+    },
+    shim::oci::ProcessDetails,
+    shim_async::{Task, create_task},
+    types::mount::Mount,
+};
+use protobuf::{
+    CodedInputStream, Message,
+    well_known_types::{any::Any, empty::Empty},
+};
+use ttrpc::asynchronous::{Service, TtrpcContext};
+
+use crate::{
+    error::Error,
+    events::timestamp,
+    io::Stdio,
+    process::Phase,
+    rootfs::Layer,
+    task::{CreateTask, Tasks},
+};
+
+/// The Task API's name since containerd 2.0, which is how it is generated here.
+const TASK_V3: &str = "containerd.task.v3.Task";
+/// Its name in containerd 1.6 and 1.7; the messages are the same.
+const TASK_V2: &str = "containerd.task.v2.Task";
+
+/// The services of one shim, by their names.
+pub fn services(tasks: Arc<Tasks>) -> std::collections::HashMap<String, Service> {
+    let service: Arc<dyn Task + Send + Sync> = Arc::new(TaskService { tasks });
+    let mut services = create_task(service.clone());
+    if let Some(older) = create_task(service).remove(TASK_V3) {
+        services.insert(TASK_V2.to_owned(), older);
+    }
+    services
+}
+
+struct TaskService {
+    tasks: Arc<Tasks>,
+}
+
+/// Does `work` to its end even where the request is given up meanwhile, as it
+/// is when containerd restarts: half of a deletion helps nobody.
+async fn whole<T: Send + 'static>(
+    work: impl Future<Output = Result<T, Error>> + Send + 'static,
+) -> ttrpc::Result<T> {
+    match tokio::spawn(work).await {
+        Ok(result) => Ok(result?),
+        Err(error) => Err(ttrpc::Error::Others(format!("the request was not finished: {error}"))),
+    }
+}
+
+fn unimplemented<T>(message: &'static str) -> ttrpc::Result<T> {
+    Err(Error::Unimplemented(message).into())
+}
+
+#[async_trait]
+impl Task for TaskService {
+    async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
+        let container = self.tasks.container(&request.id)?;
+        let process = container.process(&request.exec_id)?;
+        let stdio = process.stdio.clone();
+        let mut response = StateResponse {
+            id: request.id,
+            bundle: container.bundle.to_string_lossy().into_owned(),
+            pid: process.pid(),
+            stdin: stdio.stdin,
+            stdout: stdio.stdout,
+            stderr: stdio.stderr,
+            terminal: stdio.terminal,
+            exec_id: request.exec_id,
+            ..Default::default()
+        };
+        let status = match process.phase() {
+            Phase::Created => Status::CREATED,
+            Phase::Running => Status::RUNNING,
+            Phase::Stopped(exit) => {
+                response.exit_status = exit.status;
+                response.exited_at = Some(timestamp(exit.at)).into();
+                Status::STOPPED
+            }
+        };
+        response.status = status.into();
+        Ok(response)
+    }
+
+    async fn create(
+        &self,
+        _: &TtrpcContext,
+        request: CreateTaskRequest,
+    ) -> ttrpc::Result<CreateTaskResponse> {
+        if !request.checkpoint.is_empty() {
+            return unimplemented("checkpoint: a microVM cannot be restored from a checkpoint of a process");
+        }
+        let create = CreateTask {
+            id: request.id,
+            bundle: request.bundle.into(),
+            layers: request.rootfs.into_iter().map(layer).collect(),
+            stdio: Stdio {
+                stdin: request.stdin,
+                stdout: request.stdout,
+                stderr: request.stderr,
+                terminal: request.terminal,
+            },
+            config_path: config_path(request.options.as_ref())?,
+        };
+        let pid = self.tasks.create(create).await.inspect_err(|error| log::warn!("create: {error}"))?;
+        Ok(CreateTaskResponse { pid, ..Default::default() })
+    }
+
+    async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
+        let container = self.tasks.container(&request.id)?;
+        let pid = whole(async move { container.start(&request.exec_id).await }).await?;
+        Ok(StartResponse { pid, ..Default::default() })
+    }
+
+    async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
+        let tasks = self.tasks.clone();
+        let (pid, exit) = whole(async move { tasks.delete(&request.id, &request.exec_id).await }).await?;
+        Ok(DeleteResponse {
+            pid,
+            exit_status: exit.status,
+            exited_at: Some(timestamp(exit.at)).into(),
+            ..Default::default()
+        })
+    }
+
+    async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
+        let container = self.tasks.container(&request.id)?;
+        let stdio = Stdio {
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+            terminal: request.terminal,
+        };
+        let spec = request.spec.unwrap_or_default();
+        whole(async move { container.exec(&request.exec_id, &spec.value, stdio).await }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
+        let container = self.tasks.container(&request.id)?;
+        whole(async move { container.kill(&request.exec_id, request.signal, request.all).await }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
+        let process = self.tasks.container(&request.id)?.process(&request.exec_id)?;
+        let Some(exit) = process.wait().await else {
+            return Err(Error::NotFound("the process is gone".into()).into());
+        };
+        Ok(WaitResponse {
+            exit_status: exit.status,
+            exited_at: Some(timestamp(exit.at)).into(),
+            ..Default::default()
+        })
+    }
+
+    async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
+        let listed = self.tasks.container(&request.id)?.processes().await?;
+        let mut response = PidsResponse::new();
+        for process in listed {
+            let mut info = ProcessInfo { pid: process.pid, ..Default::default() };
+            if let Some(exec_id) = process.exec_id {
+                let details = ProcessDetails { exec_id, ..Default::default() };
+                info.info = Some(Any {
+                    type_url: "containerd.runc.v1.ProcessDetails".into(),
+                    value: details.write_to_bytes().unwrap_or_default(),
+                    ..Default::default()
+                })
+                .into();
+            }
+            response.processes.push(info);
+        }
+        Ok(response)
+    }
+
+    async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> ttrpc::Result<Empty> {
+        let container = self.tasks.container(&request.id)?;
+        container.resize(&request.exec_id, request.width, request.height).await?;
+        Ok(Empty::new())
+    }
+
+    async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
+        if request.stdin {
+            self.tasks.container(&request.id)?.close_stdin(&request.exec_id)?;
+        }
+        Ok(Empty::new())
+    }
+
+    async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
+        // What containerd does first with a shim it has found again.
+        self.tasks.events().containerd_is_back();
+        let task_pid = match self.tasks.container(&request.id) {
+            Ok(container) => container.process("")?.pid(),
+            Err(_) => 0,
+        };
+        Ok(ConnectResponse {
+            shim_pid: std::process::id(),
+            task_pid,
+            version: env!("CARGO_PKG_VERSION").into(),
+            ..Default::default()
+        })
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
+        self.tasks.shut_down();
+        Ok(Empty::new())
+    }
+
+    async fn pause(&self, _: &TtrpcContext, _: PauseRequest) -> ttrpc::Result<Empty> {
+        unimplemented("pause: this version cannot freeze a container")
+    }
+
+    async fn resume(&self, _: &TtrpcContext, _: ResumeRequest) -> ttrpc::Result<Empty> {
+        unimplemented("resume: this version cannot freeze a container")
+    }
+
+    async fn update(&self, _: &TtrpcContext, _: UpdateTaskRequest) -> ttrpc::Result<Empty> {
+        unimplemented("update: this version applies no resource limits")
+    }
+
+    async fn stats(&self, _: &TtrpcContext, _: StatsRequest) -> ttrpc::Result<StatsResponse> {
+        unimplemented("stats: this version counts nothing in the guest")
+    }
+
+    async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
+        unimplemented("checkpoint: processes of a microVM cannot be checkpointed")
+    }
+}
+
+fn layer(mount: Mount) -> Layer {
+    Layer { kind: mount.type_, source: mount.source, target: mount.target, options: mount.options }
+}
+
+/// The configuration containerd's runtime options name
+/// (`runtimeoptions.v1.Options`: field 2 is `config_path`).
+fn config_path(options: Option<&Any>) -> Result<Option<PathBuf>, Error> {
+    const CONFIG_PATH: u32 = 2;
+    let Some(options) = options.filter(|options| !options.type_url.is_empty() && !options.value.is_empty())
+    else {
+        return Ok(None);
+    };
+    let invalid = |problem: &str| Error::InvalidArgument(format!("options: {}: {problem}", options.type_url));
+    if !options.type_url.ends_with("runtimeoptions.v1.Options") {
+        return Err(invalid("is not known; runtimeoptions.v1.Options with a ConfigPath is"));
+    }
+    let malformed = |_| invalid("cannot be decoded");
+    let mut input = CodedInputStream::from_bytes(&options.value);
+    let mut path = String::new();
+    while let Some(tag) = input.read_raw_tag_or_eof().map_err(malformed)? {
+        let (field, wire_type) = (tag >> 3, tag & 7);
+        let wire_type = protobuf::rt::WireType::new(wire_type).ok_or_else(|| invalid("cannot be decoded"))?;
+        if field == CONFIG_PATH {
+            path = input.read_string().map_err(malformed)?;
+        } else {
+            input.skip_field(wire_type).map_err(malformed)?;
+        }
+    }
+    Ok(Some(PathBuf::from(path)).filter(|path| !path.as_os_str().is_empty()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::events::Events;
+
+    fn options(type_url: &str, value: &[u8]) -> Any {
+        Any { type_url: type_url.into(), value: value.into(), ..Default::default() }
+    }
+
+    #[test]
+    fn runtime_options_name_a_configuration() {
+        let value = b"\x0a\x03url\x12\x0b/etc/r.toml\x1a\x01x";
+        for prefix in ["", "type.googleapis.com/"] {
+            let options = options(&format!("{prefix}runtimeoptions.v1.Options"), value);
+            assert_eq!(config_path(Some(&options)).unwrap(), Some("/etc/r.toml".into()));
+        }
+        assert_eq!(config_path(None).unwrap(), None);
+        assert_eq!(config_path(Some(&options("runtimeoptions.v1.Options", b""))).unwrap(), None);
+    }
+
+    #[test]
+    fn other_options_are_refused_by_name() {
+        let error = config_path(Some(&options("containerd.runc.v1.Options", b"\x08\x01"))).unwrap_err();
+        assert!(error.to_string().starts_with("options: containerd.runc.v1.Options: "), "{error}");
+        assert!(config_path(Some(&options("runtimeoptions.v1.Options", b"\x12\xff"))).is_err());
+    }
+
+    #[tokio::test]
+    async fn both_names_of_the_api_are_served() {
+        let services = services(Arc::new(Tasks::new("default", Events::to_nobody("default"))));
+        let mut names: Vec<_> = services.keys().map(String::as_str).collect();
+        names.sort_unstable();
+        assert_eq!(names, [TASK_V2, TASK_V3]);
+        assert_eq!(services[TASK_V2].methods.len(), services[TASK_V3].methods.len());
+    }
+}

@@ -1,0 +1,212 @@
+//! `process`: of the container, and of an exec.
+
+use std::collections::BTreeSet;
+
+use oci_spec::runtime::{self as oci, PosixRlimitType};
+use rvm_protocol::agent::{Capabilities, ConsoleSize, Process, Rlimit, User};
+
+use super::{SpecError, absolute_path, text};
+
+/// Capabilities by number (capabilities(7), linux/capability.h).
+const CAPABILITIES: [&str; 41] = [
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "DAC_READ_SEARCH",
+    "FOWNER",
+    "FSETID",
+    "KILL",
+    "SETGID",
+    "SETUID",
+    "SETPCAP",
+    "LINUX_IMMUTABLE",
+    "NET_BIND_SERVICE",
+    "NET_BROADCAST",
+    "NET_ADMIN",
+    "NET_RAW",
+    "IPC_LOCK",
+    "IPC_OWNER",
+    "SYS_MODULE",
+    "SYS_RAWIO",
+    "SYS_CHROOT",
+    "SYS_PTRACE",
+    "SYS_PACCT",
+    "SYS_ADMIN",
+    "SYS_BOOT",
+    "SYS_NICE",
+    "SYS_RESOURCE",
+    "SYS_TIME",
+    "SYS_TTY_CONFIG",
+    "MKNOD",
+    "LEASE",
+    "AUDIT_WRITE",
+    "AUDIT_CONTROL",
+    "SETFCAP",
+    "MAC_OVERRIDE",
+    "MAC_ADMIN",
+    "SYSLOG",
+    "WAKE_ALARM",
+    "BLOCK_SUSPEND",
+    "AUDIT_READ",
+    "PERFMON",
+    "BPF",
+    "CHECKPOINT_RESTORE",
+];
+
+/// Checks a process; `at` is its path in the document.
+pub(super) fn translate(
+    at: &str,
+    process: &oci::Process,
+    not_applied: &mut Vec<String>,
+) -> Result<Process, SpecError> {
+    refuse_unsupported(at, process)?;
+    for (label, field) in
+        [(process.apparmor_profile(), "apparmorProfile"), (process.selinux_label(), "selinuxLabel")]
+    {
+        if label.as_ref().is_some_and(|label| !label.is_empty()) {
+            not_applied.push(format!("{at}.{field}"));
+        }
+    }
+
+    let args = strings(&format!("{at}.args"), process.args().as_deref())?;
+    match args.first() {
+        None => {
+            return Err(SpecError::field(
+                format!("{at}.args"),
+                "is missing or empty; its first element is the program to run",
+            ));
+        }
+        Some(program) if program.is_empty() => {
+            return Err(SpecError::field(format!("{at}.args[0]"), "is empty; it must be the program to run"));
+        }
+        Some(_) => {}
+    }
+    let user = process.user();
+    Ok(Process {
+        args,
+        env: strings(&format!("{at}.env"), process.env().as_deref())?,
+        cwd: absolute_path(&format!("{at}.cwd"), process.cwd())?,
+        terminal: process.terminal().unwrap_or(false),
+        console_size: process.console_size().map(console_size).into(),
+        user: Some(User {
+            uid: user.uid(),
+            gid: user.gid(),
+            additional_gids: user.additional_gids().clone().unwrap_or_default(),
+            umask: umask(at, user.umask())?,
+            ..Default::default()
+        })
+        .into(),
+        // As with runc, a process whose spec names no capabilities has none.
+        capabilities: Some(process.capabilities().as_ref().map(capabilities).unwrap_or_default()).into(),
+        no_new_privileges: process.no_new_privileges().unwrap_or(false),
+        rlimits: rlimits(at, process.rlimits().as_deref().unwrap_or_default())?,
+        oom_score_adj: oom_score_adj(at, process.oom_score_adj())?,
+        ..Default::default()
+    })
+}
+
+fn refuse_unsupported(at: &str, process: &oci::Process) -> Result<(), SpecError> {
+    for (present, field) in [
+        (process.io_priority().is_some(), "ioPriority"),
+        (process.scheduler().is_some(), "scheduler"),
+        (process.exec_cpu_affinity().is_some(), "execCPUAffinity"),
+    ] {
+        if present {
+            return Err(SpecError::unsupported(format!("{at}.{field}"), "this version does not set it"));
+        }
+    }
+    if process.command_line().as_ref().is_some_and(|line| !line.is_empty()) {
+        return Err(SpecError::unsupported(format!("{at}.commandLine"), "it is for Windows; use args"));
+    }
+    Ok(())
+}
+
+fn strings(field: &str, values: Option<&[String]>) -> Result<Vec<String>, SpecError> {
+    values
+        .unwrap_or_default()
+        .iter()
+        .enumerate()
+        .map(|(n, value)| text(format!("{field}[{n}]"), Some(value)))
+        .collect()
+}
+
+fn console_size(size: oci::Box) -> ConsoleSize {
+    let clamp = |cells: u64| cells.min(u64::from(u16::MAX)) as u32;
+    ConsoleSize { width: clamp(size.width()), height: clamp(size.height()), ..Default::default() }
+}
+
+fn umask(at: &str, umask: Option<u32>) -> Result<Option<u32>, SpecError> {
+    match umask {
+        Some(umask) if umask > 0o777 => {
+            Err(SpecError::field(format!("{at}.user.umask"), format!("must be 0 to 0777, is {umask:#o}")))
+        }
+        umask => Ok(umask),
+    }
+}
+
+fn oom_score_adj(at: &str, value: Option<i32>) -> Result<Option<i32>, SpecError> {
+    match value {
+        Some(value) if !(-1000..=1000).contains(&value) => {
+            Err(SpecError::field(format!("{at}.oomScoreAdj"), format!("must be -1000 to 1000, is {value}")))
+        }
+        value => Ok(value),
+    }
+}
+
+fn capabilities(sets: &oci::LinuxCapabilities) -> Capabilities {
+    let mask = |set: &Option<oci::Capabilities>| set.iter().flatten().fold(0, |mask, cap| mask | bit(*cap));
+    Capabilities {
+        bounding: mask(sets.bounding()),
+        effective: mask(sets.effective()),
+        inheritable: mask(sets.inheritable()),
+        permitted: mask(sets.permitted()),
+        ambient: mask(sets.ambient()),
+        ..Default::default()
+    }
+}
+
+/// The capability's bit in a mask.
+pub(super) fn bit(capability: oci::Capability) -> u64 {
+    let name = capability.to_string();
+    CAPABILITIES.iter().position(|known| *known == name).map_or(0, |number| 1 << number)
+}
+
+fn rlimits(at: &str, limits: &[oci::PosixRlimit]) -> Result<Vec<Rlimit>, SpecError> {
+    let mut seen = BTreeSet::new();
+    let mut out = Vec::with_capacity(limits.len());
+    for (n, limit) in limits.iter().enumerate() {
+        let field = format!("{at}.rlimits[{n}]");
+        let resource = rlimit_number(limit.typ());
+        if !seen.insert(resource) {
+            return Err(SpecError::field(field, format!("{} is there twice", limit.typ())));
+        }
+        if limit.soft() > limit.hard() {
+            return Err(SpecError::field(
+                field,
+                format!("soft must not be above hard, is {} above {}", limit.soft(), limit.hard()),
+            ));
+        }
+        out.push(Rlimit { resource, soft: limit.soft(), hard: limit.hard(), ..Default::default() });
+    }
+    Ok(out)
+}
+
+fn rlimit_number(kind: PosixRlimitType) -> u32 {
+    match kind {
+        PosixRlimitType::RlimitCpu => libc::RLIMIT_CPU,
+        PosixRlimitType::RlimitFsize => libc::RLIMIT_FSIZE,
+        PosixRlimitType::RlimitData => libc::RLIMIT_DATA,
+        PosixRlimitType::RlimitStack => libc::RLIMIT_STACK,
+        PosixRlimitType::RlimitCore => libc::RLIMIT_CORE,
+        PosixRlimitType::RlimitRss => libc::RLIMIT_RSS,
+        PosixRlimitType::RlimitNproc => libc::RLIMIT_NPROC,
+        PosixRlimitType::RlimitNofile => libc::RLIMIT_NOFILE,
+        PosixRlimitType::RlimitMemlock => libc::RLIMIT_MEMLOCK,
+        PosixRlimitType::RlimitAs => libc::RLIMIT_AS,
+        PosixRlimitType::RlimitLocks => libc::RLIMIT_LOCKS,
+        PosixRlimitType::RlimitSigpending => libc::RLIMIT_SIGPENDING,
+        PosixRlimitType::RlimitMsgqueue => libc::RLIMIT_MSGQUEUE,
+        PosixRlimitType::RlimitNice => libc::RLIMIT_NICE,
+        PosixRlimitType::RlimitRtprio => libc::RLIMIT_RTPRIO,
+        PosixRlimitType::RlimitRttime => libc::RLIMIT_RTTIME,
+    }
+}

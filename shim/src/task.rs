@@ -1,0 +1,223 @@
+//! What one shim serves: its sandbox and the containers in it.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use containerd_shim_protos::events::task::TaskDelete;
+use tokio::sync::Notify;
+
+use crate::{
+    config::Config,
+    container::{Container, Create, log_not_applied},
+    error::Error,
+    events::{Events, timestamp},
+    io::{Endpoints, Stdio},
+    process::Exit,
+    rootfs::Layer,
+    sandbox::{Sandbox, Start},
+    spec::Bundle,
+    timeline::Timeline,
+};
+
+/// Written into the bundle, names the sandbox's directory for `delete`: the
+/// container's own configuration may put it elsewhere.
+pub const SANDBOX_DIR_FILE: &str = "rvm-sandbox";
+
+/// What containerd asks for when it creates a task.
+#[derive(Debug)]
+pub struct CreateTask {
+    /// The container's id.
+    pub id: String,
+    /// Its bundle.
+    pub bundle: PathBuf,
+    /// Its layers.
+    pub layers: Vec<Layer>,
+    /// Its streams.
+    pub stdio: Stdio,
+    /// A configuration of its own.
+    pub config_path: Option<PathBuf>,
+}
+
+/// The tasks of one shim.
+pub struct Tasks {
+    namespace: String,
+    events: Events,
+    slots: Mutex<Slots>,
+    /// Signalled when the shim has nothing left to do.
+    done: Notify,
+}
+
+#[derive(Default)]
+struct Slots {
+    containers: BTreeMap<String, Arc<Container>>,
+    /// The one that is being created: its name is taken.
+    creating: Option<String>,
+}
+
+/// Frees the name when a creation ends, however it does.
+struct Creating<'a>(&'a Tasks);
+
+impl Drop for Creating<'_> {
+    fn drop(&mut self) {
+        self.0.slots().creating = None;
+    }
+}
+
+impl Tasks {
+    /// No tasks yet.
+    pub fn new(namespace: &str, events: Events) -> Self {
+        Self { namespace: namespace.into(), events, slots: Mutex::default(), done: Notify::new() }
+    }
+
+    /// Where events go.
+    pub fn events(&self) -> &Events {
+        &self.events
+    }
+
+    /// Creates a task with a sandbox of its own and returns its pid. Nothing is
+    /// left of it on an error, nor when the future is dropped.
+    pub async fn create(&self, create: CreateTask) -> Result<u32, Error> {
+        let timeline = Arc::new(Timeline::begin());
+        let label = format!("{}/{}", self.namespace, create.id);
+        let _creating = self.reserve(&create.id)?;
+        let config = Config::load(create.config_path.as_deref())?;
+        let bundle = Bundle::load(&create.bundle, &create.id)?;
+        check_terminal(&bundle, &create.stdio)?;
+        log_not_applied(&label, &bundle.not_applied);
+        timeline.mark("spec checked");
+        let endpoints = Endpoints::open(&create.stdio, &self.namespace, &create.id).await?;
+        note_sandbox_dir(&create.bundle, &config, &self.namespace, &create.id);
+
+        let start = Start {
+            config: &config,
+            namespace: &self.namespace,
+            id: &create.id,
+            bundle: &bundle,
+            layers: &create.layers,
+            timeline,
+        };
+        let sandbox = Arc::new(Sandbox::start(start).await?);
+        let create = Create { bundle, layers: create.layers, stdio: create.stdio, endpoints };
+        let container =
+            Container::create(sandbox.clone(), &self.namespace, create, self.events.clone()).await;
+        let container = match container {
+            Ok(container) => container,
+            Err(error) => {
+                let error = better_reason(error, &sandbox).await;
+                sandbox.close().await;
+                return Err(error);
+            }
+        };
+        self.slots().containers.insert(container.id.clone(), container.clone());
+        log::info!("{label}: created");
+        Ok(container.process("")?.pid())
+    }
+
+    /// A sandbox of this version holds one container.
+    fn reserve(&self, id: &str) -> Result<Creating<'_>, Error> {
+        let mut slots = self.slots();
+        if slots.containers.contains_key(id) || slots.creating.as_deref() == Some(id) {
+            return Err(Error::AlreadyExists(format!("container {id} exists already")));
+        }
+        if let Some(other) = slots.containers.keys().next().or(slots.creating.as_ref()) {
+            return Err(Error::FailedPrecondition(format!(
+                "this sandbox is container {other}'s; this version puts one container into each"
+            )));
+        }
+        slots.creating = Some(id.to_owned());
+        Ok(Creating(self))
+    }
+
+    /// A container by its id.
+    pub fn container(&self, id: &str) -> Result<Arc<Container>, Error> {
+        let found = self.slots().containers.get(id).cloned();
+        found.ok_or_else(|| Error::NotFound(format!("container {id} is not here")))
+    }
+
+    /// Forgets an ended process, with its container where it is the first one,
+    /// and with the sandbox where that is the last.
+    pub async fn delete(&self, id: &str, exec_id: &str) -> Result<(u32, Exit), Error> {
+        let container = self.container(id)?;
+        if !exec_id.is_empty() {
+            return container.delete_exec(exec_id).await;
+        }
+        let (pid, exit) = container.end().await?;
+        if self.slots().containers.remove(id).is_none() {
+            return Err(Error::NotFound(format!("container {id} was deleted meanwhile")));
+        }
+        container.sandbox().close().await;
+        self.events.publish(TaskDelete {
+            container_id: id.to_owned(),
+            pid,
+            exit_status: exit.status,
+            exited_at: Some(timestamp(exit.at)).into(),
+            ..Default::default()
+        });
+        log::info!("{}/{id}: deleted, exit status {}", self.namespace, exit.status);
+        Ok((pid, exit))
+    }
+
+    /// Ends the shim, unless it has something left to do.
+    pub fn shut_down(&self) {
+        let slots = self.slots();
+        if slots.containers.is_empty() && slots.creating.is_none() {
+            self.done.notify_one();
+        }
+    }
+
+    /// Waits for [`Tasks::shut_down`].
+    pub async fn done(&self) {
+        self.done.notified().await;
+    }
+
+    /// Ends whatever runs, as the shim itself has to go.
+    pub async fn close_all(&self) {
+        let containers: Vec<_> = self.slots().containers.values().cloned().collect();
+        for container in containers {
+            container.sandbox().kill();
+            if let Ok(init) = container.process("") {
+                init.wait().await;
+            }
+            container.sandbox().close().await;
+        }
+    }
+
+    fn slots(&self) -> MutexGuard<'_, Slots> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Specification and request both say whether there is a terminal.
+fn check_terminal(bundle: &Bundle, stdio: &Stdio) -> Result<(), Error> {
+    let wanted = bundle.container.process.terminal;
+    if wanted == stdio.terminal {
+        return Ok(());
+    }
+    Err(Error::InvalidArgument(format!(
+        "process.terminal: is {wanted}, but the task is created {} a terminal",
+        if stdio.terminal { "with" } else { "without" }
+    )))
+}
+
+fn note_sandbox_dir(bundle: &Path, config: &Config, namespace: &str, id: &str) {
+    let dir = config.host.state_dir.join(namespace).join(id);
+    if let Err(error) = std::fs::write(bundle.join(SANDBOX_DIR_FILE), dir.as_os_str().as_encoded_bytes()) {
+        log::warn!("{}: {error}", bundle.join(SANDBOX_DIR_FILE).display());
+    }
+}
+
+/// What fails because the machine has gone is told as that.
+async fn better_reason(error: Error, sandbox: &Sandbox) -> Error {
+    use crate::agent::AgentError;
+    const MOMENT: std::time::Duration = std::time::Duration::from_millis(500);
+    if !matches!(error, Error::Io(_) | Error::Agent(AgentError::Lost(_) | AgentError::Connect(_))) {
+        return error;
+    }
+    match tokio::time::timeout(MOMENT, sandbox.ended()).await {
+        Ok(reason) => Error::SandboxEnded(reason),
+        Err(_) => error,
+    }
+}
