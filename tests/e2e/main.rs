@@ -8,3 +8,4 @@ mod exec;
 mod failures;
 mod ring0;
 mod run;
+mod rvmctl;

@@ -112,6 +112,13 @@ impl World {
         Ctr::new(&self.stage, ADDRESS)
     }
 
+    /// `rvmctl` with the configuration containerd's shims read.
+    pub fn rvmctl(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(self.stage.rvmctl());
+        command.args(args).env("RVM_CONFIG", self.config_path()).env("PATH", self.stage.path_variable());
+        command
+    }
+
     /// containerd's process id.
     pub fn containerd_pid(&self) -> Option<u32> {
         self.containerd.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(Child::id)
