@@ -51,12 +51,8 @@ pub struct Artifacts {
     pub rvmctl: PathBuf,
     /// `rvm-vmm`.
     pub monitor: PathBuf,
-    /// `rvm-agent`, static; it is in the initramfs.
-    pub agent: PathBuf,
     /// The guest kernel, `vmlinux`.
     pub kernel: PathBuf,
-    /// Its version as `uname -r` says it.
-    pub kernel_version: String,
     /// The guest's initramfs.
     pub initramfs: PathBuf,
 }
@@ -70,14 +66,11 @@ pub fn artifacts(profile: Profile) -> Result<Artifacts> {
     let initramfs = target_dir().join("rvm").join(profile.as_str()).join("initramfs.cpio");
     let content = initramfs::build(&fs::read(&agent).with_context(|| format!("read {}", agent.display()))?)?;
     write_if_changed(&initramfs, &content)?;
-    let kernel = kernel(Flavour::Rvm)?;
     Ok(Artifacts {
         shim: binaries.join("containerd-shim-rvm-v2"),
         rvmctl: binaries.join("rvmctl"),
         monitor: binaries.join("rvm-vmm"),
-        agent,
-        kernel: kernel.vmlinux,
-        kernel_version: kernel.version,
+        kernel: kernel(Flavour::Rvm)?.vmlinux,
         initramfs,
     })
 }

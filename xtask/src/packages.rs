@@ -30,7 +30,7 @@ impl Purpose {
             Self::Build => &["gcc", "libc6-dev"],
             Self::GuestKernel => guest_kernel::BUILD_PACKAGES,
             Self::Containers => &["containerd", "e2fsprogs", "runc", "util-linux"],
-            Self::Devhost => &["e2fsprogs", "kmod", "qemu-system-x86", "xz-utils", "zstd"],
+            Self::Devhost => &["kmod", "qemu-system-x86", "xz-utils", "zstd"],
             Self::Bench => &["qemu-system-x86"],
         }
     }

@@ -47,15 +47,6 @@ impl Step {
         self.bar.set_message(doing.to_string());
     }
 
-    /// Prints something above the bar.
-    pub fn println(&self, text: impl AsRef<str>) {
-        if self.plain {
-            eprintln!("{}", text.as_ref());
-        } else {
-            self.bar.println(text);
-        }
-    }
-
     /// The step has ended well.
     pub fn done(mut self, result: impl Display) {
         self.finished = true;

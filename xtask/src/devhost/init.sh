@@ -54,16 +54,10 @@ assemble_root() {
     plan9=trans=virtio,version=9p2000.L,msize=512000
     mount -t 9p -o $plan9,cache=loose,ro host $stage/host || fail "cannot mount the machine's root"
     mount -t 9p -o $plan9,cache=none,access=any out $stage/out || fail "cannot mount the output directory"
-    lower=$stage/host
-    if [ -b /dev/vda ]; then
-        mkdir -p $stage/disk
-        mount -t ext4 -o ro,noload /dev/vda $stage/disk || fail "cannot mount the disk image"
-        lower=$stage/disk:$lower
-    fi
     mount_tmpfs $stage/upper mode=755,size=75%
     mkdir $stage/upper/upper $stage/upper/work
-    mount -t overlay -o lowerdir=$lower,upperdir=$stage/upper/upper,workdir=$stage/upper/work overlay /new ||
-        fail "cannot mount the root overlay"
+    layers=lowerdir=$stage/host,upperdir=$stage/upper/upper,workdir=$stage/upper/work
+    mount -t overlay -o $layers overlay /new || fail "cannot mount the root overlay"
 
     mount_tmpfs /new/tmp mode=1777,size=75%
     # Directories of the machine that lie below what is fresh here.

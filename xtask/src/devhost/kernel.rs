@@ -12,16 +12,7 @@ use super::vmlinux;
 use crate::build;
 
 /// Modules the root and the way to the outside need.
-const ROOT_MODULES: &[&str] = &[
-    "virtio_pci",
-    "9pnet_virtio",
-    "9p",
-    "overlay",
-    "virtio_blk",
-    "crc32c_generic",
-    "ext4",
-    "virtio_console",
-];
+const ROOT_MODULES: &[&str] = &["virtio_pci", "9pnet_virtio", "9p", "overlay", "virtio_console"];
 
 /// Modules that rvm, its peers and containers need; inserted while the root is put together.
 const MODULES: &[&str] = &[
@@ -32,6 +23,8 @@ const MODULES: &[&str] = &[
     "veth",
     "bridge",
     "loop",
+    "crc32c_generic",
+    "ext4",
     "fuse",
     "erofs",
     "squashfs",

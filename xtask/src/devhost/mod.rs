@@ -104,12 +104,6 @@ impl Command {
         self.env.push((name.into(), value.into()));
         self
     }
-
-    /// Sets the directory.
-    pub fn dir(mut self, dir: impl Into<PathBuf>) -> Self {
-        self.dir = dir.into();
-        self
-    }
 }
 
 /// An output stream of the command.
