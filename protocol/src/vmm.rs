@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 pub struct VmConfig {
     /// Sandbox id, for logs.
     pub id: String,
-    /// Number of vCPUs, 1 to 255.
+    /// Number of vCPUs, 1 to 254.
     pub vcpus: u8,
     /// Guest memory in MiB.
     pub memory_mib: u64,

@@ -1,2 +1,111 @@
-//! TBD
-fn main() {}
+//! `rvm-vmm --config FILE`: runs one microVM; see [`USAGE`].
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::{Context, anyhow, bail};
+use log::LevelFilter;
+use rvm_protocol::vmm::exit_code;
+use rvm_vmm::timeline::Timeline;
+use rvm_vmm::vcpu::exits::End;
+use rvm_vmm::{builder, config, logging};
+
+const USAGE: &str = "\
+usage: rvm-vmm --config FILE [OPTION]...
+
+Runs the microVM described by FILE (JSON, see rvm_protocol::vmm::VmConfig).
+
+  --config FILE      the configuration; relative paths in it are relative to
+                     the working directory
+  --parent PID       end, in order, when PID, the parent, does
+  --log-level LEVEL  off, error, warn (default), info, debug or trace
+  --any-kvm          run even where /dev/kvm only emulates kernels, which is
+                     far too slow for a guest but enough to measure a start
+  --version          print the version
+  --help             print this
+
+Exit codes: 0 the guest powered off or was stopped; 2 the configuration is
+wrong; 3 the machine could not be built; 4 the guest crashed.
+";
+
+struct Arguments {
+    config: PathBuf,
+    parent: Option<libc::pid_t>,
+    log_level: LevelFilter,
+    any_kvm: bool,
+}
+
+fn main() -> ExitCode {
+    let timeline = Arc::new(Timeline::from_exec());
+    // What the monitor creates, sockets and logs, is for its owner only.
+    // SAFETY: umask has no preconditions.
+    unsafe { libc::umask(0o077) };
+    let (code, error) = match parse_arguments() {
+        Ok(None) => return ExitCode::SUCCESS,
+        Ok(Some(arguments)) => run(&arguments, timeline),
+        Err(e) => (exit_code::BAD_CONFIG, Some(e)),
+    };
+    if let Some(error) = error {
+        // One line, whatever the causes contain.
+        eprintln!("rvm-vmm: {}", format!("{error:#}").replace('\n', " "));
+    }
+    ExitCode::from(code as u8)
+}
+
+fn run(arguments: &Arguments, timeline: Arc<Timeline>) -> (i32, Option<anyhow::Error>) {
+    let config = match config::load(&arguments.config) {
+        Ok(config) => config,
+        Err(e) => return (exit_code::BAD_CONFIG, Some(anyhow!(e).context("configuration"))),
+    };
+    logging::init(&config.vm.id, arguments.log_level);
+    timeline.reached("config_checked");
+    let machine = match builder::build(config, arguments.any_kvm, timeline) {
+        Ok(machine) => machine,
+        Err(e) => return (exit_code::BUILD_FAILED, Some(e.into())),
+    };
+    match machine.run(arguments.parent) {
+        Ok(End::PoweredOff) => (exit_code::OK, None),
+        Ok(End::Crashed(cause)) => (exit_code::GUEST_CRASHED, Some(anyhow!("the guest crashed: {cause}"))),
+        Err(e) => (exit_code::BUILD_FAILED, Some(e.into())),
+    }
+}
+
+/// `None` where the question has been answered already.
+fn parse_arguments() -> anyhow::Result<Option<Arguments>> {
+    let mut config = None;
+    let mut parent = None;
+    let mut log_level = LevelFilter::Warn;
+    let mut any_kvm = false;
+    let mut arguments = std::env::args_os().skip(1);
+    while let Some(argument) = arguments.next() {
+        let name = argument.to_string_lossy().into_owned();
+        let mut value = || arguments.next().with_context(|| format!("{name} needs a value"));
+        match name.as_str() {
+            "--config" => config = Some(PathBuf::from(value()?)),
+            "--parent" => {
+                let text = value()?.to_string_lossy().into_owned();
+                parent =
+                    Some(text.parse().with_context(|| format!("--parent: {text:?} is not a process id"))?);
+            }
+            "--log-level" => {
+                let text = value()?.to_string_lossy().into_owned();
+                log_level = text.parse().map_err(|_| {
+                    anyhow!("--log-level: {text:?}; must be off, error, warn, info, debug or trace")
+                })?;
+            }
+            "--any-kvm" => any_kvm = true,
+            "--version" => {
+                println!("rvm-vmm {}", env!("CARGO_PKG_VERSION"));
+                return Ok(None);
+            }
+            "--help" => {
+                print!("{USAGE}");
+                return Ok(None);
+            }
+            _ => bail!("unknown argument {name:?}; try --help"),
+        }
+    }
+    let config = config.context("--config FILE is missing; try --help")?;
+    Ok(Some(Arguments { config, parent, log_level, any_kvm }))
+}

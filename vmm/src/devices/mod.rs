@@ -1,3 +1,4 @@
 //! Devices of the machine.
 
+pub mod legacy;
 pub mod virtio;

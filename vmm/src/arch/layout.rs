@@ -1,0 +1,66 @@
+//! Where everything lies in guest physical address space.
+//!
+//! ```text
+//! 0x0000_0000  low memory starts
+//! 0x0000_0500    boot GDT
+//! 0x0000_7000    boot_params ("zero page")
+//! 0x0000_9000    boot page tables (PML4, PDPT, PD)
+//! 0x0002_0000    kernel command line
+//! 0x0009_fc00    end of conventional memory; nothing up to 1 MiB is offered as RAM
+//! 0x000f_0000    MP table, where a BIOS has it
+//! 0x0010_0000    the kernel's segments at their own physical addresses
+//!         ...    the initramfs, at the end of low memory
+//! 0xc000_0000  low memory ends at the latest; PCI memory window
+//! 0xfec0_0000  I/O APIC          0xfee0_0000  local APICs
+//! 0xfffb_c000  pages KVM needs on Intel
+//! 0x1_0000_0000  the rest of memory
+//! ```
+
+/// Size of a page.
+pub const PAGE_SIZE: u64 = 4096;
+
+/// Global descriptor table used until the kernel loads its own.
+pub const GDT_START: u64 = 0x500;
+/// `boot_params` of the Linux boot protocol.
+pub const BOOT_PARAMS_START: u64 = 0x7000;
+/// First of the three boot page tables.
+pub const PAGE_TABLES_START: u64 = 0x9000;
+/// Kernel command line.
+pub const CMDLINE_START: u64 = 0x2_0000;
+/// Longest command line with its final NUL: `COMMAND_LINE_SIZE` of Linux on x86.
+pub const CMDLINE_MAX_SIZE: usize = 2048;
+/// End of conventional memory.
+pub const LOW_RAM_END: u64 = 0x9_fc00;
+/// MP table.
+pub const MP_TABLE_START: u64 = 0xf_0000;
+/// Largest MP table.
+pub const MP_TABLE_MAX_SIZE: usize = 0x1_0000;
+/// Start of memory that is free for the kernel and the initramfs.
+pub const HIGH_RAM_START: u64 = 0x10_0000;
+/// What the boot page tables map: 512 entries of 2 MiB. The kernel must lie below.
+pub const BOOT_MAPPED_END: u64 = 1 << 30;
+
+/// Memory at and above this address moves above 4 GiB.
+pub const HOLE_START: u64 = 0xc000_0000;
+/// End of the hole.
+pub const HOLE_END: u64 = 1 << 32;
+
+/// Start of the window for PCI memory BARs.
+pub const PCI_WINDOW_START: u64 = HOLE_START;
+/// End of the window for PCI memory BARs.
+pub const PCI_WINDOW_END: u64 = IOAPIC_START;
+/// I/O APIC registers.
+pub const IOAPIC_START: u64 = 0xfec0_0000;
+/// Local APIC registers.
+pub const LAPIC_START: u64 = 0xfee0_0000;
+/// One page for KVM's identity-mapped page table (Intel without "unrestricted guest").
+pub const KVM_IDENTITY_MAP_START: u64 = 0xfffb_c000;
+/// Three pages for KVM's task state segment (Intel).
+pub const KVM_TSS_START: u64 = KVM_IDENTITY_MAP_START + PAGE_SIZE;
+
+/// First ports of the serial console.
+pub const SERIAL_PORT: u16 = 0x3f8;
+/// Interrupt line of the serial console.
+pub const SERIAL_GSI: u32 = 4;
+/// Pins of the I/O APIC; message-signalled interrupts use the numbers after them.
+pub const IOAPIC_PINS: u32 = 24;

@@ -1,0 +1,188 @@
+//! From a configuration to a machine that can run, in boot order.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use thiserror::Error;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
+
+use crate::arch::cpuid::{self, Topology};
+use crate::arch::{layout, mptable};
+use crate::boot::initramfs::{self, InitramfsError};
+use crate::boot::kernel::{self, KernelError};
+use crate::boot::params::{self, ParamsError};
+use crate::config::CheckedConfig;
+use crate::control::ControlServer;
+use crate::devices::legacy::console_log::ConsoleLog;
+use crate::devices::legacy::serial::Serial;
+use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::blk::{Blk, BlkError};
+use crate::devices::virtio::fs::{Fs, FsError};
+use crate::devices::virtio::rng::Rng;
+use crate::devices::virtio::vsock::{Vsock, VsockError};
+use crate::kvm::coalesced::PortRing;
+use crate::kvm::irq::IrqError;
+use crate::kvm::probe::{self, ProbeError};
+use crate::kvm::{Host, KvmError, Vm};
+use crate::machine::Machine;
+use crate::memory::{self, MemoryError};
+use crate::pci::host_bridge::HostBridge;
+use crate::pci::virtio::function::{FunctionError, VirtioFunction};
+use crate::pci::{BusFull, CONFIG_ADDRESS_PORT, PciBus};
+use crate::timeline::Timeline;
+use crate::vcpu::{BootEntry, Vcpu, VcpuError};
+use crate::vmm::Vmm;
+
+/// Why a machine could not be built.
+#[derive(Debug, Error)]
+#[expect(missing_docs, reason = "each variant is the step it is named after")]
+pub enum BuildError {
+    #[error(transparent)]
+    Probe(#[from] ProbeError),
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error("kernel: {}", path.display())]
+    Kernel { path: PathBuf, source: KernelError },
+    #[error("initramfs: {}", path.display())]
+    Initramfs { path: PathBuf, source: InitramfsError },
+    #[error("boot parameters")]
+    Params(#[from] ParamsError),
+    #[error("the MP table could not be written")]
+    MpTable(#[source] GuestMemoryError),
+    #[error("console_log: {}", path.display())]
+    Console { path: PathBuf, source: io::Error },
+    #[error("serial console")]
+    Serial(#[source] IrqError),
+    #[error("vsock")]
+    Vsock(#[source] VsockError),
+    #[error("shares: {tag}")]
+    Share { tag: String, source: FsError },
+    #[error("disks: {serial}")]
+    Disk { serial: String, source: BlkError },
+    #[error("PCI")]
+    Pci(#[from] FunctionError),
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    #[error("control_socket: {}", path.display())]
+    Control { path: PathBuf, source: io::Error },
+}
+
+impl From<BusFull> for BuildError {
+    fn from(source: BusFull) -> Self {
+        Self::Pci(source.into())
+    }
+}
+
+/// Builds the machine `config` describes. `any_kvm` accepts a `/dev/kvm` that
+/// only emulates kernels, for measuring the monitor where there is no better.
+pub fn build(config: CheckedConfig, any_kvm: bool, timeline: Arc<Timeline>) -> Result<Vmm, BuildError> {
+    if !any_kvm {
+        probe::check()?;
+    }
+    let host = Host::open()?;
+    let vm = Arc::new(host.create_vm(config.vm.vcpus)?);
+    timeline.reached("vm_created");
+
+    let memory = memory::create(config.vm.memory_mib << 20)?;
+    vm.set_memory(&memory)?;
+    timeline.reached("memory_mapped");
+
+    let boot = load_guest(&config, &memory)?;
+    timeline.reached("guest_loaded");
+
+    let pci = PciBus::default();
+    pci.add::<BuildError>(|_| Ok(Box::new(HostBridge::new())))?;
+    for device in virtio_devices(&config)? {
+        pci.add::<BuildError>(|slot| {
+            Ok(Box::new(VirtioFunction::new(device, memory.clone(), Arc::clone(&vm), slot)?))
+        })?;
+    }
+    let serial = serial_console(&config, &vm)?;
+    timeline.reached("devices_attached");
+
+    let vcpus = create_vcpus(&host, &vm, config.vm.vcpus, boot)?;
+    let waiting = match vcpus.first() {
+        Some(vcpu) if host.has_coalesced_pio() => Some(PortRing::new(&vm.fd, &vcpu.fd, CONFIG_ADDRESS_PORT)?),
+        _ => None,
+    };
+    timeline.reached("vcpus_created");
+
+    // Last, so that whoever can connect finds a machine.
+    let control = match config.vm.control_socket {
+        Some(path) => {
+            Some(ControlServer::bind(&path).map_err(|source| BuildError::Control { path, source })?)
+        }
+        None => None,
+    };
+    let machine = Arc::new(Machine { pci, serial: Mutex::new(serial), waiting });
+    Ok(Vmm { vm, memory, machine, vcpus, control, timeline })
+}
+
+/// Puts kernel, initramfs, parameters and tables into memory.
+fn load_guest(config: &CheckedConfig, memory: &GuestMemoryMmap) -> Result<BootEntry, BuildError> {
+    let size = config.vm.memory_mib << 20;
+    let low_memory = size.min(layout::HOLE_START);
+    let kernel = kernel::load(memory, &config.kernel, low_memory)
+        .map_err(|source| BuildError::Kernel { path: config.vm.kernel.clone(), source })?;
+    let initramfs = match (&config.initramfs, &config.vm.initramfs) {
+        (Some(file), Some(path)) => {
+            let loaded = initramfs::load(memory, file, kernel.end, low_memory);
+            Some(loaded.map_err(|source| BuildError::Initramfs { path: path.clone(), source })?)
+        }
+        _ => None,
+    };
+    params::write_boot_params(memory, size, &config.cmdline, initramfs)?;
+    params::write_gdt(memory)?;
+    let pml4 = params::write_page_tables(memory)?;
+    memory
+        .write_slice(&mptable::table(config.vm.vcpus), GuestAddress(layout::MP_TABLE_START))
+        .map_err(BuildError::MpTable)?;
+    Ok(BootEntry { entry: kernel.entry, pml4 })
+}
+
+/// The virtio devices in the order of their slots.
+fn virtio_devices(config: &CheckedConfig) -> Result<Vec<Box<dyn VirtioDevice>>, BuildError> {
+    let mut devices: Vec<Box<dyn VirtioDevice>> = vec![Box::new(Rng::new())];
+    if let Some(vsock) = &config.vm.vsock {
+        devices.push(Box::new(Vsock::new(vsock).map_err(BuildError::Vsock)?));
+    }
+    for share in &config.vm.shares {
+        let device = Fs::new(share).map_err(|source| BuildError::Share { tag: share.tag.clone(), source })?;
+        devices.push(Box::new(device));
+    }
+    for disk in &config.vm.disks {
+        let device =
+            Blk::new(disk).map_err(|source| BuildError::Disk { serial: disk.serial.clone(), source })?;
+        devices.push(Box::new(device));
+    }
+    Ok(devices)
+}
+
+fn serial_console(config: &CheckedConfig, vm: &Vm) -> Result<Serial, BuildError> {
+    let output = match &config.vm.console_log {
+        Some(path) => Some(
+            ConsoleLog::open(path).map_err(|source| BuildError::Console { path: path.clone(), source })?,
+        ),
+        None => None,
+    };
+    let interrupt = vm.routes.connect_pin(layout::SERIAL_GSI).map_err(BuildError::Serial)?;
+    Ok(Serial::new(output, interrupt))
+}
+
+fn create_vcpus(host: &Host, vm: &Arc<Vm>, count: u8, boot: BootEntry) -> Result<Vec<Vcpu>, BuildError> {
+    let supported = host.supported_cpuid()?;
+    let tsc_deadline = host.has_tsc_deadline();
+    (0..count)
+        .map(|index| {
+            let topology = Topology { apic_id: index, vcpus: count };
+            let cpuid =
+                cpuid::table(&supported, host.vendor, &topology, tsc_deadline).map_err(VcpuError::from)?;
+            let vcpu = Vcpu::create(vm, index)?;
+            vcpu.configure(&cpuid, (index == 0).then_some(boot))?;
+            Ok(vcpu)
+        })
+        .collect()
+}

@@ -1,0 +1,214 @@
+//! The configuration: read, checked, every file in it opened.
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use rvm_protocol::vmm::VmConfig;
+use thiserror::Error;
+
+use crate::arch::layout::CMDLINE_MAX_SIZE;
+use crate::boot::params;
+use crate::pci::SLOTS;
+
+/// Largest number of vCPUs: APIC ids are bytes, one is broadcast and one is the
+/// I/O APIC's in the MP table.
+pub const MAX_VCPUS: u8 = 254;
+/// Smallest guest memory, in MiB: kernel, initramfs and a little.
+pub const MIN_MEMORY_MIB: u64 = 32;
+/// Largest guest memory, in MiB: 1 TiB, far below what 46 address bits reach.
+pub const MAX_MEMORY_MIB: u64 = 1 << 20;
+/// Longest path of a Unix socket.
+const MAX_SOCKET_PATH: usize = 107;
+/// Devices beside the host bridge; the entropy device is always there.
+const MAX_DEVICES: usize = SLOTS - 2;
+
+/// What is wrong with a configuration; every message starts with the field.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    /// The file could not be read.
+    #[error("{}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The file is not a `VmConfig`.
+    #[error("{}: {field}: {source}", path.display())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Path of the field in it.
+        field: String,
+        /// What was expected.
+        source: serde_json::Error,
+    },
+    /// A value is out of range or contradicts another.
+    #[error("{field}: {problem}")]
+    Value {
+        /// The field.
+        field: &'static str,
+        /// What is wrong, and what would be right.
+        problem: String,
+    },
+    /// A file named in the configuration could not be opened.
+    #[error("{field}: {}", path.display())]
+    Open {
+        /// The field.
+        field: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A configuration with which a machine can be built.
+#[derive(Debug)]
+pub struct CheckedConfig {
+    /// As written.
+    pub vm: VmConfig,
+    /// The kernel's file.
+    pub kernel: File,
+    /// The initramfs's file.
+    pub initramfs: Option<File>,
+    /// The whole command line.
+    pub cmdline: String,
+}
+
+/// Reads and checks the configuration at `path`.
+pub fn load(path: &Path) -> Result<CheckedConfig, ConfigError> {
+    let text = std::fs::read(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+    let mut parser = serde_json::Deserializer::from_slice(&text);
+    let vm = serde_path_to_error::deserialize(&mut parser).map_err(|e| ConfigError::Parse {
+        path: path.to_owned(),
+        field: e.path().to_string(),
+        source: e.into_inner(),
+    })?;
+    check(vm)
+}
+
+/// Checks a configuration.
+pub fn check(vm: VmConfig) -> Result<CheckedConfig, ConfigError> {
+    let wrong = |field, problem: String| Err(ConfigError::Value { field, problem });
+    if vm.id.is_empty() || vm.id.chars().any(char::is_control) {
+        return wrong("id", "must be a name without control characters".into());
+    }
+    if !(1..=MAX_VCPUS).contains(&vm.vcpus) {
+        return wrong("vcpus", format!("{} given; must be 1 to {MAX_VCPUS}", vm.vcpus));
+    }
+    if !(MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&vm.memory_mib) {
+        let problem = format!("{} given; must be {MIN_MEMORY_MIB} to {MAX_MEMORY_MIB}", vm.memory_mib);
+        return wrong("memory_mib", problem);
+    }
+    let cmdline = params::full_cmdline(&vm.cmdline);
+    if !cmdline.bytes().all(|b| b.is_ascii_graphic() || b == b' ') {
+        return wrong("cmdline", "must consist of printable ASCII characters".into());
+    }
+    if cmdline.len() >= CMDLINE_MAX_SIZE {
+        let most = CMDLINE_MAX_SIZE - 1 - (cmdline.len() - vm.cmdline.len());
+        return wrong("cmdline", format!("{} bytes; the kernel takes {most}", vm.cmdline.len()));
+    }
+    if let Some(socket) = &vm.control_socket {
+        let len = socket.as_os_str().as_bytes().len();
+        if len > MAX_SOCKET_PATH {
+            return wrong(
+                "control_socket",
+                format!("{len} bytes; a socket's path has at most {MAX_SOCKET_PATH}"),
+            );
+        }
+    }
+    if let Some(tag) = first_repeated(vm.shares.iter().map(|share| share.tag.as_str())) {
+        return wrong("shares", format!("tag {tag:?} is used twice"));
+    }
+    if let Some(serial) = first_repeated(vm.disks.iter().map(|disk| disk.serial.as_str())) {
+        return wrong("disks", format!("serial {serial:?} is used twice"));
+    }
+    let devices = vm.shares.len() + vm.disks.len() + usize::from(vm.vsock.is_some());
+    if devices > MAX_DEVICES {
+        return wrong("disks", format!("{devices} devices with shares and vsock; at most {MAX_DEVICES} fit"));
+    }
+    let kernel = open("kernel", &vm.kernel)?;
+    let initramfs = vm.initramfs.as_deref().map(|path| open("initramfs", path)).transpose()?;
+    Ok(CheckedConfig { vm, kernel, initramfs, cmdline })
+}
+
+fn first_repeated<'a>(names: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    let mut seen = HashSet::new();
+    names.into_iter().find(|name| !seen.insert(*name))
+}
+
+fn open(field: &'static str, path: &Path) -> Result<File, ConfigError> {
+    let opened = File::open(path).and_then(|file| {
+        // A pipe or a device cannot be mapped, and reading one may never end.
+        if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::other("it is not a regular file")) }
+    });
+    opened.map_err(|source| ConfigError::Open { field, path: path.to_owned(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn text(change: impl FnOnce(&mut serde_json::Value)) -> String {
+        let mut config = serde_json::json!({
+            "id": "c1", "vcpus": 1, "memory_mib": 128, "kernel": "/proc/self/exe", "cmdline": "quiet",
+        });
+        change(&mut config);
+        config.to_string()
+    }
+
+    fn load_text(text: &str) -> Result<CheckedConfig, ConfigError> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        load(file.path())
+    }
+
+    fn error(text: &str) -> String {
+        let e = load_text(text).unwrap_err();
+        let cause = std::error::Error::source(&e).map(|s| format!(": {s}")).unwrap_or_default();
+        format!("{e}{cause}")
+    }
+
+    #[test]
+    fn minimal_configuration_is_enough() {
+        let config = load_text(&text(|_| {})).unwrap();
+        assert_eq!(config.vm.vcpus, 1);
+        assert!(config.cmdline.ends_with(" quiet"));
+    }
+
+    #[test]
+    fn every_error_names_its_field() {
+        let with = |field: &str, value: serde_json::Value| error(&text(|c| c[field] = value));
+        for (field, value, says) in [
+            ("vcpus", 0.into(), "1 to 254"),
+            ("vcpus", 255.into(), "1 to 254"),
+            ("vcpus", 1000.into(), "u8"),
+            ("vcpus", "two".into(), "expected u8"),
+            ("memory_mib", 16.into(), "32 to"),
+            ("memory_mib", (-1).into(), "u64"),
+            ("kernel", "/nonexistent".into(), "No such file"),
+            ("kernel", "/dev/null".into(), "regular file"),
+            ("initramfs", "/nonexistent".into(), "No such file"),
+            ("cmdline", "a\nb".into(), "printable"),
+            ("cmdline", "x".repeat(3000).into(), "3000 bytes"),
+            ("control_socket", "x".repeat(108).into(), "at most 107"),
+            ("id", "".into(), "control characters"),
+        ] {
+            let e = with(field, value);
+            assert!(e.contains(&format!("{field}: ")) && e.contains(says), "{e}");
+            assert!(!e.contains('\n'));
+        }
+        assert!(with("surprise", 1.into()).contains("unknown field `surprise`"));
+        let share = serde_json::json!([{"tag": "a", "dir": "/"}, {"tag": "a", "dir": "/"}]);
+        assert_eq!(with("shares", share), "shares: tag \"a\" is used twice");
+        let share = serde_json::json!([{"tag": "a", "dir": 1}]);
+        assert!(with("shares", share).contains("shares[0].dir: "));
+        assert!(error("{").contains("EOF"));
+    }
+}

@@ -1,0 +1,211 @@
+//! The control socket: one line of JSON per request and per answer, several
+//! clients at a time (`rvm_protocol::vmm`).
+
+use std::collections::HashMap;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use rvm_protocol::vmm::{Request, Response};
+
+/// Longest request.
+const MAX_LINE: usize = 4096;
+/// Most clients at a time; more are turned away.
+const MAX_CLIENTS: usize = 16;
+
+/// The listening socket and its clients. Dropping it removes the socket.
+pub struct ControlServer {
+    listener: UnixListener,
+    path: PathBuf,
+    clients: HashMap<RawFd, Client>,
+}
+
+struct Client {
+    stream: UnixStream,
+    line: Vec<u8>,
+}
+
+/// What is to be done about a client after it was read from.
+pub enum Served {
+    /// Nothing.
+    Open,
+    /// It has been dropped; its descriptor is closed.
+    Closed,
+}
+
+impl ControlServer {
+    /// Creates the socket at `path`.
+    pub fn bind(path: &Path) -> io::Result<Self> {
+        let listener = UnixListener::bind(path)?;
+        listener.set_nonblocking(true)?;
+        Ok(Self { listener, path: path.to_owned(), clients: HashMap::new() })
+    }
+
+    /// The listening descriptor; readable when a client waits.
+    pub fn listener_fd(&self) -> RawFd {
+        self.listener.as_raw_fd()
+    }
+
+    /// Takes a waiting client; its descriptor is to be watched for reading.
+    pub fn accept(&mut self) -> io::Result<Option<RawFd>> {
+        let stream = match self.listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted) => {
+                return Ok(None);
+            }
+            Err(e) => return Err(e),
+        };
+        if self.clients.len() >= MAX_CLIENTS {
+            log::warn!("control socket: more than {MAX_CLIENTS} clients");
+            return Ok(None);
+        }
+        stream.set_nonblocking(true)?;
+        let fd = stream.as_raw_fd();
+        self.clients.insert(fd, Client { stream, line: Vec::new() });
+        Ok(Some(fd))
+    }
+
+    /// Reads what client `fd` has sent and answers each whole line with what
+    /// `handle` makes of it. A client that breaks the protocol or does not read
+    /// its answers is dropped.
+    pub fn serve(&mut self, fd: RawFd, handle: &mut dyn FnMut(Request) -> Response) -> Served {
+        let Some(client) = self.clients.get_mut(&fd) else { return Served::Closed };
+        match client.serve(handle) {
+            Ok(true) => Served::Open,
+            Ok(false) => {
+                self.clients.remove(&fd);
+                Served::Closed
+            }
+            Err(e) => {
+                log::warn!("control socket: {e}");
+                self.clients.remove(&fd);
+                Served::Closed
+            }
+        }
+    }
+}
+
+impl Drop for ControlServer {
+    fn drop(&mut self) {
+        if let Err(e) = std::fs::remove_file(&self.path) {
+            log::warn!("control socket {}: {e}", self.path.display());
+        }
+    }
+}
+
+impl Client {
+    /// False once the client has gone.
+    fn serve(&mut self, handle: &mut dyn FnMut(Request) -> Response) -> io::Result<bool> {
+        let mut buffer = [0; MAX_LINE];
+        let count = match self.stream.read(&mut buffer) {
+            Ok(0) => return Ok(false),
+            Ok(count) => count,
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
+                return Ok(true);
+            }
+            Err(e) => return Err(e),
+        };
+        for byte in &buffer[..count] {
+            if *byte == b'\n' {
+                let line = std::mem::take(&mut self.line);
+                let response = match serde_json::from_slice(&line) {
+                    Ok(request) => handle(request),
+                    Err(e) => Response::Error { message: format!("not a request: {e}") },
+                };
+                self.answer(&response)?;
+            } else if self.line.len() == MAX_LINE {
+                self.answer(&Response::Error { message: format!("a request has at most {MAX_LINE} bytes") })?;
+                return Ok(false);
+            } else {
+                self.line.push(*byte);
+            }
+        }
+        Ok(true)
+    }
+
+    fn answer(&mut self, response: &Response) -> io::Result<()> {
+        let mut line = serde_json::to_vec(response)?;
+        line.push(b'\n');
+        self.stream.write_all(&line)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader};
+
+    use super::*;
+
+    struct Fixture {
+        server: ControlServer,
+        dir: tempfile::TempDir,
+    }
+
+    impl Fixture {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            Self { server: ControlServer::bind(&dir.path().join("s")).unwrap(), dir }
+        }
+
+        fn connect(&mut self) -> (UnixStream, Option<RawFd>) {
+            let stream = UnixStream::connect(self.dir.path().join("s")).unwrap();
+            (stream, self.server.accept().unwrap())
+        }
+
+        fn serve(&mut self, fd: RawFd) -> bool {
+            let mut handle = |request| match request {
+                Request::Pause => Response::Ok,
+                _ => Response::Error { message: "no".into() },
+            };
+            matches!(self.server.serve(fd, &mut handle), Served::Open)
+        }
+    }
+
+    fn answer(stream: &UnixStream) -> Response {
+        let mut line = String::new();
+        BufReader::with_capacity(1, stream).read_line(&mut line).unwrap();
+        serde_json::from_str(&line).unwrap()
+    }
+
+    #[test]
+    fn lines_are_answered_however_they_arrive() {
+        let mut fixture = Fixture::new();
+        let (mut client, fd) = fixture.connect();
+        let (other, other_fd) = fixture.connect();
+        let fd = fd.unwrap();
+        client.write_all(br#"{"request":"#).unwrap();
+        assert!(fixture.serve(fd));
+        client.write_all(b"\"pause\"}\n{\"request\":\"stop\"}\nnonsense\n").unwrap();
+        assert!(fixture.serve(fd));
+        assert_eq!(answer(&client), Response::Ok);
+        assert_eq!(answer(&client), Response::Error { message: "no".into() });
+        assert!(matches!(answer(&client), Response::Error { message } if message.contains("not a request")));
+        drop(client);
+        assert!(!fixture.serve(fd));
+        drop(other);
+        assert!(!fixture.serve(other_fd.unwrap()));
+    }
+
+    #[test]
+    fn endless_line_is_cut_off() {
+        let mut fixture = Fixture::new();
+        let (mut client, fd) = fixture.connect();
+        client.write_all(&[b'x'; MAX_LINE]).unwrap();
+        assert!(fixture.serve(fd.unwrap()));
+        client.write_all(b"x").unwrap();
+        assert!(!fixture.serve(fd.unwrap()));
+        assert!(matches!(answer(&client), Response::Error { .. }));
+    }
+
+    #[test]
+    fn clients_are_bounded_and_the_socket_goes_with_the_server() {
+        let mut fixture = Fixture::new();
+        let clients: Vec<_> = (0..MAX_CLIENTS + 1).map(|_| fixture.connect()).collect();
+        assert_eq!(clients.iter().filter(|(_, fd)| fd.is_some()).count(), MAX_CLIENTS);
+        let path = fixture.dir.path().join("s");
+        assert!(path.exists());
+        drop(fixture.server);
+        assert!(!path.exists());
+    }
+}

@@ -1,0 +1,199 @@
+//! KVM: the host's device, one VM, its interrupts.
+
+pub mod coalesced;
+pub mod irq;
+pub mod probe;
+
+use std::sync::Arc;
+
+use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
+use kvm_ioctls::{Cap, Kvm, VmFd};
+use thiserror::Error;
+use vm_memory::{GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
+use vmm_sys_util::errno;
+
+use crate::arch::layout::{KVM_IDENTITY_MAP_START, KVM_TSS_START};
+use crate::arch::vendor::Vendor;
+use irq::IrqRoutes;
+
+/// Why KVM cannot be used, or a VM not be made.
+#[derive(Debug, Error)]
+pub enum KvmError {
+    /// `/dev/kvm` does not exist.
+    #[error("there is no /dev/kvm: this kernel has no KVM, or kvm_intel or kvm_amd is not loaded")]
+    NoDevice,
+    /// `/dev/kvm` could not be opened.
+    #[error("/dev/kvm cannot be opened")]
+    Open(#[source] errno::Error),
+    /// Not the stable API.
+    #[error("/dev/kvm has API version {0}, not {KVM_API_VERSION}")]
+    ApiVersion(i32),
+    /// A capability is missing.
+    #[error("this host's KVM lacks {0}")]
+    NoCapability(&'static str),
+    /// More vCPUs than the host can run in one VM.
+    #[error("vcpus: {asked} asked for; this host's KVM allows {most}")]
+    TooManyVcpus {
+        /// Number in the configuration.
+        asked: u8,
+        /// Largest number.
+        most: usize,
+    },
+    /// One of KVM's requests failed.
+    #[error("KVM refused {request}")]
+    Request {
+        /// Its name.
+        request: &'static str,
+        /// The system's answer.
+        #[source]
+        source: errno::Error,
+    },
+}
+
+impl KvmError {
+    /// For `map_err`: names the request that failed.
+    pub fn request(request: &'static str) -> impl FnOnce(errno::Error) -> Self {
+        move |source| Self::Request { request, source }
+    }
+}
+
+/// What the monitor cannot do without; all of it is older than Linux 5.10.
+const REQUIRED: [(Cap, &str); 13] = [
+    (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
+    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+    (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
+    (Cap::SetIdentityMapAddr, "KVM_CAP_SET_IDENTITY_MAP_ADDR"),
+    (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
+    (Cap::MpState, "KVM_CAP_MP_STATE"),
+    (Cap::IrqRouting, "KVM_CAP_IRQ_ROUTING"),
+    (Cap::Irqfd, "KVM_CAP_IRQFD"),
+    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
+    (Cap::IoeventfdNoLength, "KVM_CAP_IOEVENTFD_NO_LENGTH"),
+    (Cap::Clocksource, "KVM_CAP_CLOCKSOURCE"),
+    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+    (Cap::InternalErrorData, "KVM_CAP_INTERNAL_ERROR_DATA"),
+];
+
+/// The host's KVM, checked.
+pub struct Host {
+    kvm: Kvm,
+    /// The CPU's vendor.
+    pub vendor: Vendor,
+}
+
+impl Host {
+    /// Opens `/dev/kvm` and checks that it can do what the monitor needs.
+    pub fn open() -> Result<Self, KvmError> {
+        let kvm = open_device()?;
+        for (capability, name) in REQUIRED {
+            if !kvm.check_extension(capability) {
+                return Err(KvmError::NoCapability(name));
+            }
+        }
+        Ok(Self { kvm, vendor: Vendor::of_host() })
+    }
+
+    /// What CPUID can say to a guest.
+    pub fn supported_cpuid(&self) -> Result<CpuId, KvmError> {
+        self.kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(KvmError::request("KVM_GET_SUPPORTED_CPUID"))
+    }
+
+    /// Every MSR a vCPU's state consists of on this host.
+    pub fn msr_indices(&self) -> Result<Vec<u32>, KvmError> {
+        let list = self.kvm.get_msr_index_list().map_err(KvmError::request("KVM_GET_MSR_INDEX_LIST"))?;
+        Ok(list.as_slice().to_vec())
+    }
+
+    /// Whether the in-kernel local APIC has the TSC deadline timer.
+    pub fn has_tsc_deadline(&self) -> bool {
+        self.kvm.check_extension(Cap::TscDeadlineTimer)
+    }
+
+    /// Whether port writes can wait in a ring until the next exit.
+    pub fn has_coalesced_pio(&self) -> bool {
+        self.kvm.check_extension(Cap::CoalescedPio)
+    }
+
+    /// Creates a VM with in-kernel interrupt controllers, for `vcpus` vCPUs.
+    ///
+    /// No PIT: a guest with KVM's clock calibrates nothing against it, and
+    /// creating one starts a kernel thread.
+    pub fn create_vm(&self, vcpus: u8) -> Result<Vm, KvmError> {
+        let most = self.kvm.get_max_vcpus();
+        if usize::from(vcpus) > most {
+            return Err(KvmError::TooManyVcpus { asked: vcpus, most });
+        }
+        // EINTR is real: creating a VM can be interrupted while the host's MMU
+        // notifiers settle.
+        let fd = loop {
+            match self.kvm.create_vm() {
+                Err(e) if e.errno() == libc::EINTR => {}
+                created => break created.map_err(KvmError::request("KVM_CREATE_VM"))?,
+            }
+        };
+        if self.vendor.needs_tss() {
+            fd.set_identity_map_address(KVM_IDENTITY_MAP_START)
+                .map_err(KvmError::request("KVM_SET_IDENTITY_MAP_ADDR"))?;
+            fd.set_tss_address(KVM_TSS_START as usize).map_err(KvmError::request("KVM_SET_TSS_ADDR"))?;
+        }
+        fd.create_irq_chip().map_err(KvmError::request("KVM_CREATE_IRQCHIP"))?;
+        let fd = Arc::new(fd);
+        Ok(Vm { routes: Arc::new(IrqRoutes::new(Arc::clone(&fd))), fd })
+    }
+}
+
+fn open_device() -> Result<Kvm, KvmError> {
+    let kvm = Kvm::new().map_err(|source| match source.errno() {
+        libc::ENOENT | libc::ENODEV | libc::ENXIO => KvmError::NoDevice,
+        _ => KvmError::Open(source),
+    })?;
+    let version = kvm.get_api_version();
+    if version != KVM_API_VERSION as i32 {
+        return Err(KvmError::ApiVersion(version));
+    }
+    Ok(kvm)
+}
+
+/// One VM.
+pub struct Vm {
+    /// The VM's descriptor.
+    pub fd: Arc<VmFd>,
+    /// Its interrupt routes.
+    pub routes: Arc<IrqRoutes>,
+}
+
+impl Vm {
+    /// Gives the VM its memory, a slot for each region.
+    pub fn set_memory(&self, memory: &GuestMemoryMmap) -> Result<(), KvmError> {
+        for (slot, region) in memory.iter().enumerate() {
+            let region = kvm_userspace_memory_region {
+                slot: slot as u32,
+                flags: 0,
+                guest_phys_addr: region.start_addr().0,
+                memory_size: region.len(),
+                userspace_addr: region.as_ptr() as u64,
+            };
+            // SAFETY: the range is the region's own mapping. KVM takes its pages
+            // through that mapping, so a region that were unmapped too early
+            // would give the guest EFAULT, not someone else's memory; the
+            // monitor keeps the memory until the vCPUs have stopped.
+            unsafe { self.fd.set_user_memory_region(region) }
+                .map_err(KvmError::request("KVM_SET_USER_MEMORY_REGION"))?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory;
+
+    #[test]
+    fn vm_takes_memory_on_both_sides_of_the_hole() {
+        let vm = Host::open().unwrap().create_vm(1).unwrap();
+        vm.set_memory(&memory::create(4 << 30).unwrap()).unwrap();
+    }
+}

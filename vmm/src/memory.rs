@@ -1,0 +1,291 @@
+//! Guest memory.
+//!
+//! One memfd, mapped shared: its pages are allocated when the guest first
+//! touches them, and other processes (vhost-user) can be given the descriptor.
+//! Files can be mapped over parts of it ([`map_file`]).
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use thiserror::Error;
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemory, GuestMemoryError, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap,
+};
+
+use crate::arch::layout::{HOLE_END, HOLE_START, PAGE_SIZE};
+
+/// Why guest memory could not be made or filled.
+#[derive(Debug, Error)]
+pub enum MemoryError {
+    /// The memfd could not be created, sized or sealed.
+    #[error("guest memory of {size} bytes could not be created")]
+    Memfd {
+        /// Bytes asked for.
+        size: u64,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The memfd could not be mapped.
+    #[error("guest memory could not be mapped")]
+    Map(#[source] vm_memory::mmap::MmapRegionError),
+    /// The regions do not form an address space.
+    #[error("guest memory regions do not fit together")]
+    Regions(#[source] vm_memory::GuestRegionCollectionError),
+    /// A range lies outside guest memory.
+    #[error("guest addresses {start:#x} to {end:#x} are not in guest memory")]
+    OutOfRange {
+        /// First address.
+        start: u64,
+        /// Address after the last.
+        end: u64,
+    },
+    /// A file could not be mapped over guest memory.
+    #[error("a file could not be mapped into guest memory")]
+    MapFile(#[source] io::Error),
+    /// A file could not be read.
+    #[error("a file could not be read into guest memory")]
+    ReadFile(#[source] io::Error),
+    /// A write to guest memory failed.
+    #[error("guest memory could not be written")]
+    Write(#[source] GuestMemoryError),
+}
+
+/// Address ranges `(start, size)` for `size` bytes of memory, leaving the hole
+/// below 4 GiB to devices.
+pub fn ranges(size: u64) -> Vec<(u64, u64)> {
+    if size <= HOLE_START { vec![(0, size)] } else { vec![(0, HOLE_START), (HOLE_END, size - HOLE_START)] }
+}
+
+/// Creates `size` bytes (whole pages) of guest memory.
+pub fn create(size: u64) -> Result<GuestMemoryMmap, MemoryError> {
+    let file = Arc::new(create_memfd(size).map_err(|source| MemoryError::Memfd { size, source })?);
+    let mut offset = 0;
+    let mut regions = Vec::new();
+    for (start, len) in ranges(size) {
+        let mapping = MmapRegionBuilder::new(len as usize)
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+            .with_file_offset(FileOffset::from_arc(Arc::clone(&file), offset))
+            .build()
+            .map_err(MemoryError::Map)?;
+        let region = GuestRegionMmap::new(mapping, GuestAddress(start))
+            .ok_or(MemoryError::OutOfRange { start, end: u64::MAX })?;
+        regions.push(region);
+        offset += len;
+    }
+    GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Regions)
+}
+
+fn create_memfd(size: u64) -> io::Result<File> {
+    // SAFETY: the name is a NUL-terminated constant; the result is checked below.
+    let fd = unsafe {
+        libc::memfd_create(c"rvm-guest-memory".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING)
+    };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: `fd` was just returned to us and belongs to nobody else.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(size)?;
+    // A memfd that cannot shrink cannot turn an access to guest memory into SIGBUS.
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    // SAFETY: plain fcntl on a descriptor we own.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(file)
+}
+
+/// Makes `len` bytes of `file` from `offset` appear at guest address `start`.
+///
+/// Where address and offset agree modulo the page size, whole pages are mapped
+/// copy-on-write, so that until the guest writes to them they are the file's
+/// own page-cache pages, shared by all who map it; what remains at both edges
+/// is read. Everything else in the touched pages is left as it was. The caller
+/// has checked that the file has the bytes; it must not shrink afterwards.
+pub fn map_file(
+    memory: &GuestMemoryMmap,
+    start: u64,
+    file: &File,
+    offset: u64,
+    len: u64,
+) -> Result<(), MemoryError> {
+    let out_of_range = MemoryError::OutOfRange { start, end: start.saturating_add(len) };
+    let Some(end) = start.checked_add(len) else { return Err(out_of_range) };
+    let inside = usize::try_from(len).is_ok_and(|l| memory.check_range(GuestAddress(start), l));
+    if len == 0 || !inside || offset.checked_add(len).is_none() {
+        return if len == 0 { Ok(()) } else { Err(out_of_range) };
+    }
+
+    let first_page = start.next_multiple_of(PAGE_SIZE);
+    let last_page = end - end % PAGE_SIZE;
+    if first_page >= last_page || start % PAGE_SIZE != offset % PAGE_SIZE {
+        return read_file(memory, start, file, offset, len);
+    }
+    read_file(memory, start, file, offset, first_page - start)?;
+    map_pages(memory, first_page, file, offset + (first_page - start), last_page - first_page)?;
+    read_file(memory, last_page, file, offset + (last_page - start), end - last_page)
+}
+
+/// Reads `len` bytes of `file` at `offset` to guest address `start`.
+fn read_file(
+    memory: &GuestMemoryMmap,
+    mut start: u64,
+    file: &File,
+    mut offset: u64,
+    mut len: u64,
+) -> Result<(), MemoryError> {
+    let mut buffer = vec![0; len.min(1 << 20) as usize];
+    while len > 0 {
+        let part = &mut buffer[..len.min(1 << 20) as usize];
+        file.read_exact_at(part, offset).map_err(MemoryError::ReadFile)?;
+        memory.write_slice(part, GuestAddress(start)).map_err(MemoryError::Write)?;
+        let done = part.len() as u64;
+        (start, offset, len) = (start + done, offset + done, len - done);
+    }
+    Ok(())
+}
+
+/// Maps whole pages; the range must be inside one region.
+fn map_pages(
+    memory: &GuestMemoryMmap,
+    start: u64,
+    file: &File,
+    offset: u64,
+    len: u64,
+) -> Result<(), MemoryError> {
+    let out_of_range = || MemoryError::OutOfRange { start, end: start.saturating_add(len) };
+    let region = memory.find_region(GuestAddress(start)).ok_or_else(out_of_range)?;
+    let in_region = start - region.start_addr().0;
+    if len > region.len() - in_region {
+        return Err(out_of_range());
+    }
+    let file_offset = libc::off_t::try_from(offset).map_err(|_| out_of_range())?;
+    let host = region.as_ptr().wrapping_add(in_region as usize);
+    // SAFETY: `host..host + len` was just checked to lie inside the region's own
+    // mapping, which stays mapped as long as the region does; guest memory is
+    // only ever accessed through volatile accesses, never through references,
+    // so exchanging what backs it breaks no aliasing rule.
+    let mapped = unsafe {
+        libc::mmap(
+            host.cast(),
+            len as usize,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE,
+            file.as_raw_fd(),
+            file_offset,
+        )
+    };
+    if mapped == libc::MAP_FAILED {
+        return Err(MemoryError::MapFile(io::Error::last_os_error()));
+    }
+    Ok(())
+}
+
+/// Bytes of guest memory resident in this process: pages of the memfd, and pages
+/// of mapped files whether shared or already copied.
+pub fn resident_bytes(memory: &GuestMemoryMmap) -> io::Result<u64> {
+    let ranges: Vec<(u64, u64)> =
+        memory.iter().map(|r| (r.as_ptr() as u64, r.as_ptr() as u64 + r.len())).collect();
+    let smaps = std::fs::read_to_string("/proc/self/smaps")?;
+    let mut inside = false;
+    let mut kib = 0;
+    for line in smaps.lines() {
+        if let Some(rss) = line.strip_prefix("Rss:") {
+            if inside {
+                kib += rss.trim().trim_end_matches(" kB").parse::<u64>().unwrap_or(0);
+            }
+        } else if let Some((start, _)) = line.split_once('-')
+            && let Ok(start) = u64::from_str_radix(start, 16)
+        {
+            inside = ranges.iter().any(|&(from, to)| (from..to).contains(&start));
+        }
+    }
+    Ok(kib * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn memory_leaves_the_hole_to_devices() {
+        assert_eq!(ranges(128 << 20), [(0, 128 << 20)]);
+        assert_eq!(ranges(HOLE_START), [(0, HOLE_START)]);
+        assert_eq!(ranges(4 << 30), [(0, HOLE_START), (HOLE_END, 1 << 30)]);
+        let memory = create(4 << 30).unwrap();
+        memory.write_obj(7u64, GuestAddress(HOLE_END + (1 << 30) - 8)).unwrap();
+        assert!(memory.write_obj(7u64, GuestAddress(HOLE_START)).is_err());
+    }
+
+    /// A file of `pages` pages and a half, each byte telling its page.
+    fn numbered_file(pages: u8) -> File {
+        let mut file = tempfile::tempfile().unwrap();
+        for page in 0..pages {
+            file.write_all(&[page + 1; PAGE_SIZE as usize]).unwrap();
+        }
+        file.write_all(&[0xee; PAGE_SIZE as usize / 2]).unwrap();
+        file
+    }
+
+    #[test]
+    fn mapped_file_is_copied_on_write_and_edges_are_kept() {
+        let file = numbered_file(4);
+        let memory = create(1 << 20).unwrap();
+        let (start, offset) = (0x1_0800, 0x800);
+        let len = 4 * PAGE_SIZE;
+        memory.write_slice(&[0x55; 0x10], GuestAddress(start - 0x10)).unwrap();
+        map_file(&memory, start, &file, offset, len).unwrap();
+
+        let mut expected = vec![0; len as usize];
+        file.read_exact_at(&mut expected, offset).unwrap();
+        let mut seen = vec![0; len as usize];
+        memory.read_slice(&mut seen, GuestAddress(start)).unwrap();
+        assert_eq!(seen, expected);
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(start - 1)).unwrap(), 0x55);
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(start + len)).unwrap(), 0);
+
+        memory.write_obj(0xffu8, GuestAddress(start + PAGE_SIZE)).unwrap();
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, offset + PAGE_SIZE).unwrap();
+        assert_eq!(byte, [2], "a guest's write must not reach the file");
+    }
+
+    #[test]
+    fn file_out_of_step_with_pages_is_copied() {
+        let file = numbered_file(3);
+        let memory = create(1 << 20).unwrap();
+        map_file(&memory, 0x1_0000, &file, 1, 2 * PAGE_SIZE).unwrap();
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(0x1_0000 + PAGE_SIZE - 2)).unwrap(), 1);
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(0x1_0000 + PAGE_SIZE - 1)).unwrap(), 2);
+    }
+
+    #[test]
+    fn file_outside_memory_is_refused() {
+        let file = numbered_file(1);
+        let memory = create(1 << 20).unwrap();
+        for start in [1 << 20, (1 << 20) - 1, u64::MAX - 10] {
+            let refused = map_file(&memory, start, &file, 0, PAGE_SIZE);
+            assert!(matches!(refused, Err(MemoryError::OutOfRange { .. })), "{start:#x}: {refused:?}");
+        }
+    }
+
+    #[test]
+    fn resident_counts_touched_pages() {
+        let memory = create(64 << 20).unwrap();
+        let before = resident_bytes(&memory).unwrap();
+        for page in 0..100 {
+            memory.write_obj(1u8, GuestAddress(page * PAGE_SIZE)).unwrap();
+        }
+        let after = resident_bytes(&memory).unwrap();
+        assert_eq!(after - before, 100 * PAGE_SIZE);
+    }
+}

@@ -1,0 +1,298 @@
+//! One PCI bus, reached by configuration ports (mechanism #1: an address port
+//! and a data port).
+//!
+//! Device 0 is the host bridge; every other device has one function, one memory
+//! BAR and message-signalled interrupts only. Device numbers are slots: a
+//! device that is added later takes a free one, with the BAR address that
+//! belongs to it ([`bar_address`]), so nothing of the others moves.
+
+pub mod config;
+pub mod host_bridge;
+pub mod msix;
+pub mod virtio;
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
+
+use thiserror::Error;
+
+use crate::arch::layout::{PCI_WINDOW_END, PCI_WINDOW_START};
+
+/// First configuration port; the address is written to the first four.
+pub const CONFIG_ADDRESS_PORT: u16 = 0xcf8;
+/// First of the four data ports.
+pub const CONFIG_DATA_PORT: u16 = 0xcfc;
+/// Last configuration port.
+pub const CONFIG_LAST_PORT: u16 = 0xcff;
+
+/// Devices a bus has room for.
+pub const SLOTS: usize = 32;
+/// Address space kept for the BAR of each slot.
+const BAR_SPACING: u64 = 1 << 20;
+
+const _: () = assert!(PCI_WINDOW_START + SLOTS as u64 * BAR_SPACING <= PCI_WINDOW_END);
+
+/// Where the BAR of the device in `slot` lies before the guest moves it.
+pub fn bar_address(slot: usize) -> u64 {
+    PCI_WINDOW_START + slot as u64 * BAR_SPACING
+}
+
+/// The bus has no free slot.
+#[derive(Debug, Error)]
+#[error("the PCI bus has room for {} devices beside the host bridge", SLOTS - 1)]
+pub struct BusFull;
+
+/// A device's only function.
+pub trait PciFunction: Send {
+    /// Reads configuration space; `offset + data.len()` is at most 256.
+    fn read_config(&mut self, offset: usize, data: &mut [u8]);
+
+    /// Writes configuration space; `offset + data.len()` is at most 256.
+    fn write_config(&mut self, offset: usize, data: &[u8]);
+
+    /// The addresses its memory BAR answers to at present.
+    fn memory(&self) -> Option<Range<u64>> {
+        None
+    }
+
+    /// Reads from its BAR.
+    fn read_memory(&mut self, _offset: u64, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+
+    /// Writes to its BAR.
+    fn write_memory(&mut self, _offset: u64, _data: &[u8]) {}
+
+    /// Stops what works behind it; the machine is ending.
+    fn shut_down(&mut self) {}
+}
+
+type Slot = Mutex<Option<Box<dyn PciFunction>>>;
+
+/// The bus.
+pub struct PciBus {
+    /// The last address written to [`CONFIG_ADDRESS_PORT`].
+    address: AtomicU32,
+    slots: [Slot; SLOTS],
+    /// Which addresses belong to which slot; never held together with a slot's
+    /// lock except by a change of that slot's BAR.
+    windows: RwLock<Vec<(Range<u64>, usize)>>,
+}
+
+impl Default for PciBus {
+    fn default() -> Self {
+        Self {
+            address: AtomicU32::new(0),
+            slots: std::array::from_fn(|_| Mutex::new(None)),
+            windows: RwLock::new(Vec::new()),
+        }
+    }
+}
+
+impl PciBus {
+    /// Adds the function `make` makes for the lowest free slot.
+    pub fn add<E: From<BusFull>>(
+        &self,
+        make: impl FnOnce(usize) -> Result<Box<dyn PciFunction>, E>,
+    ) -> Result<usize, E> {
+        let free = (0..SLOTS).find(|&i| self.lock(i).is_none()).ok_or(BusFull)?;
+        let function = make(free)?;
+        let mut slot = self.lock(free);
+        self.update_window(free, function.memory());
+        *slot = Some(function);
+        Ok(free)
+    }
+
+    /// Stops everything behind the bus.
+    pub fn shut_down(&self) {
+        for index in 0..SLOTS {
+            if let Some(function) = self.lock(index).as_mut() {
+                function.shut_down();
+            }
+        }
+    }
+
+    /// Reads a configuration port.
+    pub fn read_port(&self, port: u16, data: &mut [u8]) {
+        data.fill(0xff);
+        if port < CONFIG_DATA_PORT {
+            if port == CONFIG_ADDRESS_PORT && data.len() == 4 {
+                data.copy_from_slice(&self.address.load(Ordering::Relaxed).to_le_bytes());
+            }
+        } else if let Some((slot, offset)) = self.target(port, data.len())
+            && let Some(function) = self.lock(slot).as_mut()
+        {
+            function.read_config(offset, data);
+        }
+    }
+
+    /// Writes a configuration port.
+    pub fn write_port(&self, port: u16, data: &[u8]) {
+        if port < CONFIG_DATA_PORT {
+            // Narrower accesses are not configuration accesses (PCI 3.0, 3.2.2.3.2).
+            if let (CONFIG_ADDRESS_PORT, Ok(bytes)) = (port, data.try_into()) {
+                self.address.store(u32::from_le_bytes(bytes), Ordering::Relaxed);
+            }
+        } else if let Some((slot, offset)) = self.target(port, data.len())
+            && let Some(function) = self.lock(slot).as_mut()
+        {
+            let before = function.memory();
+            function.write_config(offset, data);
+            let after = function.memory();
+            if before != after {
+                self.update_window(slot, after);
+            }
+        }
+    }
+
+    /// Reads from the device whose BAR has `address`; false where none has.
+    pub fn read_memory(&self, address: u64, data: &mut [u8]) -> bool {
+        self.with_memory(address, |function, offset| function.read_memory(offset, data))
+    }
+
+    /// Writes to the device whose BAR has `address`; false where none has.
+    pub fn write_memory(&self, address: u64, data: &[u8]) -> bool {
+        self.with_memory(address, |function, offset| function.write_memory(offset, data))
+    }
+
+    fn with_memory(&self, address: u64, access: impl FnOnce(&mut dyn PciFunction, u64)) -> bool {
+        let found = {
+            let windows = self.windows.read().unwrap_or_else(PoisonError::into_inner);
+            windows
+                .iter()
+                .find(|(range, _)| range.contains(&address))
+                .map(|(range, slot)| (range.start, *slot))
+        };
+        let Some((start, slot)) = found else { return false };
+        match self.lock(slot).as_mut() {
+            Some(function) => access(function.as_mut(), address - start),
+            None => return false,
+        }
+        true
+    }
+
+    /// Slot and register the address port selects; `None` where no function can be.
+    fn target(&self, port: u16, len: usize) -> Option<(usize, usize)> {
+        const ENABLE: u32 = 1 << 31;
+        const BUS_AND_FUNCTION: u32 = 0x00ff_0700;
+        let address = self.address.load(Ordering::Relaxed);
+        if address & ENABLE == 0 || address & BUS_AND_FUNCTION != 0 {
+            return None;
+        }
+        let within = usize::from(port - CONFIG_DATA_PORT);
+        let offset = (address & 0xfc) as usize + within;
+        (within + len <= 4).then_some(((address >> 11) as usize & (SLOTS - 1), offset))
+    }
+
+    fn update_window(&self, slot: usize, memory: Option<Range<u64>>) {
+        let mut windows = self.windows.write().unwrap_or_else(PoisonError::into_inner);
+        windows.retain(|(_, s)| *s != slot);
+        windows.extend(memory.map(|range| (range, slot)));
+    }
+
+    fn lock(&self, slot: usize) -> MutexGuard<'_, Option<Box<dyn PciFunction>>> {
+        self.slots[slot].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::config::{ConfigSpace, Identity};
+    use super::*;
+
+    struct Memory {
+        config: ConfigSpace,
+        byte: u8,
+    }
+
+    impl PciFunction for Memory {
+        fn read_config(&mut self, offset: usize, data: &mut [u8]) {
+            self.config.read(offset, data);
+        }
+
+        fn write_config(&mut self, offset: usize, data: &[u8]) {
+            self.config.write(offset, data);
+        }
+
+        fn memory(&self) -> Option<Range<u64>> {
+            self.config.memory()
+        }
+
+        fn read_memory(&mut self, _: u64, data: &mut [u8]) {
+            data.fill(self.byte);
+        }
+    }
+
+    fn bus() -> PciBus {
+        let bus = PciBus::default();
+        bus.add::<BusFull>(|_| Ok(Box::new(host_bridge::HostBridge::new()))).unwrap();
+        for byte in [1, 2] {
+            let make = |slot| {
+                let mut config = ConfigSpace::new(&Identity::default());
+                config.set_memory_bar(0x4000, bar_address(slot));
+                Ok(Box::new(Memory { config, byte }) as Box<dyn PciFunction>)
+            };
+            bus.add::<BusFull>(make).unwrap();
+        }
+        bus
+    }
+
+    fn read(bus: &PciBus, slot: u32, register: u32) -> u32 {
+        bus.write_port(CONFIG_ADDRESS_PORT, &(0x8000_0000 | slot << 11 | register).to_le_bytes());
+        let mut data = [0; 4];
+        bus.read_port(CONFIG_DATA_PORT, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    fn write(bus: &PciBus, slot: u32, register: u32, value: u32) {
+        bus.write_port(CONFIG_ADDRESS_PORT, &(0x8000_0000 | slot << 11 | register).to_le_bytes());
+        bus.write_port(CONFIG_DATA_PORT, &value.to_le_bytes());
+    }
+
+    #[test]
+    fn empty_slots_and_other_buses_read_as_ones() {
+        let bus = bus();
+        assert_eq!(read(&bus, 0, 8) >> 16, 0x0600, "a host bridge is first");
+        assert_eq!(read(&bus, 3, 0), u32::MAX);
+        assert_eq!(read(&bus, 1 << 5 | 1, 0), u32::MAX, "bus 1");
+        bus.write_port(CONFIG_ADDRESS_PORT, &0u32.to_le_bytes());
+        let mut data = [0; 4];
+        bus.read_port(CONFIG_DATA_PORT, &mut data);
+        assert_eq!(data, [0xff; 4], "disabled");
+        bus.read_port(CONFIG_ADDRESS_PORT, &mut data);
+        assert_eq!(data, [0; 4]);
+    }
+
+    #[test]
+    fn accesses_across_the_data_ports_reach_nothing() {
+        let bus = bus();
+        bus.write_port(CONFIG_ADDRESS_PORT, &0x8000_00fcu32.to_le_bytes());
+        let mut data = [0; 4];
+        bus.read_port(CONFIG_LAST_PORT, &mut data);
+        assert_eq!(data, [0xff; 4]);
+        bus.write_port(CONFIG_LAST_PORT, &[0; 4]);
+        bus.write_port(CONFIG_DATA_PORT, &[0; 4096]);
+    }
+
+    #[test]
+    fn bars_answer_where_the_guest_puts_them() {
+        let bus = bus();
+        let at = |address: u64| {
+            let mut byte = [0];
+            bus.read_memory(address, &mut byte).then_some(byte[0])
+        };
+        assert_eq!(at(bar_address(1)), None, "decoding is off until the guest turns it on");
+        write(&bus, 1, 4, 2);
+        write(&bus, 2, 4, 2);
+        assert_eq!((at(bar_address(1)), at(bar_address(2) + 0x3fff)), (Some(1), Some(2)));
+        assert_eq!(at(bar_address(2) + 0x4000), None);
+
+        write(&bus, 1, 0x10, 0xffff_ffff);
+        assert_eq!(read(&bus, 1, 0x10), 0xffff_c000, "the size is told by the bits that stay 0");
+        write(&bus, 1, 0x10, 0xd000_0000);
+        assert_eq!((at(0xd000_0000), at(bar_address(1))), (Some(1), None));
+        write(&bus, 1, 4, 0);
+        assert_eq!(at(0xd000_0000), None);
+    }
+}

@@ -1,0 +1,284 @@
+//! MSI-X (PCI Local Bus 3.0, 6.8.2): a table of messages in the BAR, one per
+//! vector, each of which can be masked; a masked vector that is raised waits in
+//! the pending bits.
+//!
+//! A vector that can be delivered has a route in KVM and is raised by writing
+//! its eventfd, so no interrupt passes through a vCPU's thread.
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use serde::{Deserialize, Serialize};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::kvm::irq::{IrqError, IrqRoutes, MsiMessage};
+
+/// Capability id.
+pub const CAPABILITY_ID: u8 = 0x11;
+/// Message control: MSI-X on.
+pub const CONTROL_ENABLE: u16 = 1 << 15;
+/// Message control: every vector masked.
+pub const CONTROL_MASK_ALL: u16 = 1 << 14;
+/// Size of a table entry.
+pub const ENTRY_SIZE: u64 = 16;
+
+const VECTOR_MASKED: u32 = 1;
+
+/// One vector.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VectorState {
+    /// What is sent where.
+    pub message: MsiMessage,
+    /// Masked by its own bit.
+    pub masked: bool,
+    /// Raised while it could not be delivered.
+    pub pending: bool,
+}
+
+/// The table and what is on and off.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MsixState {
+    /// MSI-X is on.
+    pub enabled: bool,
+    /// Every vector is masked.
+    pub all_masked: bool,
+    /// The vectors.
+    pub vectors: Vec<VectorState>,
+}
+
+impl MsixState {
+    fn delivers(&self, vector: usize) -> bool {
+        self.enabled && !self.all_masked && self.vectors.get(vector).is_some_and(|v| !v.masked)
+    }
+}
+
+/// A function's MSI-X vectors.
+pub struct Msix {
+    routes: Arc<IrqRoutes>,
+    /// Interrupt number and eventfd of each vector.
+    lines: Vec<(u32, EventFd)>,
+    /// Held while an eventfd is written, so that unmasking loses nothing.
+    state: Mutex<MsixState>,
+}
+
+impl Msix {
+    /// `count` vectors, masked as after reset.
+    pub fn new(routes: Arc<IrqRoutes>, count: u16) -> Result<Self, IrqError> {
+        let lines = (0..count).map(|_| routes.allocate_msi()).collect::<Result<Vec<_>, _>>()?;
+        let vector = VectorState { message: MsiMessage::default(), masked: true, pending: false };
+        let state =
+            MsixState { enabled: false, all_masked: false, vectors: vec![vector; usize::from(count)] };
+        Ok(Self { routes, lines, state: Mutex::new(state) })
+    }
+
+    /// Number of vectors.
+    pub fn count(&self) -> u16 {
+        self.lines.len() as u16
+    }
+
+    /// The capability's body: message control, table and pending bits at their
+    /// offsets in BAR 0.
+    pub fn capability(&self, table_offset: u32, pending_offset: u32) -> Vec<u8> {
+        let mut body = (self.count() - 1).to_le_bytes().to_vec();
+        body.extend(table_offset.to_le_bytes());
+        body.extend(pending_offset.to_le_bytes());
+        body
+    }
+
+    /// Table, pending bits and switches.
+    pub fn save(&self) -> MsixState {
+        self.lock().clone()
+    }
+
+    /// Continues from a saved state of as many vectors: routes what can be
+    /// delivered and raises what was pending.
+    pub fn restore(&self, saved: MsixState) -> Result<(), IrqError> {
+        if saved.vectors.len() != self.lines.len() {
+            return Err(IrqError::Exhausted);
+        }
+        let mut state = self.lock();
+        *state = saved;
+        self.deliver(&mut state)
+    }
+
+    /// Raises a vector, or marks it pending. One that does not exist is nobody's.
+    pub fn trigger(&self, vector: u16) -> io::Result<()> {
+        let index = usize::from(vector);
+        let mut state = self.lock();
+        if state.delivers(index) {
+            return self.lines[index].1.write(1);
+        }
+        if let Some(vector) = state.vectors.get_mut(index) {
+            vector.pending = true;
+        }
+        Ok(())
+    }
+
+    /// The guest wrote message control.
+    pub fn set_control(&self, control: u16) {
+        let mut state = self.lock();
+        let before = (state.enabled, state.all_masked);
+        state.enabled = control & CONTROL_ENABLE != 0;
+        state.all_masked = control & CONTROL_MASK_ALL != 0;
+        if before != (state.enabled, state.all_masked) {
+            self.deliver_or_log(&mut state);
+        }
+    }
+
+    /// Reads the table; what is not a whole part of an entry reads as 0.
+    pub fn read_table(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        let state = self.lock();
+        let Some(vector) = state.vectors.get((offset / ENTRY_SIZE) as usize) else { return };
+        let control = if vector.masked { VECTOR_MASKED } else { 0 };
+        let words = [vector.message.address_low, vector.message.address_high, vector.message.data, control];
+        let mut entry = [0; ENTRY_SIZE as usize];
+        for (bytes, word) in entry.chunks_exact_mut(4).zip(words) {
+            bytes.copy_from_slice(&word.to_le_bytes());
+        }
+        let start = (offset % ENTRY_SIZE) as usize;
+        if let Some(part) = entry.get(start..start + data.len()) {
+            data.copy_from_slice(part);
+        }
+    }
+
+    /// Writes the table, 4 or 8 bytes at a time (6.8.2: "all accesses must be
+    /// aligned DWORDs or QWORDs").
+    pub fn write_table(&self, offset: u64, data: &[u8]) {
+        if !matches!(data.len(), 4 | 8) || !offset.is_multiple_of(data.len() as u64) {
+            return;
+        }
+        let mut state = self.lock();
+        let index = (offset / ENTRY_SIZE) as usize;
+        let Some(vector) = state.vectors.get_mut(index) else { return };
+        for (word, bytes) in (offset % ENTRY_SIZE / 4..).zip(data.chunks_exact(4)) {
+            let mut value = [0; 4];
+            value.copy_from_slice(bytes);
+            let value = u32::from_le_bytes(value);
+            match word {
+                0 => vector.message.address_low = value,
+                1 => vector.message.address_high = value,
+                2 => vector.message.data = value,
+                _ => vector.masked = value & VECTOR_MASKED != 0,
+            }
+        }
+        if state.delivers(index) {
+            self.deliver_or_log(&mut state);
+        }
+    }
+
+    /// Reads the pending bits.
+    pub fn read_pending(&self, offset: u64, data: &mut [u8]) {
+        let state = self.lock();
+        for (index, byte) in data.iter_mut().enumerate() {
+            let first = offset.saturating_add(index as u64).saturating_mul(8);
+            *byte = (0..8).fold(0, |bits, bit| {
+                let vector =
+                    usize::try_from(first.saturating_add(bit)).ok().and_then(|i| state.vectors.get(i));
+                bits | (u8::from(vector.is_some_and(|v| v.pending)) << bit)
+            });
+        }
+    }
+
+    /// Gives every deliverable vector its route, then raises those that waited.
+    fn deliver(&self, state: &mut MsixState) -> Result<(), IrqError> {
+        let ready: Vec<usize> = (0..state.vectors.len()).filter(|&i| state.delivers(i)).collect();
+        if ready.is_empty() {
+            return Ok(());
+        }
+        let changes: Vec<_> = ready.iter().map(|&i| (self.lines[i].0, state.vectors[i].message)).collect();
+        self.routes.set_messages(&changes)?;
+        for i in ready {
+            if std::mem::take(&mut state.vectors[i].pending) {
+                self.lines[i].1.write(1).map_err(IrqError::EventFd)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn deliver_or_log(&self, state: &mut MsixState) {
+        if let Err(e) = self.deliver(state) {
+            log::error!("interrupt route: {e}");
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, MsixState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kvm::{Host, Vm};
+
+    fn msix(count: u16) -> (Vm, Msix) {
+        let vm = Host::open().unwrap().create_vm(1).unwrap();
+        let msix = Msix::new(Arc::clone(&vm.routes), count).unwrap();
+        (vm, msix)
+    }
+
+    fn write(msix: &Msix, vector: u64, word: u64, value: u32) {
+        msix.write_table(vector * ENTRY_SIZE + word * 4, &value.to_le_bytes());
+    }
+
+    fn pending(msix: &Msix) -> u8 {
+        let mut byte = [0];
+        msix.read_pending(0, &mut byte);
+        byte[0]
+    }
+
+    #[test]
+    fn masked_vectors_wait_in_the_pending_bits() {
+        let (_vm, msix) = msix(3);
+        for vector in 0..3 {
+            write(&msix, vector, 0, 0xfee0_0000);
+            write(&msix, vector, 2, 0x30 + vector as u32);
+        }
+        msix.trigger(1).unwrap();
+        assert_eq!(pending(&msix), 0b010);
+        msix.set_control(CONTROL_ENABLE | CONTROL_MASK_ALL);
+        write(&msix, 0, 3, 0);
+        write(&msix, 1, 3, 0);
+        msix.trigger(0).unwrap();
+        assert_eq!(pending(&msix), 0b011, "masked all the same");
+        msix.set_control(CONTROL_ENABLE);
+        assert_eq!(pending(&msix), 0);
+        msix.trigger(0).unwrap();
+        assert_eq!(pending(&msix), 0);
+        msix.trigger(2).unwrap();
+        assert_eq!(pending(&msix), 0b100);
+        msix.trigger(99).unwrap();
+    }
+
+    #[test]
+    fn table_reads_back_and_odd_accesses_are_harmless() {
+        let (_vm, msix) = msix(2);
+        msix.write_table(16, &0x1234_5678_9abc_def0u64.to_le_bytes());
+        let mut data = [0; 8];
+        msix.read_table(16, &mut data);
+        assert_eq!(u64::from_le_bytes(data), 0x1234_5678_9abc_def0);
+        for (offset, len) in [(0, 1), (2, 4), (12, 8), (28, 4), (32, 4), (u64::MAX - 3, 4), (4, 8)] {
+            msix.write_table(offset, &vec![0xff; len]);
+            msix.read_table(offset, &mut vec![0; len]);
+            msix.read_pending(offset, &mut vec![0; len]);
+        }
+        msix.read_table(16, &mut data);
+        assert_eq!(u64::from_le_bytes(data), 0x1234_5678_9abc_def0);
+    }
+
+    #[test]
+    fn state_round_trip() {
+        let (_vm, first) = msix(2);
+        write(&first, 1, 0, 0xfee0_1000);
+        write(&first, 1, 3, 0);
+        first.trigger(0).unwrap();
+        first.set_control(CONTROL_ENABLE);
+        let saved = serde_json::to_string(&first.save()).unwrap();
+        let (_vm, second) = msix(2);
+        second.restore(serde_json::from_str(&saved).unwrap()).unwrap();
+        assert_eq!(second.save(), first.save());
+        let (_vm, third) = msix(3);
+        assert!(third.restore(first.save()).is_err());
+    }
+}

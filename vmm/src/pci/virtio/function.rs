@@ -1,0 +1,455 @@
+//! A virtio device as a PCI function.
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
+
+use kvm_ioctls::{IoEventAddress, NoDatamatch};
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap};
+use vmm_sys_util::errno;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::common::{self, Action, CommonConfig, QueueSetup, TransportState};
+use super::{
+    BAR_END, BAR_SIZE, COMMON_OFFSET, DEVICE_OFFSET, ISR_OFFSET, MAX_QUEUES, MSIX_PENDING_OFFSET,
+    MSIX_TABLE_OFFSET, NO_VECTOR, NOTIFY_MULTIPLIER, NOTIFY_OFFSET,
+};
+use crate::devices::virtio::{ActivateError, Activation, ActiveQueue, Interrupt, VirtioDevice};
+use crate::kvm::Vm;
+use crate::kvm::irq::IrqError;
+use crate::pci::config::{ConfigSpace, Identity};
+use crate::pci::msix::{self, Msix, MsixState};
+use crate::pci::{BusFull, PciFunction, bar_address};
+
+/// Why a device cannot be put on the bus.
+#[derive(Debug, Error)]
+pub enum FunctionError {
+    /// No slot is free.
+    #[error(transparent)]
+    BusFull(#[from] BusFull),
+    /// An interrupt could not be set up.
+    #[error(transparent)]
+    Interrupt(#[from] IrqError),
+    /// More queues than the BAR has room for.
+    #[error("{0} queues; a device may have {MAX_QUEUES}")]
+    TooManyQueues(usize),
+    /// A saved state is that of another kind of device.
+    #[error("the saved state is another device's")]
+    State,
+}
+
+/// Why a device was not started at the driver's word.
+#[derive(Debug, Error)]
+enum StartError {
+    #[error("queue {0} has rings outside guest memory")]
+    Queue(usize),
+    #[error("an eventfd could not be created")]
+    EventFd(#[source] io::Error),
+    #[error("KVM refused KVM_IOEVENTFD")]
+    Register(#[source] errno::Error),
+    #[error(transparent)]
+    Device(#[from] ActivateError),
+}
+
+/// ISR status: a queue has been used.
+const ISR_QUEUE: u8 = 1;
+/// ISR status: the configuration has changed.
+const ISR_CONFIG: u8 = 2;
+
+/// PCI capability id "vendor-specific".
+const VENDOR_CAPABILITY: u8 = 0x09;
+// Structures (4.1.4).
+const STRUCTURE_COMMON: u8 = 1;
+const STRUCTURE_NOTIFY: u8 = 2;
+const STRUCTURE_ISR: u8 = 3;
+const STRUCTURE_DEVICE: u8 = 4;
+const STRUCTURE_PCI: u8 = 5;
+/// Offset of a capability's `bar` field.
+const CAPABILITY_BAR: usize = 4;
+/// Offset of the data behind the PCI configuration access capability.
+const PCI_DATA: usize = 16;
+
+/// What a function needs to be as it was.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FunctionState {
+    /// Configuration space.
+    pub config: ConfigSpace,
+    /// What was negotiated.
+    pub transport: TransportState,
+    /// Interrupts.
+    pub msix: MsixState,
+    /// ISR status.
+    pub isr: u8,
+}
+
+/// A virtio device behind its transport.
+pub struct VirtioFunction {
+    device: Box<dyn VirtioDevice>,
+    memory: GuestMemoryMmap,
+    vm: Arc<Vm>,
+    config: ConfigSpace,
+    msix_control: usize,
+    pci_access: usize,
+    common: CommonConfig,
+    msix: Arc<Msix>,
+    isr: Arc<AtomicU8>,
+    /// Notification eventfds of a device that has been started, by queue.
+    kicks: Vec<Option<EventFd>>,
+    /// Where KVM watches for notifications.
+    watched: Option<u64>,
+}
+
+impl VirtioFunction {
+    /// Puts `device` behind a transport for `slot`.
+    pub fn new(
+        device: Box<dyn VirtioDevice>,
+        memory: GuestMemoryMmap,
+        vm: Arc<Vm>,
+        slot: usize,
+    ) -> Result<Self, FunctionError> {
+        let queues = device.queue_sizes().len();
+        if queues > MAX_QUEUES {
+            return Err(FunctionError::TooManyQueues(queues));
+        }
+        let vectors = queues as u16 + 1;
+        let msix = Arc::new(Msix::new(Arc::clone(&vm.routes), vectors)?);
+        let common = CommonConfig::new(device.features(), device.queue_sizes(), vectors);
+
+        let mut config = ConfigSpace::new(&identity(device.device_type()));
+        config.set_memory_bar(BAR_SIZE, bar_address(slot));
+        let structures = [
+            (STRUCTURE_COMMON, COMMON_OFFSET, common::SIZE),
+            (STRUCTURE_ISR, ISR_OFFSET, 1),
+            (STRUCTURE_DEVICE, DEVICE_OFFSET, (NOTIFY_OFFSET - DEVICE_OFFSET) as u32),
+        ];
+        for (kind, offset, length) in structures {
+            config.add_capability(VENDOR_CAPABILITY, &capability(kind, offset, length, &[]), &[]);
+        }
+        let notify = capability(
+            STRUCTURE_NOTIFY,
+            NOTIFY_OFFSET,
+            queues as u32 * NOTIFY_MULTIPLIER,
+            &NOTIFY_MULTIPLIER.to_le_bytes(),
+        );
+        config.add_capability(VENDOR_CAPABILITY, &notify, &[]);
+        let access = capability(STRUCTURE_PCI, 0, 0, &[0; 4]);
+        // The driver chooses BAR, offset and length, and writes the data.
+        let mut writable = [0; PCI_DATA + 2];
+        writable[CAPABILITY_BAR - 2] = 0xff;
+        writable[6..].fill(0xff);
+        let pci_access = config.add_capability(VENDOR_CAPABILITY, &access, &writable);
+        let body = msix.capability(MSIX_TABLE_OFFSET as u32, MSIX_PENDING_OFFSET as u32);
+        let control = (msix::CONTROL_ENABLE | msix::CONTROL_MASK_ALL).to_le_bytes();
+        let msix_control = config.add_capability(msix::CAPABILITY_ID, &body, &control) + 2;
+
+        Ok(Self {
+            device,
+            memory,
+            vm,
+            config,
+            msix_control,
+            pci_access,
+            common,
+            msix,
+            isr: Arc::new(AtomicU8::new(0)),
+            kicks: Vec::new(),
+            watched: None,
+        })
+    }
+
+    /// The transport's state; the device saves its own.
+    pub fn save(&self) -> FunctionState {
+        FunctionState {
+            config: self.config.clone(),
+            transport: self.common.save(),
+            msix: self.msix.save(),
+            isr: self.isr.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Continues from a saved state, the device's own having been restored, and
+    /// starts the device where it was started.
+    pub fn restore(&mut self, state: FunctionState) -> Result<(), FunctionError> {
+        if !self.common.restore(state.transport) {
+            return Err(FunctionError::State);
+        }
+        self.msix.restore(state.msix)?;
+        self.config = state.config;
+        self.isr.store(state.isr, Ordering::Relaxed);
+        if self.common.is_driven() {
+            self.start();
+        }
+        Ok(())
+    }
+
+    fn start(&mut self) {
+        if let Err(e) = self.try_start() {
+            let cause = std::error::Error::source(&e).map(|s| format!(": {s}")).unwrap_or_default();
+            log::error!("{}: not started: {e}{cause}", self.device.name());
+            self.stop();
+            self.common.set_needs_reset();
+            let interrupt = self.interrupt(0, ISR_CONFIG);
+            if let Err(e) = interrupt.trigger() {
+                log::error!("{}: {e}", self.device.name());
+            }
+        }
+    }
+
+    fn try_start(&mut self) -> Result<(), StartError> {
+        let features = self.common.features();
+        let mut queues = Vec::new();
+        for (index, setup) in self.common.queues().iter().enumerate() {
+            if !setup.enabled {
+                self.kicks.push(None);
+                queues.push(None);
+                continue;
+            }
+            let maximum = self.device.queue_sizes()[index];
+            let queue =
+                checked_queue(setup, maximum, features, &self.memory).ok_or(StartError::Queue(index))?;
+            let kick = new_eventfd()?;
+            self.kicks.push(Some(kick.try_clone().map_err(StartError::EventFd)?));
+            queues.push(Some(ActiveQueue { queue, kick, interrupt: self.interrupt(index + 1, ISR_QUEUE) }));
+        }
+        self.watch()?;
+        self.device.activate(Activation {
+            memory: self.memory.clone(),
+            queues,
+            features,
+            config_interrupt: self.interrupt(0, ISR_CONFIG),
+        })?;
+        Ok(())
+    }
+
+    fn stop(&mut self) {
+        self.device.reset();
+        self.unwatch();
+        self.kicks.clear();
+    }
+
+    fn interrupt(&self, register: usize, isr_bit: u8) -> Arc<dyn Interrupt> {
+        Arc::new(VectorInterrupt {
+            msix: Arc::clone(&self.msix),
+            vectors: self.common.vectors(),
+            register,
+            isr: Arc::clone(&self.isr),
+            isr_bit,
+        })
+    }
+
+    /// Lets KVM watch the notification addresses where the BAR is at present.
+    fn watch(&mut self) -> Result<(), StartError> {
+        let wanted = self.config.memory().map(|range| range.start).filter(|_| !self.kicks.is_empty());
+        if self.watched == wanted {
+            return Ok(());
+        }
+        self.unwatch();
+        if let Some(base) = wanted {
+            // First, so that a failure halfway is undone.
+            self.watched = wanted;
+            for (address, kick) in notify_addresses(base, &self.kicks) {
+                self.vm.fd.register_ioevent(kick, &address, NoDatamatch).map_err(StartError::Register)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn unwatch(&mut self) {
+        if let Some(base) = self.watched.take() {
+            for (address, kick) in notify_addresses(base, &self.kicks) {
+                // Fails for those that were never registered.
+                let _ = self.vm.fd.unregister_ioevent(kick, &address, NoDatamatch);
+            }
+        }
+    }
+
+    /// Runs the access to the BAR that the PCI configuration access capability
+    /// describes (4.1.4.9).
+    fn pci_window(&self) -> Option<(u64, usize)> {
+        let bar = self.config.u32(self.pci_access + CAPABILITY_BAR) as u8;
+        let offset = self.config.u32(self.pci_access + 8);
+        let length = self.config.u32(self.pci_access + 12) as usize;
+        let valid = bar == 0
+            && matches!(length, 1 | 2 | 4)
+            && (offset as usize).is_multiple_of(length)
+            && u64::from(offset) < BAR_END;
+        valid.then_some((u64::from(offset), length))
+    }
+}
+
+impl PciFunction for VirtioFunction {
+    fn read_config(&mut self, offset: usize, data: &mut [u8]) {
+        let window = self.pci_access + PCI_DATA..self.pci_access + PCI_DATA + 4;
+        if window.contains(&offset)
+            && let Some((address, length)) = self.pci_window()
+        {
+            let mut bytes = [0; 4];
+            self.read_memory(address, &mut bytes[..length]);
+            self.config.set(window.start, &bytes);
+        }
+        self.config.read(offset, data);
+    }
+
+    fn write_config(&mut self, offset: usize, data: &[u8]) {
+        self.config.write(offset, data);
+        let end = offset + data.len();
+        let control = self.msix_control..self.msix_control + 2;
+        if offset < control.end && end > control.start {
+            self.msix.set_control(self.config.u32(self.msix_control) as u16);
+        }
+        let window = self.pci_access + PCI_DATA;
+        if (window..window + 4).contains(&offset)
+            && let Some((address, length)) = self.pci_window()
+        {
+            let bytes = self.config.u32(window).to_le_bytes();
+            self.write_memory(address, &bytes[..length]);
+        }
+        if let Err(e) = self.watch() {
+            log::error!("{}: {e}", self.device.name());
+            self.stop();
+            self.common.set_needs_reset();
+        }
+    }
+
+    fn memory(&self) -> Option<Range<u64>> {
+        self.config.memory()
+    }
+
+    fn read_memory(&mut self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        match offset {
+            COMMON_OFFSET..ISR_OFFSET => self.common.read(offset, data),
+            // Reading acknowledges.
+            ISR_OFFSET => {
+                if let Some(byte) = data.first_mut() {
+                    *byte = self.isr.swap(0, Ordering::AcqRel);
+                }
+            }
+            DEVICE_OFFSET..NOTIFY_OFFSET => self.device.read_config(offset - DEVICE_OFFSET, data),
+            MSIX_TABLE_OFFSET..MSIX_PENDING_OFFSET => self.msix.read_table(offset - MSIX_TABLE_OFFSET, data),
+            MSIX_PENDING_OFFSET..BAR_END => self.msix.read_pending(offset - MSIX_PENDING_OFFSET, data),
+            _ => {}
+        }
+    }
+
+    fn write_memory(&mut self, offset: u64, data: &[u8]) {
+        match offset {
+            COMMON_OFFSET..ISR_OFFSET => match self.common.write(offset, data) {
+                Action::None => {}
+                Action::Activate => self.start(),
+                Action::Reset => {
+                    self.stop();
+                    self.common.reset();
+                    self.isr.store(0, Ordering::Release);
+                }
+            },
+            DEVICE_OFFSET..NOTIFY_OFFSET => self.device.write_config(offset - DEVICE_OFFSET, data),
+            // KVM takes notifications of a started device before they get here,
+            // except through the PCI configuration access capability.
+            NOTIFY_OFFSET..MSIX_TABLE_OFFSET => {
+                let queue = (offset - NOTIFY_OFFSET) / u64::from(NOTIFY_MULTIPLIER);
+                if let Some(Some(kick)) = self.kicks.get(queue as usize)
+                    && let Err(e) = kick.write(1)
+                {
+                    log::error!("{}: {e}", self.device.name());
+                }
+            }
+            MSIX_TABLE_OFFSET..MSIX_PENDING_OFFSET => self.msix.write_table(offset - MSIX_TABLE_OFFSET, data),
+            _ => {}
+        }
+    }
+
+    fn shut_down(&mut self) {
+        self.stop();
+    }
+}
+
+/// One of a device's interrupts: whatever vector its register names.
+struct VectorInterrupt {
+    msix: Arc<Msix>,
+    vectors: Arc<[AtomicU16]>,
+    register: usize,
+    isr: Arc<AtomicU8>,
+    isr_bit: u8,
+}
+
+impl Interrupt for VectorInterrupt {
+    fn trigger(&self) -> io::Result<()> {
+        self.isr.fetch_or(self.isr_bit, Ordering::AcqRel);
+        match self.vectors.get(self.register).map_or(NO_VECTOR, |v| v.load(Ordering::Relaxed)) {
+            NO_VECTOR => Ok(()),
+            vector => self.msix.trigger(vector),
+        }
+    }
+}
+
+fn identity(device_type: u32) -> Identity {
+    const VIRTIO_VENDOR: u16 = 0x1af4;
+    const FIRST_MODERN_DEVICE: u16 = 0x1040;
+    let device = FIRST_MODERN_DEVICE + device_type as u16;
+    // Revision 1 and a subsystem id of at least 0x40 say "not transitional"
+    // (4.1.2); the class says "none of the classes".
+    Identity {
+        vendor: VIRTIO_VENDOR,
+        device,
+        revision: 1,
+        class: 0xff_0000,
+        subsystem_vendor: VIRTIO_VENDOR,
+        subsystem: device,
+    }
+}
+
+/// Body of a `virtio_pci_cap` (4.1.4) behind id and link: its length, the kind,
+/// BAR 0, id 0, padding, offset, length, and `more`.
+fn capability(kind: u8, offset: u64, length: u32, more: &[u8]) -> Vec<u8> {
+    let total = 16 + more.len() as u8;
+    let mut body = vec![total, kind, 0, 0, 0, 0];
+    body.extend((offset as u32).to_le_bytes());
+    body.extend(length.to_le_bytes());
+    body.extend(more);
+    body
+}
+
+fn notify_addresses(
+    base: u64,
+    kicks: &[Option<EventFd>],
+) -> impl Iterator<Item = (IoEventAddress, &EventFd)> {
+    kicks.iter().enumerate().filter_map(move |(index, kick)| {
+        let address = base + NOTIFY_OFFSET + index as u64 * u64::from(NOTIFY_MULTIPLIER);
+        kick.as_ref().map(|kick| (IoEventAddress::Mmio(address), kick))
+    })
+}
+
+fn new_eventfd() -> Result<EventFd, StartError> {
+    EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK).map_err(StartError::EventFd)
+}
+
+/// The queue as the driver set it up, where its rings lie in guest memory and
+/// are aligned.
+fn checked_queue(setup: &QueueSetup, maximum: u16, features: u64, memory: &GuestMemoryMmap) -> Option<Queue> {
+    let size = usize::from(setup.size);
+    // 2.7: descriptors of 16 bytes; rings of 2 and 8 bytes per entry, with flags,
+    // index and event index.
+    for (address, length) in
+        [(setup.descriptors, 16 * size), (setup.driver, 6 + 2 * size), (setup.device, 6 + 8 * size)]
+    {
+        if !memory.check_range(GuestAddress(address), length) {
+            return None;
+        }
+    }
+    let mut queue = Queue::new(maximum).ok()?;
+    queue.try_set_size(setup.size).ok()?;
+    queue.try_set_desc_table_address(GuestAddress(setup.descriptors)).ok()?;
+    queue.try_set_avail_ring_address(GuestAddress(setup.driver)).ok()?;
+    queue.try_set_used_ring_address(GuestAddress(setup.device)).ok()?;
+    queue.set_event_idx(features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
+    queue.set_ready(true);
+    debug_assert!(features & (1 << VIRTIO_F_VERSION_1) != 0);
+    queue.is_valid(memory).then_some(queue)
+}
