@@ -19,6 +19,11 @@ pub trait Handler: Send + 'static {
     /// Registers the device's descriptors, with tokens of its choice.
     fn register(&mut self, epoll: &Epoll) -> io::Result<()>;
 
+    /// Prepares the thread, on the thread; an error ends it.
+    fn start(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
     /// Serves what became ready, in bounded time. An error ends the thread:
     /// the driver gets no more answers until it resets the device.
     fn handle(&mut self, epoll: &Epoll, ready: &[EpollEvent]) -> Result<(), Self::Error>;
@@ -62,6 +67,10 @@ pub fn add(epoll: &Epoll, fd: &impl std::os::fd::AsRawFd, events: EventSet, toke
 }
 
 fn serve<H: Handler>(epoll: &Epoll, mut handler: H) {
+    if let Err(error) = handler.start() {
+        log::error!("device does not start: {error}");
+        return;
+    }
     let mut events = [EpollEvent::default(); MAX_EVENTS];
     loop {
         let ready = match epoll.wait(-1, &mut events) {

@@ -1,13 +1,17 @@
 //! The file system device as the transport sees it.
 
 use std::fs::{File, OpenOptions};
-use std::io;
 use std::os::unix::fs::OpenOptionsExt;
+use std::sync::Arc;
 
-use rvm_protocol::vmm::ShareConfig;
+use rvm_protocol::vmm::{CachePolicy, ShareConfig};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
+use super::passthrough::{Passthrough, Policy};
+use super::worker::{FsWorker, FuseServer};
 use super::{DEVICE_TYPE, FsError, MAX_REQUEST_QUEUES, QUEUE_SIZE, TAG_BYTES};
+use crate::devices::virtio::ring::Ring;
+use crate::devices::virtio::worker::Worker;
 use crate::devices::virtio::{ActivateError, Activation, VirtioDevice, read_config_bytes};
 
 /// A share.
@@ -17,6 +21,8 @@ pub struct Fs {
     root: File,
     /// The high-priority queue and the request queues.
     queue_sizes: Vec<u16>,
+    policy: Policy,
+    workers: Vec<Worker>,
 }
 
 impl Fs {
@@ -33,7 +39,18 @@ impl Fs {
             .custom_flags(libc::O_PATH | libc::O_DIRECTORY)
             .open(&config.dir)
             .map_err(|source| FsError::Open { path: config.dir.clone(), source })?;
-        Ok(Self { tag, root, queue_sizes: vec![QUEUE_SIZE; 2] })
+        let policy = Policy::new(config.readonly, config.cache == CachePolicy::Always)
+            .map_err(|source| FsError::Serve { path: config.dir.clone(), source })?;
+        Ok(Self { tag, root, queue_sizes: vec![QUEUE_SIZE; 2], policy, workers: Vec::new() })
+    }
+
+    pub(super) fn tag(&self) -> &str {
+        let len = self.tag.iter().position(|byte| *byte == 0).unwrap_or(TAG_BYTES);
+        self.tag.get(..len).and_then(|tag| std::str::from_utf8(tag).ok()).unwrap_or("")
+    }
+
+    pub(super) fn request_queues(&self) -> u16 {
+        self.queue_sizes.len() as u16 - 1
     }
 
     /// The same with `count` request queues (1 to [`MAX_REQUEST_QUEUES`]), each
@@ -69,10 +86,38 @@ impl VirtioDevice for Fs {
         read_config_bytes(&config, offset, data);
     }
 
-    fn activate(&mut self, _activation: Activation) -> Result<(), ActivateError> {
-        let _ = &self.root;
-        Err(ActivateError::Worker(io::ErrorKind::Unsupported.into()))
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let Activation { memory, queues, features, .. } = activation;
+        let mut rings = Vec::with_capacity(queues.len());
+        for (index, queue) in queues.into_iter().enumerate() {
+            match queue {
+                Some(queue) => rings.push(Ring::new(queue, features)),
+                // A driver needs the high-priority queue and one for requests.
+                None if index < 2 => return Err(ActivateError::MissingQueue(index)),
+                None => {}
+            }
+        }
+        let root = self.root.try_clone().map_err(ActivateError::Worker)?;
+        let tree = Passthrough::new(root.into(), self.policy).map(Arc::new).map_err(ActivateError::Worker)?;
+        let server = Arc::new(FuseServer::new(Arc::clone(&tree)));
+        let mut rings = rings.into_iter();
+        let mut first: Vec<Ring> = rings.by_ref().take(2).collect();
+        loop {
+            let worker = FsWorker {
+                memory: memory.clone(),
+                rings: first,
+                server: Arc::clone(&server),
+                tree: Arc::clone(&tree),
+            };
+            self.workers.push(Worker::spawn(self.name(), worker).map_err(ActivateError::Worker)?);
+            match rings.next() {
+                Some(ring) => first = vec![ring],
+                None => return Ok(()),
+            }
+        }
     }
 
-    fn reset(&mut self) {}
+    fn reset(&mut self) {
+        self.workers.clear();
+    }
 }

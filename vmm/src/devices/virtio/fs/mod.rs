@@ -1,14 +1,26 @@
 //! virtio-fs (virtio 1.2, section 5.11): a directory tree of the host, served
 //! to the guest as a FUSE file system on the device's own threads.
+//!
+//! A request is a descriptor chain with a FUSE message and room for the
+//! answer; data goes between the file and guest memory with `preadv` and
+//! `pwritev`. The server itself is in [`passthrough`].
 
 mod device;
+mod passthrough;
+mod state;
+#[cfg(test)]
+mod tests;
+mod worker;
 
 use std::io;
 use std::path::PathBuf;
 
 use thiserror::Error;
 
+use super::ring::RingError;
+
 pub use device::Fs;
+pub use state::FsState;
 
 /// Device type (section 5.11.1).
 pub const DEVICE_TYPE: u32 = virtio_bindings::virtio_ids::VIRTIO_ID_FS;
@@ -19,7 +31,7 @@ pub const TAG_BYTES: usize = 36;
 /// Request queues, and threads serving them, of one share at most.
 pub const MAX_REQUEST_QUEUES: u16 = 4;
 
-/// Why a share cannot be served.
+/// Why a share cannot be served, or why its device stops.
 #[derive(Debug, Error)]
 pub enum FsError {
     /// The configured tag is empty or too long.
@@ -34,4 +46,19 @@ pub enum FsError {
         #[source]
         source: io::Error,
     },
+    /// The server could not be set up.
+    #[error("shares: dir {path:?} cannot be served")]
+    Serve {
+        /// The configured path.
+        path: PathBuf,
+        /// The host's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// A snapshot was taken with a share of another tag.
+    #[error("shares: tag {0:?} is not that of the snapshot, {1:?}")]
+    OtherTag(String, String),
+    /// A queue cannot be used any more.
+    #[error(transparent)]
+    Ring(#[from] RingError),
 }

@@ -1,0 +1,252 @@
+//! What the guest has open: files and directories by handle, and, where it
+//! opens nothing because nothing changes, the ones it used last.
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::sys;
+
+/// Bytes of directory read from the host at once.
+const DIRENT_BYTES: usize = 32 << 10;
+/// Fixed part of `struct linux_dirent64`: ino, offset, length, type.
+const DIRENT_HEADER: usize = 19;
+
+/// An open file.
+pub(super) struct OpenFile {
+    fd: OwnedFd,
+    append: AtomicBool,
+}
+
+impl OpenFile {
+    pub(super) fn new(fd: OwnedFd, append: bool) -> Self {
+        Self { fd, append: AtomicBool::new(append) }
+    }
+
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    /// Follows a change of `O_APPEND` after the file was opened.
+    pub(super) fn set_append(&self, append: bool) -> io::Result<()> {
+        if self.append.swap(append, Ordering::Relaxed) != append {
+            sys::set_append(self.fd(), append)?;
+        }
+        Ok(())
+    }
+}
+
+/// A directory being read: entries fetched from the host and not yet given to
+/// the guest are kept, since it asks for few at a time.
+pub(super) struct DirStream {
+    fd: OwnedFd,
+    buffer: Vec<u8>,
+    /// Start of the next entry in `buffer`.
+    at: usize,
+    /// Offset by which the guest asks for that entry.
+    offset: u64,
+    /// Where the host's descriptor stands.
+    host_offset: u64,
+}
+
+/// A directory entry.
+pub(super) struct Dirent<'a> {
+    pub ino: u64,
+    /// Offset of the entry after it.
+    pub next: u64,
+    pub kind: u32,
+    /// Without its final NUL.
+    pub name: &'a std::ffi::CStr,
+}
+
+impl DirStream {
+    pub(super) fn new(fd: OwnedFd) -> Self {
+        Self { fd, buffer: Vec::new(), at: 0, offset: 0, host_offset: 0 }
+    }
+
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    /// Offset of the entry that comes next.
+    pub(super) fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// Gives the entries from `offset` on to `take` until it wants no more.
+    pub(super) fn read(
+        &mut self,
+        offset: u64,
+        mut take: impl FnMut(BorrowedFd<'_>, Dirent<'_>) -> io::Result<bool>,
+    ) -> io::Result<()> {
+        // The start is always read afresh: that is what rewinding means.
+        if offset != self.offset || offset == 0 {
+            self.buffer.clear();
+            self.at = 0;
+            self.offset = offset;
+        }
+        loop {
+            if self.at >= self.buffer.len() && !self.fetch()? {
+                return Ok(());
+            }
+            let Some((entry, len)) = parse(self.buffer.get(self.at..).unwrap_or(&[])) else {
+                return Err(io::ErrorKind::InvalidData.into());
+            };
+            let next = entry.next;
+            if !take(self.fd.as_fd(), entry)? {
+                return Ok(());
+            }
+            self.at += len;
+            self.offset = next;
+        }
+    }
+
+    fn fetch(&mut self) -> io::Result<bool> {
+        if self.host_offset != self.offset || self.offset == 0 {
+            sys::seek(self.fd.as_fd(), self.offset.cast_signed(), libc::SEEK_SET)?;
+        }
+        self.buffer.resize(DIRENT_BYTES, 0);
+        let fetched = sys::get_dents(self.fd.as_fd(), &mut self.buffer);
+        self.buffer.truncate(*fetched.as_ref().unwrap_or(&0));
+        self.at = 0;
+        let mut rest = self.buffer.as_slice();
+        while let Some((entry, len)) = parse(rest) {
+            self.host_offset = entry.next;
+            rest = rest.get(len..).unwrap_or(&[]);
+        }
+        Ok(fetched? > 0)
+    }
+}
+
+/// The first entry of `bytes` and its length.
+fn parse(bytes: &[u8]) -> Option<(Dirent<'_>, usize)> {
+    let field = |start: usize| bytes.get(start..start + 8)?.try_into().ok().map(u64::from_ne_bytes);
+    let len = usize::from(u16::from_ne_bytes([*bytes.get(16)?, *bytes.get(17)?]));
+    let name = std::ffi::CStr::from_bytes_until_nul(bytes.get(DIRENT_HEADER..len)?).ok()?;
+    Some((Dirent { ino: field(0)?, next: field(8)?, kind: (*bytes.get(18)?).into(), name }, len))
+}
+
+/// What one handle of the guest stands for.
+#[derive(Clone)]
+enum Open {
+    File(Arc<OpenFile>),
+    Dir(Arc<Mutex<DirStream>>),
+}
+
+/// The guest's open files and directories.
+pub(super) struct Handles {
+    open: Mutex<HashMap<u64, (u64, Open)>>,
+    next: AtomicU64,
+    limit: usize,
+}
+
+impl Handles {
+    /// None; at most `limit` at a time.
+    pub(super) fn new(limit: usize) -> Self {
+        Self { open: Mutex::default(), next: AtomicU64::new(1), limit }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<u64, (u64, Open)>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn insert(&self, id: u64, open: Open) -> io::Result<u64> {
+        let mut table = self.lock();
+        if table.len() >= self.limit {
+            return Err(io::Error::from_raw_os_error(libc::ENFILE));
+        }
+        let handle = self.next.fetch_add(1, Ordering::Relaxed);
+        table.insert(handle, (id, open));
+        Ok(handle)
+    }
+
+    /// A handle for a file of node `id`.
+    pub(super) fn add_file(&self, id: u64, file: OpenFile) -> io::Result<u64> {
+        self.insert(id, Open::File(Arc::new(file)))
+    }
+
+    /// A handle for a directory of node `id`.
+    pub(super) fn add_dir(&self, id: u64, dir: DirStream) -> io::Result<u64> {
+        self.insert(id, Open::Dir(Arc::new(Mutex::new(dir))))
+    }
+
+    fn get(&self, id: u64, handle: u64) -> io::Result<Open> {
+        match self.lock().get(&handle) {
+            Some((of, open)) if *of == id => Ok(open.clone()),
+            _ => Err(io::Error::from_raw_os_error(libc::EBADF)),
+        }
+    }
+
+    /// The open file a handle stands for.
+    pub(super) fn file(&self, id: u64, handle: u64) -> io::Result<Arc<OpenFile>> {
+        match self.get(id, handle)? {
+            Open::File(file) => Ok(file),
+            Open::Dir(_) => Err(io::Error::from_raw_os_error(libc::EISDIR)),
+        }
+    }
+
+    /// The open directory a handle stands for.
+    pub(super) fn dir(&self, id: u64, handle: u64) -> io::Result<Arc<Mutex<DirStream>>> {
+        match self.get(id, handle)? {
+            Open::Dir(dir) => Ok(dir),
+            Open::File(_) => Err(io::Error::from_raw_os_error(libc::ENOTDIR)),
+        }
+    }
+
+    /// Closes a handle.
+    pub(super) fn release(&self, id: u64, handle: u64) -> io::Result<()> {
+        let mut table = self.lock();
+        if table.get(&handle).is_none_or(|(of, _)| *of != id) {
+            return Err(io::Error::from_raw_os_error(libc::EBADF));
+        }
+        let closed = table.remove(&handle);
+        drop(table);
+        drop(closed);
+        Ok(())
+    }
+
+    /// Closes all.
+    pub(super) fn clear(&self) {
+        let closed = std::mem::take(&mut *self.lock());
+        drop(closed);
+    }
+}
+
+/// The last few things used, most recent first.
+pub(super) struct Recent<K, V> {
+    entries: Mutex<VecDeque<(K, V)>>,
+    capacity: usize,
+}
+
+impl<K: PartialEq, V> Recent<K, V> {
+    pub(super) fn new(capacity: usize) -> Self {
+        Self { entries: Mutex::default(), capacity }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, VecDeque<(K, V)>> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes one out.
+    pub(super) fn take(&self, key: &K) -> Option<V> {
+        let mut entries = self.lock();
+        let at = entries.iter().position(|(other, _)| other == key)?;
+        entries.remove(at).map(|(_, value)| value)
+    }
+
+    /// Puts one in, and the least recent one out if there are too many.
+    pub(super) fn put(&self, key: K, value: V) {
+        let mut entries = self.lock();
+        entries.push_front((key, value));
+        let out = if entries.len() > self.capacity { entries.pop_back() } else { None };
+        drop(entries);
+        drop(out);
+    }
+
+    /// Drops those `unwanted` names.
+    pub(super) fn remove_if(&self, unwanted: impl Fn(&K) -> bool) {
+        self.lock().retain(|(key, _)| !unwanted(key));
+    }
+}

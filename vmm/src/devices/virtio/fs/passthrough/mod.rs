@@ -1,0 +1,253 @@
+//! The FUSE server: what the guest asks of its file system, done to a directory
+//! tree of the host.
+//!
+//! `fuse-backend-rs` decodes messages and encodes answers; this is its
+//! [`FileSystem`]. Rules it keeps whatever the guest sends:
+//!
+//! - A name is one component: never empty, `.`, `..` or with a `/` in it, and
+//!   never followed if it is a symbolic link. Links are the guest's to resolve.
+//! - Nothing but files and directories is ever opened: a device or a FIFO put
+//!   into a volume has no effect on the host.
+//! - A share that is configured read-only answers every change with EROFS
+//!   before anything else of the request is looked at.
+//! - Lengths the guest asks for are bounded before memory is allocated, open
+//!   files by [`Policy::max_open_files`].
+//!
+//! The guest's kernel checks permissions and resolves paths
+//! (`default_permissions`); a process of the guest that makes a file owns it,
+//! with its uid as it is (see [`sys::ActingFor`]).
+
+mod files;
+mod inodes;
+mod ops;
+mod sys;
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use fuse_backend_rs::api::filesystem::{Entry, FsOptions, OpenOptions};
+
+use files::{DirStream, Handles, OpenFile, Recent};
+use inodes::{Found, Inode, Inodes};
+
+/// How long the guest may keep what does not change.
+const FOR_EVER: Duration = Duration::from_secs(86_400);
+/// How long it may keep what the host may change.
+const A_MOMENT: Duration = Duration::from_secs(1);
+/// Files kept open for a guest that opens nothing itself.
+const RECENT_FILES: usize = 64;
+/// Directories kept open for it between two requests for entries.
+const RECENT_DIRS: usize = 16;
+/// Bytes of a file moved by one request: what the guest is told at INIT.
+const MAX_IO_BYTES: u32 = 1 << 20;
+/// Bytes of directory entries in one answer.
+const MAX_DIR_BYTES: u32 = 1 << 20;
+/// Bytes of one extended attribute, and of the list of their names (`XATTR_SIZE_MAX`).
+const MAX_XATTR_BYTES: u32 = 64 << 10;
+
+/// How a share is served.
+#[derive(Clone, Copy, Debug)]
+pub struct Policy {
+    /// Every change is refused.
+    pub readonly: bool,
+    /// Nobody changes the tree while it is shared.
+    pub constant: bool,
+    /// Files and directories the guest may have open at a time.
+    pub max_open_files: usize,
+}
+
+impl Policy {
+    /// Neither the host nor the guest changes the tree.
+    fn immutable(&self) -> bool {
+        self.readonly && self.constant
+    }
+
+    /// Half of the descriptors the process may have, the rest is for inodes
+    /// and for everything else the process does.
+    pub fn new(readonly: bool, constant: bool) -> io::Result<Self> {
+        let limit = usize::try_from(sys::descriptor_limit()?).unwrap_or(usize::MAX);
+        Ok(Self { readonly, constant, max_open_files: limit / 2 })
+    }
+}
+
+/// A directory tree, served.
+pub struct Passthrough {
+    policy: Policy,
+    inodes: Inodes,
+    handles: Handles,
+    /// By node id; used where the guest opens nothing itself.
+    recent_files: Recent<u64, Arc<OpenFile>>,
+    /// By node id and the offset that comes next.
+    recent_dirs: Recent<(u64, u64), DirStream>,
+    /// The guest opens neither files nor directories: FUSE_NO_OPEN_SUPPORT and
+    /// FUSE_NO_OPENDIR_SUPPORT were agreed on.
+    no_open: AtomicBool,
+    no_opendir: AtomicBool,
+    proc_self_fd: File,
+}
+
+impl Passthrough {
+    /// Serves the tree below `root`.
+    pub fn new(root: OwnedFd, policy: Policy) -> io::Result<Self> {
+        Ok(Self {
+            policy,
+            inodes: Inodes::new(root, policy.immutable())?,
+            handles: Handles::new(policy.max_open_files),
+            recent_files: Recent::new(RECENT_FILES),
+            recent_dirs: Recent::new(RECENT_DIRS),
+            no_open: AtomicBool::new(false),
+            no_opendir: AtomicBool::new(false),
+            proc_self_fd: File::open("/proc/self/fd")?,
+        })
+    }
+
+    /// Prepares the calling thread to serve; without it no request may be.
+    pub fn enter_thread(&self) -> io::Result<()> {
+        sys::enter_server_thread(self.proc_self_fd.as_fd())
+    }
+
+    /// The FUSE features the server wants of those the guest offers.
+    fn options(&self, offered: FsOptions) -> FsOptions {
+        let mut wanted = FsOptions::ASYNC_READ
+            | FsOptions::BIG_WRITES
+            | FsOptions::MAX_PAGES
+            | FsOptions::ATOMIC_O_TRUNC
+            | FsOptions::PARALLEL_DIROPS
+            | FsOptions::DO_READDIRPLUS
+            | FsOptions::READDIRPLUS_AUTO
+            | FsOptions::DONT_MASK
+            | FsOptions::POSIX_ACL
+            | FsOptions::HANDLE_KILLPRIV_V2;
+        if self.policy.constant {
+            wanted |= FsOptions::CACHE_SYMLINKS;
+        } else {
+            wanted |= FsOptions::AUTO_INVAL_DATA;
+        }
+        if self.policy.immutable() {
+            wanted |= FsOptions::ZERO_MESSAGE_OPEN | FsOptions::ZERO_MESSAGE_OPENDIR;
+        }
+        let agreed = wanted & offered;
+        self.no_open.store(agreed.contains(FsOptions::ZERO_MESSAGE_OPEN), Ordering::Relaxed);
+        self.no_opendir.store(agreed.contains(FsOptions::ZERO_MESSAGE_OPENDIR), Ordering::Relaxed);
+        agreed
+    }
+
+    /// Forgets what the guest knows and has open.
+    fn forget_all(&self) {
+        self.handles.clear();
+        self.recent_files.remove_if(|_| true);
+        self.recent_dirs.remove_if(|_| true);
+        self.inodes.clear();
+    }
+
+    /// Refuses changes of a read-only share.
+    fn change(&self) -> io::Result<()> {
+        if self.policy.readonly { Err(io::Error::from_raw_os_error(libc::EROFS)) } else { Ok(()) }
+    }
+
+    fn timeout(&self) -> Duration {
+        if self.policy.constant { FOR_EVER } else { A_MOMENT }
+    }
+
+    fn entry(&self, found: &Found) -> Entry {
+        Entry {
+            inode: found.id,
+            generation: 0,
+            attr: found.stat.attr,
+            attr_flags: 0,
+            attr_timeout: self.timeout(),
+            entry_timeout: self.timeout(),
+        }
+    }
+
+    fn find(&self, parent: u64, name: &CStr) -> io::Result<Entry> {
+        let parent = self.inodes.get(parent)?;
+        let dir = parent.path_fd()?;
+        self.inodes.look_up(&parent, dir.as_fd(), name).map(|found| self.entry(&found))
+    }
+
+    /// Opens a file for the guest's `flags`, as far as they concern the host.
+    fn open_for(&self, inode: &Inode, flags: u32) -> io::Result<OpenFile> {
+        let flags = flags.cast_signed();
+        if flags & libc::O_ACCMODE != libc::O_RDONLY || flags & libc::O_TRUNC != 0 {
+            self.change()?;
+        }
+        // The guest has resolved, created and locked already, and direct I/O
+        // is between it and its own page cache.
+        const KEPT: i32 = libc::O_ACCMODE | libc::O_TRUNC | libc::O_APPEND | libc::O_SYNC | libc::O_DSYNC;
+        // Opening never waits, e.g. for a lease to be broken.
+        let fd = inode.open(flags & KEPT | libc::O_NONBLOCK)?;
+        Ok(OpenFile::new(fd, flags & libc::O_APPEND != 0))
+    }
+
+    /// The open file of a request: by its handle, or the recently used one.
+    fn file(&self, id: u64, handle: u64) -> io::Result<Arc<OpenFile>> {
+        if !self.no_open.load(Ordering::Relaxed) {
+            return self.handles.file(id, handle);
+        }
+        let file = match self.recent_files.take(&id) {
+            Some(file) => file,
+            None => Arc::new(self.open_for(&*self.inodes.get(id)?, libc::O_RDONLY.cast_unsigned())?),
+        };
+        self.recent_files.put(id, Arc::clone(&file));
+        Ok(file)
+    }
+
+    fn open_dir(&self, id: u64) -> io::Result<DirStream> {
+        self.inodes.get(id)?.open(libc::O_RDONLY | libc::O_DIRECTORY).map(DirStream::new)
+    }
+
+    /// Gives directory entries from `offset` on to `take` until it wants no more.
+    fn read_dir(
+        &self,
+        id: u64,
+        handle: u64,
+        offset: u64,
+        take: &mut dyn FnMut(BorrowedFd<'_>, files::Dirent<'_>) -> io::Result<bool>,
+    ) -> io::Result<()> {
+        if !self.no_opendir.load(Ordering::Relaxed) {
+            let dir = self.handles.dir(id, handle)?;
+            let mut dir = dir.lock().unwrap_or_else(PoisonError::into_inner);
+            return dir.read(offset, take);
+        }
+        let mut dir = match self.recent_dirs.take(&(id, offset)).filter(|_| offset != 0) {
+            Some(dir) => dir,
+            None => self.open_dir(id)?,
+        };
+        let mut taken = false;
+        let result = dir.read(offset, |fd, entry| {
+            let more = take(fd, entry)?;
+            taken |= more;
+            Ok(more)
+        });
+        // At the end of the directory nothing follows.
+        if result.is_ok() && taken {
+            self.recent_dirs.put((id, dir.offset()), dir);
+        }
+        result
+    }
+
+    /// What the guest's page cache may do with a file it opens.
+    fn open_options(&self, dir: bool) -> OpenOptions {
+        match (self.policy.constant, dir) {
+            (true, true) => OpenOptions::KEEP_CACHE | OpenOptions::CACHE_DIR,
+            (true, false) => OpenOptions::KEEP_CACHE,
+            (false, _) => OpenOptions::empty(),
+        }
+    }
+}
+
+/// Refuses names that are not one component.
+fn component(name: &CStr) -> io::Result<&CStr> {
+    match name.to_bytes() {
+        b"" | b"." | b".." => Err(io::Error::from_raw_os_error(libc::EINVAL)),
+        bytes if bytes.contains(&b'/') => Err(io::Error::from_raw_os_error(libc::EINVAL)),
+        _ => Ok(name),
+    }
+}
+

@@ -1,0 +1,492 @@
+//! The operations, one per FUSE opcode. Those left out are answered ENOSYS,
+//! and the guest's kernel then does without: locks stay within the guest,
+//! FLUSH and ACCESS are not asked again, `copy_file_range` becomes read and
+//! write.
+
+use std::ffi::CStr;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use fuse_backend_rs::abi::fuse_abi::{CreateIn, FOPEN_IN_KILL_SUIDGID, WRITE_KILL_PRIV};
+use fuse_backend_rs::api::filesystem::{
+    Context, DirEntry, Entry, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions,
+    SetattrValid, ZeroCopyReader, ZeroCopyWriter,
+};
+
+use super::files::{Dirent, OpenFile};
+use super::inodes::Inode;
+use super::sys::{self, ActingFor, Lent};
+use super::{MAX_DIR_BYTES, MAX_IO_BYTES, MAX_XATTR_BYTES, Passthrough, component};
+
+/// `fallocate(2)` modes FUSE knows.
+const ALLOCATE_MODES: i32 =
+    libc::FALLOC_FL_KEEP_SIZE | libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE;
+
+fn errno<T>(number: i32) -> io::Result<T> {
+    Err(io::Error::from_raw_os_error(number))
+}
+
+/// An offset or length as the host's kernel takes it.
+fn signed(value: u64) -> io::Result<i64> {
+    i64::try_from(value).or_else(|_| errno(libc::EINVAL))
+}
+
+/// The extended attributes a guest may change: its users', capabilities of
+/// executables, ACLs. The rest (`trusted.*`, labels of the host's security
+/// modules) means something to the host.
+fn changeable(name: &CStr) -> io::Result<()> {
+    const WHOLE: [&[u8]; 3] =
+        [b"security.capability", b"system.posix_acl_access", b"system.posix_acl_default"];
+    let name = name.to_bytes();
+    if name.starts_with(b"user.") || WHOLE.contains(&name) { Ok(()) } else { errno(libc::EPERM) }
+}
+
+/// Takes set-user-id and set-group-id off a file somebody without the right
+/// to keep them is about to write.
+fn kill_privileges(fd: BorrowedFd<'_>) -> io::Result<()> {
+    let mode = sys::stat(fd, c"")?.attr.st_mode;
+    let group = if mode & libc::S_IXGRP != 0 { libc::S_ISGID } else { 0 };
+    let killed = mode & !(libc::S_ISUID | group);
+    if killed == mode { Ok(()) } else { sys::chmod(fd, killed & 0o7777) }
+}
+
+impl Passthrough {
+    fn attributes(&self, inode: &Inode) -> io::Result<(libc::stat64, Duration)> {
+        let stat = sys::stat(inode.path_fd()?.as_fd(), c"")?;
+        Ok((stat.attr, self.timeout()))
+    }
+
+    /// Makes something called `name` in `parent` for a process of the guest and
+    /// looks it up.
+    fn make(
+        &self,
+        ctx: &Context,
+        parent: u64,
+        name: &CStr,
+        umask: u32,
+        make: impl FnOnce(BorrowedFd<'_>) -> io::Result<()>,
+    ) -> io::Result<Entry> {
+        let name = component(name)?;
+        let parent = self.inodes.get(parent)?;
+        let dir = parent.path_fd()?;
+        {
+            let _acting = ActingFor::new(ctx.uid, ctx.gid, umask)?;
+            make(dir.as_fd())?;
+        }
+        self.inodes.look_up(&parent, dir.as_fd(), name).map(|found| self.entry(&found))
+    }
+
+    fn resize(&self, inode: &Inode, id: u64, handle: Option<u64>, size: i64, kill: bool) -> io::Result<()> {
+        let file = match handle {
+            Some(handle) => self.handles.file(id, handle)?,
+            None => std::sync::Arc::new(OpenFile::new(inode.open(libc::O_WRONLY | libc::O_NONBLOCK)?, false)),
+        };
+        if kill {
+            kill_privileges(file.fd())?;
+        }
+        Lent::new(file.fd()).file().set_len(u64::try_from(size).or_else(|_| errno(libc::EINVAL))?)
+    }
+}
+
+impl FileSystem for Passthrough {
+    type Inode = u64;
+    type Handle = u64;
+
+    fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
+        // A guest that mounts again knows nothing of what it knew before.
+        self.forget_all();
+        Ok(self.options(capable))
+    }
+
+    fn destroy(&self) {
+        self.forget_all();
+    }
+
+    fn lookup(&self, _ctx: &Context, parent: u64, name: &CStr) -> io::Result<Entry> {
+        match self.find(parent, component(name)?) {
+            // Node id 0 lets the guest remember that there is nothing.
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) && self.policy.immutable() => {
+                Ok(Entry { entry_timeout: self.timeout(), ..Entry::default() })
+            }
+            found => found,
+        }
+    }
+
+    fn forget(&self, ctx: &Context, inode: u64, count: u64) {
+        self.batch_forget(ctx, vec![(inode, count)]);
+    }
+
+    fn batch_forget(&self, _ctx: &Context, requests: Vec<(u64, u64)>) {
+        if self.no_open.load(Ordering::Relaxed) {
+            self.recent_files.remove_if(|id| requests.iter().any(|(forgotten, _)| forgotten == id));
+        }
+        self.inodes.forget(requests);
+    }
+
+    fn getattr(
+        &self,
+        _ctx: &Context,
+        inode: u64,
+        handle: Option<u64>,
+    ) -> io::Result<(libc::stat64, Duration)> {
+        // An open file is asked without being opened again.
+        match handle.map(|handle| self.handles.file(inode, handle)) {
+            Some(Ok(file)) => Ok((sys::stat(file.fd(), c"")?.attr, self.timeout())),
+            _ => self.attributes(&*self.inodes.get(inode)?),
+        }
+    }
+
+    fn setattr(
+        &self,
+        _ctx: &Context,
+        id: u64,
+        attr: libc::stat64,
+        handle: Option<u64>,
+        valid: SetattrValid,
+    ) -> io::Result<(libc::stat64, Duration)> {
+        self.change()?;
+        let inode = self.inodes.get(id)?;
+        let path = inode.path_fd()?;
+        let fd = path.as_fd();
+        if valid.contains(SetattrValid::MODE) {
+            sys::chmod(fd, attr.st_mode & 0o7777)?;
+        }
+        if valid.intersects(SetattrValid::UID | SetattrValid::GID) {
+            let uid = valid.contains(SetattrValid::UID).then_some(attr.st_uid);
+            let gid = valid.contains(SetattrValid::GID).then_some(attr.st_gid);
+            sys::chown(fd, uid, gid)?;
+        }
+        if valid.contains(SetattrValid::SIZE) {
+            self.resize(&inode, id, handle, attr.st_size, valid.contains(SetattrValid::KILL_SUIDGID))?;
+        }
+        if valid.intersects(SetattrValid::ATIME | SetattrValid::MTIME) {
+            let time = |set, now, tv_sec, tv_nsec| match (valid.contains(set), valid.contains(now)) {
+                (_, true) => libc::timespec { tv_sec: 0, tv_nsec: libc::UTIME_NOW },
+                (true, false) => libc::timespec { tv_sec, tv_nsec },
+                (false, false) => libc::timespec { tv_sec: 0, tv_nsec: libc::UTIME_OMIT },
+            };
+            let times = [
+                time(SetattrValid::ATIME, SetattrValid::ATIME_NOW, attr.st_atime, attr.st_atime_nsec),
+                time(SetattrValid::MTIME, SetattrValid::MTIME_NOW, attr.st_mtime, attr.st_mtime_nsec),
+            ];
+            sys::set_times(fd, &times)?;
+        }
+        self.attributes(&inode)
+    }
+
+    fn readlink(&self, _ctx: &Context, inode: u64) -> io::Result<Vec<u8>> {
+        sys::read_link(self.inodes.get(inode)?.path_fd()?.as_fd())
+    }
+
+    fn symlink(&self, ctx: &Context, linkname: &CStr, parent: u64, name: &CStr) -> io::Result<Entry> {
+        self.change()?;
+        self.make(ctx, parent, name, 0, |dir| sys::symlink(linkname, dir, name))
+    }
+
+    fn mknod(
+        &self,
+        ctx: &Context,
+        parent: u64,
+        name: &CStr,
+        mode: u32,
+        rdev: u32,
+        umask: u32,
+    ) -> io::Result<Entry> {
+        self.change()?;
+        // A device node would give users of the host what the guest's root
+        // wants them to have. 0/0 is no device: overlayfs marks deletions by it.
+        let device = matches!(mode & libc::S_IFMT, libc::S_IFBLK | libc::S_IFCHR);
+        if device && (rdev != 0 || mode & libc::S_IFMT == libc::S_IFBLK) {
+            return errno(libc::EPERM);
+        }
+        self.make(ctx, parent, name, umask, |dir| sys::mknod(dir, name, mode, 0))
+    }
+
+    fn mkdir(&self, ctx: &Context, parent: u64, name: &CStr, mode: u32, umask: u32) -> io::Result<Entry> {
+        self.change()?;
+        self.make(ctx, parent, name, umask, |dir| sys::mkdir(dir, name, mode))
+    }
+
+    fn unlink(&self, _ctx: &Context, parent: u64, name: &CStr) -> io::Result<()> {
+        self.change()?;
+        let name = component(name)?;
+        sys::unlink(self.inodes.get(parent)?.path_fd()?.as_fd(), name, 0)
+    }
+
+    fn rmdir(&self, _ctx: &Context, parent: u64, name: &CStr) -> io::Result<()> {
+        self.change()?;
+        let name = component(name)?;
+        sys::unlink(self.inodes.get(parent)?.path_fd()?.as_fd(), name, libc::AT_REMOVEDIR)
+    }
+
+    fn rename(
+        &self,
+        _ctx: &Context,
+        olddir: u64,
+        oldname: &CStr,
+        newdir: u64,
+        newname: &CStr,
+        flags: u32,
+    ) -> io::Result<()> {
+        self.change()?;
+        let (oldname, newname) = (component(oldname)?, component(newname)?);
+        let (from, to) = (self.inodes.get(olddir)?, self.inodes.get(newdir)?);
+        sys::rename(from.path_fd()?.as_fd(), oldname, to.path_fd()?.as_fd(), newname, flags)
+    }
+
+    fn link(&self, _ctx: &Context, inode: u64, newparent: u64, newname: &CStr) -> io::Result<Entry> {
+        self.change()?;
+        let newname = component(newname)?;
+        let (inode, parent) = (self.inodes.get(inode)?, self.inodes.get(newparent)?);
+        let dir = parent.path_fd()?;
+        sys::link(inode.path_fd()?.as_fd(), dir.as_fd(), newname)?;
+        self.inodes.look_up(&parent, dir.as_fd(), newname).map(|found| self.entry(&found))
+    }
+
+    fn open(
+        &self,
+        _ctx: &Context,
+        id: u64,
+        flags: u32,
+        fuse_flags: u32,
+    ) -> io::Result<(Option<u64>, OpenOptions, Option<u32>)> {
+        if self.no_open.load(Ordering::Relaxed) {
+            return errno(libc::ENOSYS);
+        }
+        let inode = self.inodes.get(id)?;
+        if fuse_flags & FOPEN_IN_KILL_SUIDGID != 0 && flags.cast_signed() & libc::O_TRUNC != 0 {
+            self.change()?;
+            kill_privileges(inode.path_fd()?.as_fd())?;
+        }
+        let file = self.open_for(&inode, flags)?;
+        let handle = self.handles.add_file(id, file)?;
+        Ok((Some(handle), self.open_options(false), None))
+    }
+
+    fn create(
+        &self,
+        ctx: &Context,
+        parent: u64,
+        name: &CStr,
+        args: CreateIn,
+    ) -> io::Result<(Entry, Option<u64>, OpenOptions, Option<u32>)> {
+        self.change()?;
+        let name = component(name)?;
+        let exclusive = args.flags.cast_signed() & libc::O_EXCL != 0;
+        let entry = self.make(ctx, parent, name, args.umask, |dir| {
+            let flags = libc::O_CREAT | libc::O_EXCL | libc::O_WRONLY;
+            match sys::open_at(dir, name, flags, args.mode & 0o7777) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists && !exclusive => Ok(()),
+                made => made.map(drop),
+            }
+        })?;
+        let opened = self.inodes.get(entry.inode).and_then(|inode| {
+            let file = self.open_for(&inode, args.flags)?;
+            self.handles.add_file(entry.inode, file)
+        });
+        match opened {
+            Ok(handle) => Ok((entry, Some(handle), self.open_options(false), None)),
+            Err(error) => {
+                // The guest is not told of the entry.
+                self.inodes.forget([(entry.inode, 1)]);
+                Err(error)
+            }
+        }
+    }
+
+    fn read(
+        &self,
+        _ctx: &Context,
+        inode: u64,
+        handle: u64,
+        w: &mut dyn ZeroCopyWriter,
+        size: u32,
+        offset: u64,
+        _lock_owner: Option<u64>,
+        _flags: u32,
+    ) -> io::Result<usize> {
+        let file = self.file(inode, handle)?;
+        let size = (size.min(MAX_IO_BYTES) as usize).min(w.available_bytes());
+        w.write_from(Lent::new(file.fd()).file(), size, signed(offset)?.cast_unsigned())
+    }
+
+    fn write(
+        &self,
+        _ctx: &Context,
+        inode: u64,
+        handle: u64,
+        r: &mut dyn ZeroCopyReader,
+        size: u32,
+        offset: u64,
+        _lock_owner: Option<u64>,
+        _delayed_write: bool,
+        flags: u32,
+        fuse_flags: u32,
+    ) -> io::Result<usize> {
+        self.change()?;
+        let file = self.handles.file(inode, handle)?;
+        file.set_append(flags.cast_signed() & libc::O_APPEND != 0)?;
+        if fuse_flags & WRITE_KILL_PRIV != 0 {
+            kill_privileges(file.fd())?;
+        }
+        let size = size.min(MAX_IO_BYTES) as usize;
+        r.read_to(Lent::new(file.fd()).file(), size, signed(offset)?.cast_unsigned())
+    }
+
+    fn release(
+        &self,
+        _ctx: &Context,
+        inode: u64,
+        _flags: u32,
+        handle: u64,
+        _flush: bool,
+        _flock_release: bool,
+        _lock_owner: Option<u64>,
+    ) -> io::Result<()> {
+        self.handles.release(inode, handle)
+    }
+
+    fn fsync(&self, _ctx: &Context, inode: u64, datasync: bool, handle: u64) -> io::Result<()> {
+        if self.policy.readonly {
+            return Ok(());
+        }
+        let file = self.handles.file(inode, handle)?;
+        let mut lent = Lent::new(file.fd());
+        if datasync { lent.file().sync_data() } else { lent.file().sync_all() }
+    }
+
+    fn fsyncdir(&self, _ctx: &Context, inode: u64, _datasync: bool, _handle: u64) -> io::Result<()> {
+        if self.policy.readonly {
+            return Ok(());
+        }
+        let dir = self.open_dir(inode)?;
+        Lent::new(dir.fd()).file().sync_all()
+    }
+
+    fn fallocate(
+        &self,
+        _ctx: &Context,
+        inode: u64,
+        handle: u64,
+        mode: u32,
+        offset: u64,
+        length: u64,
+    ) -> io::Result<()> {
+        self.change()?;
+        let file = self.handles.file(inode, handle)?;
+        let mode = mode.cast_signed();
+        if mode & !ALLOCATE_MODES != 0 {
+            return errno(libc::EOPNOTSUPP);
+        }
+        sys::allocate(file.fd(), mode, signed(offset)?, signed(length)?)
+    }
+
+    fn lseek(&self, _ctx: &Context, inode: u64, handle: u64, offset: u64, whence: u32) -> io::Result<u64> {
+        let whence = whence.cast_signed();
+        // The rest is the guest's own business.
+        if !matches!(whence, libc::SEEK_DATA | libc::SEEK_HOLE) {
+            return errno(libc::EINVAL);
+        }
+        sys::seek(self.file(inode, handle)?.fd(), signed(offset)?, whence)
+    }
+
+    fn statfs(&self, _ctx: &Context, inode: u64) -> io::Result<libc::statvfs64> {
+        sys::stat_fs(self.inodes.get(inode)?.path_fd()?.as_fd())
+    }
+
+    fn opendir(&self, _ctx: &Context, inode: u64, _flags: u32) -> io::Result<(Option<u64>, OpenOptions)> {
+        if self.no_opendir.load(Ordering::Relaxed) {
+            return errno(libc::ENOSYS);
+        }
+        let handle = self.handles.add_dir(inode, self.open_dir(inode)?)?;
+        Ok((Some(handle), self.open_options(true)))
+    }
+
+    fn releasedir(&self, _ctx: &Context, inode: u64, _flags: u32, handle: u64) -> io::Result<()> {
+        self.handles.release(inode, handle)
+    }
+
+    fn readdir(
+        &self,
+        _ctx: &Context,
+        inode: u64,
+        handle: u64,
+        size: u32,
+        offset: u64,
+        add_entry: &mut dyn FnMut(DirEntry) -> io::Result<usize>,
+    ) -> io::Result<()> {
+        if size > MAX_DIR_BYTES {
+            return errno(libc::EINVAL);
+        }
+        self.read_dir(inode, handle, offset, &mut |_, entry| Ok(add_entry(dir_entry(&entry))? > 0))
+    }
+
+    fn readdirplus(
+        &self,
+        _ctx: &Context,
+        id: u64,
+        handle: u64,
+        size: u32,
+        offset: u64,
+        add_entry: &mut dyn FnMut(DirEntry, Entry) -> io::Result<usize>,
+    ) -> io::Result<()> {
+        if size > MAX_DIR_BYTES {
+            return errno(libc::EINVAL);
+        }
+        let parent = self.inodes.get(id)?;
+        self.read_dir(id, handle, offset, &mut |dir, entry| {
+            // Node id 0: the name alone. The guest knows `.` and `..`, and what
+            // has vanished meanwhile it finds out itself.
+            let found = component(entry.name)
+                .and_then(|name| self.inodes.look_up(&parent, dir, name))
+                .map_or_else(|_| Entry::default(), |found| self.entry(&found));
+            let added = add_entry(dir_entry(&entry), found);
+            if found.inode != 0 && !matches!(added, Ok(1..)) {
+                self.inodes.forget([(found.inode, 1)]);
+            }
+            Ok(added? > 0)
+        })
+    }
+
+    fn getxattr(&self, _ctx: &Context, inode: u64, name: &CStr, size: u32) -> io::Result<GetxattrReply> {
+        let inode = self.inodes.get(inode)?;
+        let mut value = vec![0; size.min(MAX_XATTR_BYTES) as usize];
+        let len = sys::get_xattr(inode.path_fd()?.as_fd(), name, &mut value)?;
+        if size == 0 {
+            return Ok(GetxattrReply::Count(len as u32));
+        }
+        value.truncate(len);
+        Ok(GetxattrReply::Value(value))
+    }
+
+    fn listxattr(&self, _ctx: &Context, inode: u64, size: u32) -> io::Result<ListxattrReply> {
+        let inode = self.inodes.get(inode)?;
+        let mut names = vec![0; size.min(MAX_XATTR_BYTES) as usize];
+        let len = sys::list_xattr(inode.path_fd()?.as_fd(), &mut names)?;
+        if size == 0 {
+            return Ok(ListxattrReply::Count(len as u32));
+        }
+        names.truncate(len);
+        Ok(ListxattrReply::Names(names))
+    }
+
+    fn setxattr(&self, _ctx: &Context, inode: u64, name: &CStr, value: &[u8], flags: u32) -> io::Result<()> {
+        self.change()?;
+        changeable(name)?;
+        let inode = self.inodes.get(inode)?;
+        sys::set_xattr(inode.path_fd()?.as_fd(), name, value, flags.cast_signed())
+    }
+
+    fn removexattr(&self, _ctx: &Context, inode: u64, name: &CStr) -> io::Result<()> {
+        self.change()?;
+        changeable(name)?;
+        let inode = self.inodes.get(inode)?;
+        sys::remove_xattr(inode.path_fd()?.as_fd(), name)
+    }
+}
+
+fn dir_entry<'a>(entry: &Dirent<'a>) -> DirEntry<'a> {
+    DirEntry { ino: entry.ino, offset: entry.next, type_: entry.kind, name: entry.name.to_bytes() }
+}

@@ -1,0 +1,403 @@
+//! The system calls the server needs, safe to use and typed.
+//!
+//! Names are relative to a descriptor and never followed if they are symbolic
+//! links. Where a call only takes a path, [`FdName`] names a descriptor in
+//! `/proc/self/fd`, which every thread of the server has as its working
+//! directory (see [`enter_server_thread`]).
+
+use std::ffi::{CStr, CString};
+use std::fs::File;
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+/// Largest file handle the kernel makes (`MAX_HANDLE_SZ`).
+const MAX_HANDLE_BYTES: usize = 128;
+
+fn check(result: libc::c_int) -> io::Result<libc::c_int> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+fn check_len(result: libc::ssize_t) -> io::Result<usize> {
+    usize::try_from(result).map_err(|_| io::Error::last_os_error())
+}
+
+fn owned(result: libc::c_int) -> io::Result<OwnedFd> {
+    // SAFETY: the system call has just made this descriptor for us.
+    check(result).map(|fd| unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Gives the calling thread a umask and working directory of its own, the
+/// latter at `proc_self_fd`, and keeps its capabilities when it acts for
+/// another user: the guest has checked what that user may do, and knows his
+/// supplementary groups, which the host does not.
+pub(super) fn enter_server_thread(proc_self_fd: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: touches no memory.
+    check(unsafe { libc::unshare(libc::CLONE_FS) })?;
+    // SAFETY: touches no memory.
+    check(unsafe { libc::fchdir(proc_self_fd.as_raw_fd()) })?;
+    // SAFETY: touches no memory.
+    let kept = unsafe { libc::prctl(libc::PR_SET_SECUREBITS, libc::SECBIT_NO_SETUID_FIXUP) };
+    if kept < 0 {
+        log::debug!("fs: capabilities are lost when acting for a user: {}", io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// A descriptor's name in `/proc/self/fd`.
+pub(super) struct FdName(CString);
+
+impl FdName {
+    pub(super) fn new(fd: BorrowedFd<'_>) -> io::Result<Self> {
+        Ok(Self(CString::new(fd.as_raw_fd().to_string())?))
+    }
+
+    fn as_ptr(&self) -> *const libc::c_char {
+        self.0.as_ptr()
+    }
+}
+
+/// `openat(2)`, never following a symbolic link.
+pub(super) fn open_at(dir: BorrowedFd<'_>, name: &CStr, flags: i32, mode: u32) -> io::Result<OwnedFd> {
+    let flags = flags | libc::O_NOFOLLOW | libc::O_CLOEXEC;
+    // SAFETY: `name` is a C string.
+    owned(unsafe { libc::openat(dir.as_raw_fd(), name.as_ptr(), flags, mode) })
+}
+
+/// Opens what an `O_PATH` descriptor stands for.
+pub(super) fn reopen(fd: BorrowedFd<'_>, flags: i32) -> io::Result<OwnedFd> {
+    let name = FdName::new(fd)?;
+    // SAFETY: `name` is a C string.
+    owned(unsafe { libc::open(name.as_ptr(), flags | libc::O_CLOEXEC) })
+}
+
+/// Attributes of a file and the mount it was reached through.
+#[derive(Clone, Copy)]
+pub(super) struct Stat {
+    pub attr: libc::stat64,
+    pub mount: u64,
+}
+
+/// `statx(2)` of `name` in `dir`, or of `dir` itself if `name` is empty.
+pub(super) fn stat(dir: BorrowedFd<'_>, name: &CStr) -> io::Result<Stat> {
+    let mut buffer = MaybeUninit::<libc::statx>::zeroed();
+    let flags = libc::AT_EMPTY_PATH | libc::AT_SYMLINK_NOFOLLOW | libc::AT_NO_AUTOMOUNT;
+    let mask = libc::STATX_BASIC_STATS | libc::STATX_MNT_ID;
+    // SAFETY: `name` is a C string, `buffer` has room for a statx.
+    check(unsafe { libc::statx(dir.as_raw_fd(), name.as_ptr(), flags, mask, buffer.as_mut_ptr()) })?;
+    // SAFETY: it was zeroed and then filled; any bytes are valid.
+    let from = unsafe { buffer.assume_init() };
+    // SAFETY: any bytes are valid.
+    let mut attr: libc::stat64 = unsafe { std::mem::zeroed() };
+    attr.st_dev = libc::makedev(from.stx_dev_major, from.stx_dev_minor);
+    attr.st_ino = from.stx_ino;
+    attr.st_nlink = from.stx_nlink.into();
+    attr.st_mode = from.stx_mode.into();
+    attr.st_uid = from.stx_uid;
+    attr.st_gid = from.stx_gid;
+    attr.st_rdev = libc::makedev(from.stx_rdev_major, from.stx_rdev_minor);
+    attr.st_size = from.stx_size.cast_signed();
+    attr.st_blksize = from.stx_blksize.into();
+    attr.st_blocks = from.stx_blocks.cast_signed();
+    attr.st_atime = from.stx_atime.tv_sec;
+    attr.st_atime_nsec = from.stx_atime.tv_nsec.into();
+    attr.st_mtime = from.stx_mtime.tv_sec;
+    attr.st_mtime_nsec = from.stx_mtime.tv_nsec.into();
+    attr.st_ctime = from.stx_ctime.tv_sec;
+    attr.st_ctime_nsec = from.stx_ctime.tv_nsec.into();
+    Ok(Stat { attr, mount: from.stx_mnt_id })
+}
+
+/// A file's handle: what a file system knows it by, whatever its name.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct FileHandle {
+    kind: i32,
+    bytes: Box<[u8]>,
+}
+
+/// `struct file_handle` with room for the largest handle.
+#[repr(C)]
+struct RawHandle {
+    len: u32,
+    kind: i32,
+    bytes: [u8; MAX_HANDLE_BYTES],
+}
+
+/// The handle of `name` in `dir`, or of `dir` itself if `name` is empty; `None`
+/// where the file system has none.
+pub(super) fn handle_of(dir: BorrowedFd<'_>, name: &CStr) -> io::Result<Option<FileHandle>> {
+    let mut raw = RawHandle { len: MAX_HANDLE_BYTES as u32, kind: 0, bytes: [0; MAX_HANDLE_BYTES] };
+    let mut mount = 0;
+    // SAFETY: `raw` is laid out as a file_handle with as much room as it says.
+    let result = check(unsafe {
+        libc::name_to_handle_at(
+            dir.as_raw_fd(),
+            name.as_ptr(),
+            (&raw mut raw).cast(),
+            &raw mut mount,
+            libc::AT_EMPTY_PATH,
+        )
+    });
+    match result {
+        Ok(_) => Ok(raw
+            .bytes
+            .get(..raw.len as usize)
+            .map(|bytes| FileHandle { kind: raw.kind, bytes: bytes.into() })),
+        Err(error) => match error.raw_os_error() {
+            Some(libc::EOPNOTSUPP | libc::EOVERFLOW | libc::EPERM | libc::ENOSYS) => Ok(None),
+            _ => Err(error),
+        },
+    }
+}
+
+/// Opens a file by its handle; `mount` is any open file of its mount.
+pub(super) fn open_handle(mount: BorrowedFd<'_>, handle: &FileHandle, flags: i32) -> io::Result<OwnedFd> {
+    let mut raw =
+        RawHandle { len: handle.bytes.len() as u32, kind: handle.kind, bytes: [0; MAX_HANDLE_BYTES] };
+    for (place, byte) in raw.bytes.iter_mut().zip(&handle.bytes) {
+        *place = *byte;
+    }
+    let flags = flags | libc::O_CLOEXEC;
+    // SAFETY: `raw` is laid out as a file_handle of the length it says.
+    owned(unsafe { libc::open_by_handle_at(mount.as_raw_fd(), (&raw mut raw).cast(), flags) })
+}
+
+/// `readlinkat(2)` of an `O_PATH` descriptor.
+pub(super) fn read_link(fd: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
+    let mut target = vec![0; libc::PATH_MAX as usize];
+    // SAFETY: the kernel writes at most `target.len()` bytes.
+    let len = check_len(unsafe {
+        libc::readlinkat(fd.as_raw_fd(), c"".as_ptr(), target.as_mut_ptr().cast(), target.len())
+    })?;
+    target.truncate(len);
+    Ok(target)
+}
+
+/// Fills `buffer` with `struct linux_dirent64`; returns its length, 0 at the end.
+pub(super) fn get_dents(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
+    // SAFETY: the kernel writes at most `buffer.len()` bytes.
+    let len =
+        unsafe { libc::syscall(libc::SYS_getdents64, fd.as_raw_fd(), buffer.as_mut_ptr(), buffer.len()) };
+    check_len(len as libc::ssize_t)
+}
+
+/// `lseek(2)`.
+pub(super) fn seek(fd: BorrowedFd<'_>, offset: i64, whence: i32) -> io::Result<u64> {
+    // SAFETY: touches no memory.
+    let at = unsafe { libc::lseek64(fd.as_raw_fd(), offset, whence) };
+    u64::try_from(at).map_err(|_| io::Error::last_os_error())
+}
+
+/// `mkdirat(2)`.
+pub(super) fn mkdir(dir: BorrowedFd<'_>, name: &CStr, mode: u32) -> io::Result<()> {
+    // SAFETY: `name` is a C string.
+    check(unsafe { libc::mkdirat(dir.as_raw_fd(), name.as_ptr(), mode) }).map(drop)
+}
+
+/// `mknodat(2)`.
+pub(super) fn mknod(dir: BorrowedFd<'_>, name: &CStr, mode: u32, device: u64) -> io::Result<()> {
+    // SAFETY: `name` is a C string.
+    check(unsafe { libc::mknodat(dir.as_raw_fd(), name.as_ptr(), mode, device) }).map(drop)
+}
+
+/// `symlinkat(2)`.
+pub(super) fn symlink(target: &CStr, dir: BorrowedFd<'_>, name: &CStr) -> io::Result<()> {
+    // SAFETY: both are C strings.
+    check(unsafe { libc::symlinkat(target.as_ptr(), dir.as_raw_fd(), name.as_ptr()) }).map(drop)
+}
+
+/// `linkat(2)` of an `O_PATH` descriptor.
+pub(super) fn link(fd: BorrowedFd<'_>, dir: BorrowedFd<'_>, name: &CStr) -> io::Result<()> {
+    let (from, to, flags) = (fd.as_raw_fd(), dir.as_raw_fd(), libc::AT_EMPTY_PATH);
+    // SAFETY: both are C strings.
+    check(unsafe { libc::linkat(from, c"".as_ptr(), to, name.as_ptr(), flags) }).map(drop)
+}
+
+/// `unlinkat(2)`.
+pub(super) fn unlink(dir: BorrowedFd<'_>, name: &CStr, flags: i32) -> io::Result<()> {
+    // SAFETY: `name` is a C string.
+    check(unsafe { libc::unlinkat(dir.as_raw_fd(), name.as_ptr(), flags) }).map(drop)
+}
+
+/// `renameat2(2)`.
+pub(super) fn rename(
+    from: BorrowedFd<'_>,
+    old: &CStr,
+    to: BorrowedFd<'_>,
+    new: &CStr,
+    flags: u32,
+) -> io::Result<()> {
+    // SAFETY: both are C strings.
+    check(unsafe { libc::renameat2(from.as_raw_fd(), old.as_ptr(), to.as_raw_fd(), new.as_ptr(), flags) })
+        .map(drop)
+}
+
+/// `chmod(2)` of any descriptor.
+pub(super) fn chmod(fd: BorrowedFd<'_>, mode: u32) -> io::Result<()> {
+    let name = FdName::new(fd)?;
+    // SAFETY: `name` is a C string.
+    check(unsafe { libc::chmod(name.as_ptr(), mode) }).map(drop)
+}
+
+/// `fchownat(2)` of any descriptor; `None` leaves an id as it is.
+pub(super) fn chown(fd: BorrowedFd<'_>, uid: Option<u32>, gid: Option<u32>) -> io::Result<()> {
+    let (uid, gid) = (uid.unwrap_or(u32::MAX), gid.unwrap_or(u32::MAX));
+    let flags = libc::AT_EMPTY_PATH | libc::AT_SYMLINK_NOFOLLOW;
+    // SAFETY: the name is a C string.
+    check(unsafe { libc::fchownat(fd.as_raw_fd(), c"".as_ptr(), uid, gid, flags) }).map(drop)
+}
+
+/// `utimensat(2)` of any descriptor.
+pub(super) fn set_times(fd: BorrowedFd<'_>, times: &[libc::timespec; 2]) -> io::Result<()> {
+    let name = FdName::new(fd)?;
+    // SAFETY: `name` is a C string, `times` two timespecs.
+    check(unsafe { libc::utimensat(libc::AT_FDCWD, name.as_ptr(), times.as_ptr(), 0) }).map(drop)
+}
+
+/// `fallocate(2)`.
+pub(super) fn allocate(fd: BorrowedFd<'_>, mode: i32, offset: i64, len: i64) -> io::Result<()> {
+    // SAFETY: touches no memory.
+    check(unsafe { libc::fallocate64(fd.as_raw_fd(), mode, offset, len) }).map(drop)
+}
+
+/// Sets or clears `O_APPEND`.
+pub(super) fn set_append(fd: BorrowedFd<'_>, append: bool) -> io::Result<()> {
+    // SAFETY: touches no memory.
+    let flags = check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) })?;
+    let flags = if append { flags | libc::O_APPEND } else { flags & !libc::O_APPEND };
+    // SAFETY: touches no memory.
+    check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags) }).map(drop)
+}
+
+/// `fstatvfs(3)`.
+pub(super) fn stat_fs(fd: BorrowedFd<'_>) -> io::Result<libc::statvfs64> {
+    let mut buffer = MaybeUninit::<libc::statvfs64>::zeroed();
+    // SAFETY: `buffer` has room for a statvfs64.
+    check(unsafe { libc::fstatvfs64(fd.as_raw_fd(), buffer.as_mut_ptr()) })?;
+    // SAFETY: it was zeroed and then filled; any bytes are valid.
+    Ok(unsafe { buffer.assume_init() })
+}
+
+/// `getxattr(2)` of any descriptor; `value` empty asks for the length.
+pub(super) fn get_xattr(fd: BorrowedFd<'_>, name: &CStr, value: &mut [u8]) -> io::Result<usize> {
+    let file = FdName::new(fd)?;
+    // SAFETY: C strings; the kernel writes at most `value.len()` bytes.
+    check_len(unsafe { libc::getxattr(file.as_ptr(), name.as_ptr(), value.as_mut_ptr().cast(), value.len()) })
+}
+
+/// `listxattr(2)` of any descriptor; `names` empty asks for the length.
+pub(super) fn list_xattr(fd: BorrowedFd<'_>, names: &mut [u8]) -> io::Result<usize> {
+    let file = FdName::new(fd)?;
+    // SAFETY: a C string; the kernel writes at most `names.len()` bytes.
+    check_len(unsafe { libc::listxattr(file.as_ptr(), names.as_mut_ptr().cast(), names.len()) })
+}
+
+/// `setxattr(2)` of any descriptor.
+pub(super) fn set_xattr(fd: BorrowedFd<'_>, name: &CStr, value: &[u8], flags: i32) -> io::Result<()> {
+    let file = FdName::new(fd)?;
+    // SAFETY: C strings; the kernel reads `value.len()` bytes.
+    check(unsafe { libc::setxattr(file.as_ptr(), name.as_ptr(), value.as_ptr().cast(), value.len(), flags) })
+        .map(drop)
+}
+
+/// `removexattr(2)` of any descriptor.
+pub(super) fn remove_xattr(fd: BorrowedFd<'_>, name: &CStr) -> io::Result<()> {
+    let file = FdName::new(fd)?;
+    // SAFETY: C strings.
+    check(unsafe { libc::removexattr(file.as_ptr(), name.as_ptr()) }).map(drop)
+}
+
+/// The soft limit of open descriptors.
+pub(super) fn descriptor_limit() -> io::Result<u64> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: `limit` is a whole rlimit.
+    check(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) })?;
+    Ok(limit.rlim_cur)
+}
+
+/// The calling thread acts for another user while this lives: what it makes is
+/// his. Its capabilities stay (see [`enter_server_thread`]).
+pub(super) struct ActingFor {
+    umask: u32,
+    uid: u32,
+    gid: u32,
+}
+
+impl ActingFor {
+    /// Acts for `uid` and `gid`, with his umask.
+    pub(super) fn new(uid: u32, gid: u32, umask: u32) -> io::Result<Self> {
+        // SAFETY: touches no memory; the thread's umask is its own.
+        let umask = unsafe { libc::umask(umask & 0o777) };
+        let acting = Self { umask, uid, gid };
+        acting.become_user(gid, uid)?;
+        Ok(acting)
+    }
+
+    /// Takes ids on; root's are what the thread has anyway.
+    fn become_user(&self, gid: u32, uid: u32) -> io::Result<()> {
+        if self.gid != 0 {
+            set_fs_id(libc::SYS_setfsgid, gid)?;
+        }
+        if self.uid != 0 {
+            set_fs_id(libc::SYS_setfsuid, uid)?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for ActingFor {
+    fn drop(&mut self) {
+        // SAFETY: touches no memory.
+        unsafe { libc::umask(self.umask) };
+        if let Err(error) = self.become_user(0, 0) {
+            // Never go on as somebody else.
+            log::error!("fs: cannot act for root again: {error}");
+            std::process::abort();
+        }
+    }
+}
+
+/// `setfsuid(2)` or `setfsgid(2)`, which do not say whether they succeeded.
+/// Raw system calls: per thread.
+fn set_fs_id(call: libc::c_long, id: u32) -> io::Result<()> {
+    // SAFETY: touches no memory.
+    unsafe { libc::syscall(call, id) };
+    // SAFETY: touches no memory; an invalid id changes nothing and returns the
+    // current one.
+    let now = unsafe { libc::syscall(call, u32::MAX) };
+    if now == libc::c_long::from(id) { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::EPERM)) }
+}
+
+/// A descriptor held for the time of an operation, or only borrowed for it.
+pub(super) enum Fd<'a> {
+    Owned(OwnedFd),
+    Borrowed(BorrowedFd<'a>),
+}
+
+impl AsFd for Fd<'_> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Owned(fd) => fd.as_fd(),
+            Self::Borrowed(fd) => *fd,
+        }
+    }
+}
+
+/// A file's descriptor lent to code that wants a [`File`].
+pub(super) struct Lent<'a> {
+    file: std::mem::ManuallyDrop<File>,
+    _owner: std::marker::PhantomData<&'a OwnedFd>,
+}
+
+impl<'a> Lent<'a> {
+    pub(super) fn new(fd: BorrowedFd<'a>) -> Self {
+        let raw: RawFd = fd.as_raw_fd();
+        // SAFETY: the descriptor is open for 'a and is not closed here.
+        let file = unsafe { File::from_raw_fd(raw) };
+        Self { file: std::mem::ManuallyDrop::new(file), _owner: std::marker::PhantomData }
+    }
+
+    pub(super) fn file(&mut self) -> &mut File {
+        &mut self.file
+    }
+}

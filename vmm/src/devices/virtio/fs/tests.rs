@@ -1,0 +1,570 @@
+//! The device driven with FUSE messages made by hand.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
+use std::path::Path;
+
+use rvm_protocol::vmm::{CachePolicy, ShareConfig};
+use tempfile::TempDir;
+
+use super::{Fs, FsError};
+use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::test_queue::{DATA, TestQueue, WRITE};
+
+const LOOKUP: u32 = 1;
+const FORGET: u32 = 2;
+const GETATTR: u32 = 3;
+const SETATTR: u32 = 4;
+const READLINK: u32 = 5;
+const SYMLINK: u32 = 6;
+const MKNOD: u32 = 8;
+const MKDIR: u32 = 9;
+const UNLINK: u32 = 10;
+const RMDIR: u32 = 11;
+const RENAME: u32 = 12;
+const LINK: u32 = 13;
+const OPEN: u32 = 14;
+const READ: u32 = 15;
+const WRITE_OP: u32 = 16;
+const STATFS: u32 = 17;
+const RELEASE: u32 = 18;
+const FSYNC: u32 = 20;
+const SETXATTR: u32 = 21;
+const GETXATTR: u32 = 22;
+const LISTXATTR: u32 = 23;
+const REMOVEXATTR: u32 = 24;
+const INIT: u32 = 26;
+const OPENDIR: u32 = 27;
+const READDIR: u32 = 28;
+const CREATE: u32 = 35;
+const DESTROY: u32 = 38;
+const BATCH_FORGET: u32 = 42;
+const FALLOCATE: u32 = 43;
+const READDIRPLUS: u32 = 44;
+const RENAME2: u32 = 45;
+const LSEEK: u32 = 46;
+
+const ROOT: u64 = 1;
+const IN_HEADER: usize = 40;
+const OUT_HEADER: usize = 16;
+const ENTRY_BYTES: usize = 128;
+const ANSWER: u64 = DATA + 0x20_0000;
+const ANSWER_BYTES: u32 = 0x20_0000;
+const NO_OPEN: u32 = 1 << 17;
+const NO_OPENDIR: u32 = 1 << 24;
+
+/// Every feature but the extension of the message itself.
+const OFFERED: u32 = !(1 << 30);
+
+/// A guest's FUSE client.
+struct Client {
+    queue: TestQueue,
+    device: Fs,
+    dir: TempDir,
+    uid: u32,
+    gid: u32,
+}
+
+fn share(dir: &Path, readonly: bool, cache: CachePolicy) -> ShareConfig {
+    ShareConfig { tag: "rvm".to_owned(), dir: dir.to_owned(), readonly, cache }
+}
+
+/// Concatenates little-endian words.
+fn words(words: &[u32]) -> Vec<u8> {
+    words.iter().flat_map(|word| word.to_le_bytes()).collect()
+}
+
+fn name(name: &str) -> Vec<u8> {
+    [name.as_bytes(), b"\0"].concat()
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
+}
+
+fn read_body(handle: u64, offset: u64, size: u32) -> Vec<u8> {
+    [handle.to_le_bytes().as_slice(), &offset.to_le_bytes(), &words(&[size, 0, 0, 0, 0, 0])].concat()
+}
+
+fn write_body(handle: u64, offset: u64, flags: i32, data: &[u8]) -> Vec<u8> {
+    let tail = words(&[data.len() as u32, 0, 0, 0, flags as u32, 0]);
+    [handle.to_le_bytes().as_slice(), &offset.to_le_bytes(), &tail, data].concat()
+}
+
+impl Client {
+    fn new(readonly: bool, cache: CachePolicy) -> Self {
+        Self::over(tempfile::tempdir().unwrap(), readonly, cache)
+    }
+
+    fn over(dir: TempDir, readonly: bool, cache: CachePolicy) -> Self {
+        let mut device = Fs::new(&share(dir.path(), readonly, cache)).unwrap().with_request_queues(2);
+        let mut queue = TestQueue::new();
+        let features = device.features();
+        device.activate(queue.activation(device.queue_sizes().len(), features)).unwrap();
+        // Files are made for whoever runs the tests.
+        let (uid, gid) = (fs::metadata(dir.path()).unwrap().uid(), fs::metadata(dir.path()).unwrap().gid());
+        let mut client = Self { queue, device, dir, uid, gid };
+        let (error, _) = client.call(INIT, 0, &words(&[7, 38, 1 << 17, OFFERED]));
+        assert_eq!(error, 0);
+        client
+    }
+
+    fn path(&self, name: &str) -> std::path::PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn header(&self, op: u32, node: u64, body: usize) -> Vec<u8> {
+        let mut bytes = words(&[(IN_HEADER + body) as u32, op]);
+        bytes.extend(0x1234_u64.to_le_bytes());
+        bytes.extend(node.to_le_bytes());
+        bytes.extend(words(&[self.uid, self.gid, 1, 0]));
+        bytes
+    }
+
+    /// Sends a request; returns the error number and what follows the header.
+    fn call(&mut self, op: u32, node: u64, body: &[u8]) -> (i32, Vec<u8>) {
+        self.call_on(1, op, node, body)
+    }
+
+    fn call_on(&mut self, queue: usize, op: u32, node: u64, body: &[u8]) -> (i32, Vec<u8>) {
+        let message = [self.header(op, node, body.len()).as_slice(), body].concat();
+        self.queue.write(DATA, &message);
+        self.queue.write(ANSWER, &[0; OUT_HEADER]);
+        // Header and body apart, as Linux sends them.
+        let mut chain = vec![(DATA, IN_HEADER as u32, 0)];
+        if !body.is_empty() {
+            chain.push((DATA + IN_HEADER as u64, body.len() as u32, 0));
+        }
+        chain.push((ANSWER, ANSWER_BYTES, WRITE));
+        self.queue.send(queue, &chain);
+        let len = self.queue.wait_used(queue) as usize;
+        self.answer(len)
+    }
+
+    fn answer(&self, len: usize) -> (i32, Vec<u8>) {
+        let bytes = self.queue.read(ANSWER, len.max(OUT_HEADER));
+        if len >= OUT_HEADER {
+            assert_eq!(u32_at(&bytes, 0) as usize, len);
+            assert_eq!(u64_at(&bytes, 8), 0x1234);
+        }
+        (-(u32_at(&bytes, 4) as i32), bytes[OUT_HEADER..].to_vec())
+    }
+
+    fn lookup(&mut self, parent: u64, file: &str) -> Result<u64, i32> {
+        match self.call(LOOKUP, parent, &name(file)) {
+            (0, entry) => Ok(u64_at(&entry, 0)),
+            (error, _) => Err(error),
+        }
+    }
+
+    fn open(&mut self, node: u64, flags: i32) -> Result<u64, i32> {
+        match self.call(OPEN, node, &words(&[flags as u32, 0])) {
+            (0, open) => Ok(u64_at(&open, 0)),
+            (error, _) => Err(error),
+        }
+    }
+
+    fn create(&mut self, file: &str, mode: u32, umask: u32) -> (u64, u64) {
+        let body = [words(&[libc::O_RDWR as u32, mode, umask, 0]), name(file)].concat();
+        let (error, answer) = self.call(CREATE, ROOT, &body);
+        assert_eq!(error, 0);
+        (u64_at(&answer, 0), u64_at(&answer, ENTRY_BYTES))
+    }
+
+    /// The names in a directory, asked for in pieces of `size` bytes.
+    fn names(&mut self, op: u32, node: u64, handle: u64, size: u32) -> Vec<(String, u64)> {
+        let (mut found, mut offset) = (Vec::new(), 0);
+        loop {
+            let (error, bytes) = self.call(op, node, &read_body(handle, offset, size));
+            assert_eq!(error, 0);
+            if bytes.is_empty() {
+                return found;
+            }
+            let mut rest = bytes.as_slice();
+            while !rest.is_empty() {
+                let plus = if op == READDIRPLUS { ENTRY_BYTES } else { 0 };
+                let node = if plus > 0 { u64_at(rest, 0) } else { 0 };
+                let dirent = &rest[plus..];
+                offset = u64_at(dirent, 8);
+                let len = u32_at(dirent, 16) as usize;
+                found.push((String::from_utf8(dirent[24..24 + len].to_vec()).unwrap(), node));
+                rest = &dirent[(24 + len).next_multiple_of(8)..];
+            }
+        }
+    }
+}
+
+#[test]
+fn files_are_found_and_read_with_their_owner_and_mode() {
+    let mut client = Client::new(true, CachePolicy::Auto);
+    fs::create_dir(client.path("dir")).unwrap();
+    fs::write(client.path("dir/file"), b"content").unwrap();
+    fs::set_permissions(client.path("dir/file"), fs::Permissions::from_mode(0o640)).unwrap();
+    let dir = client.lookup(ROOT, "dir").unwrap();
+    let file = client.lookup(dir, "file").unwrap();
+    assert_eq!(client.lookup(dir, "file").unwrap(), file);
+    assert_eq!(client.lookup(dir, "none"), Err(libc::ENOENT));
+
+    let (error, attr) = client.call(GETATTR, file, &words(&[0, 0, 0, 0]));
+    let metadata = fs::metadata(client.path("dir/file")).unwrap();
+    assert_eq!((error, u64_at(&attr, 16)), (0, metadata.ino()));
+    assert_eq!(u64_at(&attr, 24), 7);
+    assert_eq!(u32_at(&attr, 76), 0o100640);
+    assert_eq!((u32_at(&attr, 84), u32_at(&attr, 88)), (metadata.uid(), metadata.gid()));
+
+    let handle = client.open(file, libc::O_RDONLY).unwrap();
+    assert_eq!(client.call(READ, file, &read_body(handle, 0, 100)).1, b"content");
+    assert_eq!(client.call(READ, file, &read_body(handle, 3, 2)).1, b"te");
+    assert_eq!(client.call(READ, file, &read_body(handle, 7, 2)).1, b"");
+    // A handle belongs to its file, and to nothing once it is closed.
+    assert_eq!(client.call(READ, dir, &read_body(handle, 0, 1)).0, libc::EBADF);
+    let release = [handle.to_le_bytes().as_slice(), &words(&[0; 4])].concat();
+    assert_eq!(client.call(RELEASE, file, &release).0, 0);
+    assert_eq!(client.call(READ, file, &read_body(handle, 0, 1)).0, libc::EBADF);
+    assert_eq!(client.call(STATFS, ROOT, &[]).0, 0);
+    // The second request queue serves the same tree.
+    assert_eq!(client.call_on(2, LOOKUP, dir, &name("file")).0, 0);
+}
+
+#[test]
+fn names_are_one_component_and_links_are_not_followed() {
+    let mut client = Client::new(false, CachePolicy::Auto);
+    fs::create_dir_all(client.path("a/b")).unwrap();
+    symlink("/etc", client.path("etc")).unwrap();
+    symlink("/etc/passwd", client.path("passwd")).unwrap();
+    let a = client.lookup(ROOT, "a").unwrap();
+    let b = client.lookup(a, "b").unwrap();
+    for bad in ["..", ".", "", "a/b", "/etc", "../..", "a/"] {
+        for node in [ROOT, b] {
+            assert_eq!(client.lookup(node, bad), Err(libc::EINVAL), "{bad:?}");
+        }
+        let prefixed = |prefix: usize| [vec![0; prefix], name(bad)].concat();
+        assert_eq!(client.call(MKDIR, b, &prefixed(8)).0, libc::EINVAL, "{bad:?}");
+        assert_eq!(client.call(MKNOD, b, &prefixed(16)).0, libc::EINVAL, "{bad:?}");
+        assert_eq!(client.call(CREATE, b, &prefixed(16)).0, libc::EINVAL, "{bad:?}");
+        assert_eq!(client.call(UNLINK, b, &name(bad)).0, libc::EINVAL, "{bad:?}");
+        assert_eq!(client.call(RMDIR, b, &name(bad)).0, libc::EINVAL, "{bad:?}");
+        let link = [b.to_le_bytes().to_vec(), name(bad)].concat();
+        assert_eq!(client.call(LINK, a, &link).0, libc::EINVAL, "{bad:?}");
+        assert_eq!(client.call(SYMLINK, b, &[name(bad), name("x")].concat()).0, libc::EINVAL, "{bad:?}");
+        for (from, to) in [(bad, "new"), ("b", bad)] {
+            let rename = [ROOT.to_le_bytes().to_vec(), name(from), name(to)].concat();
+            assert_eq!(client.call(RENAME, a, &rename).0, libc::EINVAL, "{bad:?}");
+        }
+    }
+    // A link is a link: its target is text, and nothing is behind it.
+    let etc = client.lookup(ROOT, "etc").unwrap();
+    assert_eq!(client.call(READLINK, etc, &[]).1, b"/etc");
+    assert_eq!(client.lookup(etc, "passwd"), Err(libc::ENOTDIR));
+    let passwd = client.lookup(ROOT, "passwd").unwrap();
+    assert_eq!(client.open(passwd, libc::O_RDONLY), Err(libc::ENXIO));
+    let create = [words(&[libc::O_RDWR as u32, 0o644, 0, 0]), name("passwd")].concat();
+    assert_eq!(client.call(CREATE, ROOT, &create).0, libc::ENXIO);
+}
+
+#[test]
+fn a_read_only_share_refuses_every_change_and_stays_as_it_is() {
+    for cache in [CachePolicy::Auto, CachePolicy::Always] {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("file"), b"content").unwrap();
+        fs::create_dir(dir.path().join("dir")).unwrap();
+        let mut client = Client::over(dir, true, cache);
+        let file = client.lookup(ROOT, "file").unwrap();
+        let prefixed = |prefix: usize, file: &str| [vec![0; prefix], name(file)].concat();
+        let two = |prefix: &[u8], a: &str, b: &str| [prefix.to_vec(), name(a), name(b)].concat();
+        let root = ROOT.to_le_bytes();
+        let requests = [
+            (SETATTR, file, vec![0xff; 88]),
+            (SYMLINK, ROOT, two(&[], "new", "target")),
+            (MKNOD, ROOT, prefixed(16, "new")),
+            (MKDIR, ROOT, prefixed(8, "new")),
+            (UNLINK, ROOT, name("file")),
+            (RMDIR, ROOT, name("dir")),
+            (RENAME, ROOT, two(&root, "file", "new")),
+            (RENAME2, ROOT, two(&[root.as_slice(), &[0; 8]].concat(), "file", "new")),
+            (LINK, ROOT, [file.to_le_bytes().to_vec(), name("new")].concat()),
+            (WRITE_OP, file, write_body(0, 0, 0, b"changed")),
+            (SETXATTR, file, [words(&[1, 0]), name("user.a"), b"x".to_vec()].concat()),
+            (REMOVEXATTR, file, name("user.a")),
+            (CREATE, ROOT, prefixed(16, "new")),
+            (FALLOCATE, file, vec![0; 32]),
+        ];
+        for (op, node, body) in requests {
+            assert_eq!(client.call(op, node, &body).0, libc::EROFS, "opcode {op}");
+        }
+        if cache == CachePolicy::Auto {
+            for flags in [libc::O_WRONLY, libc::O_RDWR, libc::O_RDONLY | libc::O_TRUNC] {
+                assert_eq!(client.open(file, flags), Err(libc::EROFS));
+            }
+        }
+        assert_eq!(fs::read(client.path("file")).unwrap(), b"content");
+        let names: BTreeSet<_> =
+            fs::read_dir(client.dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(names, ["dir", "file"].map(Into::into).into());
+    }
+}
+
+#[test]
+fn a_writable_share_is_changed_as_asked() {
+    let mut client = Client::new(false, CachePolicy::Auto);
+    let (file, handle) = client.create("file", 0o666, 0o022);
+    assert_eq!(fs::metadata(client.path("file")).unwrap().permissions().mode() & 0o7777, 0o644);
+    let (error, written) = client.call(WRITE_OP, file, &write_body(handle, 0, 0, b"hello world"));
+    assert_eq!((error, u32_at(&written, 0)), (0, 11));
+    // Appending is decided by each write, wherever the guest thinks the end is.
+    assert_eq!(client.call(WRITE_OP, file, &write_body(handle, 0, libc::O_APPEND, b"!")).0, 0);
+    assert_eq!(client.call(WRITE_OP, file, &write_body(handle, 0, 0, b"J")).0, 0);
+    assert_eq!(fs::read(client.path("file")).unwrap(), b"Jello world!");
+    assert_eq!(client.call(FSYNC, file, &[handle.to_le_bytes(), [0; 8]].concat()).0, 0);
+
+    // Size 5 and mode 0600, set-user-id gone where the guest asks for that.
+    let mut setattr = vec![0; 88];
+    setattr[..4].copy_from_slice(&(0x8_u32 | 0x1 | 0x800).to_le_bytes());
+    setattr[16..24].copy_from_slice(&5_u64.to_le_bytes());
+    setattr[68..72].copy_from_slice(&0o4700_u32.to_le_bytes());
+    assert_eq!(client.call(SETATTR, file, &setattr).0, 0);
+    assert_eq!(fs::read(client.path("file")).unwrap(), b"Jello");
+    assert_eq!(fs::metadata(client.path("file")).unwrap().permissions().mode() & 0o7777, 0o700);
+
+    let root = ROOT.to_le_bytes().to_vec();
+    assert_eq!(client.call(MKDIR, ROOT, &[words(&[0o777, 0o027]), name("dir")].concat()).0, 0);
+    assert_eq!(fs::metadata(client.path("dir")).unwrap().permissions().mode() & 0o777, 0o750);
+    let dir = client.lookup(ROOT, "dir").unwrap();
+    assert_eq!(client.call(LINK, dir, &[file.to_le_bytes().to_vec(), name("hard")].concat()).0, 0);
+    assert_eq!(client.lookup(dir, "hard").unwrap(), file);
+    assert_eq!(client.call(SYMLINK, dir, &[name("soft"), name("../file")].concat()).0, 0);
+    assert_eq!(fs::read_link(client.path("dir/soft")).unwrap(), Path::new("../file"));
+    assert_eq!(client.call(RENAME, dir, &[root, name("hard"), name("moved")].concat()).0, 0);
+    assert!(client.path("moved").exists());
+    assert_eq!(client.call(RMDIR, ROOT, &name("dir")).0, libc::ENOTEMPTY);
+    assert_eq!(client.call(UNLINK, dir, &name("soft")).0, 0);
+    assert_eq!(client.call(RMDIR, ROOT, &name("dir")).0, 0);
+
+    // A file without a name is still there for who has it open.
+    assert_eq!(client.call(UNLINK, ROOT, &name("file")).0, 0);
+    assert_eq!(client.call(UNLINK, ROOT, &name("moved")).0, 0);
+    assert_eq!(client.call(READ, file, &read_body(handle, 0, 9)).1, b"Jello");
+    assert_eq!(
+        client
+            .call(FALLOCATE, file, &[handle.to_le_bytes(), [0; 8], 4096_u64.to_le_bytes(), [0; 8]].concat())
+            .0,
+        0
+    );
+    let data =
+        [handle.to_le_bytes(), 0_u64.to_le_bytes(), u64::from(libc::SEEK_END as u32).to_le_bytes()].concat();
+    assert_eq!(client.call(LSEEK, file, &data).0, libc::EINVAL);
+}
+
+#[test]
+fn what_means_something_to_the_host_is_not_the_guests_to_make() {
+    let mut client = Client::new(false, CachePolicy::Auto);
+    let (file, _) = client.create("file", 0o644, 0);
+    let mut set = |attribute: &str| {
+        client.call(SETXATTR, file, &[words(&[1, 0]), name(attribute), b"x".to_vec()].concat()).0
+    };
+    for refused in ["trusted.overlay.opaque", "security.selinux", "security.ima", "system.nfs4_acl"] {
+        assert_eq!(set(refused), libc::EPERM, "{refused}");
+    }
+    // Where the host's file system has user attributes at all.
+    let error = set("user.a");
+    assert!([0, libc::EOPNOTSUPP].contains(&error), "{error}");
+    if error == 0 {
+        assert_eq!(client.call(GETXATTR, file, &[words(&[100, 0]), name("user.a")].concat()).1, b"x");
+        assert_eq!(u32_at(&client.call(GETXATTR, file, &[words(&[0, 0]), name("user.a")].concat()).1, 0), 1);
+        let (error, names) = client.call(LISTXATTR, file, &words(&[1000, 0]));
+        assert_eq!(error, 0);
+        assert!(names.windows(7).any(|window| window == b"user.a\0"));
+        assert_eq!(client.call(REMOVEXATTR, file, &name("user.a")).0, 0);
+    }
+
+    let mut make = |mode: u32, device: u32, file: &str| {
+        client.call(MKNOD, ROOT, &[words(&[mode | 0o644, device, 0, 0]), name(file)].concat()).0
+    };
+    assert_eq!(make(libc::S_IFCHR, 0x103, "null"), libc::EPERM);
+    assert_eq!(make(libc::S_IFBLK, 0x800, "sda"), libc::EPERM);
+    assert_eq!(make(libc::S_IFBLK, 0, "zero"), libc::EPERM);
+    assert_eq!(make(libc::S_IFIFO, 0, "fifo"), 0);
+    assert!(fs::metadata(client.path("fifo")).unwrap().file_type().is_fifo());
+    // Opening it would wait for the other end.
+    let fifo = client.lookup(ROOT, "fifo").unwrap();
+    assert_eq!(client.open(fifo, libc::O_RDONLY), Err(libc::ENXIO));
+}
+
+#[test]
+fn an_immutable_share_is_read_without_being_opened() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("file"), b"content").unwrap();
+    fs::create_dir(dir.path().join("dir")).unwrap();
+    for index in 0..300 {
+        fs::write(dir.path().join(format!("dir/entry-{index}")), index.to_string()).unwrap();
+    }
+    let mut client = Client::over(dir, true, CachePolicy::Always);
+    let (_, init) = client.call(INIT, 0, &words(&[7, 38, 1 << 17, OFFERED]));
+    assert_eq!(u32_at(&init, 12) & (NO_OPEN | NO_OPENDIR), NO_OPEN | NO_OPENDIR);
+
+    let file = client.lookup(ROOT, "file").unwrap();
+    assert_eq!(client.open(file, libc::O_RDONLY), Err(libc::ENOSYS));
+    assert_eq!(client.call(READ, file, &read_body(0, 0, 100)).1, b"content");
+    assert_eq!(client.call(READ, file, &read_body(0, 3, 100)).1, b"tent");
+    let dir = client.lookup(ROOT, "dir").unwrap();
+    assert_eq!(client.call(OPENDIR, dir, &[0; 8]).0, libc::ENOSYS);
+    for (op, size) in [(READDIR, 4096), (READDIRPLUS, 4096), (READDIR, 200), (READDIRPLUS, 1 << 20)] {
+        let names = client.names(op, dir, 0, size);
+        let distinct: BTreeSet<_> = names.iter().map(|(name, _)| name.clone()).collect();
+        assert_eq!((names.len(), distinct.len()), (302, 302), "opcode {op}, {size} bytes");
+        assert!(distinct.contains("entry-299") && distinct.contains("."));
+    }
+    // The guest may remember for long that there is nothing.
+    let (error, none) = client.call(LOOKUP, ROOT, &name("none"));
+    assert_eq!((error, u64_at(&none, 0)), (0, 0));
+    assert!(u64_at(&none, 16) > 3600);
+}
+
+#[test]
+fn directories_of_a_changing_share_are_read_by_handle_and_entries_are_known_files() {
+    let mut client = Client::new(false, CachePolicy::Auto);
+    for index in 0..100 {
+        fs::write(client.path(&format!("entry-{index}")), b"x").unwrap();
+    }
+    let (error, open) = client.call(OPENDIR, ROOT, &[0; 8]);
+    assert_eq!(error, 0);
+    let handle = u64_at(&open, 0);
+    let names = client.names(READDIRPLUS, ROOT, handle, 1000);
+    assert_eq!(names.len(), 102);
+    for (entry, node) in names.iter().filter(|(entry, _)| entry.starts_with("entry")) {
+        assert_eq!(client.lookup(ROOT, entry), Ok(*node));
+    }
+    assert!(names.iter().filter(|(entry, _)| entry.starts_with('.')).all(|(_, node)| *node == 0));
+    // From the start again: a new file is seen.
+    fs::write(client.path("late"), b"x").unwrap();
+    assert!(client.names(READDIR, ROOT, handle, 4096).iter().any(|(entry, _)| entry == "late"));
+}
+
+#[test]
+fn files_the_guest_knows_hold_no_descriptors_and_are_forgotten() {
+    const FILES: usize = 3000;
+    let dir = tempfile::tempdir().unwrap();
+    for index in 0..FILES {
+        fs::write(dir.path().join(index.to_string()), b"x").unwrap();
+    }
+    let mut client = Client::over(dir, true, CachePolicy::Always);
+    let descriptors = || fs::read_dir("/proc/self/fd").unwrap().count();
+    let before = descriptors();
+    let nodes: Vec<u64> = (0..FILES).map(|index| client.lookup(ROOT, &index.to_string()).unwrap()).collect();
+    // Other tests run at the same time, with descriptors of their own.
+    assert!(descriptors() < before + FILES / 2);
+
+    let mut batch = words(&[FILES as u32, 0]);
+    for node in &nodes {
+        batch.extend(node.to_le_bytes());
+        batch.extend(1_u64.to_le_bytes());
+    }
+    client.call(BATCH_FORGET, 0, &batch);
+    assert_eq!(client.call(GETATTR, nodes[0], &[0; 16]).0, libc::EBADF);
+    // The root stays, however often it is forgotten.
+    client.call_on(0, FORGET, ROOT, &u64::MAX.to_le_bytes());
+    let again = client.lookup(ROOT, "7").unwrap();
+    assert!(again > *nodes.last().unwrap());
+    client.call(DESTROY, 0, &[]);
+    assert_eq!(client.call(GETATTR, again, &[0; 16]).0, libc::EBADF);
+    assert_eq!(client.call(GETATTR, ROOT, &[0; 16]).0, 0);
+}
+
+#[test]
+fn open_files_are_bounded() {
+    let mut client = Client::new(false, CachePolicy::Auto);
+    let (file, _) = client.create("file", 0o644, 0);
+    let limit = super::passthrough::Policy::new(false, false).unwrap().max_open_files;
+    let refused = (0..=limit).find_map(|_| client.open(file, libc::O_RDONLY).err());
+    assert!([Some(libc::ENFILE), Some(libc::EMFILE)].contains(&refused), "{refused:?}");
+}
+
+#[test]
+fn nonsense_is_answered_and_the_device_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("file"), b"content").unwrap();
+    let mut client = Client::over(dir, false, CachePolicy::Auto);
+    let file = client.lookup(ROOT, "file").unwrap();
+    let handle = client.open(file, libc::O_RDWR).unwrap();
+
+    // Every opcode, known or not, with a body too short, of zeroes, of ones.
+    for op in (0..60).chain([4096, u32::MAX]).filter(|op| *op != DESTROY && *op != INIT) {
+        for node in [0, ROOT, file, 999, u64::MAX] {
+            for body in [vec![], vec![0; 7], vec![0; 64], vec![0xff; 64], vec![b'a'; 300]] {
+                client.call(op, node, &body);
+            }
+        }
+    }
+    // The message claims to be longer than it is, or shorter than its header.
+    for claimed in [0, 39, 41, 1 << 20, u32::MAX] {
+        let mut message = [client.header(LOOKUP, ROOT, 5), name("file")].concat();
+        message[..4].copy_from_slice(&claimed.to_le_bytes());
+        client.queue.write(DATA, &message);
+        client.queue.send(1, &[(DATA, message.len() as u32, 0), (ANSWER, 4096, WRITE)]);
+        let len = client.queue.wait_used(1) as usize;
+        assert_ne!(client.answer(len).0, 0, "length {claimed}");
+    }
+    // No terminator, nothing but terminators.
+    assert_eq!(client.call(LOOKUP, ROOT, b"file").0, libc::EINVAL);
+    assert_eq!(client.call(LOOKUP, ROOT, &[0; 4096]).0, libc::EINVAL);
+    assert_eq!(client.call(RENAME, ROOT, &[1; 64]).0, libc::EINVAL);
+    // More than anybody has room for.
+    assert_eq!(client.call(READ, file, &read_body(handle, 0, u32::MAX)).1, b"content");
+    assert_eq!(client.call(READ, file, &read_body(handle, u64::MAX, 1)).0, libc::EINVAL);
+    assert_ne!(client.call(READDIR, ROOT, &read_body(handle, 0, u32::MAX)).0, 0);
+    client.call(GETXATTR, file, &[words(&[u32::MAX, 0]), name("user.none")].concat());
+    client.call(LISTXATTR, file, &words(&[u32::MAX, 0]));
+    client.call(BATCH_FORGET, 0, &words(&[u32::MAX, 0]));
+    assert_ne!(client.call(WRITE_OP, file, &write_body(handle, u64::MAX - 2, 0, b"beyond")).0, 0);
+
+    // Chains: no room for an answer, no request, outside memory, loops.
+    let message = [client.header(GETATTR, ROOT, 16), vec![0; 16]].concat();
+    client.queue.write(DATA, &message);
+    for chain in [
+        vec![(DATA, 56, 0)],
+        vec![(DATA, 56, 0), (ANSWER, 15, WRITE)],
+        vec![(DATA, 39, 0), (ANSWER, 4096, WRITE)],
+        vec![(ANSWER, 4096, WRITE)],
+        vec![(u64::MAX - 8, 56, 0), (ANSWER, 4096, WRITE)],
+        vec![(DATA, 56, 0), (u64::MAX - 8, 4096, WRITE)],
+        vec![(DATA, u32::MAX, 0), (ANSWER, 4096, WRITE)],
+    ] {
+        client.queue.send(1, &chain);
+        client.queue.wait_used(1);
+    }
+    client.queue.send_loop(1, DATA, 0);
+    client.queue.wait_used(1);
+    client.queue.send_loop(1, ANSWER, WRITE);
+    client.queue.wait_used(1);
+
+    assert!(client.lookup(ROOT, "file").is_ok());
+    client.device.reset();
+}
+
+#[test]
+fn configuration_errors_name_the_field_and_the_guest_reads_the_tag() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = |tag: &str, path: &Path| ShareConfig {
+        tag: tag.to_owned(),
+        ..share(path, true, CachePolicy::Always)
+    };
+    for tag in ["", "a\0b", &"x".repeat(37)] {
+        assert!(matches!(Fs::new(&config(tag, dir.path())), Err(FsError::Tag(_))));
+    }
+    fs::write(dir.path().join("file"), b"").unwrap();
+    for path in ["file", "none"] {
+        let error = Fs::new(&config("t", &dir.path().join(path))).unwrap_err();
+        assert!(error.to_string().contains("shares: dir"), "{error}");
+    }
+    let device = Fs::new(&config("rvm", dir.path())).unwrap().with_request_queues(3);
+    let mut bytes = [0xff; 40];
+    device.read_config(0, &mut bytes);
+    assert_eq!(&bytes[..4], b"rvm\0");
+    assert_eq!(u32_at(&bytes, 36), 3);
+    assert_eq!(device.queue_sizes().len(), 4);
+}
