@@ -231,11 +231,15 @@ fn read_output(stream: Stream, mut port: UnixStream, events: &SyncSender<Event>)
 struct Feeder {
     /// Closing it ends the thread.
     _stop: UnixStream,
+    /// Half-closed at the end of standard input, it lets QEMU read what is
+    /// left; closed, QEMU would drop that.
+    _port: UnixStream,
 }
 
 impl Feeder {
     fn start(mut port: UnixStream) -> Result<Self> {
         let (stop, stopped) = UnixStream::pair()?;
+        let kept = port.try_clone()?;
         std::thread::spawn(move || {
             let stdin = std::io::stdin();
             let mut buffer = vec![0; 64 << 10];
@@ -254,7 +258,7 @@ impl Feeder {
             }
             let _ = port.shutdown(Shutdown::Write);
         });
-        Ok(Self { _stop: stop })
+        Ok(Self { _stop: stop, _port: kept })
     }
 }
 
