@@ -1,0 +1,124 @@
+//! What the host's kernel has to offer beside KVM.
+
+use std::{
+    ffi::CStr,
+    fs::{self, File},
+    io,
+    os::fd::{FromRawFd, OwnedFd},
+};
+
+use nix::sys::{
+    statfs::{self, CGROUP2_SUPER_MAGIC},
+    utsname::uname,
+};
+
+use super::Check;
+
+/// Oldest kernel of a host: mounts by file descriptor, `close_range`,
+/// `clone3` into a cgroup, `pidfd`s with time-outs.
+const OLDEST_LINUX: (u32, u32) = (5, 10);
+
+/// The host's kernel version.
+pub(super) fn linux() -> Check {
+    let name = "linux";
+    let release = uname().map(|names| names.release().to_string_lossy().into_owned()).unwrap_or_default();
+    let detail = format!("Linux {release} {}", std::env::consts::ARCH);
+    let (major, minor) = OLDEST_LINUX;
+    if std::env::consts::ARCH != "x86_64" {
+        return Check::missing(name, detail, "rvm runs on x86_64 alone");
+    }
+    match version(&release) {
+        Some(version) if version >= OLDEST_LINUX => Check::ok(name, detail),
+        _ => Check::missing(name, detail, format!("rvm needs Linux {major}.{minor} or later")),
+    }
+}
+
+fn version(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+/// The shim merges an image's layers with OverlayFS. Opening a file system
+/// context loads the module as a mount would.
+pub(super) fn overlayfs() -> Check {
+    let name = "overlayfs";
+    match fsopen(c"overlay") {
+        Ok(_) => Check::ok(name, "the kernel has it"),
+        // Without CAP_SYS_ADMIN, or in a container that filters the call.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EPERM | libc::ENOSYS)) => {
+            if fs::read_to_string("/proc/filesystems").is_ok_and(|list| list.contains("\toverlay\n")) {
+                Check::ok(name, "the kernel has it")
+            } else {
+                Check::missing(name, "not in /proc/filesystems", "modprobe overlay, or run this as root")
+            }
+        }
+        Err(error) => Check::missing(name, error.to_string(), "modprobe overlay"),
+    }
+}
+
+/// `fsopen(2)`.
+fn fsopen(file_system: &CStr) -> io::Result<OwnedFd> {
+    // SAFETY: the string is NUL-terminated and outlives the call.
+    let fd = unsafe { libc::syscall(libc::SYS_fsopen, file_system.as_ptr(), libc::FSOPEN_CLOEXEC) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just returned this descriptor, nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// Where the host's cgroup v2 hierarchy is mounted, if anywhere.
+pub(super) fn cgroup_v2() -> Check {
+    let name = "cgroup-v2";
+    let at = |path: &str| statfs::statfs(path).is_ok_and(|fs| fs.filesystem_type() == CGROUP2_SUPER_MAGIC);
+    if at("/sys/fs/cgroup") {
+        return Check::ok(name, "at /sys/fs/cgroup");
+    }
+    let remedy = "limits of sandboxes on this host are v1's; systemd.unified_cgroup_hierarchy=1 changes that";
+    if at("/sys/fs/cgroup/unified") {
+        Check::optional(name, "beside v1, at /sys/fs/cgroup/unified", remedy)
+    } else {
+        Check::optional(name, "not mounted", remedy)
+    }
+}
+
+/// Interfaces of containers with a network.
+pub(super) fn tun() -> Check {
+    device("tun", "/dev/net/tun", "modprobe tun: containers with a network need it")
+}
+
+/// Packets between guest and host without the monitor in between.
+pub(super) fn vhost_net() -> Check {
+    device("vhost-net", "/dev/vhost-net", "modprobe vhost_net: networks are faster with it")
+}
+
+/// An optional device counts when it opens: its node may be there without the
+/// module.
+fn device(name: &'static str, path: &str, remedy: &str) -> Check {
+    match File::options().read(true).write(true).open(path) {
+        Ok(_) => Check::ok(name, path),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            Check::optional(name, format!("{path}: {error}"), "run this as root")
+        }
+        Err(error) => Check::optional(name, format!("{path}: {error}"), remedy),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_compare_as_numbers() {
+        assert_eq!(version("6.18.44-fc-v657"), Some((6, 18)));
+        assert_eq!(version("5.9"), Some((5, 9)));
+        assert_eq!(version("5.10.0-30-amd64"), Some((5, 10)));
+        assert!(version("5.9").unwrap() < OLDEST_LINUX);
+        assert_eq!(version("linux"), None);
+    }
+
+    #[test]
+    fn a_file_system_no_kernel_has_is_told_apart() {
+        assert!(fsopen(c"no-such-file-system").is_err());
+    }
+}
