@@ -1,5 +1,5 @@
 //! Builds a kernel and prints where it is:
-//! `cargo run -p guest-kernel --example build -- CACHE_DIR [rvm|rvm-mmio|trial] [refresh]`.
+//! `cargo run -p guest-kernel --example build -- CACHE_DIR [rvm|trial] [refresh]`.
 
 use guest_kernel::{BuildOptions, Flavour, build};
 
@@ -8,7 +8,6 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let cache_dir = args.next().ok_or("which cache directory?")?.into();
     let flavour = match args.next().as_deref() {
         None | Some("rvm") => Flavour::Rvm,
-        Some("rvm-mmio") => Flavour::RvmMmio,
         Some("trial") => Flavour::Trial,
         Some(other) => return Err(format!("no flavour {other:?}").into()),
     };

@@ -20,22 +20,18 @@ const RVM: &[&str] = &[
 /// The one fragment of [`Flavour::Trial`].
 const TRIAL: &[&str] = &[include_str!("../config/trial.config")];
 
-/// What [`Flavour::RvmMmio`] adds.
-const MMIO: &str = include_str!("../config/mmio.config");
-
 /// The fragments of a flavour.
-pub fn fragments(flavour: Flavour) -> Vec<&'static str> {
+pub fn fragments(flavour: Flavour) -> &'static [&'static str] {
     match flavour {
-        Flavour::Rvm => RVM.to_vec(),
-        Flavour::RvmMmio => [RVM, &[MMIO]].concat(),
-        Flavour::Trial => TRIAL.to_vec(),
+        Flavour::Rvm => RVM,
+        Flavour::Trial => TRIAL,
     }
 }
 
 /// The make target whose result the fragments are laid on.
 fn base(flavour: Flavour) -> &'static str {
     match flavour {
-        Flavour::Rvm | Flavour::RvmMmio => "allnoconfig",
+        Flavour::Rvm => "allnoconfig",
         Flavour::Trial => "tinyconfig",
     }
 }
@@ -46,7 +42,7 @@ pub fn configure(tree: &Path, build_dir: &Path, flavour: Flavour) -> Result<(), 
     let wanted = fragments(flavour).concat();
     let path = build_dir.join(".config");
     match flavour {
-        Flavour::Rvm | Flavour::RvmMmio => {
+        Flavour::Rvm => {
             let fragment = build_dir.join("fragment.config");
             std::fs::write(&fragment, &wanted).map_err(io_error("write", &fragment))?;
             let mut all_no = make(tree, build_dir, base(flavour));
@@ -113,7 +109,7 @@ mod tests {
 
     #[test]
     fn fragments_name_every_option_once_and_every_line_is_understood() {
-        for flavour in [Flavour::Rvm, Flavour::RvmMmio, Flavour::Trial] {
+        for flavour in [Flavour::Rvm, Flavour::Trial] {
             let mut seen = std::collections::BTreeSet::new();
             for line in fragments(flavour).iter().flat_map(|fragment| fragment.lines()) {
                 let options = parse(line);

@@ -50,9 +50,6 @@ pub const BUILD_PACKAGES: &[&str] = &[
 pub enum Flavour {
     /// The kernel rvm's guests run.
     Rvm,
-    /// The same with virtio-mmio added: the boot benchmark runs one kernel under
-    /// rvm's monitor and under QEMU's `microvm`, which has no PCI without ACPI.
-    RvmMmio,
     /// What a peer's microVM would be given: the baseline of the boot benchmark.
     /// See `config/trial.config`.
     Trial,
@@ -63,7 +60,6 @@ impl Flavour {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Rvm => "rvm",
-            Self::RvmMmio => "rvm-mmio",
             Self::Trial => "trial",
         }
     }
