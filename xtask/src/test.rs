@@ -16,6 +16,10 @@ pub struct Args {
     /// Run only the end-to-end cases whose names contain this, and nothing else.
     #[arg(long)]
     filter: Vec<String>,
+    /// Run the end-to-end cases with the containerd of this Debian release
+    /// (`trixie`: 1.7, `sid`: 2.x) instead of the installed one.
+    #[arg(long, value_name = "RELEASE")]
+    containerd: Option<String>,
 }
 
 /// One part of the tests and how it went.
@@ -48,6 +52,11 @@ pub fn run(args: Args) -> Result<()> {
     });
     if let Some((mut prepared, cases)) = prepared {
         prepared.set("RUST_BACKTRACE", "0");
+        if let Some(release) = &args.containerd {
+            let cache = build::debian_cache_dir()?;
+            let unpacked = rootfs_builder::debian::fetch_from(release, "containerd", &cache)?;
+            prepared.set("RVM_CONTAINERD_DIR", unpacked.join("usr/bin"));
+        }
         let on_ring0 = prepared.host != Host::Hardware;
         if on_ring0 && (args.filter.is_empty() || args.filter.iter().any(|filter| filter.contains("ring0"))) {
             part(&mut parts, "end to end, without a KVM that runs kernels", || {
