@@ -13,6 +13,9 @@
 pub mod common;
 pub mod function;
 
+#[cfg(test)]
+mod tests;
+
 /// Size of the BAR.
 const BAR_SIZE: u32 = 0x4000;
 const COMMON_OFFSET: u64 = 0x0000;

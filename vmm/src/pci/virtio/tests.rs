@@ -1,0 +1,313 @@
+//! The transport from the driver's side: a real entropy device on a real VM,
+//! notified by a vCPU.
+
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use kvm_bindings::{kvm_regs, kvm_segment};
+use rvm_protocol::vmm::ExitCounts;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::function::VirtioFunction;
+use super::*;
+use crate::devices::legacy::serial::Serial;
+use crate::devices::virtio::rng::Rng;
+use crate::kvm::{Host, Vm};
+use crate::machine::Machine;
+use crate::memory;
+use crate::pci::{CONFIG_ADDRESS_PORT, CONFIG_DATA_PORT, PciBus, bar_address};
+use crate::vcpu::Vcpu;
+use crate::vcpu::exits::{End, ExitCounters, Next, run_once};
+
+const DESCRIPTORS: u64 = 0x1000;
+const AVAILABLE: u64 = 0x2000;
+const USED: u64 = 0x3000;
+const BUFFER: u64 = 0x4000;
+const CODE: u64 = 0x5000;
+
+struct Guest {
+    machine: Machine,
+    memory: GuestMemoryMmap,
+    vcpu: Vcpu,
+    counters: ExitCounters,
+    bar: u64,
+    _vm: Arc<Vm>,
+}
+
+impl Guest {
+    fn new() -> Self {
+        let vm = Arc::new(Host::open().unwrap().create_vm(1).unwrap());
+        let memory = memory::create(1 << 20).unwrap();
+        vm.set_memory(&memory).unwrap();
+        let pci = PciBus::default();
+        let (of_function, vm_of_function) = (memory.clone(), Arc::clone(&vm));
+        let slot = pci
+            .add::<function::FunctionError>(|slot| {
+                let device = Box::new(Rng::new());
+                Ok(Box::new(VirtioFunction::new(device, of_function, vm_of_function, slot)?))
+            })
+            .unwrap();
+        let serial = Serial::new(None, EventFd::new(0).unwrap());
+        let machine = Machine { pci, serial: Mutex::new(serial), waiting: None };
+        let vcpu = Vcpu::create(&vm, 0).unwrap();
+        let bar = bar_address(slot);
+        let guest = Self { machine, memory, vcpu, counters: ExitCounters::default(), bar, _vm: vm };
+        guest.set_config(0x04, 2);
+        guest
+    }
+
+    fn config(&self, register: u32) -> u32 {
+        self.machine.write_port(CONFIG_ADDRESS_PORT, &(0x8000_0000 | register).to_le_bytes());
+        let mut data = [0; 4];
+        self.machine.read_port(CONFIG_DATA_PORT, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    fn set_config(&self, register: u32, value: u32) {
+        self.machine.write_port(CONFIG_ADDRESS_PORT, &(0x8000_0000 | register).to_le_bytes());
+        self.machine.write_port(CONFIG_DATA_PORT, &value.to_le_bytes());
+    }
+
+    /// Registers of the capabilities with this id.
+    fn capabilities(&self, id: u8) -> Vec<u32> {
+        let mut found = Vec::new();
+        let mut at = self.config(0x34) & 0xff;
+        while at != 0 {
+            let header = self.config(at);
+            if header as u8 == id {
+                found.push(at);
+            }
+            at = (header >> 8) & 0xff;
+        }
+        found
+    }
+
+    fn get(&self, offset: u64, len: usize) -> u32 {
+        let mut data = [0; 4];
+        self.machine.read_memory(self.bar + offset, &mut data[..len]);
+        u32::from_le_bytes(data)
+    }
+
+    fn put(&self, offset: u64, len: usize, value: u32) {
+        self.machine.write_memory(self.bar + offset, &value.to_le_bytes()[..len]);
+    }
+
+    fn status(&self) -> u8 {
+        self.get(0x14, 1) as u8
+    }
+
+    /// Turns MSI-X on with every vector masked, so that interrupts can be seen
+    /// in the pending bits.
+    fn mask_interrupts(&self) {
+        let msix = self.capabilities(0x11)[0];
+        self.set_config(msix, 0x8000 << 16);
+    }
+
+    fn pending(&self) -> u32 {
+        self.get(MSIX_PENDING_OFFSET, 1)
+    }
+
+    /// Drives the device with one queue of 8 entries whose used ring is at `used`.
+    fn drive(&self, used: u64) {
+        self.put(0x14, 1, 0);
+        assert_eq!(self.status(), 0);
+        self.put(0x14, 1, 3);
+        self.put(0x08, 4, 1);
+        self.put(0x0c, 4, 1);
+        self.put(0x14, 1, 11);
+        assert_eq!(self.status(), 11);
+        self.put(0x10, 2, 0);
+        self.put(0x16, 2, 0);
+        self.put(0x18, 2, 8);
+        for (register, address) in [(0x20, DESCRIPTORS), (0x28, AVAILABLE), (0x30, used)] {
+            self.put(register, 4, address as u32);
+            self.put(register + 4, 4, (address >> 32) as u32);
+        }
+        self.put(0x1a, 2, 1);
+        self.put(0x1c, 2, 1);
+        self.put(0x14, 1, 15);
+    }
+
+    /// Offers one buffer of 64 bytes as entry `index` of the available ring.
+    fn offer_buffer(&self, index: u16) {
+        let write = |value: &[u8], at: u64| self.memory.write_slice(value, GuestAddress(at)).unwrap();
+        write(&BUFFER.to_le_bytes(), DESCRIPTORS);
+        write(&64u32.to_le_bytes(), DESCRIPTORS + 8);
+        write(&2u16.to_le_bytes(), DESCRIPTORS + 12);
+        write(&[0; 64], BUFFER);
+        write(&(index + 1).to_le_bytes(), AVAILABLE + 2);
+    }
+
+    /// Lets a vCPU write to `address`; the exits that took for the write.
+    fn write_from_vcpu(&mut self, address: u64) -> u64 {
+        // mov dword [address], 0; mov al, 0xfe; out 0x64, al
+        let mut code = vec![0xc7, 0x05];
+        code.extend((address as u32).to_le_bytes());
+        code.extend([0, 0, 0, 0, 0xb0, 0xfe, 0xe6, 0x64]);
+        self.memory.write_slice(&code, GuestAddress(CODE)).unwrap();
+        let mut sregs = self.vcpu.fd.get_sregs().unwrap();
+        let flat = |type_| kvm_segment {
+            limit: u32::MAX,
+            selector: 8,
+            type_,
+            s: 1,
+            present: 1,
+            db: 1,
+            g: 1,
+            ..Default::default()
+        };
+        sregs.cs = flat(0xb);
+        (sregs.ds, sregs.ss) = (flat(0x3), flat(0x3));
+        sregs.cr0 |= 1;
+        self.vcpu.fd.set_sregs(&sregs).unwrap();
+        self.vcpu.fd.set_regs(&kvm_regs { rip: CODE, rflags: 2, ..Default::default() }).unwrap();
+        let exits = |counters: &ExitCounters| {
+            let mut counts = ExitCounts::default();
+            counters.add_to(&mut counts);
+            counts.mmio
+        };
+        let before = exits(&self.counters);
+        loop {
+            match run_once(&mut self.vcpu.fd, &self.machine, &self.counters) {
+                Next::Run | Next::Check => {}
+                Next::End(end) => {
+                    assert_eq!(end, End::PoweredOff);
+                    return exits(&self.counters) - before;
+                }
+            }
+        }
+    }
+
+    fn wait_used(&self, index: u16) {
+        let started = Instant::now();
+        while self.memory.read_obj::<u16>(GuestAddress(USED + 2)).unwrap() != index || self.pending() == 0 {
+            assert!(started.elapsed() < Duration::from_secs(10), "the buffer was not used");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let mut bytes = [0; 64];
+        self.memory.read_slice(&mut bytes, GuestAddress(BUFFER)).unwrap();
+        assert_ne!(bytes, [0; 64]);
+    }
+
+    fn notify_address(&self) -> u64 {
+        self.bar + NOTIFY_OFFSET
+    }
+}
+
+#[test]
+fn notification_reaches_the_device_without_an_exit_and_it_interrupts() {
+    let mut guest = Guest::new();
+    guest.mask_interrupts();
+    guest.drive(USED);
+    assert_eq!(guest.status(), 15);
+    guest.offer_buffer(0);
+    assert_eq!(guest.write_from_vcpu(guest.notify_address()), 0);
+    guest.wait_used(1);
+    assert_eq!(guest.pending(), 0b10, "the queue's vector");
+    assert_eq!(guest.get(ISR_OFFSET, 1), 1);
+    assert_eq!(guest.get(ISR_OFFSET, 1), 0, "reading acknowledges");
+
+    guest.put(0x14, 1, 0);
+    assert_eq!(guest.status(), 0);
+    assert_eq!(guest.write_from_vcpu(guest.notify_address()), 1, "nobody listens after a reset");
+}
+
+#[test]
+fn notification_follows_the_bar() {
+    let mut guest = Guest::new();
+    guest.mask_interrupts();
+    guest.drive(USED);
+    let old = guest.notify_address();
+    guest.bar = 0xd000_0000;
+    guest.set_config(0x10, guest.bar as u32);
+    assert_eq!(guest.status(), 15);
+    guest.offer_buffer(0);
+    assert_eq!(guest.write_from_vcpu(old), 1);
+    assert_eq!(guest.write_from_vcpu(guest.notify_address()), 0);
+    guest.wait_used(1);
+    guest.set_config(0x04, 0);
+    assert_eq!(guest.write_from_vcpu(guest.notify_address()), 1, "decoding is off");
+}
+
+#[test]
+fn rings_outside_memory_need_a_reset() {
+    let guest = Guest::new();
+    guest.mask_interrupts();
+    for used in [1 << 20, (1 << 20) - 8, USED + 1, u64::MAX - 7] {
+        guest.drive(used);
+        assert_eq!(guest.status(), 15 | 64, "{used:#x}");
+        assert_eq!(guest.pending() & 1, 1, "a configuration interrupt tells the driver");
+    }
+    guest.drive(USED);
+    assert_eq!(guest.status(), 15, "after a reset it works");
+}
+
+#[test]
+fn bar_can_be_reached_through_configuration_space() {
+    let guest = Guest::new();
+    let windows: Vec<_> =
+        guest.capabilities(0x09).into_iter().filter(|&at| guest.config(at) >> 24 == 5).collect();
+    let [window] = windows[..] else { panic!("{windows:?}") };
+    guest.set_config(window + 8, 0x12);
+    guest.set_config(window + 12, 2);
+    assert_eq!(guest.config(window + 16) & 0xffff, 1, "number of queues");
+    guest.set_config(window + 8, 0x14);
+    guest.set_config(window + 12, 1);
+    guest.set_config(window + 16, 3);
+    assert_eq!(guest.status(), 3);
+    for (bar, offset, length) in [(1, 0x14, 1), (0, 0x14, 8), (0, 0x15, 2), (0, 0x4000, 4), (0, 0, 0)] {
+        guest.set_config(window + 4, bar);
+        guest.set_config(window + 8, offset);
+        guest.set_config(window + 12, length);
+        guest.set_config(window + 16, 0);
+        guest.config(window + 16);
+    }
+    assert_eq!(guest.status(), 3, "what is no access to the BAR does nothing");
+}
+
+/// A guest may write anything anywhere, in any order.
+#[test]
+fn no_access_panics() {
+    let guest = Guest::new();
+    let mut random = 0x9e37_79b9_7f4a_7c15u64;
+    let mut next = move || {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        random
+    };
+    for _ in 0..20_000 {
+        let (value, at, len) = (next(), next(), 1 << (next() % 4));
+        match next() % 4 {
+            0 => guest.machine.write_memory(guest.bar + at % 0x4000, &value.to_le_bytes()[..len]),
+            1 => guest.machine.write_memory(guest.bar + at % 0x38, &value.to_le_bytes()[..len]),
+            2 => guest.machine.read_memory(guest.bar + at % 0x4000, &mut [0; 8][..len]),
+            _ => {
+                // All but the BAR, so that the accesses above go on reaching it.
+                let register = 0x40 + (at as u32 % 0xc0 & !3);
+                guest.set_config(register, value as u32);
+                guest.config(register);
+            }
+        }
+    }
+    guest.machine.pci.shut_down();
+}
+
+#[test]
+fn state_round_trip() {
+    let make = || {
+        let vm = Arc::new(Host::open().unwrap().create_vm(1).unwrap());
+        let memory = memory::create(1 << 20).unwrap();
+        (VirtioFunction::new(Box::new(Rng::new()), memory, Arc::clone(&vm), 1).unwrap(), vm)
+    };
+    let (mut first, _vm1) = make();
+    crate::pci::PciFunction::write_config(&mut first, 0x04, &[6, 0]);
+    crate::pci::PciFunction::write_memory(&mut first, 0x14, &[3]);
+    crate::pci::PciFunction::write_memory(&mut first, MSIX_TABLE_OFFSET, &0xfee0_0000u32.to_le_bytes());
+    let saved = serde_json::to_string(&first.save()).unwrap();
+    let (mut second, _vm2) = make();
+    assert_ne!(second.save(), first.save());
+    second.restore(serde_json::from_str(&saved).unwrap()).unwrap();
+    assert_eq!(second.save(), first.save());
+}
