@@ -9,7 +9,10 @@ use anyhow::{Context, Result, bail};
 use rootfs_builder::debian;
 
 use super::vmlinux;
-use crate::build;
+use crate::{build, packages};
+
+/// The package that depends on Debian's current generic kernel. The `cloud` flavour has no 9p.
+const META_PACKAGE: &str = "linux-image-amd64";
 
 /// Modules the root and the way to the outside need.
 const ROOT_MODULES: &[&str] = &["virtio_pci", "9pnet_virtio", "9p", "overlay", "virtio_console"];
@@ -50,11 +53,14 @@ pub struct Module {
 }
 
 impl Kernel {
-    /// The kernel fetched last, or the one `linux-image-amd64` stands for now.
+    /// The kernel fetched last, or the one [`META_PACKAGE`] stands for now.
     pub fn fetch(cache: &Path) -> Result<Self> {
         let package = match cached_package(cache)? {
             Some(package) => package,
-            None => debian::resolve_meta("linux-image-amd64", "linux-image-")?,
+            None => {
+                packages::ensure_known(META_PACKAGE)?;
+                debian::resolve_meta(META_PACKAGE, "linux-image-")?
+            }
         };
         let tree = debian::fetch(&package, cache)?;
         let version = package.trim_start_matches("linux-image-").to_owned();
@@ -69,7 +75,7 @@ impl Kernel {
         }
         if !modules.join("modules.dep").exists() {
             let status = Command::new("depmod")
-                .env("PATH", crate::packages::path_with_sbin())
+                .env("PATH", packages::path_with_sbin())
                 .args(["-b"])
                 .arg(&tree)
                 .arg(&version)
