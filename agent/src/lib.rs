@@ -36,7 +36,7 @@ pub fn serve(listeners: init::Listeners) -> Result<Infallible, init::Error> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.map_err(failed("start the event loop"))?.block_on(async {
         let sandbox = Arc::new(sandbox::Sandbox::new());
-        service::start(listeners.agent, Arc::clone(&sandbox)).await?;
+        let _server = service::start(listeners.agent, Arc::clone(&sandbox)).await?;
         tokio::select! {
             accepted = io::accept(listeners.stdio, Arc::clone(&sandbox)) => accepted.map_err(failed("accept streams")),
             reaped = sandbox.reaper().run() => reaped.map_err(failed("collect ended processes")),

@@ -23,12 +23,17 @@ struct Service {
     sandbox: Arc<Sandbox>,
 }
 
-/// Serves requests that arrive at `listener`, in the background.
-pub async fn start(listener: OwnedFd, sandbox: Arc<Sandbox>) -> Result<(), init::Error> {
-    let server = Server::new().register_service(create_agent(Arc::new(Service { sandbox })));
+/// Serves requests that arrive at `listener`, for as long as what is returned lives.
+pub async fn start(listener: OwnedFd, sandbox: Arc<Sandbox>) -> Result<Server, init::Error> {
     // SAFETY: `listener` is a listening vsock socket and gives up its descriptor.
-    let server = unsafe { server.add_vsock_listener(listener.into_raw_fd()) };
-    server.map_err(init::Error::Serve)?.start().await.map_err(init::Error::Serve)
+    let server = unsafe { server(sandbox).add_vsock_listener(listener.into_raw_fd()) };
+    let mut server = server.map_err(init::Error::Serve)?;
+    server.start().await.map_err(init::Error::Serve)?;
+    Ok(server)
+}
+
+fn server(sandbox: Arc<Sandbox>) -> Server {
+    Server::new().register_service(create_agent(Arc::new(Service { sandbox })))
 }
 
 /// The one place where errors become status codes.
@@ -138,5 +143,44 @@ impl Agent for Service {
     async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
         self.sandbox.request_shutdown();
         Ok(Empty::new())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rvm_protocol::agent::AgentClient;
+    use ttrpc::{
+        r#async::{Client, transport::Socket},
+        context,
+    };
+
+    use super::*;
+
+    #[test]
+    fn errors_reach_the_client_with_their_code_and_text() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("agent.sock");
+            let listener = tokio::net::UnixListener::bind(&path).unwrap();
+            let mut server = server(Arc::new(Sandbox::new())).add_listener(listener.into());
+            server.start().await.unwrap();
+            let stream = tokio::net::UnixStream::connect(&path).await.unwrap();
+            let client = AgentClient::new(Client::new(Socket::from(stream)));
+            let status = |result: ttrpc::Result<Empty>| match result {
+                Err(ttrpc::Error::RpcStatus(status)) => (status.code(), status.message),
+                other => panic!("{other:?}"),
+            };
+
+            let request =
+                SetUpSandboxRequest { share_tag: "../x".into(), wall_clock_ns: 1, ..Default::default() };
+            let (code, message) = status(client.set_up_sandbox(context::with_timeout(0), &request).await);
+            assert_eq!(code, Code::INVALID_ARGUMENT);
+            assert!(message.starts_with("share_tag: \"../x\" must"), "{message}");
+
+            let process = ProcessRef { container_id: "c1".into(), ..Default::default() };
+            let (code, message) = status(client.delete_process(context::with_timeout(0), &process).await);
+            assert_eq!((code, message.as_str()), (Code::NOT_FOUND, "no such container: \"c1\""));
+        });
     }
 }
