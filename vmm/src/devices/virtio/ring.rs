@@ -4,15 +4,17 @@
 //! again, and bytes are moved by `vm-memory`'s volatile copies or by the
 //! kernel, never through Rust references.
 
+use std::io;
 use std::sync::Arc;
 
 use thiserror::Error;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestMemory, GuestMemoryMmap, VolatileSlice};
+use vmm_sys_util::epoll::{Epoll, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{ActiveQueue, Interrupt};
+use super::{ActiveQueue, Interrupt, worker};
 
 /// Most pieces of guest memory one request may consist of; what Linux takes in
 /// one `preadv`/`pwritev` (`UIO_MAXIOV`).
@@ -26,7 +28,7 @@ pub enum RingError {
     Ring(#[from] virtio_queue::Error),
     /// The interrupt could not be raised.
     #[error("the interrupt could not be raised")]
-    Interrupt(#[source] std::io::Error),
+    Interrupt(#[source] io::Error),
 }
 
 /// A request that is answered without being looked at further.
@@ -58,16 +60,11 @@ impl Ring {
         Self { queue, kick, interrupt }
     }
 
-    /// The event the driver signals after adding requests.
-    pub fn kick(&self) -> &EventFd {
-        &self.kick
-    }
-
-    /// Clears the kick. It is level triggered, so a kick that comes right after
-    /// is seen in the next round.
-    pub fn clear_kick(&self) {
-        // Fails only when there is nothing to clear.
-        let _ = self.kick.read();
+    /// Has epoll report, by `token`, when the driver adds requests. Edge
+    /// triggered: the event's counter is never read, which saves a system call
+    /// per round; every kick is an edge, also while the counter is not zero.
+    pub fn register(&self, epoll: &Epoll, token: u64) -> io::Result<()> {
+        worker::add(epoll, &self.kick, EventSet::IN | EventSet::EDGE_TRIGGERED, token)
     }
 
     /// Makes the worker look at this ring again in its next round.
@@ -120,7 +117,6 @@ impl Ring {
         memory: &'m GuestMemoryMmap,
         mut answer: impl FnMut(DescriptorChain<&'m GuestMemoryMmap>) -> u32,
     ) -> Result<(), RingError> {
-        self.clear_kick();
         self.disarm(memory)?;
         for _ in 0..self.size() {
             let Some(chain) = self.pop(memory)? else { break };

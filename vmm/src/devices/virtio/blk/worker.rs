@@ -4,13 +4,13 @@ use std::io;
 use std::sync::Arc;
 
 use vm_memory::GuestMemoryMmap;
-use vmm_sys_util::epoll::{Epoll, EpollEvent, EventSet};
+use vmm_sys_util::epoll::{Epoll, EpollEvent};
 
 use super::disk::Disk;
 use super::request::execute;
 use super::{BlkError, SERIAL_BYTES};
 use crate::devices::virtio::ring::{GuestBuffers, Ring};
-use crate::devices::virtio::worker::{Handler, add};
+use crate::devices::virtio::worker::Handler;
 
 pub(super) struct BlkWorker {
     pub(super) memory: GuestMemoryMmap,
@@ -23,7 +23,7 @@ impl Handler for BlkWorker {
     type Error = BlkError;
 
     fn register(&mut self, epoll: &Epoll) -> io::Result<()> {
-        add(epoll, self.ring.kick(), EventSet::IN, 0)
+        self.ring.register(epoll, 0)
     }
 
     fn handle(&mut self, _epoll: &Epoll, _ready: &[EpollEvent]) -> Result<(), BlkError> {

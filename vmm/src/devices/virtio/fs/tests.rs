@@ -102,7 +102,11 @@ impl Client {
     }
 
     fn over(dir: TempDir, readonly: bool, cache: CachePolicy) -> Self {
-        let mut device = Fs::new(&share(dir.path(), readonly, cache)).unwrap().with_request_queues(2);
+        let device = Fs::new(&share(dir.path(), readonly, cache)).unwrap().with_request_queues(2);
+        Self::with(device, dir)
+    }
+
+    fn with(mut device: Fs, dir: TempDir) -> Self {
         let mut queue = TestQueue::new();
         let features = device.features();
         device.activate(queue.activation(device.queue_sizes().len(), features)).unwrap();
@@ -453,11 +457,8 @@ fn files_the_guest_knows_hold_no_descriptors_and_are_forgotten() {
         fs::write(dir.path().join(index.to_string()), b"x").unwrap();
     }
     let mut client = Client::over(dir, true, CachePolicy::Always);
-    let descriptors = || fs::read_dir("/proc/self/fd").unwrap().count();
-    let before = descriptors();
     let nodes: Vec<u64> = (0..FILES).map(|index| client.lookup(ROOT, &index.to_string()).unwrap()).collect();
-    // Other tests run at the same time, with descriptors of their own.
-    assert!(descriptors() < before + FILES / 2);
+    assert!(descriptors_below(client.dir.path()) < 5);
 
     let mut batch = words(&[FILES as u32, 0]);
     for node in &nodes {
@@ -473,6 +474,31 @@ fn files_the_guest_knows_hold_no_descriptors_and_are_forgotten() {
     client.call(DESTROY, 0, &[]);
     assert_eq!(client.call(GETATTR, again, &[0; 16]).0, libc::EBADF);
     assert_eq!(client.call(GETATTR, ROOT, &[0; 16]).0, 0);
+}
+
+#[test]
+fn files_without_handles_are_found_by_name_and_hold_no_descriptors() {
+    // procfs has no file handles.
+    let config = share(Path::new("/proc/sys"), true, CachePolicy::Always);
+    let mut client = Client::with(Fs::new(&config).unwrap(), tempfile::tempdir().unwrap());
+    let kernel = client.lookup(ROOT, "kernel").unwrap();
+    let before = descriptors_below(Path::new("/proc/sys/kernel"));
+    for _ in 0..2 {
+        let ostype = client.lookup(kernel, "ostype").unwrap();
+        assert_eq!(client.call(GETATTR, ostype, &[0; 16]).0, 0);
+        client.call_on(0, FORGET, ostype, &1_u64.to_le_bytes());
+    }
+    assert_eq!(descriptors_below(Path::new("/proc/sys/kernel")), before);
+    let ostype = client.lookup(kernel, "ostype").unwrap();
+    assert_eq!(client.call(READ, ostype, &read_body(0, 0, 100)).1, b"Linux\n");
+}
+
+/// Descriptors of this process that are open below `dir`.
+fn descriptors_below(dir: &Path) -> usize {
+    let entries = fs::read_dir("/proc/self/fd").unwrap();
+    entries
+        .filter(|fd| fs::read_link(fd.as_ref().unwrap().path()).is_ok_and(|path| path.starts_with(dir)))
+        .count()
 }
 
 #[test]

@@ -10,12 +10,12 @@ use fuse_backend_rs::api::server::Server;
 use fuse_backend_rs::transport::{Reader, VirtioFsWriter, Writer};
 use virtio_queue::DescriptorChain;
 use vm_memory::{ByteValued, GuestMemoryMmap};
-use vmm_sys_util::epoll::{Epoll, EpollEvent, EventSet};
+use vmm_sys_util::epoll::{Epoll, EpollEvent};
 
 use super::FsError;
 use super::passthrough::Passthrough;
 use crate::devices::virtio::ring::Ring;
-use crate::devices::virtio::worker::{Handler, add};
+use crate::devices::virtio::worker::Handler;
 
 pub(super) type FuseServer = Server<Arc<Passthrough>>;
 
@@ -31,7 +31,7 @@ impl Handler for FsWorker {
 
     fn register(&mut self, epoll: &Epoll) -> io::Result<()> {
         for (token, ring) in self.rings.iter().enumerate() {
-            add(epoll, ring.kick(), EventSet::IN, token as u64)?;
+            ring.register(epoll, token as u64)?;
         }
         Ok(())
     }

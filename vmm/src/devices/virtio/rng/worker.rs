@@ -3,11 +3,11 @@
 use std::io;
 
 use vm_memory::GuestMemoryMmap;
-use vmm_sys_util::epoll::{Epoll, EpollEvent, EventSet};
+use vmm_sys_util::epoll::{Epoll, EpollEvent};
 
 use super::{MAX_REQUEST_BYTES, RngError};
 use crate::devices::virtio::ring::{GuestBuffers, Ring};
-use crate::devices::virtio::worker::{Handler, add};
+use crate::devices::virtio::worker::Handler;
 
 pub(super) struct RngWorker {
     memory: GuestMemoryMmap,
@@ -24,7 +24,7 @@ impl Handler for RngWorker {
     type Error = RngError;
 
     fn register(&mut self, epoll: &Epoll) -> io::Result<()> {
-        add(epoll, self.ring.kick(), EventSet::IN, 0)
+        self.ring.register(epoll, 0)
     }
 
     fn handle(&mut self, _epoll: &Epoll, _ready: &[EpollEvent]) -> Result<(), RngError> {

@@ -33,16 +33,16 @@ impl Handler for VsockWorker {
     type Error = VsockError;
 
     fn register(&mut self, epoll: &Epoll) -> io::Result<()> {
-        add(epoll, self.rx.kick(), EventSet::IN, RX)?;
-        add(epoll, self.tx.kick(), EventSet::IN, TX)?;
+        self.rx.register(epoll, RX)?;
+        self.tx.register(epoll, TX)?;
         add(epoll, &*self.listener, EventSet::IN | EventSet::EDGE_TRIGGERED, LISTENER)
     }
 
     fn handle(&mut self, epoll: &Epoll, ready: &[EpollEvent]) -> Result<(), VsockError> {
         for event in ready {
             match event.data() {
-                RX => self.rx.clear_kick(),
-                TX => self.tx.clear_kick(),
+                // The rings are looked at in any case.
+                RX | TX => {}
                 LISTENER => self.callers = true,
                 token => self.muxer.ready(token, event.event_set()),
             }

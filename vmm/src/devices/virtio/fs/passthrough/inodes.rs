@@ -2,17 +2,19 @@
 //!
 //! A node holds no descriptor where the host's file system gives file handles,
 //! so that a guest may know any number of files. Where it does not, a node of
-//! an immutable share is its parent and its name, which do not change; only
+//! an immutable mount is its parent and its name, which do not change; only
 //! otherwise it is an `O_PATH` descriptor.
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use fuse_backend_rs::api::filesystem::ROOT_ID;
 
+use super::Policy;
 use super::sys::{self, Fd, FileHandle, Stat};
 
 /// What tells one file from another.
@@ -34,18 +36,28 @@ enum FileId {
 
 /// How to get at a file.
 enum Place {
-    Handle { mount: Arc<Mount>, handle: Arc<FileHandle> },
+    Handle(Arc<FileHandle>),
     Name { parent: Arc<Inode>, name: CString },
     Fd(OwnedFd),
 }
 
-/// An open file of a mount, by which handles of that mount are opened.
-pub(super) struct Mount(OwnedFd);
+/// A mount the guest knows files of. Its id is not given to another mount as
+/// long as this lives.
+struct Mount {
+    id: u64,
+    /// Some file of it, by which handles are opened.
+    anchor: OwnedFd,
+    /// File handles can be made and opened.
+    handles: bool,
+    /// Nobody changes anything in it.
+    immutable: bool,
+}
 
 /// A file the guest knows.
 pub(super) struct Inode {
     key: Key,
     place: Place,
+    mount: Arc<Mount>,
     /// Its type, `S_IFMT` bits of its mode.
     kind: u32,
 }
@@ -56,17 +68,17 @@ impl Inode {
         matches!(self.kind, libc::S_IFREG | libc::S_IFDIR)
     }
 
-    /// The mount it was reached through.
-    pub(super) fn mount(&self) -> u64 {
-        self.key.mount
+    /// Whether neither host nor guest changes it, or what is in it.
+    pub(super) fn is_immutable(&self) -> bool {
+        self.mount.immutable
     }
 
     /// A descriptor that stands for it, not open for data.
     pub(super) fn path_fd(&self) -> io::Result<Fd<'_>> {
         match &self.place {
             Place::Fd(fd) => Ok(Fd::Borrowed(fd.as_fd())),
-            Place::Handle { mount, handle } => {
-                sys::open_handle(mount.0.as_fd(), handle, libc::O_PATH).map(Fd::Owned)
+            Place::Handle(handle) => {
+                sys::open_handle(self.mount.anchor.as_fd(), handle, libc::O_PATH).map(Fd::Owned)
             }
             Place::Name { parent, name } => {
                 let dir = parent.path_fd()?;
@@ -82,7 +94,7 @@ impl Inode {
         }
         match &self.place {
             Place::Fd(fd) => sys::reopen(fd.as_fd(), flags),
-            Place::Handle { mount, handle } => sys::open_handle(mount.0.as_fd(), handle, flags),
+            Place::Handle(handle) => sys::open_handle(self.mount.anchor.as_fd(), handle, flags),
             Place::Name { parent, name } => sys::open_at(parent.path_fd()?.as_fd(), name, flags, 0),
         }
     }
@@ -104,30 +116,39 @@ struct Tables {
 pub(super) struct Inodes {
     tables: Mutex<Tables>,
     mounts: Mutex<HashMap<u64, Weak<Mount>>>,
-    /// The tree does not change.
-    immutable: bool,
-    next: std::sync::atomic::AtomicU64,
+    policy: Policy,
+    next: AtomicU64,
+}
+
+/// Where a file was found: by its name, which stays, or held open meanwhile.
+enum At<'a> {
+    Name { parent: &'a Arc<Inode>, dir: BorrowedFd<'a>, name: &'a CStr },
+    Fd(OwnedFd),
 }
 
 /// A file found in a directory, and its attributes.
 pub(super) struct Found {
     pub id: u64,
     pub stat: Stat,
+    /// Whether its attributes and content do not change.
+    pub immutable: bool,
 }
 
 impl Inodes {
     /// Knows nothing but `root`.
-    pub(super) fn new(root: OwnedFd, immutable: bool) -> io::Result<Self> {
+    pub(super) fn new(root: OwnedFd, policy: Policy) -> io::Result<Self> {
         let stat = sys::stat(root.as_fd(), c"")?;
-        let inode = Inode { key: number(&stat), kind: libc::S_IFDIR, place: Place::Fd(root) };
+        let mount = Arc::new(Mount::open(policy, root.as_fd(), &stat)?);
+        let mounts = HashMap::from([(stat.mount, Arc::downgrade(&mount))]);
+        let inode = Inode { key: number(&stat), kind: libc::S_IFDIR, place: Place::Fd(root), mount };
         let mut tables = Tables::default();
         tables.by_key.insert(inode.key.clone(), ROOT_ID);
         tables.by_id.insert(ROOT_ID, Known { inode: Arc::new(inode), lookups: 1 });
         Ok(Self {
             tables: Mutex::new(tables),
-            mounts: Mutex::default(),
-            immutable,
-            next: std::sync::atomic::AtomicU64::new(ROOT_ID + 1),
+            mounts: Mutex::new(mounts),
+            policy,
+            next: AtomicU64::new(ROOT_ID + 1),
         })
     }
 
@@ -144,38 +165,48 @@ impl Inodes {
 
     /// Looks `name` up in `dir`, which is `parent`; counts as one lookup.
     pub(super) fn look_up(&self, parent: &Arc<Inode>, dir: BorrowedFd<'_>, name: &CStr) -> io::Result<Found> {
-        // Nothing can come between two calls by name where nothing changes.
-        let fd = if self.immutable { None } else { Some(sys::open_at(dir, name, libc::O_PATH, 0)?) };
-        let (at, path) = match &fd {
-            Some(fd) => (fd.as_fd(), c""),
-            None => (dir, name),
+        if parent.mount.immutable {
+            // Nothing can come between two calls by name where nothing changes.
+            let stat = sys::stat(dir, name)?;
+            if stat.mount == parent.mount.id {
+                return self.found(Arc::clone(&parent.mount), At::Name { parent, dir, name }, stat);
+            }
+        }
+        let fd = sys::open_at(dir, name, libc::O_PATH, 0)?;
+        let stat = sys::stat(fd.as_fd(), c"")?;
+        let mount = match stat.mount == parent.mount.id {
+            true => Arc::clone(&parent.mount),
+            false => self.mount(fd.as_fd(), &stat)?,
         };
-        let stat = sys::stat(at, path)?;
-        let handle = sys::handle_of(at, path)?.map(Arc::new);
+        self.found(mount, At::Fd(fd), stat)
+    }
+
+    fn found(&self, mount: Arc<Mount>, at: At<'_>, stat: Stat) -> io::Result<Found> {
+        let immutable = mount.immutable;
+        let handle = match (mount.handles, &at) {
+            (false, _) => None,
+            (true, At::Name { dir, name, .. }) => sys::handle_of(*dir, name)?,
+            (true, At::Fd(fd)) => sys::handle_of(fd.as_fd(), c"")?,
+        }
+        .map(Arc::new);
         let key = match &handle {
-            Some(handle) => Key { mount: stat.mount, file: FileId::Handle(Arc::clone(handle)) },
+            Some(handle) => Key { mount: mount.id, file: FileId::Handle(Arc::clone(handle)) },
             None => number(&stat),
         };
-        if let Some(id) = self.known(&key) {
-            return Ok(Found { id, stat });
-        }
-        // A file whose handle cannot be opened is known by its number.
-        let (key, place) = match handle.and_then(|handle| self.openable(parent, at, path, &stat, handle)) {
-            Some((mount, handle)) => (key, Place::Handle { mount, handle }),
+        let id = match self.known(&key) {
+            Some(id) => id,
             None => {
-                let key = number(&stat);
-                if let Some(id) = self.known(&key) {
-                    return Ok(Found { id, stat });
-                }
-                let place = match fd {
-                    Some(fd) => Place::Fd(fd),
-                    None => Place::Name { parent: Arc::clone(parent), name: name.to_owned() },
+                let place = match (handle, at) {
+                    (Some(handle), _) => Place::Handle(handle),
+                    (None, At::Name { parent, name, .. }) => {
+                        Place::Name { parent: Arc::clone(parent), name: name.to_owned() }
+                    }
+                    (None, At::Fd(fd)) => Place::Fd(fd),
                 };
-                (key, place)
+                self.insert(Inode { key, place, mount, kind: stat.attr.st_mode & libc::S_IFMT })
             }
         };
-        let inode = Inode { key, place, kind: stat.attr.st_mode & libc::S_IFMT };
-        Ok(Found { id: self.insert(inode), stat })
+        Ok(Found { id, stat, immutable })
     }
 
     /// The node id of a file the guest knows already; counts as one lookup.
@@ -196,7 +227,7 @@ impl Inodes {
             known.lookups = known.lookups.saturating_add(1);
             return id;
         }
-        let id = self.next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
         tables.by_key.insert(inode.key.clone(), id);
         tables.by_id.insert(id, Known { inode: Arc::new(inode), lookups: 1 });
         id
@@ -227,37 +258,36 @@ impl Inodes {
         self.forget(ids);
     }
 
-    /// The mount by which `handle` can be opened, if it can.
-    fn openable(
-        &self,
-        parent: &Arc<Inode>,
-        at: BorrowedFd<'_>,
-        path: &CStr,
-        stat: &Stat,
-        handle: Arc<FileHandle>,
-    ) -> Option<(Arc<Mount>, Arc<FileHandle>)> {
+    /// The mount of a file found at the end of another one.
+    fn mount(&self, file: BorrowedFd<'_>, stat: &Stat) -> io::Result<Arc<Mount>> {
         let mut mounts = self.mounts.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(mount) = mounts.get(&stat.mount).and_then(Weak::upgrade) {
-            return Some((mount, handle));
+            return Ok(mount);
         }
-        let mount = open_mount(parent, at, path, stat).map(Mount).map(Arc::new).ok()?;
-        // Being able to make handles does not mean being able to open them: that
-        // takes CAP_DAC_READ_SEARCH, and a file system that decodes them.
-        sys::open_handle(mount.0.as_fd(), &handle, libc::O_PATH).ok()?;
+        let mount = Arc::new(Mount::open(self.policy, file, stat)?);
         mounts.retain(|_, mount| mount.strong_count() > 0);
         mounts.insert(stat.mount, Arc::downgrade(&mount));
-        Some((mount, handle))
+        Ok(mount)
     }
 }
 
-/// Opens some file of the mount: the one found, or its parent if that is on the
-/// same mount and the one found is neither file nor directory.
-fn open_mount(parent: &Inode, at: BorrowedFd<'_>, path: &CStr, stat: &Stat) -> io::Result<OwnedFd> {
-    match stat.attr.st_mode & libc::S_IFMT {
-        libc::S_IFREG | libc::S_IFDIR if path.is_empty() => sys::reopen(at, libc::O_RDONLY),
-        libc::S_IFREG | libc::S_IFDIR => sys::open_at(at, path, libc::O_RDONLY, 0),
-        _ if parent.mount() == stat.mount => parent.open(libc::O_RDONLY),
-        _ => Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP)),
+impl Mount {
+    /// The mount of `file`, an `O_PATH` descriptor.
+    fn open(policy: Policy, file: BorrowedFd<'_>, stat: &Stat) -> io::Result<Self> {
+        // Handles are opened by a file that is really open, which nothing but
+        // files and directories may be.
+        let anchor = match stat.attr.st_mode & libc::S_IFMT {
+            libc::S_IFDIR => sys::open_at(file, c".", libc::O_RDONLY | libc::O_DIRECTORY, 0),
+            libc::S_IFREG => sys::reopen(file, libc::O_RDONLY | libc::O_NONBLOCK),
+            _ => file.try_clone_to_owned(),
+        }?;
+        // Being able to make handles does not mean being able to open them: that
+        // takes CAP_DAC_READ_SEARCH, and a file system that decodes them.
+        let handles = sys::handle_of(file, c"")?
+            .is_some_and(|handle| sys::open_handle(anchor.as_fd(), &handle, libc::O_PATH).is_ok());
+        let readonly = policy.readonly || sys::is_readonly(file)?;
+        let immutable = policy.constant && readonly || sys::is_layers(file, stat.mount);
+        Ok(Self { id: stat.mount, anchor, handles, immutable })
     }
 }
 

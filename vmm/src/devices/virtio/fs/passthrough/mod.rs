@@ -62,11 +62,6 @@ pub struct Policy {
 }
 
 impl Policy {
-    /// Neither the host nor the guest changes the tree.
-    fn immutable(&self) -> bool {
-        self.readonly && self.constant
-    }
-
     /// Half of the descriptors the process may have, the rest is for inodes
     /// and for everything else the process does.
     pub fn new(readonly: bool, constant: bool) -> io::Result<Self> {
@@ -96,7 +91,7 @@ impl Passthrough {
     pub fn new(root: OwnedFd, policy: Policy) -> io::Result<Self> {
         Ok(Self {
             policy,
-            inodes: Inodes::new(root, policy.immutable())?,
+            inodes: Inodes::new(root, policy)?,
             handles: Handles::new(policy.max_open_files),
             recent_files: Recent::new(RECENT_FILES),
             recent_dirs: Recent::new(RECENT_DIRS),
@@ -120,15 +115,14 @@ impl Passthrough {
             | FsOptions::PARALLEL_DIROPS
             | FsOptions::DO_READDIRPLUS
             | FsOptions::READDIRPLUS_AUTO
+            | FsOptions::CACHE_SYMLINKS
             | FsOptions::DONT_MASK
             | FsOptions::POSIX_ACL
             | FsOptions::HANDLE_KILLPRIV_V2;
-        if self.policy.constant {
-            wanted |= FsOptions::CACHE_SYMLINKS;
-        } else {
+        if !self.policy.constant {
             wanted |= FsOptions::AUTO_INVAL_DATA;
         }
-        if self.policy.immutable() {
+        if self.policy.readonly && self.policy.constant {
             wanted |= FsOptions::ZERO_MESSAGE_OPEN | FsOptions::ZERO_MESSAGE_OPENDIR;
         }
         let agreed = wanted & offered;
@@ -150,25 +144,23 @@ impl Passthrough {
         if self.policy.readonly { Err(io::Error::from_raw_os_error(libc::EROFS)) } else { Ok(()) }
     }
 
-    fn timeout(&self) -> Duration {
-        if self.policy.constant { FOR_EVER } else { A_MOMENT }
+    fn timeout(&self, immutable: bool) -> Duration {
+        if immutable || self.policy.constant { FOR_EVER } else { A_MOMENT }
     }
 
-    fn entry(&self, found: &Found) -> Entry {
+    fn entry(&self, parent: &Inode, found: &Found) -> Entry {
         Entry {
             inode: found.id,
             generation: 0,
             attr: found.stat.attr,
             attr_flags: 0,
-            attr_timeout: self.timeout(),
-            entry_timeout: self.timeout(),
+            attr_timeout: self.timeout(found.immutable),
+            entry_timeout: self.timeout(parent.is_immutable()),
         }
     }
 
-    fn find(&self, parent: u64, name: &CStr) -> io::Result<Entry> {
-        let parent = self.inodes.get(parent)?;
-        let dir = parent.path_fd()?;
-        self.inodes.look_up(&parent, dir.as_fd(), name).map(|found| self.entry(&found))
+    fn find(&self, parent: &Arc<Inode>, dir: BorrowedFd<'_>, name: &CStr) -> io::Result<Entry> {
+        self.inodes.look_up(parent, dir, name).map(|found| self.entry(parent, &found))
     }
 
     /// Opens a file for the guest's `flags`, as far as they concern the host.
@@ -198,8 +190,8 @@ impl Passthrough {
         Ok(file)
     }
 
-    fn open_dir(&self, id: u64) -> io::Result<DirStream> {
-        self.inodes.get(id)?.open(libc::O_RDONLY | libc::O_DIRECTORY).map(DirStream::new)
+    fn open_dir(&self, inode: &Inode) -> io::Result<DirStream> {
+        inode.open(libc::O_RDONLY | libc::O_DIRECTORY).map(DirStream::new)
     }
 
     /// Gives directory entries from `offset` on to `take` until it wants no more.
@@ -217,7 +209,7 @@ impl Passthrough {
         }
         let mut dir = match self.recent_dirs.take(&(id, offset)).filter(|_| offset != 0) {
             Some(dir) => dir,
-            None => self.open_dir(id)?,
+            None => self.open_dir(&*self.inodes.get(id)?)?,
         };
         let mut taken = false;
         let result = dir.read(offset, |fd, entry| {
@@ -233,8 +225,8 @@ impl Passthrough {
     }
 
     /// What the guest's page cache may do with a file it opens.
-    fn open_options(&self, dir: bool) -> OpenOptions {
-        match (self.policy.constant, dir) {
+    fn open_options(&self, inode: &Inode, dir: bool) -> OpenOptions {
+        match (self.policy.constant || inode.is_immutable(), dir) {
             (true, true) => OpenOptions::KEEP_CACHE | OpenOptions::CACHE_DIR,
             (true, false) => OpenOptions::KEEP_CACHE,
             (false, _) => OpenOptions::empty(),

@@ -55,7 +55,7 @@ fn kill_privileges(fd: BorrowedFd<'_>) -> io::Result<()> {
 impl Passthrough {
     fn attributes(&self, inode: &Inode) -> io::Result<(libc::stat64, Duration)> {
         let stat = sys::stat(inode.path_fd()?.as_fd(), c"")?;
-        Ok((stat.attr, self.timeout()))
+        Ok((stat.attr, self.timeout(inode.is_immutable())))
     }
 
     /// Makes something called `name` in `parent` for a process of the guest and
@@ -75,7 +75,7 @@ impl Passthrough {
             let _acting = ActingFor::new(ctx.uid, ctx.gid, umask)?;
             make(dir.as_fd())?;
         }
-        self.inodes.look_up(&parent, dir.as_fd(), name).map(|found| self.entry(&found))
+        self.find(&parent, dir.as_fd(), name)
     }
 
     fn resize(&self, inode: &Inode, id: u64, handle: Option<u64>, size: i64, kill: bool) -> io::Result<()> {
@@ -105,10 +105,12 @@ impl FileSystem for Passthrough {
     }
 
     fn lookup(&self, _ctx: &Context, parent: u64, name: &CStr) -> io::Result<Entry> {
-        match self.find(parent, component(name)?) {
+        let name = component(name)?;
+        let parent = self.inodes.get(parent)?;
+        match self.find(&parent, parent.path_fd()?.as_fd(), name) {
             // Node id 0 lets the guest remember that there is nothing.
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) && self.policy.immutable() => {
-                Ok(Entry { entry_timeout: self.timeout(), ..Entry::default() })
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) && parent.is_immutable() => {
+                Ok(Entry { entry_timeout: self.timeout(true), ..Entry::default() })
             }
             found => found,
         }
@@ -133,7 +135,7 @@ impl FileSystem for Passthrough {
     ) -> io::Result<(libc::stat64, Duration)> {
         // An open file is asked without being opened again.
         match handle.map(|handle| self.handles.file(inode, handle)) {
-            Some(Ok(file)) => Ok((sys::stat(file.fd(), c"")?.attr, self.timeout())),
+            Some(Ok(file)) => Ok((sys::stat(file.fd(), c"")?.attr, self.timeout(false))),
             _ => self.attributes(&*self.inodes.get(inode)?),
         }
     }
@@ -242,7 +244,7 @@ impl FileSystem for Passthrough {
         let (inode, parent) = (self.inodes.get(inode)?, self.inodes.get(newparent)?);
         let dir = parent.path_fd()?;
         sys::link(inode.path_fd()?.as_fd(), dir.as_fd(), newname)?;
-        self.inodes.look_up(&parent, dir.as_fd(), newname).map(|found| self.entry(&found))
+        self.find(&parent, dir.as_fd(), newname)
     }
 
     fn open(
@@ -262,7 +264,7 @@ impl FileSystem for Passthrough {
         }
         let file = self.open_for(&inode, flags)?;
         let handle = self.handles.add_file(id, file)?;
-        Ok((Some(handle), self.open_options(false), None))
+        Ok((Some(handle), self.open_options(&inode, false), None))
     }
 
     fn create(
@@ -284,10 +286,10 @@ impl FileSystem for Passthrough {
         })?;
         let opened = self.inodes.get(entry.inode).and_then(|inode| {
             let file = self.open_for(&inode, args.flags)?;
-            self.handles.add_file(entry.inode, file)
+            Ok((self.handles.add_file(entry.inode, file)?, self.open_options(&inode, false)))
         });
         match opened {
-            Ok(handle) => Ok((entry, Some(handle), self.open_options(false), None)),
+            Ok((handle, options)) => Ok((entry, Some(handle), options, None)),
             Err(error) => {
                 // The guest is not told of the entry.
                 self.inodes.forget([(entry.inode, 1)]);
@@ -361,7 +363,7 @@ impl FileSystem for Passthrough {
         if self.policy.readonly {
             return Ok(());
         }
-        let dir = self.open_dir(inode)?;
+        let dir = self.open_dir(&*self.inodes.get(inode)?)?;
         Lent::new(dir.fd()).file().sync_all()
     }
 
@@ -396,12 +398,13 @@ impl FileSystem for Passthrough {
         sys::stat_fs(self.inodes.get(inode)?.path_fd()?.as_fd())
     }
 
-    fn opendir(&self, _ctx: &Context, inode: u64, _flags: u32) -> io::Result<(Option<u64>, OpenOptions)> {
+    fn opendir(&self, _ctx: &Context, id: u64, _flags: u32) -> io::Result<(Option<u64>, OpenOptions)> {
         if self.no_opendir.load(Ordering::Relaxed) {
             return errno(libc::ENOSYS);
         }
-        let handle = self.handles.add_dir(inode, self.open_dir(inode)?)?;
-        Ok((Some(handle), self.open_options(true)))
+        let inode = self.inodes.get(id)?;
+        let handle = self.handles.add_dir(id, self.open_dir(&inode)?)?;
+        Ok((Some(handle), self.open_options(&inode, true)))
     }
 
     fn releasedir(&self, _ctx: &Context, inode: u64, _flags: u32, handle: u64) -> io::Result<()> {
@@ -439,9 +442,8 @@ impl FileSystem for Passthrough {
         self.read_dir(id, handle, offset, &mut |dir, entry| {
             // Node id 0: the name alone. The guest knows `.` and `..`, and what
             // has vanished meanwhile it finds out itself.
-            let found = component(entry.name)
-                .and_then(|name| self.inodes.look_up(&parent, dir, name))
-                .map_or_else(|_| Entry::default(), |found| self.entry(&found));
+            let found =
+                component(entry.name).and_then(|name| self.find(&parent, dir, name)).unwrap_or_default();
             let added = add_entry(dir_entry(&entry), found);
             if found.inode != 0 && !matches!(added, Ok(1..)) {
                 self.inodes.forget([(found.inode, 1)]);

@@ -278,6 +278,37 @@ pub(super) fn stat_fs(fd: BorrowedFd<'_>) -> io::Result<libc::statvfs64> {
     Ok(unsafe { buffer.assume_init() })
 }
 
+/// Whether the mount a file was reached through is read-only.
+pub(super) fn is_readonly(fd: BorrowedFd<'_>) -> io::Result<bool> {
+    Ok(stat_fs(fd)?.f_flag & libc::ST_RDONLY != 0)
+}
+
+/// Whether a mount is an overlay of layers without an upper one. Neither may
+/// be changed while it is mounted, which overlayfs demands of everybody.
+pub(super) fn is_layers(fd: BorrowedFd<'_>, mount: u64) -> bool {
+    let mut kind = MaybeUninit::<libc::statfs>::zeroed();
+    // SAFETY: `kind` has room for a statfs.
+    if unsafe { libc::fstatfs(fd.as_raw_fd(), kind.as_mut_ptr()) } != 0 {
+        return false;
+    }
+    // SAFETY: it was zeroed and then filled; any bytes are valid.
+    if unsafe { kind.assume_init() }.f_type != libc::OVERLAYFS_SUPER_MAGIC {
+        return false;
+    }
+    let mountinfo = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    mountinfo.lines().any(|line| names_layers(line, mount))
+}
+
+/// Whether a line of `/proc/PID/mountinfo` is mount `id` of a read-only file
+/// system that has no `upperdir` (proc_pid_mountinfo(5)).
+fn names_layers(line: &str, id: u64) -> bool {
+    let Some((mount, file_system)) = line.split_once(" - ") else { return false };
+    let options = file_system.split(' ').nth(2).unwrap_or("");
+    mount.split(' ').next().and_then(|field| field.parse().ok()) == Some(id)
+        && options.split(',').any(|option| option == "ro")
+        && !options.split(',').any(|option| option.starts_with("upperdir="))
+}
+
 /// `getxattr(2)` of any descriptor; `value` empty asks for the length.
 pub(super) fn get_xattr(fd: BorrowedFd<'_>, name: &CStr, value: &mut [u8]) -> io::Result<usize> {
     let file = FdName::new(fd)?;
@@ -399,5 +430,22 @@ impl<'a> Lent<'a> {
 
     pub(super) fn file(&mut self) -> &mut File {
         &mut self.file
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_overlay_without_an_upper_layer_is_told_from_the_others() {
+        let layers = "66 63 0:40 / /m ro,relatime - overlay o ro,lowerdir=/a:/b,redirect_dir=on";
+        assert!(names_layers(layers, 66));
+        assert!(!names_layers(layers, 6));
+        let bound = "66 63 0:40 / /m ro,relatime - overlay o rw,lowerdir=/a,upperdir=/u,workdir=/w";
+        assert!(!names_layers(bound, 66));
+        let remounted = "66 63 0:40 / /m ro shared:1 - overlay o ro,lowerdir=/a,upperdir=/u,workdir=/w";
+        assert!(!names_layers(remounted, 66));
+        assert!(!names_layers("66", 66));
     }
 }
