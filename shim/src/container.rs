@@ -51,6 +51,8 @@ pub struct Container {
     init: Arc<Process>,
     /// The first process's pid in the guest.
     init_guest_pid: u32,
+    /// The first process's, until it is started.
+    endpoints: Mutex<Option<Endpoints>>,
     execs: Mutex<BTreeMap<String, Arc<Process>>>,
 }
 
@@ -102,8 +104,6 @@ impl Container {
             ..Default::default()
         };
         let init = Process::new("", stdio, sandbox.pid());
-        init.set_io(ProcessIo::attach(sandbox.vsock(), &id, "", endpoints).await?);
-        sandbox.timeline().mark("streams attached");
         let container = Arc::new(Self {
             id,
             bundle: bundle.dir,
@@ -112,6 +112,7 @@ impl Container {
             events,
             init: Arc::new(init),
             init_guest_pid,
+            endpoints: Mutex::new(Some(endpoints)),
             execs: Mutex::default(),
         });
         container.events.publish(created);
@@ -158,6 +159,10 @@ impl Container {
     }
 
     async fn start_init(&self, init: &Process) -> Result<u32, Error> {
+        let endpoints = self.endpoints.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let endpoints = endpoints.unwrap_or_default();
+        init.set_io(ProcessIo::attach(self.sandbox.vsock(), &self.id, "", endpoints).await?);
+        self.sandbox.timeline().mark("streams attached");
         self.sandbox.agent().start(&process_ref(&self.id, "")).await?;
         self.sandbox.timeline().mark("started");
         let pid = init.pid();

@@ -18,7 +18,16 @@ use tokio::{
 use super::IoError;
 
 /// Where a process's input comes from.
-pub struct Input {
+pub struct Input(Source);
+
+enum Source {
+    Reader(Box<dyn AsyncRead + Send + Unpin>),
+    /// A FIFO that is opened when the process is about to start.
+    Fifo(String),
+}
+
+/// An input that is open.
+pub(super) struct OpenInput {
     pub(super) reader: Box<dyn AsyncRead + Send + Unpin>,
     /// The shim's own writer on the FIFO: while it is there, clients come and go
     /// without ending the input.
@@ -28,20 +37,30 @@ pub struct Input {
 impl Input {
     /// Anything that can be read; its end is the input's.
     pub fn reader(reader: impl AsyncRead + Send + Unpin + 'static) -> Self {
-        Self { reader: Box::new(reader), hold: None }
+        Self(Source::Reader(Box::new(reader)))
     }
 
-    pub(super) fn open(stream: &'static str, path: &str) -> Result<Self, IoError> {
-        let failed = |source| IoError::Open { stream, path: path.to_owned(), source };
+    pub(super) fn new(stream: &'static str, path: &str) -> Result<Self, IoError> {
         if path.contains("://") {
             return Err(IoError::Scheme { stream, uri: path.to_owned() });
         }
+        let failed = |source| IoError::Open { stream, path: path.to_owned(), source };
+        fs::metadata(path).map_err(failed)?;
+        Ok(Self(Source::Fifo(path.to_owned())))
+    }
+
+    pub(super) fn open(self, stream: &'static str) -> Result<OpenInput, IoError> {
+        let path = match self.0 {
+            Source::Reader(reader) => return Ok(OpenInput { reader, hold: None }),
+            Source::Fifo(path) => path,
+        };
+        let failed = |source| IoError::Open { stream, path: path.clone(), source };
         // Neither open waits for the other end: the first of a FIFO's read side
         // never does without blocking, and then there is a reader.
-        let reader = pipe::OpenOptions::new().open_receiver(path).map_err(failed)?;
+        let reader = pipe::OpenOptions::new().open_receiver(&path).map_err(failed)?;
         let hold =
-            OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(failed)?;
-        Ok(Self { reader: Box::new(reader), hold: Some(hold) })
+            OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(&path).map_err(failed)?;
+        Ok(OpenInput { reader: Box::new(reader), hold: Some(hold) })
     }
 }
 

@@ -25,6 +25,7 @@ use tokio::{sync::watch, task::AbortHandle};
 use crate::vsock::{Vsock, VsockError};
 pub use binary::Logger;
 use copy::{Direction, Progress, copy};
+use endpoint::OpenInput;
 pub use endpoint::{Input, Output};
 
 /// What containerd wants a process's streams connected to; empty for none.
@@ -76,7 +77,7 @@ pub enum IoError {
     Vsock(#[from] VsockError),
 }
 
-/// The opened host side of a process's streams.
+/// The host side of a process's streams, open but for the input.
 #[derive(Default)]
 pub struct Endpoints {
     /// Where its input comes from.
@@ -97,7 +98,7 @@ impl Endpoints {
     pub async fn open(stdio: &Stdio, namespace: &str, id: &str) -> Result<Self, IoError> {
         let mut endpoints = Self { terminal: stdio.terminal, ..Self::default() };
         if !stdio.stdin.is_empty() {
-            endpoints.stdin = Some(Input::open("stdin", &stdio.stdin)?);
+            endpoints.stdin = Some(Input::new("stdin", &stdio.stdin)?);
         }
         if stdio.stdout.starts_with("binary://") {
             let (logger, stdout, stderr) = Logger::start(&stdio.stdout, namespace, id).await?;
@@ -139,7 +140,9 @@ pub struct ProcessIo {
 }
 
 impl ProcessIo {
-    /// Connects the streams of a process that has been created and not started.
+    /// Connects the streams of a process that is about to start. Its input is
+    /// opened here and no earlier: a client that has written all of it may only
+    /// then find that it has to be closed, see docs/decisions/0604.
     pub async fn attach(
         vsock: &Vsock,
         container_id: &str,
@@ -160,7 +163,8 @@ impl ProcessIo {
                 return Ok(io);
             }
             let (read, write) = vsock.stream(&header(Stream::Terminal)).await?.into_split();
-            if let Some(Input { reader, hold }) = stdin {
+            if let Some(input) = stdin {
+                let OpenInput { reader, hold } = input.open("stdin")?;
                 *io.stdin_hold.lock().unwrap_or_else(PoisonError::into_inner) = hold;
                 // A terminal has no end of input but the characters typed on it:
                 // the write half stays open as long as the output does.
@@ -183,7 +187,8 @@ impl ProcessIo {
             wanted(Stream::Stdout, stdout.is_some()),
             wanted(Stream::Stderr, stderr.is_some()),
         )?;
-        if let (Some(Input { reader, hold }), Some(stream)) = (stdin, stdin_stream) {
+        if let (Some(input), Some(stream)) = (stdin, stdin_stream) {
+            let OpenInput { reader, hold } = input.open("stdin")?;
             *io.stdin_hold.lock().unwrap_or_else(PoisonError::into_inner) = hold;
             io.input(copy(reader, stream, Direction::Close, Arc::default()));
         }
