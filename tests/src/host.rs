@@ -225,12 +225,18 @@ fn cgroups(items: &mut BTreeSet<String>, dir: &Path, whole: bool, depth: usize) 
     }
 }
 
-/// Everything below `dir`, except what containerd keeps of its own: images and databases.
+/// Everything below `dir`, except what containerd keeps of its own (images, databases) and
+/// the directory tests share.
 fn files(items: &mut BTreeSet<String>, dir: &Path, depth: usize) {
     for entry in read_dir(dir).into_iter().flatten().flatten() {
         let path = entry.path();
         let text = path.to_string_lossy().into_owned();
-        let own = ["/io.containerd.content", "/io.containerd.metadata", "/io.containerd.mount-manager"];
+        let own = [
+            "/io.containerd.content",
+            "/io.containerd.metadata",
+            "/io.containerd.mount-manager",
+            "/rvm-tests/rootfs",
+        ];
         if own.iter().any(|part| text.contains(part)) {
             continue;
         }

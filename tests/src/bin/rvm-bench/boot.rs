@@ -14,48 +14,41 @@ use crate::{
     peer::{self, Announcement, Peer},
 };
 
-/// The kernels besides the staged one.
-pub struct Kernels {
-    /// The staged one with virtio-mmio, so that QEMU's microvm can give its
-    /// guest a vsock; under rvm in the same comparison.
-    pub both: PathBuf,
-    /// What a peer's microVM is given.
-    pub trial: PathBuf,
+/// What a peer's microVM is given where the whole product is compared.
+pub struct Trial {
+    /// Its kernel.
+    pub kernel: PathBuf,
     /// Its initramfs: an `/init` that prints one line.
-    pub trial_initramfs: PathBuf,
+    pub initramfs: PathBuf,
 }
 
 /// Everything timed and counted.
-pub fn measure(stage: &Stage, kernels: &Kernels, runs: usize) -> Result<Value> {
+pub fn measure(stage: &Stage, trial: &Trial, runs: usize) -> Result<Value> {
     counters::mount_both()?;
-    let same_peer = || Peer::start(&kernels.both, &stage.initramfs(), Announcement::Vsock);
-    let whole_peer = || Peer::start(&kernels.trial, &kernels.trial_initramfs, Announcement::Console);
+    let same_peer = || Peer::start(&stage.kernel(), &stage.initramfs(), Announcement::Vsock);
+    let whole_peer = || Peer::start(&trial.kernel, &trial.initramfs, Announcement::Console);
 
-    let (mut same, mut same_qemu, mut whole, mut whole_qemu) = (vec![], vec![], vec![], vec![]);
+    let (mut rvm_ms, mut same_ms, mut whole_ms) = (vec![], vec![], vec![]);
     let mut metrics: Vec<Metrics> = Vec::new();
     // The first round fills caches and is not counted.
     for round in 0..=runs {
-        let rvm = Monitor::start(stage, &kernels.both)?;
+        let rvm = Monitor::start(stage)?;
         let a = rvm.ready_ms()?;
+        let counted = rvm.metrics()?;
         rvm.stop()?;
         let qemu = same_peer()?;
         let b = qemu.ready_ms()?;
         qemu.stop()?;
-        let rvm = Monitor::start(stage, &stage.kernel())?;
-        let c = rvm.ready_ms()?;
-        let counted = rvm.metrics()?;
-        rvm.stop()?;
         let qemu = whole_peer()?;
-        let d = qemu.ready_ms()?;
+        let c = qemu.ready_ms()?;
         qemu.stop()?;
         eprintln!(
-            "round {round}: same kernel rvm {a:.0} QEMU {b:.0} ms, whole product rvm {c:.0} QEMU {d:.0} ms"
+            "round {round}: rvm {a:.0} ms; QEMU microvm, same kernel and initramfs {b:.0} ms, trial kernel {c:.0} ms"
         );
         if round > 0 {
-            same.push(a);
-            same_qemu.push(b);
-            whole.push(c);
-            whole_qemu.push(d);
+            rvm_ms.push(a);
+            same_ms.push(b);
+            whole_ms.push(c);
             metrics.push(counted);
         }
     }
@@ -64,20 +57,18 @@ pub fn measure(stage: &Stage, kernels: &Kernels, runs: usize) -> Result<Value> {
     let steps = step_medians(&metrics);
     Ok(json!({
         "ratios": {
-            "rvm/qemu-microvm, same kernel and initramfs": median(&same) / median(&same_qemu),
-            "rvm/qemu-microvm, whole product": median(&whole) / median(&whole_qemu),
+            "rvm/qemu-microvm, same kernel and initramfs": median(&rvm_ms) / median(&same_ms),
+            "rvm/qemu-microvm, whole product": median(&rvm_ms) / median(&whole_ms),
         },
         "medians_ms": {
-            "same kernel, rvm": median(&same),
-            "same kernel, qemu-microvm": median(&same_qemu),
-            "whole product, rvm": median(&whole),
-            "whole product, qemu-microvm": median(&whole_qemu),
+            "rvm": median(&rvm_ms),
+            "qemu-microvm, rvm's kernel and initramfs": median(&same_ms),
+            "qemu-microvm, trial kernel": median(&whole_ms),
         },
         "runs_ms": {
-            "same kernel, rvm": same,
-            "same kernel, qemu-microvm": same_qemu,
-            "whole product, rvm": whole,
-            "whole product, qemu-microvm": whole_qemu,
+            "rvm": rvm_ms,
+            "qemu-microvm, rvm's kernel and initramfs": same_ms,
+            "qemu-microvm, trial kernel": whole_ms,
         },
         "steps_ms": steps,
         "exits": exits,
@@ -102,7 +93,7 @@ fn count_exits(
     same_peer: &dyn Fn() -> Result<Peer>,
 ) -> Result<Value> {
     let counting = counters::UserspaceExits::count()?;
-    let rvm = Monitor::start(stage, &stage.kernel())?;
+    let rvm = Monitor::start(stage)?;
     rvm.ready_ms()?;
     let metrics = rvm.metrics()?;
     let by_kvm = json!({

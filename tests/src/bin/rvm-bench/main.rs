@@ -45,12 +45,11 @@ fn run() -> Result<Value> {
         std::env::var("RVM_BENCH_RUNS").ok().map_or(Ok(10), |text| text.parse().context("RVM_BENCH_RUNS"))?;
     match std::env::args().nth(1).as_deref() {
         Some("boot") => {
-            let kernels = boot::Kernels {
-                both: variable("RVM_BENCH_KERNEL_MMIO")?,
-                trial: variable("RVM_BENCH_KERNEL_TRIAL")?,
-                trial_initramfs: variable("RVM_BENCH_INIT")?,
+            let trial = boot::Trial {
+                kernel: variable("RVM_BENCH_KERNEL_TRIAL")?,
+                initramfs: variable("RVM_BENCH_INIT")?,
             };
-            let mut result = boot::measure(&stage, &kernels, runs)?;
+            let mut result = boot::measure(&stage, &trial, runs)?;
             result["memory"] = memory::measure(stage)?;
             Ok(result)
         }

@@ -24,7 +24,7 @@ use tempfile::TempDir;
 use crate::{MEMORY_MIB, VCPUS, median, ready::Listener};
 
 /// The monitor's last step before the guest runs.
-pub const FIRST_RUN: &str = "first KVM_RUN";
+pub const FIRST_RUN: &str = "first_run";
 
 /// A running monitor in a directory of its own.
 pub struct Monitor {
@@ -38,14 +38,14 @@ pub struct Monitor {
 
 impl Monitor {
     /// Starts one with the devices the shim gives every sandbox.
-    pub fn start(stage: &Stage, kernel: &Path) -> Result<Self> {
+    pub fn start(stage: &Stage) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("rvm-bench").tempdir()?;
         std::fs::create_dir(dir.path().join("share"))?;
         let config = VmConfig {
             id: "bench".into(),
             vcpus: VCPUS,
             memory_mib: MEMORY_MIB,
-            kernel: kernel.to_owned(),
+            kernel: stage.kernel(),
             cmdline: DEFAULT_CMDLINE.into(),
             initramfs: Some(stage.initramfs()),
             console_log: Some("console.log".into()),
@@ -134,7 +134,7 @@ pub fn step_medians(runs: &[Metrics]) -> Vec<(String, f64)> {
 pub fn first_run(stage: &Stage, runs: usize) -> Result<Value> {
     let mut all = Vec::new();
     for _ in 0..runs {
-        let monitor = Monitor::start(stage, &stage.kernel())?;
+        let monitor = Monitor::start(stage)?;
         let until = Instant::now() + scale::command();
         let metrics = loop {
             // The control socket is there before the vCPUs run.

@@ -19,6 +19,8 @@ use crate::{MEMORY_MIB, VCPUS, monitor::console, ready::Listener};
 pub const MACHINE: &str = "microvm,accel=kvm,x-option-roms=off,pit=off,pic=off,rtc=off";
 /// Context id of the guest. vhost-vsock's are the host's, unlike rvm's.
 const CID: u32 = 29_302;
+/// What a trial kernel is told: a quiet console, and the way out of a panic.
+const TRIAL_CMDLINE: &str = "console=ttyS0 quiet reboot=k panic=-1";
 /// What the peer's `/init` prints.
 pub const INIT_LINE: &str = "init-is-running";
 
@@ -47,15 +49,15 @@ impl Peer {
             Announcement::Vsock => Some(Listener::vsock()?),
             Announcement::Console => None,
         };
-        let serial = match announcement {
-            Announcement::Vsock => "file:console.log",
-            Announcement::Console => "stdio",
+        let (serial, cmdline) = match announcement {
+            Announcement::Vsock => ("file:console.log", DEFAULT_CMDLINE),
+            Announcement::Console => ("stdio", TRIAL_CMDLINE),
         };
         let mut command = Command::new("qemu-system-x86_64");
         command.current_dir(dir.path()).args(["-M", MACHINE, "-cpu", "host"]);
         command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", serial]);
         command.args(["-m", &format!("{MEMORY_MIB}M"), "-smp", &VCPUS.to_string()]);
-        command.arg("-kernel").arg(kernel).arg("-initrd").arg(initramfs).args(["-append", DEFAULT_CMDLINE]);
+        command.arg("-kernel").arg(kernel).arg("-initrd").arg(initramfs).args(["-append", cmdline]);
         if announcement == Announcement::Vsock {
             command.args(["-device", &format!("vhost-vsock-device,guest-cid={CID}")]);
         }
