@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail};
 use rootfs_builder::debian;
 
 use super::vmlinux;
+use crate::progress::Step;
 use crate::{build, packages};
 
 /// The package that depends on Debian's current generic kernel. The `cloud` flavour has no 9p.
@@ -55,14 +56,20 @@ pub struct Module {
 impl Kernel {
     /// The kernel fetched last, or the one [`META_PACKAGE`] stands for now.
     pub fn fetch(cache: &Path) -> Result<Self> {
-        let package = match cached_package(cache)? {
-            Some(package) => package,
+        let (package, tree) = match cached_package(cache)? {
+            Some(package) => {
+                let tree = debian::fetch(&package, cache)?;
+                (package, tree)
+            }
             None => {
                 packages::ensure_known(META_PACKAGE)?;
-                debian::resolve_meta(META_PACKAGE, "linux-image-")?
+                let package = debian::resolve_meta(META_PACKAGE, "linux-image-")?;
+                let step = Step::start("Downloading the devhost's kernel");
+                let tree = debian::fetch(&package, cache)?;
+                step.done(&package);
+                (package, tree)
             }
         };
-        let tree = debian::fetch(&package, cache)?;
         let version = package.trim_start_matches("linux-image-").to_owned();
         let image = tree.join("boot").join(format!("vmlinuz-{version}"));
         // Debian 13 has its modules below /usr; depmod looks below /lib.

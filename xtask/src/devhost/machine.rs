@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, IsTerminal, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -17,6 +17,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::terminal::RawTerminal;
 use super::{Options, Stdio, Stream, tail};
+use crate::progress::Step;
 
 /// The kernel's self-tests of its ciphers take a second here. Emulated TSCs are
 /// one, which Linux does not believe of several processors without being told;
@@ -70,6 +71,8 @@ impl Machine<'_> {
                 vec![(Stream::Stdout, ports.add("rvm.stdout")?), (Stream::Stderr, ports.add("rvm.stderr")?)],
             )
         };
+        // Elsewhere standard error is the command's alone.
+        let booting = std::io::stderr().is_terminal().then(|| Step::start("Booting the devhost"));
         let qemu = Qemu::spawn(self, ports)?;
 
         let (events, received) = sync_channel(64);
@@ -86,6 +89,10 @@ impl Machine<'_> {
         let started = Instant::now();
         let booted = session.until(&received, Some(started + BOOT_LIMIT), |line| line == "ready");
         booted.map_err(|error| self.failure(error, "the devhost did not boot"))?;
+
+        if let Some(step) = booting {
+            step.done("");
+        }
 
         // From here on the user's input is the guest's.
         let _raw = if terminal { Some(RawTerminal::enter(control)?) } else { None };
@@ -373,4 +380,54 @@ fn join(prefix: &str, path: &Path) -> OsString {
         None => value.push(path),
     }
     value
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_whole_whatever_pieces_arrive() {
+        let mut lines = Vec::new();
+        let mut callback = |stream, line: &str| lines.push((stream, line.to_owned()));
+        let mut stdio = Stdio::Lines(&mut callback);
+        let mut session = Session { stdio: &mut stdio, partial: Default::default(), open: 0, exit: None };
+        session.output(Stream::Stdout, b"a\nb").unwrap();
+        session.output(Stream::Stderr, b"other\n").unwrap();
+        session.output(Stream::Stdout, b"c\n\nd").unwrap();
+        session.flush();
+        let expected = [
+            (Stream::Stdout, "a"),
+            (Stream::Stderr, "other"),
+            (Stream::Stdout, "bc"),
+            (Stream::Stdout, ""),
+            (Stream::Stdout, "d"),
+        ];
+        assert_eq!(lines, expected.map(|(stream, line)| (stream, line.to_owned())));
+    }
+
+    #[test]
+    fn events_lead_to_the_exit_code_or_a_reason() {
+        let (events, received) = sync_channel(8);
+        let mut stdio = Stdio::Inherit;
+        let mut session = Session { stdio: &mut stdio, partial: Default::default(), open: 1, exit: None };
+        events.send(Event::Control("ready".into())).unwrap();
+        events.send(Event::Control("exit 42".into())).unwrap();
+        session.until(&received, None, |line| line == "ready").unwrap();
+        session.until(&received, None, |line| line.starts_with("exit ")).unwrap();
+        assert_eq!(session.exit, Some(42));
+
+        events.send(Event::Control("fail cannot mount x".into())).unwrap();
+        let failed = session.until(&received, None, |_| false).unwrap_err();
+        assert_eq!(failed.to_string(), "cannot mount x");
+        let late = session.until(&received, Some(Instant::now()), |_| false).unwrap_err();
+        assert_eq!(late.to_string(), "it took too long");
+        events.send(Event::Closed).unwrap();
+        assert_eq!(session.until(&received, None, |_| false).unwrap_err().to_string(), "QEMU ended");
+    }
+
+    #[test]
+    fn commas_in_paths_are_qemus() {
+        assert_eq!(join("file:", Path::new("/a,b")), "file:/a,,b");
+    }
 }
