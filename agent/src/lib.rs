@@ -29,6 +29,7 @@ pub mod sandbox;
 pub mod service;
 pub mod storage;
 pub mod sys;
+pub mod vsock;
 
 /// Serves requests until the guest is shut down.
 pub fn serve(listeners: init::Listeners) -> Result<Infallible, init::Error> {

@@ -1,10 +1,7 @@
 //! The ttrpc service: which method asks what of the sandbox, and which status
 //! code an error becomes. No logic lives here.
 
-use std::{
-    os::fd::{IntoRawFd, OwnedFd},
-    sync::Arc,
-};
+use std::{os::fd::OwnedFd, sync::Arc};
 
 use async_trait::async_trait;
 use rvm_protocol::agent::{
@@ -14,10 +11,10 @@ use rvm_protocol::agent::{
 };
 use ttrpc::{
     Code,
-    r#async::{Server, TtrpcContext},
+    r#async::{Server, TtrpcContext, transport::Listener},
 };
 
-use crate::{error::Error, init, sandbox::Sandbox};
+use crate::{error::Error, init, sandbox::Sandbox, vsock::HostListener};
 
 struct Service {
     sandbox: Arc<Sandbox>,
@@ -25,9 +22,7 @@ struct Service {
 
 /// Serves requests that arrive at `listener`, for as long as what is returned lives.
 pub async fn start(listener: OwnedFd, sandbox: Arc<Sandbox>) -> Result<Server, init::Error> {
-    // SAFETY: `listener` is a listening vsock socket and gives up its descriptor.
-    let server = unsafe { server(sandbox).add_vsock_listener(listener.into_raw_fd()) };
-    let mut server = server.map_err(init::Error::Serve)?;
+    let mut server = server(sandbox).add_listener(Listener::new(HostListener::from(listener)));
     server.start().await.map_err(init::Error::Serve)?;
     Ok(server)
 }

@@ -143,6 +143,14 @@ impl Cgroup {
     }
 }
 
+/// Opens the cgroup a process is in.
+pub fn cgroup_of(pid: Pid) -> StepResult<OwnedFd> {
+    let step = || format!("find the cgroup of process {pid}");
+    let list = fs::read_to_string(format!("/proc/{pid}/cgroup")).step(step)?;
+    let path = list.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
+    open(&Path::new(CGROUP_ROOT).join(path), OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty()).step(step)
+}
+
 /// Makes every controller a cgroup has available to those below it.
 fn delegate_controllers(dir: &Path) -> StepResult<()> {
     let read =

@@ -6,7 +6,7 @@ use nix::errno::Errno;
 use rvm_protocol::agent;
 
 use super::{
-    cgroup::Cgroup,
+    cgroup::{Cgroup, cgroup_of},
     channel,
     child::{self, GivenUp},
     namespaces::{born_in, enter_all_of},
@@ -21,15 +21,24 @@ use crate::{
 /// Makes a process in the container whose first process `first` stands for. It
 /// prepares itself and then waits.
 pub fn spawn_into(
-    first: BorrowedFd<'_>,
+    first: &Child,
     cgroup: &Cgroup,
     process: &agent::Process,
     ends: &ChildEnds,
 ) -> StepResult<(Child, channel::Parent)> {
     let (parent, channel) = channel::pair()?;
-    let child = born_in(Some(first), || {
-        let child =
-            spawn(cgroup.dir(), 0, || child::run(&channel, || added_process(first, process, &channel, ends)));
+    let child = born_in(Some(first.pidfd.as_fd()), || {
+        let spawn_in = |cgroup| {
+            let body = || added_process(first.pidfd.as_fd(), process, &channel, ends);
+            spawn(cgroup, 0, || child::run(&channel, body))
+        };
+        let child = match spawn_in(cgroup.dir()) {
+            // The container has made cgroups of its own with controllers, so
+            // its top one takes no processes any more; its first process has
+            // found a place.
+            Err(Errno::EBUSY) => spawn_in(cgroup_of(first.pid)?.as_fd()),
+            child => child,
+        };
         match child {
             // What the kernel says of a pid namespace whose PID 1 has ended.
             Err(Errno::ENOMEM) => {

@@ -22,7 +22,6 @@ pub mod user;
 
 use std::{
     collections::HashMap,
-    os::fd::AsFd,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -138,6 +137,9 @@ impl Container {
     pub async fn start(&self, exec_id: &str, reaper: &Reaper) -> Result<u32, Error> {
         let process = self.process(exec_id)?;
         if !exec_id.is_empty() {
+            if self.first.is_preparing() {
+                return Err(Error::Precondition(format!("container {:?} is being created", self.id)));
+            }
             let ends = self.added().get_mut(exec_id).and_then(|added| added.ends.take());
             let ends = ends
                 .ok_or_else(|| Error::Precondition(format!("exec {exec_id:?} has been started already")))?;
@@ -154,9 +156,8 @@ impl Container {
         reaper: &Reaper,
     ) -> Result<channel::Parent, Error> {
         let stopped = || Error::Precondition(format!("container {:?} has stopped", self.id));
-        let spawned = self
-            .first
-            .with_child(|first| enter::spawn_into(first.pidfd.as_fd(), &self.cgroup, &process.spec, &ends));
+        let spawned =
+            self.first.with_child(|first| enter::spawn_into(first, &self.cgroup, &process.spec, &ends));
         let (child, channel) = spawned.ok_or_else(stopped)??;
         let exit = reaper.watch(child.pid);
         process.spawned(child);

@@ -52,9 +52,9 @@ impl Process {
         self.stage.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether nobody has tried to start it.
-    pub fn is_registered(&self) -> bool {
-        matches!(*self.stage(), Stage::Registered)
+    /// Whether its child has not got as far as waiting for the start.
+    pub fn is_preparing(&self) -> bool {
+        matches!(*self.stage(), Stage::Spawned(_))
     }
 
     /// Whether it waits for [`start`](Self::start).

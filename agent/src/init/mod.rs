@@ -11,6 +11,8 @@ pub mod mounts;
 pub mod reaper;
 pub mod shutdown;
 
+use std::time::Instant;
+
 pub use announce::Listeners;
 
 /// Why the guest cannot come up.
@@ -41,12 +43,14 @@ pub enum Error {
 
 /// Brings the guest up as far as the agent needs it.
 pub fn boot() -> Result<Listeners, Error> {
+    let start = Instant::now();
     let listeners = announce::listen()?;
     announce::announce()?;
+    let announced = start.elapsed();
     mounts::make_root_pivotable()?;
     mounts::mount_kernel_file_systems()?;
     mounts::make_directories()?;
     loopback::bring_up()?;
-    log::info!("up");
+    log::info!("announced after {announced:.1?}, up after {:.1?}", start.elapsed());
     Ok(listeners)
 }

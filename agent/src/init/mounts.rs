@@ -40,18 +40,20 @@ pub fn make_root_pivotable() -> Result<(), Error> {
 /// Mounts what the kernel itself provides.
 pub fn mount_kernel_file_systems() -> Result<(), Error> {
     let quiet = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    mount("proc", "/proc", quiet, "mount /proc")?;
-    mount("sysfs", "/sys", quiet, "mount /sys")?;
-    mount("devtmpfs", "/dev", MsFlags::MS_NOSUID, "mount /dev")?;
-    mount("cgroup2", CGROUP_ROOT, quiet, "mount the cgroup hierarchy")
+    mount("proc", "/proc", quiet, "", "mount /proc")?;
+    mount("sysfs", "/sys", quiet, "", "mount /sys")?;
+    mount("devtmpfs", "/dev", MsFlags::MS_NOSUID, "", "mount /dev")?;
+    // As systemd mounts it on a host: a container cannot raise the limits set
+    // on it from outside, and memory protection reaches what is below.
+    mount("cgroup2", CGROUP_ROOT, quiet, "nsdelegate,memory_recursiveprot", "mount the cgroup hierarchy")
 }
 
-fn mount(fs_type: &str, target: &str, flags: MsFlags, step: &'static str) -> Result<(), Error> {
+fn mount(fs_type: &str, target: &str, flags: MsFlags, data: &str, step: &'static str) -> Result<(), Error> {
     match mkdir(target, Mode::from_bits_truncate(0o755)) {
         Ok(()) | Err(Errno::EEXIST) => {}
         Err(source) => return Err(Error::Kernel { step, source }),
     }
-    match nix::mount::mount(Some(fs_type), target, Some(fs_type), flags, None::<&str>) {
+    match nix::mount::mount(Some(fs_type), target, Some(fs_type), flags, Some(data)) {
         // A kernel with CONFIG_DEVTMPFS_MOUNT may have been faster.
         Ok(()) | Err(Errno::EBUSY) => Ok(()),
         Err(source) => Err(Error::Kernel { step, source }),

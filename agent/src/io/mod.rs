@@ -11,18 +11,17 @@ pub use pty::{Pty, Size};
 use rvm_protocol::guest::{self, StreamHeader};
 pub use streams::{Attachment, ChildEnds, Streams};
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
-use tokio_vsock::VsockListener;
 
-use crate::{error::Error, sandbox::Sandbox};
+use crate::{error::Error, sandbox::Sandbox, vsock::HostListener};
 
 /// Bytes moved at a time; what a pipe holds.
 const BUFFER: usize = 64 * 1024;
 
 /// Accepts stream connections for ever, each served in the background.
 pub async fn accept(listener: OwnedFd, sandbox: Arc<Sandbox>) -> std::io::Result<std::convert::Infallible> {
-    let listener = VsockListener::from(listener);
+    let listener = HostListener::from(listener);
     loop {
-        let (stream, _) = listener.accept().await?;
+        let stream = std::future::poll_fn(|cx| listener.poll_accept(cx)).await?;
         let sandbox = Arc::clone(&sandbox);
         tokio::spawn(async move {
             serve(stream, &sandbox).await;

@@ -37,11 +37,11 @@ pub struct Child {
 /// `body` should only borrow: what it owns is dropped in the child, and the
 /// child has closed the descriptors it was not given ([`close_all_except`]).
 /// `namespaces` are `CLONE_NEW*` flags. The caller must be the only thread of
-/// its process, see the crate's invariants; otherwise this fails with `EBUSY`.
+/// its process, see the crate's invariants; otherwise this fails with `EDEADLK`.
 pub fn spawn(cgroup: BorrowedFd<'_>, namespaces: u64, body: impl FnOnce() -> i32) -> nix::Result<Child> {
     // "." and ".." and one entry for every thread.
     if nix::sys::stat::stat("/proc/self/task")?.st_nlink != 3 {
-        return Err(Errno::EBUSY);
+        return Err(Errno::EDEADLK);
     }
     let mut pidfd: RawFd = -1;
     let args = libc::clone_args {
