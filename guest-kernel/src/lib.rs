@@ -200,6 +200,13 @@ fn io_error(what: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(std::io
 /// Returns the kernel from the cache, building it where it is not there.
 pub fn build(options: &BuildOptions<'_>) -> Result<Kernel, Error> {
     let cache = cache::Cache::open(&options.cache_dir)?;
+    // What is in the cache is whole: a build of another flavour is nothing to wait for.
+    if let Some(source) = source::cached(&cache)?.filter(|_| !options.refresh) {
+        let key = cache::key(&source, options.flavour)?;
+        if let Some(kernel) = cache.find(options.flavour, &key) {
+            return Ok(kernel);
+        }
+    }
     let _lock = cache.lock(&|| (options.progress)(Step::Wait, 0.0))?;
     let source = source::get(&cache, options)?;
     let key = cache::key(&source, options.flavour)?;

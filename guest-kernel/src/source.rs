@@ -36,11 +36,16 @@ struct Manifest {
     downloaded: u64,
 }
 
+/// The source in the cache.
+pub fn cached(cache: &Cache) -> Result<Option<Source>, Error> {
+    newest(&cache.source_dir())
+}
+
 /// The cached source, or a new one where there is none or a refresh is asked for.
 ///
 /// A refresh that fails leaves the cached one in use: a build must work offline.
 pub fn get(cache: &Cache, options: &BuildOptions<'_>) -> Result<Source, Error> {
-    let cached = newest(&cache.source_dir())?;
+    let cached = cached(cache)?;
     match cached {
         Some(source) if !options.refresh => Ok(source),
         cached => match (fetch(cache, options.progress), cached) {
