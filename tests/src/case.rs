@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Result, anyhow};
 
-use crate::{scale, stage::Stage, world::World};
+use crate::{host, scale, stage::Stage, world::World};
 
 /// Not yet tried, or the one world of this process, or why there is none.
 static WORLD: Mutex<Option<Result<World, String>>> = Mutex::new(None);
@@ -61,6 +61,9 @@ fn run(world: &World, test: impl FnOnce(&World) -> Result<()>) -> Result<(), Str
     let Err(error) = outcome else { return Ok(()) };
     let mut report = format!("{error}\n--- containerd and shims ---\n{}\n", world.log_tail(log, 40));
     logs(&mut report, Path::new("/run/rvm"));
+    for process in host::sandbox_processes(world.stage()) {
+        let _ = writeln!(report, "{process}\n{}", host::threads(process.pid));
+    }
     for killed in world.sweep() {
         let _ = writeln!(report, "swept {killed}");
     }
@@ -76,7 +79,7 @@ fn logs(report: &mut String, dir: &Path) {
             && path.file_name().is_some_and(|name| name != "share")
         {
             logs(report, &path);
-        } else if path.extension().is_some_and(|extension| extension == "log") {
+        } else if path.extension().is_some_and(|extension| extension == "log" || extension == "json") {
             let text = std::fs::read(&path).unwrap_or_default();
             let text = String::from_utf8_lossy(&text);
             let lines: Vec<&str> = text.lines().collect();

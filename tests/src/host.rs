@@ -166,6 +166,19 @@ pub fn sandbox_processes(stage: &Stage) -> Vec<Process> {
 /// What a process's line starts with.
 const PROCESS: &str = "process ";
 
+/// Where each thread of a process is in the kernel, for reports of what hangs.
+pub fn threads(pid: libc::pid_t) -> String {
+    let mut text = String::new();
+    for thread in names(&format!("/proc/{pid}/task")) {
+        let read =
+            |file: &str| read_to_string(format!("/proc/{pid}/task/{thread}/{file}")).unwrap_or_default();
+        let stack = read("stack");
+        let stack: Vec<&str> = stack.lines().take(4).filter_map(|line| line.split(' ').nth(1)).collect();
+        text += &format!("  thread {thread} {}: {}\n", read("comm").trim(), stack.join(" < "));
+    }
+    text
+}
+
 fn processes(items: &mut BTreeSet<String>, stage: &Stage, own: &[libc::pid_t], whole: bool) {
     let own_pid = std::process::id().cast_signed();
     let own_namespace = read_link("/proc/thread-self/ns/mnt").ok();

@@ -294,6 +294,14 @@ impl World {
     /// Kills every process that a failed case left in this world, so that the
     /// next case starts clean. Returns what was killed.
     pub fn sweep(&self) -> Vec<String> {
+        // First the processes: a shim that hangs would hold up every command below.
+        let mut killed = Vec::new();
+        for process in crate::host::sandbox_processes(&self.stage) {
+            let pid = nix::unistd::Pid::from_raw(process.pid);
+            if nix::sys::signal::kill(pid, Signal::SIGKILL).is_ok() {
+                killed.push(process.to_string());
+            }
+        }
         let ctr = self.ctr();
         for id in ctr.list(&["containers", "ls", "-q"]) {
             let _ = ctr.run(&["task", "kill", "-s", "SIGKILL", &id], scale::command());
@@ -305,13 +313,6 @@ impl World {
                 && rest.contains("Active")
             {
                 let _ = ctr.run(&["snapshots", "rm", key], scale::command());
-            }
-        }
-        let mut killed = Vec::new();
-        for process in crate::host::sandbox_processes(&self.stage) {
-            let pid = nix::unistd::Pid::from_raw(process.pid);
-            if nix::sys::signal::kill(pid, Signal::SIGKILL).is_ok() {
-                killed.push(process.to_string());
             }
         }
         killed
