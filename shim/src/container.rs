@@ -242,6 +242,9 @@ impl Container {
         if signal > 64 {
             return Err(Error::InvalidArgument(format!("signal: must be 0 to 64, is {signal}")));
         }
+        if signal == 0 {
+            return Ok(());
+        }
         let sent = self.sandbox.agent().signal(process_ref(&self.id, exec_id), signal, all);
         let lethal = signal == libc::SIGKILL as u32 && exec_id.is_empty();
         let answer = tokio::select! {
