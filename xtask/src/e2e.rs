@@ -41,11 +41,11 @@ impl Prepared {
         }
         packages::ensure(&purposes)?;
         let dir = build::target_dir().join("rvm").join("stage").join(profile.as_str());
-        let stage = install::stage(&dir, profile, &[])?;
+        let prefix = install::stage(&dir, profile)?;
         let image = build::busybox_image()?;
         // The names are those of tests/src/stage.rs.
         let env = vec![
-            ("RVM_STAGE".into(), stage.prefix.into_os_string()),
+            ("RVM_STAGE".into(), prefix.into_os_string()),
             ("RVM_TEST_IMAGE".into(), image.into_os_string()),
         ];
         Ok(Self { host, env })

@@ -57,28 +57,13 @@ pub fn run(args: Args) -> Result<()> {
     Ok(())
 }
 
-/// A private installation: the same tree below a directory of its own, its
-/// configuration pointing into itself.
-#[derive(Clone, Debug)]
-pub struct Stage {
-    /// Prefix of the installation.
-    pub prefix: PathBuf,
-    /// Its configuration file, for `RVM_CONFIG`.
-    pub config: PathBuf,
-}
-
-/// Builds everything with `profile` and installs it below `dir`. `settings` are
-/// keys of the configuration, as in `guest.vcpus`, with their values as TOML.
-pub fn stage(dir: &Path, profile: Profile, settings: &[(&str, &str)]) -> Result<Stage> {
+/// Builds everything with `profile` and installs it below `dir`, its
+/// configuration pointing into itself. Returns the installation's prefix.
+pub fn stage(dir: &Path, profile: Profile) -> Result<PathBuf> {
     let prefix = std::path::absolute(dir)?;
     install_files(&prefix, &build::artifacts(profile)?)?;
-    let config = prefix.join(CONFIG_PATH);
-    let mut text = config_for(&prefix)?;
-    for (key, value) in settings {
-        text = with_setting(&text, key, value)?;
-    }
-    replace(&config, 0o644, text.as_bytes())?;
-    Ok(Stage { prefix, config })
+    replace(&prefix.join(CONFIG_PATH), 0o644, config_for(&prefix)?.as_bytes())?;
+    Ok(prefix)
 }
 
 /// What is installed below a prefix, with its permissions.
