@@ -2,7 +2,6 @@
 //! own changes above, and nothing else in sight.
 
 use std::{
-    ffi::OsStr,
     fs,
     os::{
         fd::AsFd,
@@ -13,7 +12,6 @@ use std::{
 
 use nix::{
     errno::Errno,
-    fcntl::AtFlags,
     mount::{MntFlags, MsFlags, mount, umount2},
     sys::{
         stat::{SFlag, UtimensatFlags, utimensat},
@@ -190,11 +188,6 @@ fn mask(root: &Root, path: &Path) -> nix::Result<()> {
         clone_tree(root, Path::new("dev/null"), false)?
     };
     attach(&cover, &target)
-}
-
-/// Whether a file exists in the container, links not followed.
-pub fn exists(root: &Root, name: &OsStr) -> bool {
-    nix::sys::stat::fstatat(root, name, AtFlags::AT_SYMLINK_NOFOLLOW).is_ok()
 }
 
 #[cfg(test)]

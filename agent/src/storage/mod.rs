@@ -45,6 +45,7 @@ impl Storage {
 
     /// Writes everything out and unmounts.
     pub fn release(&mut self) {
+        nix::unistd::sync();
         self.scratch.release();
         share::release(Path::new(guest::SHARE_DIR));
     }

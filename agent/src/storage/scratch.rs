@@ -80,12 +80,11 @@ impl Scratch {
         }
     }
 
-    /// Writes everything out and unmounts, or at least makes the file system clean.
+    /// Unmounts it, or at least leaves the file system clean.
     pub fn release(&mut self) {
         if !self.mounted {
             return;
         }
-        nix::unistd::sync();
         let Err(errno) = nix::mount::umount2(&self.target, MntFlags::empty()) else { return };
         // A process may still hold it; read-only is as good for the journal.
         log::debug!("unmount the scratch: {errno}");

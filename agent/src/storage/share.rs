@@ -19,8 +19,7 @@ pub fn mount(tag: &str, target: &Path) -> StepResult<()> {
 
 /// Unmounts the share.
 pub fn release(target: &Path) {
-    // Nothing is lost if it stays: the kernel writes to the host before it
-    // answers a write, and sync has been called.
+    // Nothing is lost if it stays: everything has been written out.
     if let Err(errno) = nix::mount::umount2(target, MntFlags::MNT_DETACH) {
         log::debug!("unmount the share: {errno}");
     }
