@@ -21,7 +21,6 @@ use crate::devices::virtio::blk::{Blk, BlkError};
 use crate::devices::virtio::fs::{Fs, FsError};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{Vsock, VsockError};
-use crate::kvm::coalesced::PortRing;
 use crate::kvm::irq::IrqError;
 use crate::kvm::probe::{self, ProbeError};
 use crate::kvm::{Host, KvmError, Vm};
@@ -87,27 +86,50 @@ pub fn build(config: CheckedConfig, any_kvm: bool, timeline: Arc<Timeline>) -> R
     timeline.reached("vm_created");
 
     let memory = memory::create(config.vm.memory_mib << 20)?;
-    vm.set_memory(&memory)?;
-    timeline.reached("memory_mapped");
+    // Before KVM takes the memory it waits for all who may still look at the
+    // old layout, which can last longer than all the rest; so the rest is done
+    // meanwhile.
+    std::thread::scope(|scope| {
+        let taken = scope.spawn(|| vm.set_memory(&memory));
+        let built = build_on(config, &host, &vm, &memory, &timeline);
+        match taken.join() {
+            Ok(taken) => taken?,
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+        timeline.reached("memory_taken");
+        let (machine, vcpus, control) = built?;
+        Ok(Vmm { vm: Arc::clone(&vm), memory: memory.clone(), machine, vcpus, control, timeline })
+    })
+}
 
-    let boot = load_guest(&config, &memory)?;
+/// What is built on a VM and its memory.
+type Built = (Arc<Machine>, Vec<Vcpu>, Option<ControlServer>);
+
+fn build_on(
+    config: CheckedConfig,
+    host: &Host,
+    vm: &Arc<Vm>,
+    memory: &GuestMemoryMmap,
+    timeline: &Timeline,
+) -> Result<Built, BuildError> {
+    let boot = load_guest(&config, memory)?;
     timeline.reached("guest_loaded");
 
     let pci = PciBus::default();
     pci.add::<BuildError>(|_| Ok(Box::new(HostBridge::new())))?;
     for device in virtio_devices(&config)? {
         pci.add::<BuildError>(|slot| {
-            Ok(Box::new(VirtioFunction::new(device, memory.clone(), Arc::clone(&vm), slot)?))
+            Ok(Box::new(VirtioFunction::new(device, memory.clone(), Arc::clone(vm), slot)?))
         })?;
     }
-    let serial = serial_console(&config, &vm)?;
+    let serial = serial_console(&config, vm)?;
     timeline.reached("devices_attached");
 
-    let vcpus = create_vcpus(&host, &vm, config.vm.vcpus, boot)?;
-    let waiting = match vcpus.first() {
-        Some(vcpu) if host.has_coalesced_pio() => Some(PortRing::new(&vm.fd, &vcpu.fd, CONFIG_ADDRESS_PORT)?),
-        _ => None,
-    };
+    let vcpus = create_vcpus(host, vm, config.vm.vcpus, boot)?;
+    if let Some(vcpu) = vcpus.first().filter(|_| host.can_post_writes()) {
+        vm.start_posting(&vcpu.fd)?;
+        vm.post_port_writes(CONFIG_ADDRESS_PORT)?;
+    }
     timeline.reached("vcpus_created");
 
     // Last, so that whoever can connect finds a machine.
@@ -117,8 +139,8 @@ pub fn build(config: CheckedConfig, any_kvm: bool, timeline: Arc<Timeline>) -> R
         }
         None => None,
     };
-    let machine = Arc::new(Machine { pci, serial: Mutex::new(serial), waiting });
-    Ok(Vmm { vm, memory, machine, vcpus, control, timeline })
+    let machine = Arc::new(Machine { pci, serial: Mutex::new(serial), vm: Arc::clone(vm) });
+    Ok((machine, vcpus, control))
 }
 
 /// Puts kernel, initramfs, parameters and tables into memory.
@@ -151,7 +173,8 @@ fn virtio_devices(config: &CheckedConfig) -> Result<Vec<Box<dyn VirtioDevice>>, 
     }
     for share in &config.vm.shares {
         let device = Fs::new(share).map_err(|source| BuildError::Share { tag: share.tag.clone(), source })?;
-        devices.push(Box::new(device));
+        // A vCPU waiting for the host's disk does not hold up the others.
+        devices.push(Box::new(device.with_request_queues(config.vm.vcpus.into())));
     }
     for disk in &config.vm.disks {
         let device =

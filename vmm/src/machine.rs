@@ -1,11 +1,12 @@
 //! The devices as a vCPU sees them: ports and memory addresses.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::arch::layout::SERIAL_PORT;
 use crate::devices::legacy::i8042;
 use crate::devices::legacy::serial::{PORTS as SERIAL_PORTS, Serial};
-use crate::kvm::coalesced::PortRing;
+use crate::kvm::Vm;
+use crate::kvm::coalesced::Target;
 use crate::pci::{CONFIG_ADDRESS_PORT, CONFIG_LAST_PORT, PciBus};
 
 const SERIAL_LAST_PORT: u16 = SERIAL_PORT + SERIAL_PORTS - 1;
@@ -29,16 +30,19 @@ pub struct Machine {
     pub pci: PciBus,
     /// The serial console.
     pub serial: Mutex<Serial>,
-    /// Writes of the PCI address port that have not been seen yet.
-    pub waiting: Option<PortRing>,
+    /// The VM, which holds the writes that have not taken effect yet.
+    pub vm: Arc<Vm>,
 }
 
 impl Machine {
-    /// Takes note of port writes that caused no exit; call it first on every exit.
+    /// Lets the writes that caused no exit take effect; call it first on every exit.
     pub fn catch_up(&self) {
-        if let Some(ring) = &self.waiting {
-            ring.drain(|port, data| {
-                self.write_port(port, data);
+        if let Some(posted) = self.vm.posted() {
+            posted.drain(|target, data| match target {
+                Target::Port(port) => {
+                    self.write_port(port, data);
+                }
+                Target::Memory(address) => self.write_memory(address, data),
             });
         }
     }

@@ -73,7 +73,7 @@ impl Vmm {
             .collect::<Result<Vec<_>, _>>();
         let result = match threads {
             Ok(threads) => {
-                let owner = Owner { threads, memory: &memory, timeline: &timeline };
+                let owner = Owner { threads, machine: &machine, memory: &memory, timeline: &timeline };
                 listen(events, owner, control, &report)
             }
             Err(e) => Err(RunError::Thread(e)),
@@ -89,6 +89,7 @@ impl Vmm {
 /// What requests are about.
 struct Owner<'a> {
     threads: Vec<VcpuThread>,
+    machine: &'a Machine,
     memory: &'a GuestMemoryMmap,
     timeline: &'a Timeline,
 }
@@ -100,6 +101,7 @@ impl Owner<'_> {
                 // All are asked first, so that they stop side by side.
                 self.threads.iter().for_each(VcpuThread::pause);
                 self.threads.iter().for_each(VcpuThread::wait_paused);
+                self.machine.catch_up();
                 Response::Ok
             }
             Request::Resume => {

@@ -1,18 +1,20 @@
-//! Port writes that wait in a ring (`KVM_CAP_COALESCED_PIO`).
+//! Writes that cause no return to user space (`KVM_CAP_COALESCED_MMIO`,
+//! `KVM_CAP_COALESCED_PIO`).
 //!
-//! A configuration access is a write to the address port and an access to the
-//! data port. With the address port registered here its writes cause no return
-//! to user space: KVM puts them into a page shared with the monitor, and the
-//! exit for the data port finds them there. That halves the exits of a PCI scan.
-
-use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU32, Ordering, fence};
-use std::sync::{Mutex, PoisonError};
+//! Many device registers only hold a value until another access makes use of
+//! it: the PCI address port until the data port is read, a queue's address until
+//! the driver sets DRIVER_OK. KVM puts writes to such registers into a page
+//! shared with the monitor; every exit looks there first, so they take effect
+//! before anything that comes after them. A PCI scan has half the exits that
+//! way, setting up a virtio device a third.
 
 use std::os::fd::AsRawFd;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use kvm_bindings::{KVM_COALESCED_MMIO_PAGE_OFFSET, kvm_coalesced_mmio, kvm_coalesced_mmio_ring};
-use kvm_ioctls::{IoEventAddress, VcpuFd, VmFd};
+use kvm_ioctls::VcpuFd;
 use vmm_sys_util::errno;
 
 use super::KvmError;
@@ -21,8 +23,17 @@ use crate::arch::layout::PAGE_SIZE;
 const ENTRIES: usize =
     (PAGE_SIZE as usize - size_of::<kvm_coalesced_mmio_ring>()) / size_of::<kvm_coalesced_mmio>();
 
-/// The ring of a VM.
-pub struct PortRing {
+/// Where a write went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// A port.
+    Port(u16),
+    /// An address of device memory.
+    Memory(u64),
+}
+
+/// A VM's page of writes that have not taken effect yet.
+pub struct PostedWrites {
     page: NonNull<kvm_coalesced_mmio_ring>,
     /// Held by the thread that takes entries out.
     reader: Mutex<()>,
@@ -30,13 +41,13 @@ pub struct PortRing {
 
 // SAFETY: the page is mapped until drop and belongs to no thread; what is read
 // from it is read by the holder of `reader` or atomically.
-unsafe impl Send for PortRing {}
+unsafe impl Send for PostedWrites {}
 // SAFETY: as above.
-unsafe impl Sync for PortRing {}
+unsafe impl Sync for PostedWrites {}
 
-impl PortRing {
-    /// Lets writes of `port` and the three after it wait; `vcpu` is any of the VM's.
-    pub fn new(vm: &VmFd, vcpu: &VcpuFd, port: u16) -> Result<Self, KvmError> {
+impl PostedWrites {
+    /// Maps the page; `vcpu` is any of the VM's.
+    pub fn map(vcpu: &VcpuFd) -> Result<Self, KvmError> {
         // SAFETY: a fresh shared mapping of one page of the vCPU's descriptor,
         // which KVM has at that offset where the capability exists.
         let page = unsafe {
@@ -53,14 +64,12 @@ impl PortRing {
             .filter(|page| page.as_ptr() != libc::MAP_FAILED)
             .ok_or_else(errno::Error::last)
             .map_err(KvmError::request("mmap of the coalesced ring"))?;
-        let ring = Self { page: page.cast(), reader: Mutex::new(()) };
-        vm.register_coalesced_mmio(IoEventAddress::Pio(port.into()), 4)
-            .map_err(KvmError::request("KVM_REGISTER_COALESCED_MMIO"))?;
-        Ok(ring)
+        Ok(Self { page: page.cast(), reader: Mutex::new(()) })
     }
 
-    /// Hands the waiting writes to `write`, oldest first.
-    pub fn drain(&self, mut write: impl FnMut(u16, &[u8])) {
+    /// Hands the waiting writes to `write`, oldest first. When it returns, all
+    /// that the calling vCPU has written have taken effect.
+    pub fn drain(&self, mut write: impl FnMut(Target, &[u8])) {
         // What the calling vCPU wrote is there: KVM put it in on this very thread.
         if self.first().load(Ordering::Relaxed) == self.last().load(Ordering::Acquire) {
             return;
@@ -74,10 +83,13 @@ impl PortRing {
             let entry = unsafe { self.entries().add(first) };
             // SAFETY: KVM writes no entry between `first` and `last`.
             let entry = unsafe { entry.read() };
-            let data = entry.data.get(..entry.len as usize).unwrap_or(&[]);
-            write(entry.phys_addr as u16, data);
+            // SAFETY: both members of the union are plain integers of one size.
+            let is_port = unsafe { entry.__bindgen_anon_1.pio } != 0;
+            let target =
+                if is_port { Target::Port(entry.phys_addr as u16) } else { Target::Memory(entry.phys_addr) };
+            write(target, entry.data.get(..entry.len as usize).unwrap_or(&[]));
             first = (first + 1) % ENTRIES;
-            fence(Ordering::Release);
+            // Only now: whoever finds the page empty may rely on the write.
             self.first().store(first as u32, Ordering::Release);
         }
     }
@@ -102,9 +114,9 @@ impl PortRing {
     }
 }
 
-impl Drop for PortRing {
+impl Drop for PostedWrites {
     fn drop(&mut self) {
-        // SAFETY: the mapping was made in `new` and nothing refers to it any more.
+        // SAFETY: the mapping was made in `map` and nothing refers to it any more.
         unsafe { libc::munmap(self.page.as_ptr().cast(), PAGE_SIZE as usize) };
     }
 }

@@ -4,16 +4,18 @@ pub mod coalesced;
 pub mod irq;
 pub mod probe;
 
-use std::sync::Arc;
+use std::ops::Range;
+use std::sync::{Arc, OnceLock};
 
 use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
-use kvm_ioctls::{Cap, Kvm, VmFd};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use thiserror::Error;
 use vm_memory::{GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::errno;
 
 use crate::arch::layout::{KVM_IDENTITY_MAP_START, KVM_TSS_START};
 use crate::arch::vendor::Vendor;
+use coalesced::PostedWrites;
 use irq::IrqRoutes;
 
 /// Why KVM cannot be used, or a VM not be made.
@@ -111,9 +113,9 @@ impl Host {
         self.kvm.check_extension(Cap::TscDeadlineTimer)
     }
 
-    /// Whether port writes can wait in a ring until the next exit.
-    pub fn has_coalesced_pio(&self) -> bool {
-        self.kvm.check_extension(Cap::CoalescedPio)
+    /// Whether writes to ports and to device memory can wait for the next exit.
+    pub fn can_post_writes(&self) -> bool {
+        self.kvm.check_extension(Cap::CoalescedPio) && self.kvm.check_extension(Cap::CoalescedMmio)
     }
 
     /// Creates a VM with in-kernel interrupt controllers, for `vcpus` vCPUs.
@@ -140,7 +142,7 @@ impl Host {
         }
         fd.create_irq_chip().map_err(KvmError::request("KVM_CREATE_IRQCHIP"))?;
         let fd = Arc::new(fd);
-        Ok(Vm { routes: Arc::new(IrqRoutes::new(Arc::clone(&fd))), fd })
+        Ok(Vm::new(fd))
     }
 }
 
@@ -162,9 +164,54 @@ pub struct Vm {
     pub fd: Arc<VmFd>,
     /// Its interrupt routes.
     pub routes: Arc<IrqRoutes>,
+    posted: OnceLock<PostedWrites>,
 }
 
 impl Vm {
+    fn new(fd: Arc<VmFd>) -> Self {
+        Self { routes: Arc::new(IrqRoutes::new(Arc::clone(&fd))), fd, posted: OnceLock::new() }
+    }
+
+    /// Lets writes be posted from now on; whoever handles exits must look at
+    /// [`posted`](Self::posted) first. `vcpu` is any of the VM's.
+    pub fn start_posting(&self, vcpu: &VcpuFd) -> Result<(), KvmError> {
+        let _ = self.posted.set(PostedWrites::map(vcpu)?);
+        Ok(())
+    }
+
+    /// Writes that have not taken effect yet; `None` where none are posted.
+    pub fn posted(&self) -> Option<&PostedWrites> {
+        self.posted.get()
+    }
+
+    /// Lets writes to the four ports from `port` wait for the next exit.
+    pub fn post_port_writes(&self, port: u16) -> Result<(), KvmError> {
+        self.post(IoEventAddress::Pio(port.into()), 4)
+    }
+
+    /// Lets writes to `range` of device memory wait for the next exit.
+    pub fn post_memory_writes(&self, range: Range<u64>) -> Result<(), KvmError> {
+        self.post(IoEventAddress::Mmio(range.start), (range.end - range.start) as u32)
+    }
+
+    fn post(&self, address: IoEventAddress, size: u32) -> Result<(), KvmError> {
+        if self.posted.get().is_none() {
+            return Ok(());
+        }
+        let request = KvmError::request("KVM_REGISTER_COALESCED_MMIO");
+        self.fd.register_coalesced_mmio(address, size).map_err(request)
+    }
+
+    /// Undoes [`post_memory_writes`](Self::post_memory_writes).
+    pub fn unpost_memory_writes(&self, range: Range<u64>) -> Result<(), KvmError> {
+        if self.posted.get().is_none() {
+            return Ok(());
+        }
+        let request = KvmError::request("KVM_UNREGISTER_COALESCED_MMIO");
+        let size = (range.end - range.start) as u32;
+        self.fd.unregister_coalesced_mmio(IoEventAddress::Mmio(range.start), size).map_err(request)
+    }
+
     /// Gives the VM its memory, a slot for each region.
     pub fn set_memory(&self, memory: &GuestMemoryMmap) -> Result<(), KvmError> {
         for (slot, region) in memory.iter().enumerate() {

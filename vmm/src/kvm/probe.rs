@@ -5,6 +5,7 @@
 //! too slowly, until an instruction the interpreter lacks. So a CPU that does
 //! not claim VMX or SVM is put to the test with a short loop in a throw-away VM.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvm_bindings::kvm_regs;
@@ -12,7 +13,7 @@ use kvm_ioctls::{VcpuExit, VmFd};
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
-use super::{KvmError, Vm, irq::IrqRoutes, open_device};
+use super::{KvmError, Vm, open_device};
 use crate::arch::layout::PAGE_SIZE;
 use crate::arch::vendor::Vendor;
 use crate::memory::{self, MemoryError};
@@ -74,8 +75,7 @@ fn time_loop(fd: VmFd) -> Result<Ran, ProbeError> {
     let code = [0xb9, low, high, 0x49, 0x75, 0xfd, 0xf4];
     let memory = memory::create(PAGE_SIZE)?;
     memory.write_slice(&code, GuestAddress(0)).map_err(ProbeError::Write)?;
-    let fd = std::sync::Arc::new(fd);
-    let vm = Vm { routes: std::sync::Arc::new(IrqRoutes::new(fd.clone())), fd };
+    let vm = Vm::new(Arc::new(fd));
     vm.set_memory(&memory)?;
 
     let mut vcpu = vm.fd.create_vcpu(0).map_err(KvmError::request("KVM_CREATE_VCPU"))?;

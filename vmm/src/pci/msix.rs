@@ -22,6 +22,9 @@ pub const CONTROL_MASK_ALL: u16 = 1 << 14;
 /// Size of a table entry.
 pub const ENTRY_SIZE: u64 = 16;
 
+/// Size of an entry's address and data.
+pub const MESSAGE_SIZE: u64 = 12;
+
 const VECTOR_MASKED: u32 = 1;
 
 /// One vector.

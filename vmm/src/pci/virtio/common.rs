@@ -1,6 +1,7 @@
 //! The common configuration structure (virtio 1.2, 4.1.4.3) and the order in
 //! which a driver may go through it (3.1.1).
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
 
@@ -23,6 +24,10 @@ pub mod status {
 
 /// Size of the structure without the optional fields at its end.
 pub const SIZE: u32 = 0x38;
+
+/// Registers that only hold a value until the status is written or another
+/// register read: everything but the status.
+pub const POSTED: [Range<u64>; 2] = [DEVICE_FEATURE_SELECT..DEVICE_STATUS, QUEUE_SELECT..END];
 
 const DEVICE_FEATURE_SELECT: u64 = 0x00;
 const DEVICE_FEATURE: u64 = 0x04;

@@ -103,6 +103,8 @@ pub struct VirtioFunction {
     kicks: Vec<Option<EventFd>>,
     /// Where KVM watches for notifications.
     watched: Option<u64>,
+    /// Where KVM lets writes wait for the next exit.
+    posted: Option<u64>,
 }
 
 impl VirtioFunction {
@@ -160,6 +162,7 @@ impl VirtioFunction {
             isr: Arc::new(AtomicU8::new(0)),
             kicks: Vec::new(),
             watched: None,
+            posted: None,
         })
     }
 
@@ -269,6 +272,43 @@ impl VirtioFunction {
         }
     }
 
+    /// Parts of the BAR where a write only leaves a value for later: all of the
+    /// common configuration but the status, and the messages of the MSI-X table,
+    /// which count once they are unmasked.
+    fn posted_ranges(&self, base: u64) -> impl Iterator<Item = Range<u64>> + use<> {
+        let common =
+            common::POSTED.map(|range| base + COMMON_OFFSET + range.start..base + COMMON_OFFSET + range.end);
+        let table = (0..u64::from(self.msix.count())).map(move |vector| {
+            let entry = base + MSIX_TABLE_OFFSET + vector * msix::ENTRY_SIZE;
+            entry..entry + msix::MESSAGE_SIZE
+        });
+        common.into_iter().chain(table)
+    }
+
+    /// Lets writes be posted where the BAR is at present. It only saves exits: a
+    /// range KVM has no room for goes without.
+    fn post(&mut self) {
+        let wanted = self.config.memory().map(|range| range.start);
+        if self.posted == wanted {
+            return;
+        }
+        if let Some(base) = self.posted {
+            for range in self.posted_ranges(base) {
+                // Fails for those that were never registered.
+                let _ = self.vm.unpost_memory_writes(range);
+            }
+        }
+        self.posted = wanted;
+        if let Some(base) = wanted {
+            for range in self.posted_ranges(base) {
+                if let Err(e) = self.vm.post_memory_writes(range) {
+                    log::warn!("{}: {e}", self.device.name());
+                    break;
+                }
+            }
+        }
+    }
+
     /// Runs the access to the BAR that the PCI configuration access capability
     /// describes (4.1.4.9).
     fn pci_window(&self) -> Option<(u64, usize)> {
@@ -310,6 +350,7 @@ impl PciFunction for VirtioFunction {
             let bytes = self.config.u32(window).to_le_bytes();
             self.write_memory(address, &bytes[..length]);
         }
+        self.post();
         if let Err(e) = self.watch() {
             log::error!("{}: {e}", self.device.name());
             self.stop();

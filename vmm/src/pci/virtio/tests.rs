@@ -13,7 +13,7 @@ use super::function::VirtioFunction;
 use super::*;
 use crate::devices::legacy::serial::Serial;
 use crate::devices::virtio::rng::Rng;
-use crate::kvm::{Host, Vm};
+use crate::kvm::Host;
 use crate::machine::Machine;
 use crate::memory;
 use crate::pci::{CONFIG_ADDRESS_PORT, CONFIG_DATA_PORT, PciBus, bar_address};
@@ -32,11 +32,14 @@ struct Guest {
     vcpu: Vcpu,
     counters: ExitCounters,
     bar: u64,
-    _vm: Arc<Vm>,
 }
 
 impl Guest {
     fn new() -> Self {
+        Self::with_posting(false)
+    }
+
+    fn with_posting(posting: bool) -> Self {
         let vm = Arc::new(Host::open().unwrap().create_vm(1).unwrap());
         let memory = memory::create(1 << 20).unwrap();
         vm.set_memory(&memory).unwrap();
@@ -49,10 +52,13 @@ impl Guest {
             })
             .unwrap();
         let serial = Serial::new(None, EventFd::new(0).unwrap());
-        let machine = Machine { pci, serial: Mutex::new(serial), waiting: None };
+        let machine = Machine { pci, serial: Mutex::new(serial), vm: Arc::clone(&vm) };
         let vcpu = Vcpu::create(&vm, 0).unwrap();
+        if posting {
+            vm.start_posting(&vcpu.fd).unwrap();
+        }
         let bar = bar_address(slot);
-        let guest = Self { machine, memory, vcpu, counters: ExitCounters::default(), bar, _vm: vm };
+        let guest = Self { machine, memory, vcpu, counters: ExitCounters::default(), bar };
         guest.set_config(0x04, 2);
         guest
     }
@@ -214,6 +220,25 @@ fn notification_reaches_the_device_without_an_exit_and_it_interrupts() {
 }
 
 #[test]
+fn posted_writes_take_effect_before_what_follows() {
+    let mut guest = Guest::with_posting(true);
+    assert_eq!(guest.write_from_vcpu(guest.bar + 0x16), 0, "queue_select");
+    assert_eq!(guest.write_from_vcpu(guest.bar + MSIX_TABLE_OFFSET), 0, "a message's address");
+    assert_eq!(guest.write_from_vcpu(guest.bar + MSIX_TABLE_OFFSET + 12), 1, "a vector's mask");
+    assert_eq!(guest.write_from_vcpu(guest.bar + 0x14), 1, "the status");
+
+    guest.put(0x08, 4, 1);
+    assert_eq!(guest.get(0x08, 4), 1);
+    assert_eq!(guest.write_from_vcpu(guest.bar + 0x08), 0);
+    assert_eq!(guest.get(0x08, 4), 0, "the next exit found the write");
+
+    guest.bar = 0xd000_0000;
+    guest.set_config(0x10, guest.bar as u32);
+    assert_eq!(guest.write_from_vcpu(guest.bar + 0x16), 0);
+    assert_eq!(guest.write_from_vcpu(bar_address(0) + 0x16), 1, "the old place is nobody's");
+}
+
+#[test]
 fn notification_follows_the_bar() {
     let mut guest = Guest::new();
     guest.mask_interrupts();
@@ -285,7 +310,7 @@ fn no_access_panics() {
             2 => guest.machine.read_memory(guest.bar + at % 0x4000, &mut [0; 8][..len]),
             _ => {
                 // All but the BAR, so that the accesses above go on reaching it.
-                let register = 0x40 + (at as u32 % 0xc0 & !3);
+                let register = 0x40 + ((at as u32 % 0xc0) & !3);
                 guest.set_config(register, value as u32);
                 guest.config(register);
             }
