@@ -168,6 +168,10 @@ fn namespaces_and_mounts_inside() {
         for kind in ["mnt", "pid", "uts", "ipc", "net", "cgroup"] {
             ensure!(text.contains(&format!("{kind}:[")), "{finished}");
         }
+        // include/linux/proc_ns.h: what the guest's own first namespaces are called.
+        for own in ["pid:[4026531836]", "uts:[4026531838]", "ipc:[4026531839]"] {
+            ensure!(!text.contains(own), "the guest's namespace: {finished}");
+        }
         let expected = "/proc\n/sys\n/dev\n/dev/pts\n/dev/shm\n/dev/mqueue\n\
                         null\nzero\nfull\nrandom\nurandom\ntty\nptmx\nlo\n";
         ensure!(text.ends_with(expected), "{finished}");
