@@ -21,7 +21,7 @@ const AGENT_PACKAGE: &str = "rvm-agent";
 const AGENT_TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// What [`busybox_image`] is called once imported.
-pub const BUSYBOX_NAME: &str = "rvm.local/busybox:latest";
+pub const BUSYBOX_NAME: &str = "docker.io/library/busybox:latest";
 
 /// How the programs are compiled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
