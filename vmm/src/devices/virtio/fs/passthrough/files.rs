@@ -250,3 +250,52 @@ impl<K: PartialEq, V> Recent<K, V> {
         self.lock().retain(|(key, _)| !unwanted(key));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use super::*;
+
+    fn file() -> OpenFile {
+        OpenFile::new(File::open("/dev/null").unwrap().into(), false)
+    }
+
+    #[test]
+    fn open_files_are_bounded_and_belong_to_their_node() {
+        let handles = Handles::new(2);
+        let first = handles.add_file(7, file()).unwrap();
+        let dir = DirStream::new(File::open("/").unwrap().into());
+        let second = handles.add_dir(8, dir).unwrap();
+        assert_eq!(handles.add_file(9, file()).unwrap_err().raw_os_error(), Some(libc::ENFILE));
+        assert_eq!(handles.file(8, first).err().and_then(|e| e.raw_os_error()), Some(libc::EBADF));
+        assert_eq!(handles.file(8, second).err().and_then(|e| e.raw_os_error()), Some(libc::EISDIR));
+        assert_eq!(handles.dir(7, first).err().and_then(|e| e.raw_os_error()), Some(libc::ENOTDIR));
+        assert!(handles.release(8, first).is_err());
+        handles.release(7, first).unwrap();
+        assert!(handles.add_file(9, file()).is_ok());
+    }
+
+    #[test]
+    fn the_least_recent_is_dropped_first() {
+        let recent = Recent::new(2);
+        recent.put(1, 'a');
+        recent.put(2, 'b');
+        assert_eq!(recent.take(&1), Some('a'));
+        recent.put(1, 'a');
+        recent.put(3, 'c');
+        assert_eq!((recent.take(&2), recent.take(&1), recent.take(&3)), (None, Some('a'), Some('c')));
+    }
+
+    #[test]
+    fn entries_that_are_cut_off_are_no_entries() {
+        let mut entry = [0; 24];
+        entry[16] = 24;
+        entry[19..22].copy_from_slice(b"abc");
+        assert_eq!(parse(&entry).unwrap().0.name, c"abc");
+        assert!(parse(&entry[..23]).is_none());
+        entry[16] = 19;
+        assert!(parse(&entry).is_none());
+        assert!(parse(&[]).is_none());
+    }
+}

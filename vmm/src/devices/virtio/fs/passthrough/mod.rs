@@ -43,6 +43,8 @@ const A_MOMENT: Duration = Duration::from_secs(1);
 const RECENT_FILES: usize = 64;
 /// Directories kept open for it between two requests for entries.
 const RECENT_DIRS: usize = 16;
+/// Files and directories the guest may have open, however many the host allows.
+const MAX_OPEN_FILES: usize = 32 << 10;
 /// Bytes of a file moved by one request: what the guest is told at INIT.
 const MAX_IO_BYTES: u32 = 1 << 20;
 /// Bytes of directory entries in one answer.
@@ -62,11 +64,11 @@ pub struct Policy {
 }
 
 impl Policy {
-    /// Half of the descriptors the process may have, the rest is for inodes
-    /// and for everything else the process does.
+    /// Takes all descriptors the process can have, and half of them for open
+    /// files; the rest is for inodes and for everything else the process does.
     pub fn new(readonly: bool, constant: bool) -> io::Result<Self> {
-        let limit = usize::try_from(sys::descriptor_limit()?).unwrap_or(usize::MAX);
-        Ok(Self { readonly, constant, max_open_files: limit / 2 })
+        let limit = usize::try_from(sys::raise_descriptor_limit()?).unwrap_or(usize::MAX);
+        Ok(Self { readonly, constant, max_open_files: MAX_OPEN_FILES.min(limit / 2) })
     }
 }
 

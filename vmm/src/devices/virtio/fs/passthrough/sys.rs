@@ -338,12 +338,17 @@ pub(super) fn remove_xattr(fd: BorrowedFd<'_>, name: &CStr) -> io::Result<()> {
     check(unsafe { libc::removexattr(file.as_ptr(), name.as_ptr()) }).map(drop)
 }
 
-/// The soft limit of open descriptors.
-pub(super) fn descriptor_limit() -> io::Result<u64> {
+/// Raises the process's soft limit of descriptors to the hard one; returns it.
+pub(super) fn raise_descriptor_limit() -> io::Result<u64> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: `limit` is a whole rlimit.
     check(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) })?;
-    Ok(limit.rlim_cur)
+    let raised = libc::rlimit { rlim_cur: limit.rlim_max, ..limit };
+    // SAFETY: `raised` is a whole rlimit.
+    match check(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const raised) }) {
+        Ok(_) => Ok(raised.rlim_cur),
+        Err(_) => Ok(limit.rlim_cur),
+    }
 }
 
 /// The calling thread acts for another user while this lives: what it makes is
