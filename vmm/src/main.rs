@@ -9,6 +9,7 @@ use log::LevelFilter;
 use rvm_protocol::vmm::exit_code;
 use rvm_vmm::timeline::Timeline;
 use rvm_vmm::vcpu::exits::End;
+use rvm_vmm::vmm::StopSignals;
 use rvm_vmm::{builder, config, logging};
 
 const USAGE: &str = "\
@@ -54,6 +55,10 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments, timeline: Arc<Timeline>) -> (i32, Option<anyhow::Error>) {
+    let signals = match StopSignals::block() {
+        Ok(signals) => signals,
+        Err(e) => return (exit_code::BUILD_FAILED, Some(e.into())),
+    };
     let config = match config::load(&arguments.config) {
         Ok(config) => config,
         Err(e) => return (exit_code::BAD_CONFIG, Some(anyhow!(e).context("configuration"))),
@@ -64,7 +69,7 @@ fn run(arguments: &Arguments, timeline: Arc<Timeline>) -> (i32, Option<anyhow::E
         Ok(machine) => machine,
         Err(e) => return (exit_code::BUILD_FAILED, Some(e.into())),
     };
-    match machine.run(arguments.parent) {
+    match machine.run(signals, arguments.parent) {
         Ok(End::PoweredOff) => (exit_code::OK, None),
         Ok(End::Crashed(cause)) => (exit_code::GUEST_CRASHED, Some(anyhow!("the guest crashed: {cause}"))),
         Err(e) => (exit_code::BUILD_FAILED, Some(e.into())),

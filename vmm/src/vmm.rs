@@ -59,12 +59,13 @@ pub struct Vmm {
 const STOP_SIGNALS: [libc::c_int; 2] = [libc::SIGTERM, libc::SIGINT];
 
 impl Vmm {
-    /// Runs the machine to its end: the guest's own, a request's, a signal's or
-    /// the death of the process `parent`. Everything is stopped when it returns.
-    pub fn run(self, parent: Option<libc::pid_t>) -> Result<End, RunError> {
+    /// Runs the machine to its end: the guest's own, a request's, one of the
+    /// `signals` or the death of the process `parent`. Everything is stopped
+    /// when it returns.
+    pub fn run(self, signals: StopSignals, parent: Option<libc::pid_t>) -> Result<End, RunError> {
         let Self { vm, memory, machine, vcpus, control, timeline } = self;
         let report = Arc::new(EndReport::new().map_err(RunError::Events)?);
-        let events = Events::new(&report, control.as_ref(), parent)?;
+        let events = Events::new(&report, control.as_ref(), signals, parent)?;
         let threads = vcpus
             .into_iter()
             .map(|vcpu| {
@@ -194,7 +195,8 @@ const NEW_CLIENT: u64 = u64::MAX - 3;
 /// What the listening thread waits for.
 struct Events {
     epoll: Epoll,
-    signals: OwnedFd,
+    signals: StopSignals,
+    /// Only held.
     _parent: Option<OwnedFd>,
 }
 
@@ -202,6 +204,7 @@ impl Events {
     fn new(
         report: &EndReport,
         control: Option<&ControlServer>,
+        signals: StopSignals,
         parent: Option<libc::pid_t>,
     ) -> Result<Self, RunError> {
         let parent = parent
@@ -209,9 +212,9 @@ impl Events {
             .transpose()?;
         let build = || {
             let epoll = Epoll::new()?;
-            let events = Self { epoll, signals: stop_signals()?, _parent: None };
+            let events = Self { epoll, signals, _parent: None };
             events.add(report.event.as_raw_fd(), GUEST_ENDED)?;
-            events.add(events.signals.as_raw_fd(), SIGNAL)?;
+            events.add(events.signals.0.as_raw_fd(), SIGNAL)?;
             if let Some(parent) = &parent {
                 events.add(parent.as_raw_fd(), PARENT_DIED)?;
             }
@@ -246,9 +249,18 @@ impl Events {
     }
 }
 
-/// Blocks the signals that end the machine, for this thread and those it will
-/// start, and returns a descriptor to read them from.
-fn stop_signals() -> io::Result<OwnedFd> {
+/// SIGTERM and SIGINT, kept until the machine listens to them.
+pub struct StopSignals(OwnedFd);
+
+impl StopSignals {
+    /// Blocks them for this thread and those it will start. Called first of all,
+    /// so that a monitor that is told to end while it builds leaves nothing behind.
+    pub fn block() -> Result<Self, RunError> {
+        block_stop_signals().map(Self).map_err(RunError::Events)
+    }
+}
+
+fn block_stop_signals() -> io::Result<OwnedFd> {
     let set = vmm_sys_util::signal::create_sigset(&STOP_SIGNALS)
         .map_err(|e| io::Error::from_raw_os_error(e.errno()))?;
     // SAFETY: `set` is a valid signal set; the old mask is not asked for.

@@ -7,7 +7,10 @@ pub mod probe;
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
-use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
+use kvm_bindings::{
+    CpuId, KVM_API_VERSION, KVM_CAP_PMU_CAPABILITY, KVM_MAX_CPUID_ENTRIES, KVM_PMU_CAP_DISABLE,
+    kvm_enable_cap, kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use thiserror::Error;
 use vm_memory::{GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
@@ -141,9 +144,20 @@ impl Host {
             fd.set_tss_address(KVM_TSS_START as usize).map_err(KvmError::request("KVM_SET_TSS_ADDR"))?;
         }
         fd.create_irq_chip().map_err(KvmError::request("KVM_CREATE_IRQCHIP"))?;
-        let fd = Arc::new(fd);
-        Ok(Vm::new(fd))
+        disable_pmu(&fd)?;
+        Ok(Vm::new(Arc::new(fd)))
     }
+}
+
+/// CPUID already says that there is no performance monitoring; this also keeps
+/// KVM from emulating its registers (AMD's oldest counters are not announced).
+fn disable_pmu(fd: &VmFd) -> Result<(), KvmError> {
+    if fd.check_extension_raw(KVM_CAP_PMU_CAPABILITY.into()) & KVM_PMU_CAP_DISABLE as i32 == 0 {
+        return Ok(());
+    }
+    let mut cap = kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, ..Default::default() };
+    cap.args[0] = KVM_PMU_CAP_DISABLE.into();
+    fd.enable_cap(&cap).map_err(KvmError::request("KVM_CAP_PMU_CAPABILITY"))
 }
 
 fn open_device() -> Result<Kvm, KvmError> {
