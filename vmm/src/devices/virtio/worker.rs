@@ -27,6 +27,9 @@ pub trait Handler: Send + 'static {
     /// Serves what became ready, in bounded time. An error ends the thread:
     /// the driver gets no more answers until it resets the device.
     fn handle(&mut self, epoll: &Epoll, ready: &[EpollEvent]) -> Result<(), Self::Error>;
+
+    /// Called last, when the thread is asked to end.
+    fn finish(&mut self, _epoll: &Epoll) {}
 }
 
 /// A running thread; dropping it stops and joins the thread.
@@ -82,7 +85,7 @@ fn serve<H: Handler>(epoll: &Epoll, mut handler: H) {
             }
         };
         if ready.iter().any(|event| event.data() == STOP) {
-            return;
+            return handler.finish(epoll);
         }
         if let Err(error) = handler.handle(epoll, ready) {
             log::error!("device stops: {error}");

@@ -13,6 +13,8 @@ use std::num::Wrapping;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
 use super::packet::{Header, Op, SHUTDOWN_BOTH, SHUTDOWN_RCV, SHUTDOWN_SEND};
 use super::{MAX_BURST, WINDOW_BYTES};
 use crate::devices::virtio::ring::GuestBuffers;
@@ -20,6 +22,12 @@ use crate::devices::virtio::ring::GuestBuffers;
 /// Bytes passed on after which the guest is told without being asked: a
 /// quarter of the window keeps a busy sender from running dry.
 const TELL_AFTER: u32 = WINDOW_BYTES / 4;
+
+/// What epoll always tells of a connection's socket; that there is room is
+/// asked for when it matters.
+pub(super) const ARRIVALS: EventSet = EventSet::from_bits_truncate(
+    EventSet::IN.bits() | EventSet::READ_HANG_UP.bits() | EventSet::EDGE_TRIGGERED.bits(),
+);
 
 /// Where a connection is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,6 +85,8 @@ pub(super) struct Connection {
     // Guest to host.
     /// The socket may take bytes.
     writable: bool,
+    /// Epoll tells when it does.
+    awaits_room: bool,
     backlog: VecDeque<u8>,
     forwarded: Wrapping<u32>,
     told_forwarded: Wrapping<u32>,
@@ -120,6 +130,7 @@ impl Connection {
             asked_for_credit: false,
             burst: 1,
             writable: true,
+            awaits_room: false,
             backlog: VecDeque::new(),
             forwarded: Wrapping(0),
             told_forwarded: Wrapping(0),
@@ -137,6 +148,18 @@ impl Connection {
         if hung_up && self.phase != Phase::Requested {
             self.deafen();
         }
+    }
+
+    /// Has epoll tell of room in the socket, or no longer.
+    pub(super) fn await_room(&mut self, epoll: &Epoll, token: u64) -> io::Result<()> {
+        let wanted = !self.writable && !self.backlog.is_empty();
+        if wanted != self.awaits_room {
+            let events = if wanted { ARRIVALS | EventSet::OUT } else { ARRIVALS };
+            let event = EpollEvent::new(events, token);
+            epoll.ctl(ControlOperation::Modify, self.stream.as_raw_fd(), event)?;
+            self.awaits_room = wanted;
+        }
+        Ok(())
     }
 
     /// The host's program is gone while the guest has not answered yet.
@@ -284,6 +307,23 @@ impl Connection {
         self.guest_window.saturating_sub(under_way) as usize
     }
 
+    /// Whether there may be something for the guest.
+    pub(super) fn is_due(&self) -> bool {
+        self.greeting.is_some()
+            || self.phase == Phase::Open
+                && (self.owes_credit
+                    || (self.forwarded - self.told_forwarded).0 >= TELL_AFTER
+                    || self.shutdown_flags() & !self.told_shutdown != 0
+                    || self.unread() && (self.credit() > 0 || !self.asked_for_credit))
+    }
+
+    /// The directions that have come to their end on the host's side.
+    fn shutdown_flags(&self) -> u32 {
+        let send = if self.host_finished { SHUTDOWN_SEND } else { 0 };
+        let receive = if self.host_deaf { SHUTDOWN_RCV } else { 0 };
+        send | receive
+    }
+
     /// A packet without data that is due, data excepted.
     pub(super) fn next_control(&mut self) -> Option<(Op, u32)> {
         if let Some(greeting) = self.greeting.take() {
@@ -301,13 +341,7 @@ impl Connection {
             self.asked_for_credit |= ask;
             return ask.then_some((Op::CreditRequest, 0));
         }
-        let mut flags = 0;
-        if self.host_finished {
-            flags |= SHUTDOWN_SEND;
-        }
-        if self.host_deaf {
-            flags |= SHUTDOWN_RCV;
-        }
+        let flags = self.shutdown_flags();
         if flags & !self.told_shutdown != 0 {
             self.told_shutdown |= flags;
             return Some((Op::Shutdown, self.told_shutdown));

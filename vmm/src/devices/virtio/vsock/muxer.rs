@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::{Epoll, EventSet};
 
-use super::connection::{Connection, Key, Phase, Verdict};
+use super::connection::{ARRIVALS, Connection, Key, Phase, Verdict};
 use super::packet::{HEADER_BYTES, Header, Op, TYPE_STREAM};
 use super::{HOST_CID, HOST_PORTS, MAX_CONNECTIONS, MAX_LINE_BYTES, MAX_REFUSALS};
 use crate::devices::virtio::ring::{GuestBuffers, MAX_PIECES, Ring, RingError};
@@ -102,7 +102,7 @@ impl Muxer {
     }
 
     /// Handles what epoll saw of a host program's socket.
-    pub(super) fn ready(&mut self, token: u64, events: EventSet) {
+    pub(super) fn ready(&mut self, epoll: &Epoll, token: u64, events: EventSet) {
         let hung_up = events.intersects(EventSet::HANG_UP | EventSet::ERROR);
         if let Some(connection) = self.connections.get_mut(&token) {
             if connection.abandoned(hung_up) {
@@ -118,6 +118,7 @@ impl Muxer {
                 self.connections.remove(&token);
             } else {
                 self.list(token);
+                self.await_room(epoll, token);
             }
         } else if self.greeting.contains_key(&token) {
             if hung_up {
@@ -170,14 +171,16 @@ impl Muxer {
         let key = Key { host_port: header.dst_port, guest_port: header.src_port };
         let known = self.tokens.get(&key).copied();
         match (header.op, known) {
-            (Some(op), Some(token)) if header.kind == TYPE_STREAM => self.continued(token, op, header, data),
+            (Some(op), Some(token)) if header.kind == TYPE_STREAM => {
+                self.continued(epoll, token, op, header, data)
+            }
             (Some(Op::Request), None) if header.kind == TYPE_STREAM => self.requested(epoll, key, header),
             (Some(Op::Rst), _) => {}
             _ => self.refuse(key, header.kind),
         }
     }
 
-    fn continued(&mut self, token: u64, op: Op, header: &Header, data: GuestBuffers<'_>) {
+    fn continued(&mut self, epoll: &Epoll, token: u64, op: Op, header: &Header, data: GuestBuffers<'_>) {
         let Some(connection) = self.connections.get_mut(&token) else { return };
         let was_requested = connection.phase == Phase::Requested;
         let key = connection.key;
@@ -197,6 +200,21 @@ impl Muxer {
                 self.refuse(key, TYPE_STREAM);
                 self.forget(token);
             }
+        }
+        self.await_room(epoll, token);
+    }
+
+    /// Has epoll tell of room in a socket while, and only while, something
+    /// waits for it: a reader makes room with everything it reads.
+    fn await_room(&mut self, epoll: &Epoll, token: u64) {
+        if let Some(connection) = self.connections.get_mut(&token)
+            && let Err(error) = connection.await_room(epoll, token)
+        {
+            log::warn!("vsock: a connection is dropped: {error}");
+            let key = connection.key;
+            self.tokens.remove(&key);
+            self.connections.remove(&token);
+            self.refuse(key, TYPE_STREAM);
         }
     }
 
@@ -257,7 +275,7 @@ impl Muxer {
     fn list(&mut self, token: u64) {
         if let Some(connection) = self.connections.get_mut(&token)
             && !connection.listed
-            && connection.phase != Phase::Draining
+            && connection.is_due()
         {
             connection.listed = true;
             self.due.push_back(token);
@@ -395,15 +413,10 @@ fn more_buffers<'m>(
     Ok(buffers)
 }
 
-/// Has epoll report changes of a socket, each once.
+/// Has epoll report what arrives at a socket, each change once.
 fn watch(epoll: &Epoll, stream: &UnixStream, token: u64) -> io::Result<()> {
     stream.set_nonblocking(true)?;
-    add(
-        epoll,
-        stream,
-        EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED,
-        token,
-    )
+    add(epoll, stream, ARRIVALS, token)
 }
 
 /// Connects to `<socket>_<port>` without waiting for room in its backlog.

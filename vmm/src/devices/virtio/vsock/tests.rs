@@ -536,6 +536,21 @@ fn a_reset_ends_connections_and_the_device_starts_afresh() {
 }
 
 #[test]
+fn what_the_guest_sent_right_before_it_went_down_arrives() {
+    for _ in 0..50 {
+        let mut guest = Guest::new();
+        let (mut stream, port) = guest.connect();
+        let header = guest.header(Op::Rw, port, 0, 10);
+        guest.queue.write(TX_AT, &[header.encode().as_slice(), b"last words"].concat());
+        guest.queue.send(TX, &[(TX_AT, HEADER_BYTES as u32 + 10, 0)]);
+        guest.vsock.reset();
+        let mut received = String::new();
+        stream.read_to_string(&mut received).unwrap();
+        assert_eq!(received, "last words");
+    }
+}
+
+#[test]
 fn configuration_errors_name_the_field_and_the_socket_goes_with_the_device() {
     let dir = tempfile::tempdir().unwrap();
     let config = |guest_cid, name: &str| VsockConfig { guest_cid, socket: dir.path().join(name) };

@@ -44,7 +44,7 @@ impl Handler for VsockWorker {
                 // The rings are looked at in any case.
                 RX | TX => {}
                 LISTENER => self.callers = true,
-                token => self.muxer.ready(token, event.event_set()),
+                token => self.muxer.ready(epoll, token, event.event_set()),
             }
         }
         if self.callers {
@@ -53,6 +53,14 @@ impl Handler for VsockWorker {
         self.take(epoll)?;
         self.give()?;
         Ok(())
+    }
+
+    /// What the guest sent before it went down still reaches the host, as far
+    /// as it takes it at once.
+    fn finish(&mut self, epoll: &Epoll) {
+        if let Err(error) = self.take(epoll) {
+            log::debug!("vsock: {error}");
+        }
     }
 }
 
