@@ -3,6 +3,7 @@
 pub mod coalesced;
 pub mod irq;
 pub mod probe;
+pub mod state;
 
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
