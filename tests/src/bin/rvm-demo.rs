@@ -4,8 +4,13 @@
 use std::{process::ExitCode, time::Instant};
 
 use anyhow::{Context, Result, ensure};
+use nix::{
+    sys::signal::{SigSet, Signal, kill},
+    unistd::Pid,
+};
 use rvm_tests::{
     ctr::Run,
+    host,
     job::{Finished, Input},
     sandbox::Sandbox,
     scale,
@@ -16,13 +21,33 @@ use rvm_tests::{
 
 fn main() -> ExitCode {
     let shell = std::env::args().any(|arg| arg == "--shell");
-    match Stage::from_env().and_then(World::new).and_then(|world| demo(&world, shell)) {
+    let result = Stage::from_env().and_then(|stage| {
+        leave_nothing_when_interrupted(stage.clone())?;
+        World::new(stage).and_then(|world| demo(&world, shell))
+    });
+    match result {
         Ok(code) => code,
         Err(error) => {
             eprintln!("demo: {error:#}");
             ExitCode::FAILURE
         }
     }
+}
+
+/// containerd ends with this process; its shims, made to outlive it, do not.
+fn leave_nothing_when_interrupted(stage: Stage) -> Result<()> {
+    let signals = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]);
+    // Before any other thread is there, so that it holds for all of them; children start with none blocked.
+    signals.thread_block()?;
+    std::thread::spawn(move || {
+        if let Ok(signal) = signals.wait() {
+            for process in host::sandbox_processes(&stage) {
+                let _ = kill(Pid::from_raw(process.pid), Signal::SIGKILL);
+            }
+            std::process::exit(128 + signal as i32);
+        }
+    });
+    Ok(())
 }
 
 fn demo(world: &World, shell: bool) -> Result<ExitCode> {
