@@ -30,7 +30,7 @@ pub fn download(dir: &Path, package: &str, progress: &dyn Fn(f64)) -> Result<Pat
         "$(REPO_URI) $(RELEASE) $(COMPONENT)",
     ]))?;
     let suites = debian_suites(&targets, &codename);
-    let Some(main) = suites.iter().find(|suite| suite.name == codename) else {
+    let Some(main) = suites.iter().find(|suite| !suite.name.contains('-')) else {
         return Err(Error::NoMirror { codename });
     };
     // Not every mirror has the backports, and not every release needs them: only where it is not found without.
@@ -56,6 +56,8 @@ fn download_from(
     }
     let sources = dir.join("sources.list");
     fs::write(&sources, sources_list(suites)).map_err(io_error("write", &sources))?;
+    let conf = dir.join("apt.conf");
+    fs::write(&conf, configuration(dir)).map_err(io_error("write", &conf))?;
     command::output(apt(dir).arg("update"))?;
     let uri = command::output(apt(dir).args(["download", "--print-uris", package]))?;
     let name = uri.split_whitespace().nth(1).unwrap_or_default().to_owned();
@@ -73,10 +75,20 @@ fn download_from(
     Ok(archives.join(name))
 }
 
-/// apt-get on our directories. The machine's `apt.conf.d` stays in force: its proxies are needed.
+/// apt-get on our directories.
 fn apt(dir: &Path) -> Command {
     let mut apt = Command::new("apt-get");
-    apt.arg("-q").env("LC_ALL", "C");
+    apt.arg("-q").arg("-c").arg(dir.join("apt.conf")).env("LC_ALL", "C");
+    apt
+}
+
+/// What is read after the machine's `apt.conf.d`, which stays in force: its proxies are needed.
+/// The commands that are to run around an update are not: they work on the machine's own lists.
+fn configuration(dir: &Path) -> String {
+    let mut text = String::new();
+    for hooks in ["Pre-Invoke", "Post-Invoke", "Post-Invoke-Success"] {
+        text += &format!("#clear APT::Update::{hooks};\n");
+    }
     for (key, value) in [
         ("Dir::State::lists", dir.join("lists")),
         ("Dir::Cache", dir.to_owned()),
@@ -92,9 +104,9 @@ fn apt(dir: &Path) -> Command {
         ("Acquire::IndexTargets::deb::DEP-11::DefaultEnabled", "false".into()),
         ("Acquire::IndexTargets::deb::CNF::DefaultEnabled", "false".into()),
     ] {
-        apt.arg("-o").arg(format!("{key}={}", value.display()));
+        text += &format!("{key} \"{}\";\n", value.display());
     }
-    apt
+    text
 }
 
 /// One line a suite, as `sources.list(5)` has it.
@@ -108,15 +120,19 @@ fn sources_list(suites: &BTreeSet<Suite>) -> String {
 
 /// The machine's suites that belong to this release of Debian and have the component main.
 ///
-/// `targets`: a repository, a suite and a component a line, as `apt-get indextargets` prints them.
+/// `targets`: a repository, a suite, a component and, where apt knows it already, the suite's code
+/// name a line, as `apt-get indextargets` prints them. A suite may be called `stable`.
 fn debian_suites(targets: &str, codename: &str) -> BTreeSet<Suite> {
+    let of_release = |name: &str| {
+        let suffix = name.strip_prefix(codename);
+        suffix.is_some_and(|suffix| matches!(suffix, "" | "-updates" | "-security" | "-backports"))
+    };
     targets
         .lines()
         .filter_map(|line| {
             let mut fields = line.split_whitespace();
             let (uri, name, component) = (fields.next()?, fields.next()?, fields.next()?);
-            let suffix = name.strip_prefix(codename)?;
-            let ours = component == "main" && matches!(suffix, "" | "-updates" | "-security" | "-backports");
+            let ours = component == "main" && (of_release(name) || fields.next().is_some_and(of_release));
             ours.then(|| Suite { uri: uri.into(), name: name.into() })
         })
         .collect()
@@ -152,6 +168,9 @@ mod tests {
             ["http://m/debian/ bookworm", "http://m/debian/ bookworm-updates", "http://s/ bookworm-security"]
         );
         assert!(debian_suites(targets, "sid").is_empty());
+        let stable = "http://m/debian/ stable main bookworm\nhttp://m/debian/ testing main trixie\n";
+        let suites: Vec<_> = debian_suites(stable, "bookworm").into_iter().map(|s| s.name).collect();
+        assert_eq!(suites, ["stable"]);
     }
 
     #[test]
