@@ -381,8 +381,10 @@ fn vm_config(config: &Config, id: &str, bundle: &Bundle) -> VmConfig {
         shares: vec![ShareConfig {
             tag: SHARE_TAG.into(),
             dir: dir::SHARE.into(),
-            // Each mount in it says for itself whether it may be written to.
-            readonly: false,
+            // Each mount in it says for itself whether it may be written to; where
+            // none may, the monitor refuses it of itself, and the guest opens
+            // files without asking.
+            readonly: bundle.volumes.iter().all(|volume| volume.readonly),
             // Layers never change; what the host shares with others does.
             cache: if bundle.volumes.is_empty() { CachePolicy::Always } else { CachePolicy::Auto },
         }],
