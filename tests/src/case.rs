@@ -64,6 +64,11 @@ fn run(world: &World, test: impl FnOnce(&World) -> Result<()>) -> Result<(), Str
     for process in host::sandbox_processes(world.stage()) {
         let _ = writeln!(report, "{process}\n{}", host::threads(process.pid));
     }
+    if std::env::var_os(host::DEVHOST_ENV).is_some()
+        && let Ok(kernel) = crate::world::shell("dmesg | tail -n 60")
+    {
+        let _ = writeln!(report, "--- the host's kernel ---\n{kernel}");
+    }
     for killed in world.sweep() {
         let _ = writeln!(report, "swept {killed}");
     }
