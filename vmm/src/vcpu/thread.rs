@@ -87,8 +87,8 @@ pub struct VcpuThread {
 }
 
 impl VcpuThread {
-    /// Starts `vcpu`, paused where `paused`. The boot vCPU notes its first entry
-    /// of the guest in the timeline.
+    /// Starts `vcpu`. The boot vCPU notes its first entry of the guest in the
+    /// timeline.
     pub fn spawn(
         mut vcpu: Vcpu,
         machine: Arc<Machine>,

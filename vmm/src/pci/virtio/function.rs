@@ -309,8 +309,8 @@ impl VirtioFunction {
         }
     }
 
-    /// Runs the access to the BAR that the PCI configuration access capability
-    /// describes (4.1.4.9).
+    /// The access to the BAR that the PCI configuration access capability
+    /// describes (4.1.4.9), offset and length; `None` where it describes none.
     fn pci_window(&self) -> Option<(u64, usize)> {
         let bar = self.config.u32(self.pci_access + CAPABILITY_BAR) as u8;
         let offset = self.config.u32(self.pci_access + 8);
