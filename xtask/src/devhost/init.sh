@@ -97,6 +97,24 @@ assemble_root() {
     exec switch_root /new $stage/busybox sh $stage/init run
 }
 
+# Linux patches its scheduler when the first VM comes and when the last one goes
+# (kernel/sched/core.c, preempt_notifier_key), and KVM itself when local APICs
+# come and go. Each patch passes through a breakpoint, which QEMU's translator
+# now and then keeps: every processor then traps for ever. One VM with one
+# processor that stays for good leaves nothing to patch. perl-base is on every Debian.
+keep_a_vm() {
+    mkfifo $stage/kept
+    /usr/bin/perl -e '
+        open(my $kvm, "+<", "/dev/kvm") or die "/dev/kvm: $!";
+        my $fd = ioctl($kvm, 0xAE01, 0) or die "KVM_CREATE_VM: $!";
+        open(my $vm, "+<&=", $fd + 0) or die "VM: $!";
+        ioctl($vm, 0xAE60, 0) or die "KVM_CREATE_IRQCHIP: $!";
+        my $vcpu = ioctl($vm, 0xAE41, 0) or die "KVM_CREATE_VCPU: $!";
+        open(my $kept, ">", $ARGV[0]); print $kept "kept\n"; close($kept);
+        sleep' $stage/kept 3<&- 2>/dev/console &
+    read -r kept <$stage/kept
+}
+
 run_command() {
     # The machine's own shell: busybox would run its applets in place of programs.
     if [ -e $stage/run/terminal ]; then
@@ -137,6 +155,7 @@ export PATH=$stage/bin
 control=$(port rvm.control)
 exec 3<>"$control"
 control=/proc/self/fd/3
+keep_a_vm
 echo ready >&3
 run_command
 echo "exit $code" >&3

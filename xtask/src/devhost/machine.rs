@@ -23,7 +23,7 @@ use crate::progress::Step;
 /// one, which Linux does not believe of several processors without being told;
 /// without it every look at the clock would be an exit.
 const KERNEL_PARAMETERS: &str =
-    "console=ttyS0 quiet panic=-1 mitigations=off cryptomgr.notests tsc=reliable apparmor=0";
+    "console=ttyS0 loglevel=5 panic=-1 mitigations=off cryptomgr.notests tsc=reliable apparmor=0";
 /// From QEMU's start to the guest's "ready".
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
 /// From the command's exit code to the end of QEMU.
