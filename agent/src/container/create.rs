@@ -74,6 +74,11 @@ impl Plan {
         &self.request.cgroup_path
     }
 
+    /// Whether the container has no writable layer from before.
+    pub fn has_fresh_layer(&self) -> bool {
+        self.rootfs.is_fresh()
+    }
+
     /// Whether the end of the first process is the end of all.
     pub fn has_own_pids(&self) -> bool {
         self.namespaces.has_own_pids()

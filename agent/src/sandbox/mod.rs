@@ -95,29 +95,53 @@ impl Sandbox {
     pub async fn create_container(&self, request: agent::CreateContainerRequest) -> Result<u32, Error> {
         check_id("container_id", &request.container_id)?;
         let id = request.container_id.clone();
-        let (container, channel) = {
+        let (plan, container, channel) = {
             let mut state = self.state();
             if state.containers.contains_key(&id) {
                 return Err(Error::AlreadyExists(format!("container {id:?} exists")));
             }
             let plan = Plan::new(request, state.storage()?)?;
-            let (container, channel) = Container::create(&id, &plan, &self.reaper)?;
-            state.containers.insert(id.clone(), Arc::clone(&container));
-            (container, channel)
+            match Container::create(&id, &plan, &self.reaper) {
+                Ok((container, channel)) => {
+                    state.containers.insert(id.clone(), Arc::clone(&container));
+                    (plan, container, channel)
+                }
+                Err(error) => {
+                    drop(state);
+                    self.remove_fresh_layer(&id, &plan);
+                    return Err(error);
+                }
+            }
         };
         if let Err(error) = container.ready(channel).await {
-            self.discard(&id, &container).await?;
+            // What the client asked for failed with the first error, not with
+            // one that comes after it.
+            if let Err(error) = self.remove(&id, &container).await {
+                log::error!("container {id}: {error}");
+            }
+            self.remove_fresh_layer(&id, &plan);
             return Err(error.into());
         }
         let pid = container.process("")?.pid();
         Ok(pid.map_or(0, |pid| pid.as_raw().unsigned_abs()))
     }
 
+    /// Removes the writable layer of a container that came to nothing, if it
+    /// was made for it.
+    fn remove_fresh_layer(&self, id: &str, plan: &Plan) {
+        if !plan.has_fresh_layer() {
+            return;
+        }
+        if let Err(error) = self.state().storage().and_then(|storage| Ok(storage.remove_layer(id)?)) {
+            log::error!("container {id}: {error}");
+        }
+    }
+
     /// Removes a container with everything it owned in the guest.
-    async fn discard(&self, id: &str, container: &Container) -> Result<(), Error> {
+    async fn remove(&self, id: &str, container: &Container) -> Result<(), Error> {
         container.remove().await?;
         let mut state = self.state();
-        state.storage()?.remove_layer(id)?;
+        state.storage()?.release_layer(id)?;
         state.containers.remove(id);
         Ok(())
     }
@@ -176,7 +200,7 @@ impl Sandbox {
             return container.remove_added(&process.exec_id);
         }
         container.check_removable()?;
-        self.discard(&process.container_id, &container).await
+        self.remove(&process.container_id, &container).await
     }
 
     /// Finds what a stream connection is to carry.

@@ -38,8 +38,13 @@ impl Storage {
         self.scratch.layer(container_id)
     }
 
-    /// Removes what a container's writable layer leaves behind.
-    pub fn remove_layer(&mut self, container_id: &str) -> StepResult<()> {
+    /// Lets go of a deleted container's writable layer.
+    pub fn release_layer(&self, container_id: &str) -> StepResult<()> {
+        self.scratch.release_layer(container_id)
+    }
+
+    /// Removes the writable layer made for a container that came to nothing.
+    pub fn remove_layer(&self, container_id: &str) -> StepResult<()> {
         self.scratch.remove_layer(container_id)
     }
 

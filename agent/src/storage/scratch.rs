@@ -65,13 +65,18 @@ impl Scratch {
         Ok(Layer { upper, work, fresh })
     }
 
-    /// Removes a container's layer from memory. A layer on a block device
-    /// stays: the device belongs to the container's snapshot on the host, comes
-    /// back when the container is started again, and goes when it goes.
-    pub fn remove_layer(&mut self, container_id: &str) -> StepResult<()> {
-        if !self.mounted || matches!(self.kind, Kind::Block { .. }) {
-            return Ok(());
+    /// Removes a deleted container's layer from memory. A layer on a block
+    /// device stays: the device belongs to the container's snapshot on the
+    /// host, comes back when the container is started again, and goes with it.
+    pub fn release_layer(&self, container_id: &str) -> StepResult<()> {
+        match self.kind {
+            Kind::Tmpfs { .. } => self.remove_layer(container_id),
+            Kind::Block { .. } => Ok(()),
         }
+    }
+
+    /// Removes a container's layer, wherever it is.
+    pub fn remove_layer(&self, container_id: &str) -> StepResult<()> {
         match fs::remove_dir_all(self.target.join(container_id)) {
             Err(error) if error.kind() != ErrorKind::NotFound => {
                 Err(error).step(|| format!("remove the writable layer of {container_id:?}"))

@@ -496,6 +496,15 @@ async fn failures_leave_nothing(machine: &Machine) {
     assert_eq!(descriptors(), before);
     assert!(!Path::new(&format!("/sys/fs/cgroup{}", container("leaves", shell("")).cgroup_path)).exists());
     assert!(!Path::new("/run/rvm/scratch/leaves").exists());
+
+    // Neither does one that fails before it has a process.
+    let blocker = format!("/sys/fs/cgroup{}", container("leaves", shell("")).cgroup_path);
+    fs::create_dir_all(&blocker).unwrap();
+    let error = machine.create(container("leaves", shell(""))).await.map(|_| ()).unwrap_err().to_string();
+    assert!(error.starts_with("create cgroup ") && error.ends_with(": file exists"), "{error}");
+    assert!(!Path::new("/run/rvm/scratch/leaves").exists());
+    fs::remove_dir(&blocker).unwrap();
+    assert_eq!(descriptors(), before);
     // The id is free again.
     assert_eq!(machine.run("leaves", "exit 8").await.code, 8);
 }
