@@ -276,7 +276,8 @@ impl Container {
         if process.exited().is_some() {
             return Err(Error::NotFound("the process has finished already".into()));
         }
-        if exec_id.is_empty() || process.phase() == Phase::Running {
+        // 0 by 0 is what a client says that does not know its terminal's size.
+        if (width > 0 || height > 0) && (exec_id.is_empty() || process.phase() == Phase::Running) {
             self.sandbox.agent().resize(process_ref(&self.id, exec_id), width, height).await?;
         }
         Ok(())
@@ -297,8 +298,13 @@ impl Container {
         let mut listed = Vec::new();
         for process in self.sandbox.agent().processes(&self.id).await? {
             let exec_id = Some(process.exec_id).filter(|exec_id| !exec_id.is_empty());
-            let pid =
-                if process.pid == self.init_guest_pid { self.init.pid() } else { host_view(process.pid) };
+            let exec = exec_id.as_ref().and_then(|exec_id| self.execs().get(exec_id).cloned());
+            // What has a pid already keeps it.
+            let pid = match exec {
+                Some(exec) => exec.pid(),
+                None if process.pid == self.init_guest_pid => self.init.pid(),
+                None => host_view(process.pid),
+            };
             listed.push(Listed { pid, exec_id });
         }
         Ok(listed)
