@@ -93,7 +93,10 @@ impl Container {
         process.terminal = endpoints.terminal;
         (process.stdin, process.stdout, process.stderr) =
             (endpoints.stdin.is_some(), endpoints.stdout.is_some(), endpoints.stderr.is_some());
-        let init_guest_pid = sandbox.agent().create_container(&request).await?;
+        // The monitor answers while the guest works.
+        let (created, ()) =
+            tokio::join!(sandbox.agent().create_container(&request), sandbox.note_monitor_steps());
+        let init_guest_pid = created?;
         sandbox.timeline().mark("container created");
         let created = TaskCreate {
             container_id: id.clone(),
@@ -168,15 +171,11 @@ impl Container {
         let pid = init.pid();
         init.set_running(pid);
         self.events.publish(TaskStart { container_id: self.id.clone(), pid, ..Default::default() });
-        let sandbox = self.sandbox.clone();
+        self.sandbox.set_phase(state::Phase::Running);
+        let steps = self.sandbox.timeline().steps();
+        let steps: Vec<_> = steps.iter().map(|step| format!("{} {:.1}", step.name, step.ms)).collect();
         let label = format!("{}/{}", self.namespace, self.id);
-        tokio::spawn(async move {
-            sandbox.note_monitor_steps().await;
-            sandbox.set_phase(state::Phase::Running);
-            let steps = sandbox.timeline().steps();
-            let steps: Vec<_> = steps.iter().map(|step| format!("{} {:.1}", step.name, step.ms)).collect();
-            log::info!("{label}: started; ms since the request: {}", steps.join(", "));
-        });
+        log::info!("{label}: started; ms since the request: {}", steps.join(", "));
         Ok(pid)
     }
 

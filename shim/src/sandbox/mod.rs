@@ -258,7 +258,11 @@ impl Sandbox {
 
     /// Adds what the monitor measured of its own start to the timeline.
     pub async fn note_monitor_steps(&self) {
-        match vmm::metrics(&self.dir).await {
+        const LIMIT: Duration = Duration::from_secs(1);
+        let Ok(answer) = timeout(LIMIT, vmm::metrics(&self.dir)).await else {
+            return log::warn!("the monitor does not answer on its control socket");
+        };
+        match answer {
             Ok(metrics) => {
                 for (name, us) in metrics.start_us {
                     let after = self.spawned + Duration::from_micros(us);
