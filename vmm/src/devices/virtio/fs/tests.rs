@@ -374,6 +374,11 @@ fn what_means_something_to_the_host_is_not_the_guests_to_make() {
     for refused in ["trusted.overlay.opaque", "security.selinux", "security.ima", "system.nfs4_acl"] {
         assert_eq!(set(refused), libc::EPERM, "{refused}");
     }
+    let marks = [words(&[100, 0]), name("trusted.overlay.opaque")].concat();
+    assert_eq!(client.call(GETXATTR, file, &marks).0, libc::ENODATA);
+    let mut set = |attribute: &str| {
+        client.call(SETXATTR, file, &[words(&[1, 0]), name(attribute), b"x".to_vec()].concat()).0
+    };
     // Where the host's file system has user attributes at all.
     let error = set("user.a");
     assert!([0, libc::EOPNOTSUPP].contains(&error), "{error}");
