@@ -13,6 +13,9 @@ use crate::{bootstrap::Serve, config::Config, events::Events, logger, service::s
 
 /// How long the last answers and events may take.
 const FAREWELL_TIMEOUT: Duration = Duration::from_secs(5);
+/// A shim that has had nothing to do for this long has been forgotten: by a
+/// containerd that died between `start` and `Create`, or before `Shutdown`.
+const IDLE_LIMIT: Duration = Duration::from_secs(60);
 
 /// Serves until containerd has no more use for it. The working directory is the
 /// bundle.
@@ -44,6 +47,7 @@ async fn serve_until_done(serve: Serve) -> io::Result<()> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     tokio::select! {
         () = tasks.done() => {}
+        () = tasks.idle(IDLE_LIMIT) => log::warn!("ending: nothing to do for {} s", IDLE_LIMIT.as_secs()),
         _ = terminate.recv() => log::warn!("terminated"),
         _ = interrupt.recv() => log::warn!("interrupted"),
     }

@@ -4,10 +4,14 @@ use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use containerd_shim_protos::events::task::TaskDelete;
-use tokio::sync::Notify;
+use tokio::{
+    sync::{Notify, watch},
+    time::timeout,
+};
 
 use crate::{
     config::Config,
@@ -46,8 +50,10 @@ pub struct Tasks {
     namespace: String,
     events: Events,
     slots: Mutex<Slots>,
-    /// Signalled when the shim has nothing left to do.
+    /// Signalled when containerd has no more use for the shim.
     done: Notify,
+    /// Whether there is a container or one is being created.
+    busy: watch::Sender<bool>,
 }
 
 #[derive(Default)]
@@ -57,19 +63,31 @@ struct Slots {
     creating: Option<String>,
 }
 
+impl Slots {
+    fn are_used(&self) -> bool {
+        !self.containers.is_empty() || self.creating.is_some()
+    }
+}
+
 /// Frees the name when a creation ends, however it does.
 struct Creating<'a>(&'a Tasks);
 
 impl Drop for Creating<'_> {
     fn drop(&mut self) {
-        self.0.slots().creating = None;
+        self.0.change(|slots| slots.creating = None);
     }
 }
 
 impl Tasks {
     /// No tasks yet.
     pub fn new(namespace: &str, events: Events) -> Self {
-        Self { namespace: namespace.into(), events, slots: Mutex::default(), done: Notify::new() }
+        Self {
+            namespace: namespace.into(),
+            events,
+            slots: Mutex::default(),
+            done: Notify::new(),
+            busy: watch::Sender::new(false),
+        }
     }
 
     /// Where events go.
@@ -111,14 +129,14 @@ impl Tasks {
                 return Err(error);
             }
         };
-        self.slots().containers.insert(container.id.clone(), container.clone());
+        self.change(|slots| slots.containers.insert(container.id.clone(), container.clone()));
         log::info!("{label}: created");
         Ok(container.process("")?.pid())
     }
 
     /// A sandbox of this version holds one container.
     fn reserve(&self, id: &str) -> Result<Creating<'_>, Error> {
-        let mut slots = self.slots();
+        let slots = self.slots();
         if slots.containers.contains_key(id) || slots.creating.as_deref() == Some(id) {
             return Err(Error::AlreadyExists(format!("container {id} exists already")));
         }
@@ -127,7 +145,8 @@ impl Tasks {
                 "this sandbox is container {other}'s; this version puts one container into each"
             )));
         }
-        slots.creating = Some(id.to_owned());
+        drop(slots);
+        self.change(|slots| slots.creating = Some(id.to_owned()));
         Ok(Creating(self))
     }
 
@@ -145,7 +164,7 @@ impl Tasks {
             return container.delete_exec(exec_id).await;
         }
         let (pid, exit) = container.end().await?;
-        if self.slots().containers.remove(id).is_none() {
+        if self.change(|slots| slots.containers.remove(id)).is_none() {
             return Err(Error::NotFound(format!("container {id} was deleted meanwhile")));
         }
         container.sandbox().close().await;
@@ -162,9 +181,20 @@ impl Tasks {
 
     /// Ends the shim, unless it has something left to do.
     pub fn shut_down(&self) {
-        let slots = self.slots();
-        if slots.containers.is_empty() && slots.creating.is_none() {
+        if !self.slots().are_used() {
             self.done.notify_one();
+        }
+    }
+
+    /// Waits until there has been nothing to do for `limit`.
+    pub async fn idle(&self, limit: Duration) {
+        let mut busy = self.busy.subscribe();
+        loop {
+            // The sender lives as long as `self`.
+            let _ = busy.wait_for(|busy| !busy).await;
+            if timeout(limit, busy.wait_for(|busy| *busy)).await.is_err() {
+                return;
+            }
         }
     }
 
@@ -183,6 +213,14 @@ impl Tasks {
             }
             container.sandbox().close().await;
         }
+    }
+
+    /// Every change of the slots, as it may be the end of idleness or its beginning.
+    fn change<T>(&self, change: impl FnOnce(&mut Slots) -> T) -> T {
+        let mut slots = self.slots();
+        let result = change(&mut slots);
+        self.busy.send_replace(slots.are_used());
+        result
     }
 
     fn slots(&self) -> MutexGuard<'_, Slots> {
@@ -212,12 +250,45 @@ fn note_sandbox_dir(bundle: &Path, config: &Config, namespace: &str, id: &str) {
 /// What fails because the machine has gone is told as that.
 async fn better_reason(error: Error, sandbox: &Sandbox) -> Error {
     use crate::agent::AgentError;
-    const MOMENT: std::time::Duration = std::time::Duration::from_millis(500);
+    const MOMENT: Duration = Duration::from_millis(500);
     if !matches!(error, Error::Io(_) | Error::Agent(AgentError::Lost(_) | AgentError::Connect(_))) {
         return error;
     }
-    match tokio::time::timeout(MOMENT, sandbox.ended()).await {
+    match timeout(MOMENT, sandbox.ended()).await {
         Ok(reason) => Error::SandboxEnded(reason),
         Err(_) => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tasks() -> Tasks {
+        Tasks::new("default", Events::to_nobody("default"))
+    }
+
+    #[tokio::test]
+    async fn names_are_taken_while_they_are_created() {
+        let tasks = tasks();
+        let creating = tasks.reserve("a").unwrap();
+        assert!(matches!(tasks.reserve("a"), Err(Error::AlreadyExists(_))));
+        assert!(matches!(tasks.reserve("b"), Err(Error::FailedPrecondition(_))));
+        tasks.shut_down();
+        assert!(timeout(Duration::from_millis(10), tasks.done()).await.is_err());
+        drop(creating);
+        tasks.reserve("b").map(drop).unwrap();
+        tasks.shut_down();
+        tasks.done().await;
+    }
+
+    #[tokio::test]
+    async fn a_shim_without_work_is_idle_and_one_with_work_is_not() {
+        const SOON: Duration = Duration::from_millis(30);
+        let tasks = tasks();
+        let creating = tasks.reserve("a").unwrap();
+        assert!(timeout(SOON * 3, tasks.idle(SOON)).await.is_err());
+        drop(creating);
+        timeout(SOON * 100, tasks.idle(SOON)).await.unwrap();
     }
 }
