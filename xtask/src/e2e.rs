@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 
@@ -18,6 +19,9 @@ use crate::packages::{self, Purpose};
 /// leaves one of them in a nested guest for ever ("soft lockup"); see
 /// docs/decisions/0803.
 const CPUS: u32 = 1;
+
+/// How long a program may take in the devhost; a person at a terminal may take longer.
+const LIMIT: Duration = Duration::from_secs(40 * 60);
 
 /// Ready to run.
 pub struct Prepared {
@@ -67,7 +71,9 @@ impl Prepared {
         if self.host == Host::Hardware {
             return self.run_here(program, arguments, output);
         }
-        let devhost = Devhost::new(devhost::Options { cpus: CPUS, ..devhost::Options::default() })?;
+        let timeout = (!matches!(output, Output::Terminal)).then_some(LIMIT);
+        let options = devhost::Options { cpus: CPUS, timeout, ..devhost::Options::default() };
+        let devhost = Devhost::new(options)?;
         let argv = std::iter::once(program.into()).chain(arguments.iter().map(OsString::from));
         let mut command = devhost::Command::new::<OsString>(argv);
         for (name, value) in &self.env {
