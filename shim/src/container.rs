@@ -376,7 +376,10 @@ impl Container {
     /// Waits for a process's end and tells it, once: by the agent, or by the
     /// end of the machine.
     async fn follow(self: Arc<Self>, process: Arc<Process>) {
-        let label = format!("{}/{} {}", self.namespace, self.id, process.exec_id);
+        let mut label = format!("{}/{}", self.namespace, self.id);
+        if !process.exec_id.is_empty() {
+            label = format!("{label} exec {}", process.exec_id);
+        }
         let exit = match self.exit_of(&process).await {
             Ok(status) => Exit::now(status.exit_code),
             Err(reason) => {

@@ -94,8 +94,7 @@ impl Monitor {
     /// Starts `program` in the sandbox's directory `dir`, where `config` has
     /// been written. It gets a network namespace of its own and dies with the
     /// calling thread, which therefore must be the process's main thread.
-    /// `label` marks its lines in the log.
-    pub fn spawn(program: &Path, dir: &Path, label: &str) -> Result<Self, MonitorError> {
+    pub fn spawn(program: &Path, dir: &Path) -> Result<Self, MonitorError> {
         let spawn = |source| MonitorError::Spawn { program: program.to_owned(), source };
         let (reader, writer) = io::pipe().map_err(spawn)?;
         let parent = std::process::id();
@@ -116,7 +115,7 @@ impl Monitor {
             // SAFETY: the AsyncFd owns the descriptor, which stays open and the
             // same for as long as it is registered.
             let pidfd = unsafe { AsyncFd::register(pidfd_open(child.id())?) }.map_err(io::Error::from)?;
-            Ok((ProcessId::of(child.id())?, pidfd, Words::follow(reader, label)?))
+            Ok((ProcessId::of(child.id())?, pidfd, Words::follow(reader)?))
         };
         match watched() {
             Ok((id, pidfd, words)) => Ok(Self { child: Mutex::new(child), id, pidfd, words }),
@@ -185,16 +184,16 @@ struct Words {
 }
 
 impl Words {
-    fn follow(reader: PipeReader, label: &str) -> io::Result<Self> {
+    fn follow(reader: PipeReader) -> io::Result<Self> {
         let receiver = pipe::Receiver::from_owned_fd(reader.into())?;
         let kept = Arc::new(Mutex::new(VecDeque::with_capacity(KEPT_LINES)));
         let (end, ended) = watch::channel(());
-        let (lines, label) = (kept.clone(), label.to_owned());
+        let lines = kept.clone();
         tokio::spawn(async move {
             let _end = end;
             let mut reader = BufReader::with_capacity(MAX_LINE_LEN, receiver);
             while let Some(line) = bounded_line(&mut reader).await {
-                log::warn!("{label}: {line}");
+                log::warn!("{line}");
                 let mut lines = lines.lock().unwrap_or_else(PoisonError::into_inner);
                 if lines.len() == KEPT_LINES {
                     lines.pop_front();

@@ -193,7 +193,7 @@ impl Sandbox {
         vmm::write_config(&path, &vm_config(config, id, bundle))
             .map_err(|source| SandboxError::Directory { path: path.clone(), source })?;
         let spawned = timeline.elapsed();
-        let monitor = Monitor::spawn(&config.host.monitor, &path, &format!("rvm-vmm {namespace}/{id}"))?;
+        let monitor = Monitor::spawn(&config.host.monitor, &path)?;
         timeline.mark("monitor spawned");
         owned.state.monitor = Some(monitor.id());
         owned.save();
