@@ -244,4 +244,3 @@ fn component(name: &CStr) -> io::Result<&CStr> {
         _ => Ok(name),
     }
 }
-
