@@ -99,13 +99,13 @@ fn terminal_interrupts_with_control_c() {
     case(|world| {
         let run = world.ctr().container("intr").with(&["--tty"]);
         let mut job = run.start(
-            &["sh", "-c", "trap 'echo trapped' INT; echo up; sleep 1000; echo code=$?"],
+            &["sh", "-c", "trap 'echo trapped; exit 3' INT; echo up; while :; do sleep 1; done"],
             Input::Terminal(80, 24),
         )?;
         job.wait_for("up", scale::container())?;
         job.write(b"\x03")?;
         job.wait_for("trapped", scale::container())?;
-        job.finish(scale::container())?;
+        job.finish(scale::container())?.exited(3)?;
         Ok(())
     });
 }
