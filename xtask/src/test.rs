@@ -176,6 +176,11 @@ fn cases() -> Result<PathBuf> {
     #[derive(serde::Deserialize)]
     struct Message {
         executable: Option<PathBuf>,
+        target: Target,
+    }
+    #[derive(serde::Deserialize)]
+    struct Target {
+        name: String,
     }
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.args(["test", "--quiet", "--no-run", "--package", "rvm-tests", "--test", "e2e"]);
@@ -186,8 +191,9 @@ fn cases() -> Result<PathBuf> {
     }
     let text = String::from_utf8_lossy(&output.stdout);
     text.lines()
-        .filter_map(|line| serde_json::from_str::<Message>(line).ok()?.executable)
-        .next_back()
+        .filter_map(|line| serde_json::from_str::<Message>(line).ok())
+        // The package's programs are built, and named, along with its cases.
+        .find_map(|message| message.executable.filter(|_| message.target.name == "e2e"))
         .context("cargo built no end-to-end program")
 }
 
