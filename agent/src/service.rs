@@ -5,9 +5,9 @@ use std::{os::fd::OwnedFd, sync::Arc};
 
 use async_trait::async_trait;
 use rvm_protocol::agent::{
-    Agent, ContainerRef, CreateContainerRequest, CreateContainerResponse, CreateExecRequest, Empty,
-    ExitStatus, ListProcessesResponse, ProcessRef, ResizePtyRequest, SetUpSandboxRequest,
-    SignalProcessRequest, StartProcessResponse, create_agent,
+    Agent, ContainerRef, ContainerStats, CreateContainerRequest, CreateContainerResponse, CreateExecRequest,
+    Empty, ExitStatus, ListProcessesResponse, OomKills, ProcessRef, ResizePtyRequest, SetUpSandboxRequest,
+    SignalProcessRequest, StartProcessResponse, UpdateResourcesRequest, WaitOomRequest, create_agent,
 };
 use ttrpc::{
     Code,
@@ -100,6 +100,7 @@ impl Agent for Service {
             exit.map(|exit| ExitStatus {
                 exit_code: exit.code,
                 exited_at_ns: exit.at_ns,
+                oom_kills: self.sandbox.oom_kills(&process.container_id),
                 ..Default::default()
             }),
         )
@@ -133,6 +134,33 @@ impl Agent for Service {
         let sandbox = Arc::clone(&self.sandbox);
         let deleted = to_the_end(async move { sandbox.delete_process(&process).await }).await;
         answer("DeleteProcess", deleted.map(|()| Empty::new()))
+    }
+
+    async fn pause_container(&self, _: &TtrpcContext, container: ContainerRef) -> ttrpc::Result<Empty> {
+        let sandbox = Arc::clone(&self.sandbox);
+        let paused = to_the_end(async move { sandbox.pause(&container).await }).await;
+        answer("PauseContainer", paused.map(|()| Empty::new()))
+    }
+
+    async fn resume_container(&self, _: &TtrpcContext, container: ContainerRef) -> ttrpc::Result<Empty> {
+        answer("ResumeContainer", self.sandbox.resume(&container).map(|()| Empty::new()))
+    }
+
+    async fn update_resources(
+        &self,
+        _: &TtrpcContext,
+        request: UpdateResourcesRequest,
+    ) -> ttrpc::Result<Empty> {
+        answer("UpdateResources", self.sandbox.update_resources(&request).map(|()| Empty::new()))
+    }
+
+    async fn get_stats(&self, _: &TtrpcContext, container: ContainerRef) -> ttrpc::Result<ContainerStats> {
+        answer("GetStats", self.sandbox.stats(&container))
+    }
+
+    async fn wait_oom(&self, _: &TtrpcContext, request: WaitOomRequest) -> ttrpc::Result<OomKills> {
+        let kills = self.sandbox.wait_oom(&request).await;
+        answer("WaitOom", kills.map(|count| OomKills { count, ..Default::default() }))
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {

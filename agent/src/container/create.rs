@@ -6,7 +6,7 @@ use nix::unistd::sethostname;
 use rvm_protocol::agent;
 
 use super::{
-    cgroup::{self, Cgroup},
+    cgroup::{self, Cgroup, limits::Limits},
     channel,
     child::{self, GivenUp},
     devices::{self, Device},
@@ -32,6 +32,7 @@ pub struct Plan {
     rootfs: Rootfs,
     mounts: Vec<Mount>,
     devices: Vec<Device>,
+    limits: Limits,
 }
 
 /// Checks what describes a process, first or added.
@@ -55,13 +56,21 @@ impl Plan {
             }
         }
         let mounts = request.mounts.iter().enumerate();
-        let mounts = mounts.map(|(i, mount)| Mount::plan(i, mount, storage)).collect::<Result<_, _>>()?;
+        let mut mounts =
+            mounts.map(|(i, mount)| Mount::plan(i, mount, storage)).collect::<Result<Vec<_>, _>>()?;
+        if !namespaces.has_own_cgroups() {
+            mounts = mounts.into_iter().map(Mount::in_the_guests_cgroup_namespace).collect();
+        }
         let devices = request.devices.iter().enumerate();
         let devices = devices.map(|(i, device)| Device::plan(i, device)).collect::<Result<_, _>>()?;
+        let limits = match request.resources.as_ref() {
+            Some(resources) => Limits::plan("resources", resources, storage)?.with_devices()?,
+            None => Limits::default(),
+        };
         let lower = storage.share_path(&request.rootfs.share_path);
         let layer = storage.layer(&request.container_id)?;
         let rootfs = Rootfs::new(&request, lower, layer)?;
-        Ok(Self { request, namespaces, rootfs, mounts, devices })
+        Ok(Self { request, namespaces, rootfs, mounts, devices, limits })
     }
 
     /// The first process.
@@ -72,6 +81,11 @@ impl Plan {
     /// Where the container's cgroup is to be.
     pub fn cgroup_path(&self) -> &str {
         &self.request.cgroup_path
+    }
+
+    /// What it may use.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
     }
 
     /// Whether the container has no writable layer from before.

@@ -27,8 +27,13 @@ use std::{
 
 use nix::sys::signal::Signal;
 use rvm_protocol::agent;
+use tokio::sync::watch;
 
-use self::{cgroup::Cgroup, create::Plan, process::Process};
+use self::{
+    cgroup::{Cgroup, limits::Limits, stats},
+    create::Plan,
+    process::Process,
+};
 use crate::{
     error::{Error, StepResult},
     init::reaper::{ExitReceiver, Reaper, ended},
@@ -43,6 +48,7 @@ pub struct Container {
     own_pids: bool,
     first: Arc<Process>,
     added: Mutex<HashMap<String, Added>>,
+    removed: watch::Sender<bool>,
 }
 
 /// A process added by `CreateExec`.
@@ -59,12 +65,13 @@ impl Container {
     pub fn create(id: &str, plan: &Plan, reaper: &Reaper) -> Result<(Arc<Self>, channel::Parent), Error> {
         let (streams, ends) = Streams::new(plan.process())?;
         let cgroup = Cgroup::create(plan.cgroup_path())?;
-        let (child, channel) = match plan.spawn(&cgroup, &ends) {
+        let limited = plan.limits().apply(&cgroup);
+        let (child, channel) = match limited.and_then(|()| Ok(plan.spawn(&cgroup, &ends)?)) {
             Ok(spawned) => spawned,
             Err(error) => {
                 // The cgroup is as new as it is empty; the error at hand is the one to tell.
                 let _ = cgroup.remove();
-                return Err(error.into());
+                return Err(error);
             }
         };
         let exit = reaper.watch(child.pid);
@@ -76,6 +83,7 @@ impl Container {
             own_pids: plan.has_own_pids(),
             first,
             added: Mutex::default(),
+            removed: watch::Sender::new(false),
         });
         tokio::spawn(Arc::clone(&container).end_with_first(exit));
         Ok((container, channel))
@@ -140,6 +148,9 @@ impl Container {
             if self.first.is_preparing() {
                 return Err(Error::Precondition(format!("container {:?} is being created", self.id)));
             }
+            if self.cgroup.is_frozen() {
+                return Err(Error::Precondition(format!("container {:?} is paused", self.id)));
+            }
             let ends = self.added().get_mut(exec_id).and_then(|added| added.ends.take());
             let ends = ends
                 .ok_or_else(|| Error::Precondition(format!("exec {exec_id:?} has been started already")))?;
@@ -201,6 +212,46 @@ impl Container {
         Ok(self.cgroup.processes()?.into_iter().map(info).collect())
     }
 
+    /// Stops its processes where they are.
+    pub async fn pause(&self) -> Result<(), Error> {
+        if self.first.pid().is_none() || self.first.is_preparing() || self.first.is_created() {
+            return Err(Error::Precondition(format!("container {:?} is not running", self.id)));
+        }
+        Ok(self.cgroup.freeze().await?)
+    }
+
+    /// Lets its processes go on.
+    pub fn resume(&self) -> Result<(), Error> {
+        Ok(self.cgroup.thaw()?)
+    }
+
+    /// Changes its limits.
+    pub fn update(&self, limits: &Limits) -> Result<(), Error> {
+        limits.update(&self.cgroup)
+    }
+
+    /// What it has used.
+    pub fn stats(&self) -> Result<agent::ContainerStats, Error> {
+        let networks = self.first.pid().map(stats::networks).transpose()?.unwrap_or_default();
+        Ok(agent::ContainerStats { files: self.cgroup.stats(), networks, ..Default::default() })
+    }
+
+    /// How many of its processes the kernel has killed for want of memory.
+    pub fn oom_kills(&self) -> u64 {
+        self.cgroup.oom_kills()
+    }
+
+    /// Waits until that are more than `known`.
+    pub async fn more_oom_kills(&self, known: u64) -> Result<u64, Error> {
+        let mut removed = self.removed.subscribe();
+        tokio::select! {
+            kills = self.cgroup.more_oom_kills(known) => Ok(kills?),
+            _ = removed.wait_for(|removed| *removed) => {
+                Err(Error::NotFound(format!("container {:?} was removed", self.id)))
+            }
+        }
+    }
+
     /// Forgets an added process that has ended, was never started, or could not be.
     pub fn remove_added(&self, exec_id: &str) -> Result<(), Error> {
         let process = self.process(exec_id)?;
@@ -223,6 +274,8 @@ impl Container {
     pub async fn remove(&self) -> StepResult<()> {
         self.kill_all().await?;
         self.first.wait().await;
-        self.cgroup.remove()
+        self.cgroup.remove()?;
+        self.removed.send_replace(true);
+        Ok(())
     }
 }

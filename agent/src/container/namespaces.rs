@@ -126,6 +126,12 @@ impl Namespaces {
             || self.join.iter().any(|(flag, ..)| *flag == CloneFlags::CLONE_NEWUTS)
     }
 
+    /// Whether it sees its cgroup as the root of the hierarchy.
+    pub fn has_own_cgroups(&self) -> bool {
+        self.unshare.contains(CloneFlags::CLONE_NEWCGROUP)
+            || self.join.iter().any(|(flag, ..)| *flag == CloneFlags::CLONE_NEWCGROUP)
+    }
+
     /// Descriptors the child needs.
     pub fn descriptors(&self) -> impl Iterator<Item = RawFd> {
         self.join.iter().map(|(_, fd, _)| fd.as_raw_fd())

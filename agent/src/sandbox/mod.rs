@@ -14,6 +14,7 @@ use tokio::sync::Notify;
 use crate::{
     container::{
         Container,
+        cgroup::limits::Limits,
         create::{Plan, check_process},
         process::Process,
     },
@@ -167,6 +168,12 @@ impl Sandbox {
         exit.ok_or_else(|| Error::NotFound("the process was deleted without having been started".into()))
     }
 
+    /// How many processes of a container the kernel has killed for want of
+    /// memory: who is told of an end can tell why.
+    pub fn oom_kills(&self, container_id: &str) -> u64 {
+        self.container(container_id).map_or(0, |container| container.oom_kills())
+    }
+
     /// Sends a signal.
     pub fn signal_process(&self, request: &agent::SignalProcessRequest) -> Result<(), Error> {
         if !(1..=SIGNALS).contains(&request.signal) {
@@ -191,6 +198,34 @@ impl Sandbox {
     /// Lists the processes of a container.
     pub fn list_processes(&self, container: &agent::ContainerRef) -> Result<Vec<agent::ProcessInfo>, Error> {
         self.container(&container.container_id)?.processes()
+    }
+
+    /// Stops the processes of a container where they are.
+    pub async fn pause(&self, container: &agent::ContainerRef) -> Result<(), Error> {
+        self.container(&container.container_id)?.pause().await
+    }
+
+    /// Lets them go on.
+    pub fn resume(&self, container: &agent::ContainerRef) -> Result<(), Error> {
+        self.container(&container.container_id)?.resume()
+    }
+
+    /// Changes the limits of a container that are set in the request.
+    pub fn update_resources(&self, request: &agent::UpdateResourcesRequest) -> Result<(), Error> {
+        let container = self.container(&request.container_id)?;
+        let limits = Limits::plan("resources", &request.resources, self.state().storage()?)?;
+        container.update(&limits)
+    }
+
+    /// What a container has used.
+    pub fn stats(&self, container: &agent::ContainerRef) -> Result<agent::ContainerStats, Error> {
+        self.container(&container.container_id)?.stats()
+    }
+
+    /// Waits until the kernel has killed more processes of a container than are
+    /// known of.
+    pub async fn wait_oom(&self, request: &agent::WaitOomRequest) -> Result<u64, Error> {
+        self.container(&request.container_id)?.more_oom_kills(request.known).await
     }
 
     /// Forgets an exec, or removes a container.

@@ -1,10 +1,12 @@
 //! Where containers' files come from and go to: the share and the scratch.
 
+mod block;
 mod scratch;
 mod share;
 
 use std::path::{Path, PathBuf};
 
+pub use block::BlockDevice;
 use rvm_protocol::{agent, guest};
 pub use scratch::{Layer, Scratch};
 
@@ -36,6 +38,11 @@ impl Storage {
     /// The writable layer of a container, made if it does not exist.
     pub fn layer(&mut self, container_id: &str) -> StepResult<Layer> {
         self.scratch.layer(container_id)
+    }
+
+    /// Number of the block device the scratch is on; none where it is in memory.
+    pub fn scratch_device(&mut self) -> StepResult<Option<u64>> {
+        self.scratch.device()
     }
 
     /// Lets go of a deleted container's writable layer.

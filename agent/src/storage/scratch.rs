@@ -65,6 +65,14 @@ impl Scratch {
         Ok(Layer { upper, work, fresh })
     }
 
+    /// Number of the block device it is on; none where it is in memory.
+    pub fn device(&mut self) -> StepResult<Option<u64>> {
+        self.mount()?;
+        let device = nix::sys::stat::stat(&self.target).step(|| "inspect the scratch")?.st_dev;
+        // Major 0 is that of file systems without a device.
+        Ok(Some(device).filter(|device| nix::sys::stat::major(*device) != 0))
+    }
+
     /// Removes a deleted container's layer from memory. A layer on a block
     /// device stays: the device belongs to the container's snapshot on the
     /// host, comes back when the container is started again, and goes with it.

@@ -1,5 +1,6 @@
 //! System calls that `nix` does not wrap, each as one safe function.
 
+pub mod bpf;
 pub mod mount;
 pub mod process;
 

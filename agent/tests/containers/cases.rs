@@ -7,7 +7,10 @@ use rvm_agent::error::Error;
 use rvm_protocol::agent::{NamespaceType, Process, Rlimit, SignalProcessRequest, User};
 use tokio::io::AsyncWriteExt;
 
-use crate::fixture::{Machine, container, mount_of, program, read_all, read_until, shell, within, write_all};
+use crate::{
+    fixture::{Machine, container, mount_of, program, read_all, read_until, shell, within, write_all},
+    limits::*,
+};
 
 /// Only a case that hangs takes this long, on however busy a machine.
 const LIMIT: Duration = Duration::from_secs(180);
@@ -56,6 +59,13 @@ cases![
     standard_output_can_be_opened_again,
     closing_stdin,
     many_added_processes_leak_nothing,
+    devices_are_filtered,
+    a_paused_container_stands_still,
+    a_paused_container_can_be_killed,
+    limits_are_applied_and_changed,
+    wrong_limits_are_refused_by_field,
+    statistics,
+    the_hierarchy_as_seen_inside,
 ];
 
 /// `true` unless the future panicked.

@@ -9,6 +9,7 @@
 
 mod cases;
 mod fixture;
+mod limits;
 
 use std::process::ExitCode;
 

@@ -18,6 +18,7 @@ use rvm_protocol::agent;
 use super::paths::{Root, clean, kind};
 use crate::{
     error::{Error, Step, StepError, StepResult, check_relative},
+    init::mounts::CGROUP_ROOT,
     storage::Storage,
     sys::mount::{Attributes, FsContext, attach, clone_tree, set_attributes},
 };
@@ -102,6 +103,16 @@ impl Mount {
             }
         };
         Ok(Self { destination, kind, options })
+    }
+
+    /// For a container in the guest's own cgroup namespace: the hierarchy as it
+    /// is mounted already. A new mount of it, made there, would change the
+    /// options of the hierarchy for all.
+    pub fn in_the_guests_cgroup_namespace(mut self) -> Self {
+        if matches!(&self.kind, Kind::New { fs_type, .. } if fs_type == "cgroup2") {
+            self.kind = Kind::Bind { source: CGROUP_ROOT.into(), recursive: false };
+        }
+        self
     }
 
     /// Whether this mount brings a `/dev` that is complete already.

@@ -1,23 +1,29 @@
-//! A container's cgroup (v2).
+//! A container's cgroup (v2): [`limits`] and [`devices`] are set on it, the
+//! [`freezer`] stops it, [`stats`] and [`oom`] tell what happened in it.
+
+mod controllers;
+pub mod devices;
+mod files;
+mod freezer;
+mod io;
+pub mod limits;
+mod oom;
+pub mod stats;
 
 use std::{
     fs,
     io::ErrorKind,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Component, Path, PathBuf},
+    sync::{Mutex, PoisonError},
 };
 
-use nix::{
-    fcntl::{OFlag, open},
-    sys::stat::Mode,
-    unistd::Pid,
-};
-use tokio::io::Interest;
+use nix::unistd::Pid;
 
+use self::{devices::Filter, files::Watched};
 use crate::{
-    error::{Error, Step, StepError, StepResult},
+    error::{Error, Step, StepResult},
     init::mounts::CGROUP_ROOT,
-    sys::register,
 };
 
 /// The cgroup of one container; others may have been made below it by the
@@ -26,6 +32,8 @@ use crate::{
 pub struct Cgroup {
     path: PathBuf,
     dir: OwnedFd,
+    /// The program that decides about devices.
+    device_filter: Mutex<Option<OwnedFd>>,
 }
 
 /// Checks `cgroup_path` of a request.
@@ -51,16 +59,19 @@ impl Cgroup {
         let mut here = PathBuf::from(CGROUP_ROOT);
         let mut names = Path::new(path.trim_start_matches('/')).components().peekable();
         while let Some(name) = names.next() {
-            delegate_controllers(&here)?;
+            controllers::delegate(&here)?;
             here.push(name);
             match fs::create_dir(&here) {
                 Err(error) if error.kind() == ErrorKind::AlreadyExists && names.peek().is_some() => {}
                 made => made.step(|| format!("create cgroup {path:?}"))?,
             }
         }
-        let flags = OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        let dir = open(&here, flags, Mode::empty()).step(|| format!("open cgroup {path:?}"))?;
-        Ok(Self { path: here, dir })
+        Self::at(here)
+    }
+
+    fn at(path: PathBuf) -> StepResult<Self> {
+        let dir = files::open_dir(&path).step(|| format!("open cgroup {path:?}"))?;
+        Ok(Self { path, dir, device_filter: Mutex::default() })
     }
 
     /// For `CLONE_INTO_CGROUP`.
@@ -91,18 +102,17 @@ impl Cgroup {
 
     /// Waits until no process is left.
     pub async fn empty(&self) -> StepResult<()> {
-        let events = self.path.join("cgroup.events");
-        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
-        let watch = open(&events, flags, Mode::empty()).step(|| "watch the container's processes")?;
-        let watch = register(watch, Interest::PRIORITY).step(|| "watch the container's processes")?;
-        loop {
-            let populated = fs::read_to_string(&events).step(|| "watch the container's processes")?;
-            if populated.lines().any(|line| line == "populated 0") {
-                return Ok(());
-            }
-            let ready = watch.ready(Interest::PRIORITY).await;
-            ready.step(|| "watch the container's processes")?.clear_ready();
-        }
+        self.events()?.wait_for("populated", |populated| populated == 0).await.map(drop)
+    }
+
+    fn events(&self) -> StepResult<Watched> {
+        Watched::open(self.dir(), "cgroup.events")
+    }
+
+    fn set_device_filter(&self, filter: &Filter) -> StepResult<()> {
+        let mut present = self.device_filter.lock().unwrap_or_else(PoisonError::into_inner);
+        *present = Some(filter.attach(self.dir(), present.as_ref())?);
+        Ok(())
     }
 
     /// Removes it and those below it; they must be empty. Also those above that
@@ -148,26 +158,7 @@ pub fn cgroup_of(pid: Pid) -> StepResult<OwnedFd> {
     let step = || format!("find the cgroup of process {pid}");
     let list = fs::read_to_string(format!("/proc/{pid}/cgroup")).step(step)?;
     let path = list.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
-    open(&Path::new(CGROUP_ROOT).join(path), OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty()).step(step)
-}
-
-/// Makes every controller a cgroup has available to those below it.
-fn delegate_controllers(dir: &Path) -> StepResult<()> {
-    let read =
-        |file: &str| fs::read_to_string(dir.join(file)).step(|| format!("read {file} of cgroup {dir:?}"));
-    let missing = missing(&read("cgroup.controllers")?, &read("cgroup.subtree_control")?);
-    if missing.is_empty() {
-        return Ok(());
-    }
-    fs::write(dir.join("cgroup.subtree_control"), &missing).map_err(|error| {
-        StepError::Refused(format!("enable controllers {missing:?} of cgroup {dir:?}: {error}"))
-    })
-}
-
-fn missing(available: &str, enabled: &str) -> String {
-    let enabled: Vec<&str> = enabled.split_whitespace().collect();
-    let missing = available.split_whitespace().filter(|controller| !enabled.contains(controller));
-    missing.map(|controller| format!("+{controller}")).collect::<Vec<_>>().join(" ")
+    files::open_dir(&Path::new(CGROUP_ROOT).join(path)).step(step)
 }
 
 #[cfg(test)]
@@ -183,12 +174,5 @@ mod tests {
             let error = check(path).unwrap_err().to_string();
             assert!(error.starts_with("cgroup_path: "), "{error}");
         }
-    }
-
-    #[test]
-    fn only_missing_controllers_are_enabled() {
-        assert_eq!(missing("cpuset cpu io memory\n", "cpu memory\n"), "+cpuset +io");
-        assert_eq!(missing("cpu\n", "cpu\n"), "");
-        assert_eq!(missing("\n", "\n"), "");
     }
 }

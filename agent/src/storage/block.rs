@@ -1,0 +1,68 @@
+//! Block devices of the guest, known to the host by the serials it gave them.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use crate::error::{Step, StepError, StepResult};
+
+const SYS_BLOCK: &str = "/sys/block";
+
+/// A virtio-blk device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockDevice {
+    /// Its node in the agent's `/dev`.
+    pub path: PathBuf,
+    /// Its number in this guest.
+    pub major: u32,
+    /// See `major`.
+    pub minor: u32,
+}
+
+impl BlockDevice {
+    /// The device whose driver reports `serial`.
+    pub fn with_serial(serial: &str) -> StepResult<Self> {
+        Self::find(Path::new(SYS_BLOCK), serial)
+    }
+
+    fn find(sys_block: &Path, serial: &str) -> StepResult<Self> {
+        let entries = fs::read_dir(sys_block).step(|| format!("list {sys_block:?}"))?;
+        for entry in entries.flatten() {
+            // Only virtio-blk has this attribute.
+            let Ok(found) = fs::read_to_string(entry.path().join("serial")) else { continue };
+            if found.trim_end() != serial {
+                continue;
+            }
+            let number = fs::read_to_string(entry.path().join("dev"))
+                .step(|| format!("read the number of block device {serial:?}"))?;
+            let number = number.trim_end().split_once(':');
+            if let Some((Ok(major), Ok(minor))) = number.map(|(a, b)| (a.parse(), b.parse())) {
+                return Ok(Self { path: Path::new("/dev").join(entry.file_name()), major, minor });
+            }
+        }
+        Err(StepError::Refused(format!("no block device has the serial {serial:?}")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_is_found_by_its_serial() {
+        let sys = tempfile::tempdir().unwrap();
+        for (name, serial) in [("vda", Some("other\n")), ("loop0", None), ("vdb", Some("rvm-scratch"))] {
+            let dir = sys.path().join(name);
+            fs::create_dir(&dir).unwrap();
+            fs::write(dir.join("dev"), "254:16\n").unwrap();
+            if let Some(serial) = serial {
+                fs::write(dir.join("serial"), serial).unwrap();
+            }
+        }
+        let found = BlockDevice::find(sys.path(), "rvm-scratch").unwrap();
+        assert_eq!(found, BlockDevice { path: "/dev/vdb".into(), major: 254, minor: 16 });
+        let error = BlockDevice::find(sys.path(), "rvm").unwrap_err().to_string();
+        assert_eq!(error, "no block device has the serial \"rvm\"");
+    }
+}
