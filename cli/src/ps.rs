@@ -213,6 +213,7 @@ mod tests {
             created_ms: 0,
             vcpus: 1,
             memory_mib: 128,
+            cgroups: Default::default(),
             timeline: vec![],
             not_applied: vec![],
         }

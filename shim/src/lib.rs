@@ -4,12 +4,13 @@
 //! serves, [`delete`] cleans up after a dead one. [`service`] translates
 //! messages into calls to [`task`], which owns containers; a [`container`] has
 //! [`process`]es with [`io`], runs in a [`sandbox`] (directory, [`share`],
-//! monitor, agent) and is described by its [`spec`]. What happens is told by
+//! [`cgroup`], monitor, agent) and is described by its [`spec`]. What happens is told by
 //! [`events`] and kept in [`state`]. `rvmctl` uses the same parts from
 //! [`container`] downwards, without containerd.
 
 pub mod agent;
 pub mod bootstrap;
+pub mod cgroup;
 pub mod config;
 pub mod container;
 pub mod delete;

@@ -36,6 +36,9 @@ pub struct State {
     pub vcpus: u8,
     /// The guest's memory.
     pub memory_mib: u64,
+    /// The monitor's cgroups.
+    #[serde(default)]
+    pub cgroups: crate::cgroup::Paths,
     /// How the start went so far.
     pub timeline: Vec<Step>,
     /// Fields of the specification that have no effect yet.
@@ -151,6 +154,7 @@ mod tests {
             created_ms: 1,
             vcpus: 1,
             memory_mib: 128,
+            cgroups: Default::default(),
             timeline: vec![Step { name: "spec".into(), ms: 0.5 }],
             not_applied: vec![],
         }

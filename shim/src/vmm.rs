@@ -2,6 +2,7 @@
 
 use std::{
     collections::VecDeque,
+    ffi::CString,
     fs::File,
     io::{self, PipeReader},
     os::{
@@ -22,6 +23,7 @@ use tokio::{
 };
 
 use crate::{
+    cgroup::HostCgroup,
     mount::short_path,
     process_id::{ProcessId, pidfd_open},
 };
@@ -92,12 +94,14 @@ pub struct Monitor {
 
 impl Monitor {
     /// Starts `program` in the sandbox's directory `dir`, where `config` has
-    /// been written. It gets a network namespace of its own and dies with the
-    /// calling thread, which therefore must be the process's main thread.
-    pub fn spawn(program: &Path, dir: &Path) -> Result<Self, MonitorError> {
+    /// been written. It is in `cgroup` before it has any memory, gets a network
+    /// namespace of its own and dies with the calling thread, which therefore
+    /// must be the process's main thread.
+    pub fn spawn(program: &Path, dir: &Path, cgroup: &HostCgroup) -> Result<Self, MonitorError> {
         let spawn = |source| MonitorError::Spawn { program: program.to_owned(), source };
         let (reader, writer) = io::pipe().map_err(spawn)?;
         let parent = std::process::id();
+        let procs = cgroup.procs();
         let mut command = Command::new(program);
         command
             .args(["--config", CONFIG_FILE])
@@ -108,7 +112,7 @@ impl Monitor {
             .process_group(0);
         // SAFETY: the closure makes system calls only and allocates nothing, as
         // is required between fork and exec.
-        unsafe { command.pre_exec(move || prepare_child(parent)) };
+        unsafe { command.pre_exec(move || prepare_child(parent, &procs)) };
         let mut child = command.spawn().map_err(spawn)?;
         drop(command);
         let watched = || -> io::Result<_> {
@@ -163,7 +167,7 @@ impl Drop for Monitor {
     }
 }
 
-fn prepare_child(parent: u32) -> io::Result<()> {
+fn prepare_child(parent: u32, procs: &[CString]) -> io::Result<()> {
     // SAFETY: PR_SET_PDEATHSIG takes a signal number and no pointer.
     if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } != 0 {
         return Err(io::Error::last_os_error());
@@ -171,6 +175,7 @@ fn prepare_child(parent: u32) -> io::Result<()> {
     if nix::unistd::getppid().as_raw().cast_unsigned() != parent {
         return Err(io::Error::from_raw_os_error(libc::ESRCH));
     }
+    HostCgroup::enter(procs)?;
     // Whoever looks up the container's network namespace by the task's pid
     // finds the monitor: it must never be the host's.
     Ok(unshare(CloneFlags::CLONE_NEWNET)?)

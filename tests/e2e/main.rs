@@ -9,3 +9,4 @@ mod failures;
 mod ring0;
 mod run;
 mod rvmctl;
+mod size;

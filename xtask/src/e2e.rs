@@ -27,6 +27,8 @@ const LIMIT: Duration = Duration::from_secs(40 * 60);
 pub struct Prepared {
     /// Where containers can run.
     pub host: Host,
+    /// How the devhost has its cgroups.
+    pub cgroups: devhost::Cgroups,
     env: Vec<(OsString, OsString)>,
 }
 
@@ -57,7 +59,7 @@ impl Prepared {
             ("RVM_STAGE".into(), prefix.into_os_string()),
             ("RVM_TEST_IMAGE".into(), image.into_os_string()),
         ];
-        Ok(Self { host, env })
+        Ok(Self { host, cgroups: devhost::Cgroups::default(), env })
     }
 
     /// Sets an environment variable of every program.
@@ -72,7 +74,7 @@ impl Prepared {
             return self.run_here(program, arguments, output);
         }
         let timeout = (!matches!(output, Output::Terminal)).then_some(LIMIT);
-        let options = devhost::Options { cpus: CPUS, timeout, ..devhost::Options::default() };
+        let options = devhost::Options { cpus: CPUS, timeout, cgroups: self.cgroups, ..devhost::Options::default() };
         let devhost = Devhost::new(options)?;
         let argv = std::iter::once(program.into()).chain(arguments.iter().map(OsString::from));
         let mut command = devhost::Command::new::<OsString>(argv);

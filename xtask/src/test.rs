@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::build::{self, Profile};
+use crate::devhost;
 use crate::e2e::{self, Output, Prepared};
 use crate::host::Host;
 
@@ -20,6 +21,9 @@ pub struct Args {
     /// (`trixie`: 1.7, `sid`: 2.x) instead of the installed one.
     #[arg(long, value_name = "RELEASE")]
     containerd: Option<String>,
+    /// How the devhost has its cgroups.
+    #[arg(long, value_enum, default_value_t)]
+    cgroups: devhost::Cgroups,
 }
 
 /// One part of the tests and how it went.
@@ -52,6 +56,7 @@ pub fn run(args: Args) -> Result<()> {
     });
     if let Some((mut prepared, cases)) = prepared {
         prepared.set("RUST_BACKTRACE", "0");
+        prepared.cgroups = args.cgroups;
         if let Some(release) = &args.containerd {
             let cache = build::debian_cache_dir()?;
             let unpacked = rootfs_builder::debian::fetch_from(release, "containerd", &cache)?;

@@ -21,7 +21,7 @@ use crate::{
     io::{Endpoints, ProcessIo, Stdio},
     process::{Exit, Phase, Process},
     rootfs::Layer,
-    sandbox::Sandbox,
+    sandbox::{Sandbox, guest_cpus},
     spec::{self, Bundle},
     state,
 };
@@ -89,6 +89,8 @@ impl Container {
         let Create { bundle, layers, stdio, endpoints } = create;
         let mut request = bundle.container;
         let id = request.container_id.clone();
+        let resources = request.resources.mut_or_insert_default();
+        resources.cpus = guest_cpus(&resources.cpus, sandbox.size().vcpus);
         let process = request.process.mut_or_insert_default();
         process.terminal = endpoints.terminal;
         (process.stdin, process.stdout, process.stderr) =

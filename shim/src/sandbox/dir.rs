@@ -94,6 +94,7 @@ fn check_name(what: &'static str, name: &str) -> Result<(), SandboxError> {
 pub fn clean_up(dir: &Path) {
     if let Ok(state) = State::read(dir) {
         state.kill();
+        state.cgroups.remove();
     }
     for target in mounts_below(dir) {
         if let Err(error) = mount::detach(&target) {
@@ -173,6 +174,7 @@ mod tests {
             created_ms: 0,
             vcpus: 1,
             memory_mib: 64,
+            cgroups: Default::default(),
             timeline: vec![],
             not_applied: vec![],
         };

@@ -6,6 +6,7 @@
 
 mod dir;
 mod failure;
+mod size;
 
 use std::{
     fs::{self, File},
@@ -16,7 +17,7 @@ use std::{
 };
 
 use rvm_protocol::{
-    agent::{Scratch, SetUpSandboxRequest, scratch::Backing},
+    agent::{Resources, Scratch, SetUpSandboxRequest, scratch::Backing},
     guest::{GUEST_CID, READY_PORT, SHARE_TAG, ready_line},
     vmm::{CachePolicy, ShareConfig, VmConfig, VsockConfig},
 };
@@ -24,9 +25,11 @@ use tokio::{net::UnixListener, time::timeout};
 
 use dir::SandboxDir;
 pub use dir::clean_up;
+pub use size::{HostSize, Size, guest_cpus};
 
 use crate::{
     agent::{Agent, AgentError},
+    cgroup::{Ceiling, CgroupError, Hierarchies, HostCgroup},
     config::{self, Config},
     process_id::ProcessId,
     rootfs::Layer,
@@ -96,6 +99,9 @@ pub enum SandboxError {
     /// Its part of the file system.
     #[error(transparent)]
     Share(#[from] ShareError),
+    /// Its cgroup on the host.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
     /// Its monitor was not started.
     #[error(transparent)]
     Monitor(#[from] MonitorError),
@@ -154,6 +160,7 @@ pub struct Sandbox {
     /// When the monitor was spawned, from the timeline's beginning.
     spawned: Duration,
     dir: Arc<File>,
+    size: Size,
     /// Whether the guest may hold data that belongs on the host.
     must_flush: bool,
     console: PathBuf,
@@ -164,6 +171,7 @@ pub struct Sandbox {
 /// What a sandbox leaves on the host unless it is removed, in the order in
 /// which it has to go.
 struct Owned {
+    cgroup: HostCgroup,
     share: Share,
     state: State,
     dir: SandboxDir,
@@ -178,10 +186,18 @@ impl Sandbox {
     pub async fn start(start: Start<'_>) -> Result<Self, SandboxError> {
         let Start { config, namespace, id, bundle, layers, timeline } = start;
         check_config(config)?;
+        let resources = &*bundle.container.resources;
+        let size = Size::of(resources, &config.guest, HostSize::read());
         let dir = SandboxDir::create(&config.host.state_dir, namespace, id)?;
+        let cgroup = HostCgroup::create(
+            Hierarchies::of_host()?,
+            &bundle.container.cgroup_path,
+            &Ceiling::of(resources, size.memory_mib),
+        )?;
         let mut owned = Owned {
             share: Share::create(dir.path().join(dir::SHARE))?,
-            state: first_state(config, namespace, id, bundle, &dir)?,
+            state: first_state(size, namespace, id, bundle, &dir, &cgroup)?,
+            cgroup,
             dir,
         };
         owned.share.add(bundle, layers)?;
@@ -190,10 +206,10 @@ impl Sandbox {
         let path = owned.dir.path().to_owned();
         let vsock = Vsock::new(owned.dir.fd().clone());
         let ready = vsock.listen(READY_PORT)?;
-        vmm::write_config(&path, &vm_config(config, id, bundle))
+        vmm::write_config(&path, &vm_config(config, size, id, bundle))
             .map_err(|source| SandboxError::Directory { path: path.clone(), source })?;
         let spawned = timeline.elapsed();
-        let monitor = Monitor::spawn(&config.host.monitor, &path)?;
+        let monitor = Monitor::spawn(&config.host.monitor, &path, &owned.cgroup)?;
         timeline.mark("monitor spawned");
         owned.state.monitor = Some(monitor.id());
         owned.save();
@@ -230,6 +246,7 @@ impl Sandbox {
             timeline,
             spawned,
             dir: owned.dir.fd().clone(),
+            size,
             must_flush: bundle.volumes.iter().any(|volume| !volume.readonly),
             console,
             owned: Mutex::new(Some(owned)),
@@ -249,6 +266,20 @@ impl Sandbox {
     /// The monitor's process id on the host.
     pub fn pid(&self) -> u32 {
         self.monitor.id().pid
+    }
+
+    /// What the machine has.
+    pub fn size(&self) -> Size {
+        self.size
+    }
+
+    /// Holds the machine to other limits on the host; what `resources` leaves
+    /// out stays.
+    pub fn update_ceiling(&self, cgroup_path: &str, resources: &Resources) -> Result<(), CgroupError> {
+        match self.owned().as_ref() {
+            Some(owned) => owned.cgroup.update(cgroup_path, &Ceiling::of(resources, self.size.memory_mib)),
+            None => Ok(()),
+        }
     }
 
     /// The steps of the start.
@@ -346,11 +377,12 @@ fn check_config(config: &Config) -> Result<(), SandboxError> {
 }
 
 fn first_state(
-    config: &Config,
+    size: Size,
     namespace: &str,
     id: &str,
     bundle: &Bundle,
     dir: &SandboxDir,
+    cgroup: &HostCgroup,
 ) -> Result<State, SandboxError> {
     let failed = |source| SandboxError::Directory { path: dir.path().to_owned(), source };
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -362,8 +394,9 @@ fn first_state(
         shim: ProcessId::of_self().map_err(failed)?,
         monitor: None,
         created_ms: u64::try_from(now.as_millis()).unwrap_or(u64::MAX),
-        vcpus: config.guest.vcpus,
-        memory_mib: config.guest.memory_mib,
+        vcpus: size.vcpus,
+        memory_mib: size.memory_mib,
+        cgroups: cgroup.paths().clone(),
         timeline: Vec::new(),
         not_applied: bundle.not_applied.clone(),
     };
@@ -371,11 +404,11 @@ fn first_state(
     Ok(state)
 }
 
-fn vm_config(config: &Config, id: &str, bundle: &Bundle) -> VmConfig {
+fn vm_config(config: &Config, size: Size, id: &str, bundle: &Bundle) -> VmConfig {
     VmConfig {
         id: id.into(),
-        vcpus: config.guest.vcpus,
-        memory_mib: config.guest.memory_mib,
+        vcpus: size.vcpus,
+        memory_mib: size.memory_mib,
         kernel: config.guest.kernel.clone(),
         cmdline: config.guest.cmdline(),
         initramfs: Some(config.guest.initramfs.clone()),

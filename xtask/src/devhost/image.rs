@@ -10,6 +10,7 @@ use anyhow::{Context, Result};
 use rootfs_builder::cpio::CpioWriter;
 use sha2::{Digest, Sha256};
 
+use super::Cgroups;
 use super::kernel::Kernel;
 use crate::build;
 
@@ -60,6 +61,8 @@ pub struct RunFiles {
     pub visible: Vec<PathBuf>,
     /// Whether the command gets a terminal.
     pub terminal: bool,
+    /// How cgroups are mounted.
+    pub cgroups: Cgroups,
 }
 
 impl RunFiles {
@@ -75,6 +78,7 @@ impl RunFiles {
             visible.push(b'\n');
         }
         cpio.file("run.d/visible", 0o644, &visible)?;
+        cpio.file("run.d/cgroups", 0o644, self.cgroups.as_str().as_bytes())?;
         if self.terminal {
             cpio.file("run.d/terminal", 0o644, b"")?;
         }

@@ -36,6 +36,31 @@ insert_modules() {
     done <"/modules/$1"
 }
 
+# mount_cgroups v2|hybrid|v1, where systemd has them
+mount_cgroups() {
+    if [ "$1" = v2 ]; then
+        mount -t cgroup2 cgroup2 /sys/fs/cgroup || return
+        for controller in $(cat /sys/fs/cgroup/cgroup.controllers); do
+            echo "+$controller" >/sys/fs/cgroup/cgroup.subtree_control
+        done
+        return
+    fi
+    mount_tmpfs /sys/fs/cgroup mode=755
+    for controllers in cpu,cpuacct cpuset memory blkio pids freezer devices perf_event hugetlb; do
+        mkdir /sys/fs/cgroup/$controllers
+        mount -t cgroup -o $controllers cgroup /sys/fs/cgroup/$controllers || return
+    done
+    for alias in cpu cpuacct; do
+        ln -s cpu,cpuacct /sys/fs/cgroup/$alias
+    done
+    mkdir /sys/fs/cgroup/systemd
+    mount -t cgroup -o none,name=systemd cgroup /sys/fs/cgroup/systemd || return
+    if [ "$1" = hybrid ]; then
+        mkdir /sys/fs/cgroup/unified
+        mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified || return
+    fi
+}
+
 assemble_root() {
     /bin/busybox mkdir -p /proc /sys /dev /run /new
     /bin/busybox --install /bin
@@ -76,10 +101,7 @@ assemble_root() {
     ln -sfn fd/0 /dev/stdin
     ln -sfn fd/1 /dev/stdout
     ln -sfn fd/2 /dev/stderr
-    mount -t cgroup2 cgroup2 /sys/fs/cgroup || fail "cannot mount cgroup2"
-    for controller in $(cat /sys/fs/cgroup/cgroup.controllers); do
-        echo "+$controller" >/sys/fs/cgroup/cgroup.subtree_control
-    done
+    mount_cgroups "$(cat $stage/run/cgroups)" || fail "cannot mount cgroups"
     mount -t debugfs debugfs /sys/kernel/debug
     mount -t securityfs securityfs /sys/kernel/security
     mount -t bpf bpf /sys/fs/bpf

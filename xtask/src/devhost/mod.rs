@@ -36,6 +36,9 @@ pub struct Args {
     /// End the machine after this many seconds.
     #[arg(long)]
     timeout: Option<u64>,
+    /// How cgroups are mounted.
+    #[arg(long, value_enum, default_value_t)]
+    cgroups: Cgroups,
     /// The command, run with this directory and this environment's PATH, CARGO*, RUST* and RVM_*.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, required_unless_present = "shell")]
     command: Vec<OsString>,
@@ -47,6 +50,7 @@ pub fn run(args: Args) -> Result<()> {
         memory_mib: args.memory,
         cpus: args.cpus,
         timeout: args.timeout.map(Duration::from_secs),
+        cgroups: args.cgroups,
         ..Options::default()
     })?;
     let argv = if args.command.is_empty() { vec!["/bin/bash".into(), "-i".into()] } else { args.command };
@@ -68,11 +72,36 @@ pub struct Options {
     /// below `/tmp` or `/run`, which are otherwise fresh. The
     /// checkout, the target directory and the cache always are.
     pub visible: Vec<PathBuf>,
+    /// How cgroups are mounted.
+    pub cgroups: Cgroups,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { memory_mib: 4096, cpus: 2, timeout: None, visible: Vec::new() }
+        Self { memory_mib: 4096, cpus: 2, timeout: None, visible: Vec::new(), cgroups: Cgroups::V2 }
+    }
+}
+
+/// How a host has its cgroups, as systemd names it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Cgroups {
+    /// One hierarchy at `/sys/fs/cgroup`.
+    #[default]
+    V2,
+    /// One hierarchy per controller, and one of v2 without any.
+    Hybrid,
+    /// One hierarchy per controller.
+    V1,
+}
+
+impl Cgroups {
+    /// As on the command line.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::V2 => "v2",
+            Self::Hybrid => "hybrid",
+            Self::V1 => "v1",
+        }
     }
 }
 
@@ -180,6 +209,7 @@ impl Devhost {
             command: self.script(command),
             visible: self.visible()?,
             terminal: matches!(stdio, Stdio::Terminal),
+            cgroups: self.options.cgroups,
         };
         if run.terminal && !std::io::stdin().is_terminal() {
             bail!("a terminal was asked for, but standard input is none");

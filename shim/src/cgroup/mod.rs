@@ -1,0 +1,199 @@
+//! The host's cgroup of a sandbox: where the spec's `linux.cgroupsPath` says,
+//! with the monitor, and with it the guest's memory and vCPUs, in it.
+//!
+//! The guest holds a container to its limits exactly; the host holds the machine
+//! to a ceiling a little above, in case the guest's kernel is no longer on our
+//! side (docs/decisions/0620).
+
+mod hierarchy;
+mod limits;
+
+use std::{
+    ffi::{CStr, CString},
+    fs, io,
+    os::unix::ffi::OsStrExt,
+    path::{Component, Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+
+pub use hierarchy::Hierarchies;
+pub use limits::Ceiling;
+
+/// Extended attribute of the directories made here: whoever removes the last
+/// sandbox below one may remove it, and no other.
+const MADE_BY_US: &CStr = c"trusted.rvm";
+/// How often a directory is made again that somebody removes meanwhile.
+const ATTEMPTS: usize = 100;
+/// What a process writes to a `cgroup.procs` to move itself.
+const MYSELF: &[u8] = b"0";
+
+/// Why there is no cgroup.
+#[derive(Debug, thiserror::Error)]
+pub enum CgroupError {
+    /// The kernel's list of mounts.
+    #[error("cgroups: reading /proc/self/mountinfo: {0}")]
+    Mounts(#[source] io::Error),
+    /// A directory.
+    #[error("linux.cgroupsPath: {}: {source}", path.display())]
+    Directory {
+        /// The cgroup.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// A limit the kernel does not take.
+    #[error("{field}: the host refuses {value:?} for {}: {source}", path.display())]
+    Limit {
+        /// The specification's field.
+        field: &'static str,
+        /// The cgroup's file.
+        path: PathBuf,
+        /// What was written.
+        value: String,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A sandbox's cgroups, one in each hierarchy of the host. Dropping it removes
+/// them; no process may be left in them.
+#[derive(Debug)]
+pub struct HostCgroup {
+    paths: Paths,
+    hierarchies: Hierarchies,
+    procs: Vec<CString>,
+}
+
+/// The directories of a sandbox's cgroups, as its state keeps them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Paths(Vec<PathBuf>);
+
+impl HostCgroup {
+    /// Makes the cgroup `path` (absolute, without "..") in each of `hierarchies`,
+    /// with `ceiling` set. On an error nothing is left.
+    pub fn create(hierarchies: Hierarchies, path: &str, ceiling: &Ceiling) -> Result<Self, CgroupError> {
+        let relative = Path::new(path.trim_start_matches('/'));
+        let mut made = Self { paths: Paths::default(), hierarchies, procs: Vec::new() };
+        for hierarchy in &made.hierarchies.all {
+            let dir = hierarchy.root.join(relative);
+            // First, so that a half-made one goes as well.
+            made.paths.0.push(dir.clone());
+            make(hierarchy, relative).map_err(|(path, source)| CgroupError::Directory { path, source })?;
+            let procs = CString::new(dir.join("cgroup.procs").as_os_str().as_bytes());
+            made.procs.extend(procs);
+        }
+        ceiling.apply(&made.hierarchies, relative)?;
+        Ok(made)
+    }
+
+    /// The directories, for who removes them when this process is gone.
+    pub fn paths(&self) -> &Paths {
+        &self.paths
+    }
+
+    /// Sets another ceiling.
+    pub fn update(&self, path: &str, ceiling: &Ceiling) -> Result<(), CgroupError> {
+        ceiling.apply(&self.hierarchies, Path::new(path.trim_start_matches('/')))
+    }
+
+    /// For a child between fork and exec: moves the calling process. Allocates
+    /// nothing.
+    pub fn enter(procs: &[CString]) -> io::Result<()> {
+        for file in procs {
+            // SAFETY: the path is a C string that outlives the call.
+            let fd = unsafe { libc::open(file.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC) };
+            if fd < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            // SAFETY: the pointer and the length are of one constant.
+            let written = unsafe { libc::write(fd, MYSELF.as_ptr().cast(), MYSELF.len()) };
+            let error = io::Error::last_os_error();
+            // SAFETY: the descriptor was opened above and is used no more.
+            unsafe { libc::close(fd) };
+            if written < 0 {
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// What [`HostCgroup::enter`] takes.
+    pub fn procs(&self) -> Vec<CString> {
+        self.procs.clone()
+    }
+}
+
+impl Drop for HostCgroup {
+    fn drop(&mut self) {
+        self.paths.remove();
+    }
+}
+
+impl Paths {
+    /// Removes the cgroups, and those above them that were made for them and
+    /// are empty. It is fine that they are gone.
+    pub fn remove(&self) {
+        for dir in &self.0 {
+            match fs::remove_dir(dir) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    log::warn!("{} stays: {error}", dir.display());
+                    continue;
+                }
+                _ => {}
+            }
+            for above in dir.ancestors().skip(1) {
+                if !is_made_by_us(above) || fs::remove_dir(above).is_err() {
+                    break;
+                }
+            }
+        }
+    }
+}
+
+/// Makes `relative` in a hierarchy. Another sandbox may be removing a directory
+/// above it, with the last one in it, at the same time.
+fn make(hierarchy: &hierarchy::Hierarchy, relative: &Path) -> Result<(), (PathBuf, io::Error)> {
+    let mut attempts = ATTEMPTS;
+    loop {
+        match make_once(hierarchy, relative) {
+            Err((_, error)) if error.kind() == io::ErrorKind::NotFound && attempts > 0 => attempts -= 1,
+            result => return result,
+        }
+    }
+}
+
+fn make_once(hierarchy: &hierarchy::Hierarchy, relative: &Path) -> Result<(), (PathBuf, io::Error)> {
+    let mut here = hierarchy.root.clone();
+    for part in relative.components() {
+        let Component::Normal(name) = part else { continue };
+        hierarchy.delegate(&here);
+        here.push(name);
+        match fs::create_dir(&here) {
+            Ok(()) => mark(&here),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err((here, error)),
+        }
+        hierarchy.inherit(&here).map_err(|error| (here.clone(), error))?;
+    }
+    Ok(())
+}
+
+fn mark(dir: &Path) {
+    let Ok(path) = CString::new(dir.as_os_str().as_bytes()) else { return };
+    let (value, name) = (b"1", MADE_BY_US.as_ptr());
+    // SAFETY: both strings are C strings, and the value has the length given.
+    let result = unsafe { libc::setxattr(path.as_ptr(), name, value.as_ptr().cast(), value.len(), 0) };
+    if result != 0 {
+        log::debug!("{}: {}", dir.display(), io::Error::last_os_error());
+    }
+}
+
+fn is_made_by_us(dir: &Path) -> bool {
+    let Ok(path) = CString::new(dir.as_os_str().as_bytes()) else { return false };
+    // SAFETY: both are C strings; with a length of 0 nothing is written.
+    unsafe { libc::getxattr(path.as_ptr(), MADE_BY_US.as_ptr(), std::ptr::null_mut(), 0) >= 0 }
+}

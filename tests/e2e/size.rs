@@ -1,0 +1,70 @@
+//! The machine around a container: its size and its cgroup on the host.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use rvm_tests::{case, host::Process};
+
+/// Where the host's hierarchies are that sandboxes get a cgroup in: the first
+/// field of `/proc/PID/cgroup` is 0 for v2.
+fn cgroups_of(pid: libc::pid_t) -> Result<Vec<(String, String)>> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+    let line = |line: &str| {
+        let mut fields = line.splitn(3, ':');
+        let (_, controllers, path) = (fields.next()?, fields.next()?, fields.next()?);
+        Some((controllers.to_owned(), path.to_owned()))
+    };
+    Ok(text.lines().filter_map(line).collect())
+}
+
+/// The directory of a cgroup that has `file`, on whichever version.
+fn dir_with(file: &str, path: &str) -> Option<PathBuf> {
+    let root = Path::new("/sys/fs/cgroup");
+    let hierarchies = ["", "unified", "cpu,cpuacct", "memory", "cpuset"];
+    hierarchies.iter().map(|name| root.join(name).join(path.trim_start_matches('/'))).find(|dir| dir.join(file).exists())
+}
+
+fn first_of(files: &[&str], path: &str) -> Result<String> {
+    for file in files {
+        if let Some(dir) = dir_with(file, path) {
+            return Ok(std::fs::read_to_string(dir.join(file))?.trim().to_owned());
+        }
+    }
+    anyhow::bail!("none of {files:?} in cgroup {path}")
+}
+
+#[test]
+fn limits_make_the_machine_and_its_cgroup() {
+    case(|world| {
+        let mib = 1_u64 << 20;
+        let limit = (1024 * mib).to_string();
+        let options = ["--memory-limit", &limit, "--cpu-quota", "50000", "--cpu-period", "100000"];
+        let run = world.ctr().container("size").with(&options).detached();
+        run.run(&["sleep", "1000"])?.success()?;
+        let monitor = Process::all().into_iter().find(|process| process.name == "rvm-vmm").context("no monitor")?;
+        let wanted = format!("/default/{}", run.id);
+        let cgroups = cgroups_of(monitor.pid)?;
+        println!("{cgroups:?}");
+        // These limit nothing, and nothing is done with them.
+        let idle = ["freezer", "devices"];
+        for (controllers, path) in &cgroups {
+            ensure!(*path == wanted || idle.contains(&controllers.as_str()), "{controllers:?}: the monitor is in {path}");
+        }
+        // 1024 for the container, 48 + 32 for the guest, 64 for the monitor.
+        let memory = first_of(&["memory.max", "memory.limit_in_bytes"], &wanted)?;
+        ensure!(memory == ((1024 + 48 + 32 + 64) * mib).to_string(), "memory {memory}");
+        let cpu = first_of(&["cpu.max", "cpu.cfs_quota_us"], &wanted)?;
+        ensure!(["62500 100000", "62500"].contains(&cpu.as_str()), "cpu {cpu}");
+        let charged: u64 = first_of(&["memory.current", "memory.usage_in_bytes"], &wanted)?.parse()?;
+        ensure!(charged > 16 * mib, "the guest's memory is charged elsewhere: {charged} bytes");
+
+        let inside = world.ctr().exec(&run.id, &[], &["cat", "/proc/meminfo"], rvm_tests::job::Input::Nothing)?;
+        let inside = inside.finish(rvm_tests::scale::container())?.success()?;
+        let total = inside.text();
+        let total = total.lines().find_map(|line| line.strip_prefix("MemTotal:")).context("no MemTotal")?;
+        let total: u64 = total.trim().trim_end_matches(" kB").parse()?;
+        println!("MemTotal {} MiB, charged on the host {} MiB", total >> 10, charged / mib);
+        ensure!((1024..1104).contains(&(total >> 10)), "the guest has {total} kB");
+        world.ctr().remove(&run.id)
+    });
+}
