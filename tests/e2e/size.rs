@@ -21,7 +21,10 @@ fn cgroups_of(pid: libc::pid_t) -> Result<Vec<(String, String)>> {
 fn dir_with(file: &str, path: &str) -> Option<PathBuf> {
     let root = Path::new("/sys/fs/cgroup");
     let hierarchies = ["", "unified", "cpu,cpuacct", "memory", "cpuset"];
-    hierarchies.iter().map(|name| root.join(name).join(path.trim_start_matches('/'))).find(|dir| dir.join(file).exists())
+    hierarchies
+        .iter()
+        .map(|name| root.join(name).join(path.trim_start_matches('/')))
+        .find(|dir| dir.join(file).exists())
 }
 
 fn first_of(files: &[&str], path: &str) -> Result<String> {
@@ -41,14 +44,18 @@ fn limits_make_the_machine_and_its_cgroup() {
         let options = ["--memory-limit", &limit, "--cpu-quota", "50000", "--cpu-period", "100000"];
         let run = world.ctr().container("size").with(&options).detached();
         run.run(&["sleep", "1000"])?.success()?;
-        let monitor = Process::all().into_iter().find(|process| process.name == "rvm-vmm").context("no monitor")?;
+        let monitor =
+            Process::all().into_iter().find(|process| process.name == "rvm-vmm").context("no monitor")?;
         let wanted = format!("/default/{}", run.id);
         let cgroups = cgroups_of(monitor.pid)?;
         println!("{cgroups:?}");
         // These limit nothing, and nothing is done with them.
         let idle = ["freezer", "devices"];
         for (controllers, path) in &cgroups {
-            ensure!(*path == wanted || idle.contains(&controllers.as_str()), "{controllers:?}: the monitor is in {path}");
+            ensure!(
+                *path == wanted || idle.contains(&controllers.as_str()),
+                "{controllers:?}: the monitor is in {path}"
+            );
         }
         // 1024 for the container, 48 + 32 for the guest, 64 for the monitor.
         let memory = first_of(&["memory.max", "memory.limit_in_bytes"], &wanted)?;
@@ -58,7 +65,8 @@ fn limits_make_the_machine_and_its_cgroup() {
         let charged: u64 = first_of(&["memory.current", "memory.usage_in_bytes"], &wanted)?.parse()?;
         ensure!(charged > 16 * mib, "the guest's memory is charged elsewhere: {charged} bytes");
 
-        let inside = world.ctr().exec(&run.id, &[], &["cat", "/proc/meminfo"], rvm_tests::job::Input::Nothing)?;
+        let inside =
+            world.ctr().exec(&run.id, &[], &["cat", "/proc/meminfo"], rvm_tests::job::Input::Nothing)?;
         let inside = inside.finish(rvm_tests::scale::container())?.success()?;
         let total = inside.text();
         let total = total.lines().find_map(|line| line.strip_prefix("MemTotal:")).context("no MemTotal")?;

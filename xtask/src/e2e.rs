@@ -74,7 +74,8 @@ impl Prepared {
             return self.run_here(program, arguments, output);
         }
         let timeout = (!matches!(output, Output::Terminal)).then_some(LIMIT);
-        let options = devhost::Options { cpus: CPUS, timeout, cgroups: self.cgroups, ..devhost::Options::default() };
+        let options =
+            devhost::Options { cpus: CPUS, timeout, cgroups: self.cgroups, ..devhost::Options::default() };
         let devhost = Devhost::new(options)?;
         let argv = std::iter::once(program.into()).chain(arguments.iter().map(OsString::from));
         let mut command = devhost::Command::new::<OsString>(argv);

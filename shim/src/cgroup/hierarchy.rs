@@ -72,7 +72,8 @@ impl Hierarchies {
             let hierarchy = Hierarchy { root: point.into(), version, controllers };
             // A second mount of one hierarchy, or of a part of it, adds nothing.
             let same = |other: &Hierarchy| {
-                other.version == version && (version == Version::V2 || other.controllers == hierarchy.controllers)
+                other.version == version
+                    && (version == Version::V2 || other.controllers == hierarchy.controllers)
             };
             if root == "/" && !unusable && !all.iter().any(same) {
                 all.push(hierarchy);

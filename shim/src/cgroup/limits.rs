@@ -122,12 +122,7 @@ fn named(list: &str) -> Option<&str> {
     Some(list).filter(|list| !list.is_empty())
 }
 
-fn set(
-    dir: &Path,
-    file: &str,
-    field: &'static str,
-    value: Option<impl ToString>,
-) -> Result<(), CgroupError> {
+fn set(dir: &Path, file: &str, field: &'static str, value: Option<impl ToString>) -> Result<(), CgroupError> {
     let Some(value) = value.map(|value| value.to_string()) else { return Ok(()) };
     let path = dir.join(file);
     fs::write(&path, &value).map_err(|source| {
@@ -159,8 +154,7 @@ mod tests {
 
     #[test]
     fn no_limit_stays_none() {
-        let resources =
-            Resources { memory_max: Some(-1), cpu_quota_us: Some(-1), ..Default::default() };
+        let resources = Resources { memory_max: Some(-1), cpu_quota_us: Some(-1), ..Default::default() };
         let ceiling = Ceiling::of(&resources, 512);
         assert_eq!(ceiling.memory_max, None);
         assert_eq!(ceiling.cpu_quota, Some((-1, 100_000)));
