@@ -2,13 +2,17 @@
 //!
 //! ```text
 //!   child                                   parent
-//!     │ ── Ready { pid, terminal } ─────────> │   everything is made, execve is next
+//!     │ ── Moved(pid) ──────────────────────> │   another child goes on from here
+//!     │ ── Terminal(master) ────────────────> │   where the process has one
+//!     │ ── Ready ───────────────────────────> │   everything is made, execve is next
 //!     │ <───────────────────────── start ──── │
 //!     │ ── (closed by execve) ──────────────> │   the program runs
 //!     │ ── Failed(message) ─────────────────> │   at any point: the step that failed
 //! ```
 //!
-//! Packets of a `SOCK_SEQPACKET` pair: one message is one packet.
+//! Packets of a `SOCK_SEQPACKET` pair: one message is one packet. What the child
+//! says and hears from `Ready` on takes `read` and `write` only: a seccomp filter
+//! may be in force by then.
 
 use std::{
     io::{IoSlice, IoSliceMut},
@@ -19,9 +23,10 @@ use nix::{
     cmsg_space,
     errno::Errno,
     sys::socket::{
-        AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recv, recvmsg,
-        send, sendmsg, socketpair,
+        AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, send,
+        sendmsg, socketpair,
     },
+    unistd::Pid,
 };
 use tokio::io::{Interest, unix::AsyncFd};
 
@@ -33,17 +38,21 @@ use crate::{
 /// Longest error message passed on; what is longer is cut.
 const MAX_MESSAGE: usize = 16 * 1024;
 
+const MOVED: u8 = b'M';
+const TERMINAL: u8 = b'T';
 const READY: u8 = b'R';
 const FAILED: u8 = b'F';
 const START: u8 = b'S';
 
-/// A child that has done everything up to `execve`.
+/// What a child says before it is started.
 #[derive(Debug)]
-pub struct Ready {
-    /// Its pid in its own pid namespace.
-    pub pid: u32,
-    /// The master side of its terminal, where it has one.
-    pub terminal: Option<OwnedFd>,
+pub enum Said {
+    /// The child with this pid, in the agent's pid namespace, goes on instead.
+    Moved(Pid),
+    /// The master side of its terminal.
+    Terminal(OwnedFd),
+    /// It has done everything up to `execve`.
+    Ready,
 }
 
 /// The agent's end.
@@ -66,17 +75,21 @@ pub fn pair() -> StepResult<(Parent, Child)> {
 }
 
 impl Parent {
-    /// Waits until the child is ready, or says why it is not.
-    pub async fn ready(&self) -> StepResult<Ready> {
-        let (message, terminal) = self.receive().await?;
-        match message.split_first() {
-            Some((&READY, pid)) => match pid.try_into() {
-                Ok(pid) => Ok(Ready { pid: u32::from_le_bytes(pid), terminal }),
+    /// The next thing the child says until it is ready, or why it never will be.
+    pub async fn hear(&self) -> StepResult<Said> {
+        let (message, fd) = self.receive().await?;
+        match (message.split_first(), fd) {
+            (Some((&MOVED, pid)), _) => match pid.try_into() {
+                Ok(pid) => Ok(Said::Moved(Pid::from_raw(i32::from_le_bytes(pid)))),
                 Err(_) => Err(StepError::Refused("the child's message has the wrong length".into())),
             },
-            Some((&FAILED, text)) => Err(failed(text)),
-            None => Err(StepError::Refused("the process was killed while it was being created".into())),
-            Some((kind, _)) => {
+            (Some((&TERMINAL, _)), Some(master)) => Ok(Said::Terminal(master)),
+            (Some((&READY, _)), _) => Ok(Said::Ready),
+            (Some((&FAILED, text)), _) => Err(failed(text)),
+            (None, _) => {
+                Err(StepError::Refused("the process was killed while it was being created".into()))
+            }
+            (Some((kind, _)), _) => {
                 Err(StepError::Refused(format!("the child's message is of unknown kind {kind}")))
             }
         }
@@ -109,19 +122,30 @@ impl Parent {
 }
 
 impl Child {
+    /// Reports that the child `pid` goes on instead of this one.
+    pub fn moved(&self, pid: Pid) -> StepResult<()> {
+        let mut message = vec![MOVED];
+        message.extend(pid.as_raw().to_le_bytes());
+        self.say(&message).step(|| "hand over to another process")
+    }
+
+    /// Hands the master side of the terminal to the agent.
+    pub fn terminal(&self, master: BorrowedFd<'_>) -> StepResult<()> {
+        let fds = [master.as_raw_fd()];
+        let rights = [ControlMessage::ScmRights(&fds)];
+        let message = [IoSlice::new(&[TERMINAL])];
+        sendmsg::<()>(self.0.as_raw_fd(), &message, &rights, MsgFlags::MSG_NOSIGNAL, None)
+            .map(drop)
+            .step(|| "hand over the terminal")
+    }
+
     /// Reports that everything up to `execve` is done and waits for permission
     /// to go on. `false`: the agent has given this child up.
-    pub fn ready(&self, terminal: Option<BorrowedFd<'_>>) -> StepResult<bool> {
-        let mut message = vec![READY];
-        message.extend(std::process::id().to_le_bytes());
-        let fds: Vec<RawFd> = terminal.iter().map(AsRawFd::as_raw_fd).collect();
-        let rights = [ControlMessage::ScmRights(&fds)];
-        let control = if fds.is_empty() { &[][..] } else { &rights[..] };
-        sendmsg::<()>(self.0.as_raw_fd(), &[IoSlice::new(&message)], control, MsgFlags::MSG_NOSIGNAL, None)
-            .step(|| "report readiness")?;
+    pub fn ready(&self) -> StepResult<bool> {
+        self.say(&[READY]).step(|| "report readiness")?;
         let mut answer = [0];
         loop {
-            match recv(self.0.as_raw_fd(), &mut answer, MsgFlags::empty()) {
+            match nix::unistd::read(&self.0, &mut answer) {
                 Ok(length) => return Ok(length == 1 && answer == [START]),
                 Err(Errno::EINTR) => {}
                 Err(errno) => return Err(errno).step(|| "wait for the start"),
@@ -134,7 +158,12 @@ impl Child {
         let mut message = vec![FAILED];
         message.extend(error.to_string().bytes().take(MAX_MESSAGE));
         // Where nobody listens any more nobody wants to know.
-        let _ = send(self.0.as_raw_fd(), &message, MsgFlags::MSG_NOSIGNAL);
+        let _ = self.say(&message);
+    }
+
+    fn say(&self, message: &[u8]) -> nix::Result<()> {
+        // A child whose agent is gone may well end by SIGPIPE.
+        nix::unistd::write(&self.0, message).map(drop)
     }
 }
 
@@ -178,18 +207,21 @@ mod tests {
     }
 
     #[test]
-    fn a_terminal_travels_with_readiness_and_start_is_seen() {
+    fn what_the_child_says_arrives_in_order_and_start_is_seen() {
         run(async {
             let (parent, child) = pair().unwrap();
             let child = std::thread::spawn(move || {
                 let zero = File::open("/dev/zero").unwrap();
-                child.ready(Some(zero.as_fd())).unwrap()
+                child.moved(Pid::from_raw(4711)).unwrap();
+                child.terminal(zero.as_fd()).unwrap();
+                child.ready().unwrap()
             });
-            let ready = parent.ready().await.unwrap();
-            assert_eq!(ready.pid, std::process::id());
+            assert!(matches!(parent.hear().await, Ok(Said::Moved(pid)) if pid == Pid::from_raw(4711)));
+            let Ok(Said::Terminal(terminal)) = parent.hear().await else { panic!("no terminal") };
             let mut byte = [1];
-            File::from(ready.terminal.unwrap()).read_exact(&mut byte).unwrap();
+            File::from(terminal).read_exact(&mut byte).unwrap();
             assert_eq!(byte, [0]);
+            assert!(matches!(parent.hear().await, Ok(Said::Ready)));
             // The thread ends after the start, which closes its end as execve would.
             parent.start().await.unwrap();
             assert!(child.join().unwrap());
@@ -201,7 +233,7 @@ mod tests {
         run(async {
             let (parent, child) = pair().unwrap();
             child.failed(&StepError::Kernel { step: "mount \"/proc\"".into(), errno: Errno::EPERM });
-            let error = parent.ready().await.unwrap_err();
+            let error = parent.hear().await.unwrap_err();
             assert_eq!(error.to_string(), "mount \"/proc\": operation not permitted");
         });
     }
@@ -211,11 +243,11 @@ mod tests {
         run(async {
             let (parent, child) = pair().unwrap();
             drop(child);
-            assert!(parent.ready().await.is_err());
+            assert!(parent.hear().await.is_err());
 
             let (parent, child) = pair().unwrap();
             drop(parent);
-            assert!(!child.ready(None).unwrap_or(false));
+            assert!(!child.ready().unwrap_or(false));
         });
     }
 }

@@ -1,18 +1,19 @@
 //! What every child does between `clone3` and `execve`, first process or added.
 
 use std::{
-    os::fd::{AsFd, OwnedFd, RawFd},
+    os::fd::{OwnedFd, RawFd},
     path::Path,
 };
 
 use nix::{
+    errno::Errno,
     fcntl::{OFlag, open},
     sys::stat::{Mode, SFlag, fstat, makedev, umask},
-    unistd::{dup2_stderr, dup2_stdin, dup2_stdout, setsid},
+    unistd::{Uid, dup2_stderr, dup2_stdin, dup2_stdout, setsid},
 };
 use rvm_protocol::agent;
 
-use super::{channel, exec::Program, terminal::Terminal, user};
+use super::{channel, exec::Program, hooks::Hooks, seccomp::Filter, user, userns::Ids};
 use crate::{
     error::{Step, StepResult},
     io::ChildEnds,
@@ -61,24 +62,59 @@ pub fn begin(ends: &ChildEnds, keep: &[RawFd]) -> StepResult<()> {
     close_all_except(keep).step(|| "close descriptors")
 }
 
-/// The last steps of every child, in the container's root file system: terminal,
-/// user, program, and after the agent's word, `execve`.
+/// What all processes of a container have in common.
+#[derive(Debug, Default)]
+pub struct Common {
+    /// The filter each of them gets.
+    pub filter: Option<Filter>,
+    /// For personality(2).
+    pub personality: Option<u32>,
+    /// Those of the container's user namespace, where it is not the guest's.
+    pub ids: Option<Ids>,
+}
+
+/// The last steps of every child, in the container's root file system: user,
+/// program, and after the agent's word, hooks and `execve`.
 pub fn finish(
     process: &agent::Process,
-    terminal: Option<Terminal>,
+    common: &Common,
+    hooks: Option<Hooks<'_>>,
     ends: &ChildEnds,
     channel: &channel::Child,
 ) -> StepResult<GivenUp> {
-    if terminal.is_none() {
+    if !process.terminal {
         reopen_null(ends)?;
     }
-    user::own_standard_streams(&process.user)?;
+    user::own_standard_streams(Uid::from_raw(process.user.uid))?;
+    set_personality(common.personality)?;
+    // As runc does: without no_new_privs loading takes a privilege the process
+    // is about to lose; with it, as few system calls as possible come after.
+    let (early, late) = match &common.filter {
+        Some(filter) if process.no_new_privileges => (None, Some(filter)),
+        filter => (filter.as_ref(), None),
+    };
+    if let Some(filter) = early {
+        filter.load()?;
+    }
     user::become_user(process, || enter_cwd(&process.cwd))?;
     let program = Program::find(process)?;
-    if !channel.ready(terminal.as_ref().map(|terminal| terminal.master.as_fd()))? {
+    if !channel.ready()? {
         return Ok(GivenUp);
     }
+    if let Some(hooks) = hooks {
+        hooks.run(None)?;
+    }
+    if let Some(filter) = late {
+        filter.load()?;
+    }
     Err(program.run())
+}
+
+fn set_personality(personality: Option<u32>) -> StepResult<()> {
+    let Some(personality) = personality else { return Ok(()) };
+    // SAFETY: takes an integer.
+    let result = unsafe { libc::personality(personality.into()) };
+    Errno::result(result).map(drop).step(|| format!("set personality {personality:#x}"))
 }
 
 /// `/dev/null` of the container instead of the agent's, which has no name there.

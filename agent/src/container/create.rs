@@ -1,27 +1,48 @@
 //! Making a container: everything up to the `execve` of its first process.
+//!
+//! Usually the child the agent makes becomes the first process. A container
+//! with a user namespace takes two: one with the privileges of the guest's root,
+//! which prepares what needs them, and its sibling, which is born into the user
+//! namespace, and into the pid namespace that belongs to it, and goes on there.
 
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::{
+    cell::Cell,
+    fs::File,
+    io::Read,
+    os::fd::{AsFd, AsRawFd, OwnedFd, RawFd},
+    path::Path,
+    sync::Arc,
+};
 
-use nix::unistd::sethostname;
+use nix::{
+    fcntl::OFlag,
+    sched::{CloneFlags, unshare},
+    unistd::{pipe2, sethostname, setsid},
+};
 use rvm_protocol::agent;
 
 use super::{
+    attributes,
     cgroup::{self, Cgroup, limits::Limits},
     channel,
-    child::{self, GivenUp},
+    child::{self, Common, GivenUp},
     devices::{self, Device},
     exec,
+    hooks::{self, Hooks},
     mounts::{self, Mount},
     namespaces::{Namespaces, born_in},
+    paths::Root,
     rootfs::{self, Rootfs},
+    seccomp::Filter,
     sysctl, terminal, user,
+    userns::{self, UserNamespace},
 };
 use crate::{
     error::{Error, Step, StepResult},
     io::ChildEnds,
     sandbox::check_name,
     storage::Storage,
-    sys::process::{Child, spawn},
+    sys::process::{Child, fork_sibling, spawn},
 };
 
 /// A request that has been checked, with everything it refers to opened.
@@ -33,11 +54,20 @@ pub struct Plan {
     mounts: Vec<Mount>,
     devices: Vec<Device>,
     limits: Limits,
+    common: Arc<Common>,
+}
+
+/// What takes the guest's root to make, ready to be put in place by whoever is
+/// the container's.
+struct Parts {
+    sources: Vec<Option<OwnedFd>>,
+    devices: Option<Vec<OwnedFd>>,
 }
 
 /// Checks what describes a process, first or added.
 pub fn check_process(field: &str, process: &agent::Process) -> Result<(), Error> {
     exec::check(field, process)?;
+    attributes::check(field, process)?;
     user::check(field, process)
 }
 
@@ -48,7 +78,10 @@ impl Plan {
         cgroup::check(&request.cgroup_path)?;
         rootfs::check(&request)?;
         sysctl::check(&request.sysctl)?;
-        let namespaces = Namespaces::plan(&request.namespaces)?;
+        hooks::check("create_container_hooks", &request.create_container_hooks)?;
+        hooks::check("start_container_hooks", &request.start_container_hooks)?;
+        let filter = request.seccomp.as_ref().map(Filter::new).transpose()?;
+        let namespaces = Namespaces::plan(&request)?;
         for (field, name) in [("hostname", &request.hostname), ("domainname", &request.domainname)] {
             check_name(field, name)?;
             if !name.is_empty() && !namespaces.has_own_names() {
@@ -63,6 +96,7 @@ impl Plan {
         }
         let devices = request.devices.iter().enumerate();
         let devices = devices.map(|(i, device)| Device::plan(i, device)).collect::<Result<_, _>>()?;
+        let devices = devices::all(devices);
         let limits = match request.resources.as_ref() {
             Some(resources) => Limits::plan("resources", resources, storage)?.with_devices()?,
             None => Limits::default(),
@@ -70,12 +104,19 @@ impl Plan {
         let lower = storage.share_path(&request.rootfs.share_path);
         let layer = storage.layer(&request.container_id)?;
         let rootfs = Rootfs::new(&request, lower, layer)?;
-        Ok(Self { request, namespaces, rootfs, mounts, devices, limits })
+        let ids = namespaces.user.as_ref().map(|user| user.ids.clone());
+        let common = Arc::new(Common { filter, personality: request.personality, ids });
+        Ok(Self { request, namespaces, rootfs, mounts, devices, limits, common })
     }
 
     /// The first process.
     pub fn process(&self) -> &agent::Process {
         &self.request.process
+    }
+
+    /// What the first process shares with those that will be added.
+    pub fn common(&self) -> &Arc<Common> {
+        &self.common
     }
 
     /// Where the container's cgroup is to be.
@@ -98,46 +139,129 @@ impl Plan {
         self.namespaces.has_own_pids()
     }
 
-    /// Makes the first process, which prepares itself and then waits.
+    /// Makes a child that prepares the container and then waits, itself or,
+    /// after it has said so, another one in its place.
     pub fn spawn(&self, cgroup: &Cgroup, ends: &ChildEnds) -> StepResult<(Child, channel::Parent)> {
         let (parent, channel) = channel::pair()?;
-        let child = born_in(self.namespaces.pid.as_ref(), || {
-            spawn(cgroup.dir(), self.namespaces.born_into, || {
-                child::run(&channel, || self.first_process(&channel, ends))
-            })
-            .step(|| "create the container's first process")
-        })?;
+        let make = |namespaces, body: &dyn Fn() -> StepResult<GivenUp>| {
+            spawn(cgroup.dir(), namespaces, || child::run(&channel, body))
+                .step(|| "create the container's first process")
+        };
+        let child = match &self.namespaces.user {
+            Some(user) => make(0, &|| self.prepare_for(user, &channel, ends))?,
+            None => born_in(self.namespaces.pid.as_ref(), || {
+                make(self.namespaces.born_into(), &|| self.first_process(&channel, ends))
+            })?,
+        };
         Ok((child, parent))
     }
 
     /// In the child: from a copy of the agent to the container's program.
     fn first_process(&self, channel: &channel::Child, ends: &ChildEnds) -> StepResult<GivenUp> {
-        let process = &*self.request.process;
+        self.begin(channel, ends)?;
+        self.namespaces.make()?;
+        self.namespaces.make_time()?;
+        self.namespaces.enter_time()?;
+        let root = self.rootfs.mount()?;
+        let parts = Parts { sources: mounts::open_sources(&self.mounts)?, devices: None };
+        self.complete(root, parts, channel, ends)
+    }
+
+    /// In the first of two children: prepares everything for the second, which
+    /// it makes in the user namespace.
+    fn prepare_for(
+        &self,
+        user: &UserNamespace,
+        channel: &channel::Child,
+        ends: &ChildEnds,
+    ) -> StepResult<GivenUp> {
+        self.begin(channel, ends)?;
+        user.ids.own_standard_streams(&self.request.process.user)?;
+        unshare(CloneFlags::CLONE_NEWNS).step(|| "create a mount namespace")?;
+        self.rootfs.mount()?;
+        let place = Path::new(rootfs::MOUNT_POINT);
+        let devices = devices::make_elsewhere(&self.devices, place)?;
+        let parts = Parts { sources: mounts::open_sources(&self.mounts)?, devices: Some(devices) };
+
+        let born_into = self.namespaces.children_pid()?;
+        user.enter()?;
+        self.namespaces.make_time()?;
+        // Closed once the agent knows whom it is to hear from.
+        let (wait, go) = pipe2(OFlag::O_CLOEXEC).step(|| "create a pipe")?;
+        let go = Cell::new(Some(go));
+        let step = || "create the container's first process";
+        let first = fork_sibling(born_into, || {
+            // In the memory of the second child alone.
+            drop(go.take());
+            child::run(channel, || {
+                File::from(wait).read_to_end(&mut Vec::new()).step(step)?;
+                self.first_process_in_user_namespace(parts, channel, ends)
+            })
+        })
+        .step(step)?;
+        channel.moved(first)?;
+        Ok(GivenUp)
+    }
+
+    /// In the second of two children.
+    fn first_process_in_user_namespace(
+        &self,
+        parts: Parts,
+        channel: &channel::Child,
+        ends: &ChildEnds,
+    ) -> StepResult<GivenUp> {
+        setsid().step(|| "create a session")?;
+        userns::become_root()?;
+        self.namespaces.make()?;
+        let root = rootfs::mount_again()?;
+        self.complete(root, parts, channel, ends)
+    }
+
+    fn begin(&self, channel: &channel::Child, ends: &ChildEnds) -> StepResult<()> {
         let keep: Vec<RawFd> = self.namespaces.descriptors().chain([channel.as_fd().as_raw_fd()]).collect();
         child::begin(ends, &keep)?;
-        user::apply_oom_score(process)?;
+        user::apply_oom_score(&self.request.process)?;
+        self.namespaces.join()
+    }
 
-        self.namespaces.enter()?;
+    /// In the container's namespaces: from an empty root file system to `execve`.
+    fn complete(
+        &self,
+        root: Root,
+        parts: Parts,
+        channel: &channel::Child,
+        ends: &ChildEnds,
+    ) -> StepResult<GivenUp> {
+        let process = &*self.request.process;
         self.set_names()?;
         sysctl::apply(&self.request.sysctl)?;
 
-        let root = self.rootfs.mount()?;
-        let unfinished = mounts::make_all(&self.mounts, &root)?;
+        let unfinished = mounts::make_all(&self.mounts, parts.sources, &root)?;
         if !self.mounts.iter().any(Mount::brings_devices) {
-            devices::make_all(&self.devices, &root)?;
+            devices::make_all(&self.devices, parts.devices.as_deref(), &root)?;
         }
+        self.hooks("createContainer", &self.request.create_container_hooks, "creating")
+            .run(Some(root.as_fd()))?;
         rootfs::pivot(&root)?;
 
-        let terminal = if process.terminal {
+        if process.terminal {
             let terminal = terminal::open_controlling()?;
             terminal.become_console()?;
-            Some(terminal)
-        } else {
-            None
-        };
+            channel.terminal(terminal.master.as_fd())?;
+        }
         unfinished.finish()?;
         self.rootfs.protect()?;
-        child::finish(process, terminal, ends, channel)
+        let hooks = self.hooks("startContainer", &self.request.start_container_hooks, "created");
+        child::finish(process, &self.common, Some(hooks), ends, channel)
+    }
+
+    fn hooks<'a>(
+        &'a self,
+        kind: &'static str,
+        hooks: &'a [agent::Hook],
+        status: &'static str,
+    ) -> Hooks<'a> {
+        Hooks { kind, hooks, state: &self.request.hook_state, status }
     }
 
     fn set_names(&self) -> StepResult<()> {

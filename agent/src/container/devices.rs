@@ -1,17 +1,25 @@
 //! Device nodes and the links of `/dev`.
 
-use std::path::Path;
+use std::{
+    ffi::OsStr,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::Path,
+};
 
 use nix::{
     errno::Errno,
     fcntl::AtFlags,
+    mount::{MntFlags, umount2},
     sys::stat::{Mode, SFlag, makedev, mknodat},
     unistd::{Gid, Uid, UnlinkatFlags, fchownat, symlinkat, unlinkat},
 };
 use rvm_protocol::agent;
 
-use super::paths::{Root, clean};
-use crate::error::{Error, Step, StepResult};
+use super::paths::{Root, clean, open_path};
+use crate::{
+    error::{Error, Step, StepResult},
+    sys::mount::{FsContext, attach, clone_tree},
+};
 
 /// One device node to be made.
 #[derive(Debug, PartialEq, Eq)]
@@ -84,29 +92,66 @@ impl Device {
         }
     }
 
-    /// The file creation mask must be 0.
     fn make(&self, root: &Root) -> nix::Result<()> {
         let (parent, name) = root.make_parent(Path::new(&self.path))?;
-        match mknodat(&parent, name.as_os_str(), self.kind, self.mode, self.number) {
+        match self.make_node(parent.as_fd(), &name) {
             // Bind-mounted by the spec, or in the image: theirs comes first.
             Err(Errno::EEXIST) => Ok(()),
-            Err(errno) => Err(errno),
-            Ok(()) => {
-                let nofollow = AtFlags::AT_SYMLINK_NOFOLLOW;
-                fchownat(&parent, name.as_os_str(), Some(self.owner), Some(self.group), nofollow)
-            }
+            made => made,
+        }
+    }
+
+    /// The file creation mask must be 0.
+    fn make_node(&self, dir: BorrowedFd<'_>, name: &OsStr) -> nix::Result<()> {
+        mknodat(dir, name, self.kind, self.mode, self.number)?;
+        fchownat(dir, name, Some(self.owner), Some(self.group), AtFlags::AT_SYMLINK_NOFOLLOW)
+    }
+
+    /// Shows a node made elsewhere, where there is nothing of that name.
+    fn bind(&self, node: &OwnedFd, root: &Root) -> nix::Result<()> {
+        let path = Path::new(&self.path);
+        match root.find(path) {
+            Err(Errno::ENOENT) => attach(node, root.make_file(path)?),
+            found => found.map(drop),
         }
     }
 }
 
-/// Makes the spec's devices, the default ones and the links.
-pub fn make_all(devices: &[Device], root: &Root) -> StepResult<()> {
-    let default: Vec<Device> =
-        DEFAULT.iter().map(|(path, major, minor)| Device::default(path, *major, *minor)).collect();
-    // `/dev/ptmx` is a link into the container's own devpts, made below.
-    let wanted = devices.iter().chain(&default).filter(|device| device.path != "/dev/ptmx");
-    for device in wanted {
-        device.make(root).step(|| format!("create device {:?}", device.path))?;
+/// The spec's devices and the default ones.
+pub fn all(devices: Vec<Device>) -> Vec<Device> {
+    let default = DEFAULT.iter().map(|(path, major, minor)| Device::default(path, *major, *minor));
+    // `/dev/ptmx` is a link into the container's own devpts.
+    devices.into_iter().chain(default).filter(|device| device.path != "/dev/ptmx").collect()
+}
+
+/// Makes the nodes of devices where only the guest's root may, to be bound by
+/// one who may not. `place` is a directory for the time being; they keep the
+/// owners they have on the guest, as with runc.
+pub fn make_elsewhere(devices: &[Device], place: &Path) -> StepResult<Vec<OwnedFd>> {
+    let step = || "make devices";
+    let here = FsContext::new("tmpfs").and_then(|tmpfs| tmpfs.mount(0)).step(step)?;
+    attach(&here, open_path(place).step(step)?).step(step)?;
+    let make = |(index, device): (usize, &Device)| {
+        let name = index.to_string();
+        device.make_node(here.as_fd(), OsStr::new(&name))?;
+        clone_tree(&here, Path::new(&name), false)
+    };
+    let nodes = devices.iter().enumerate();
+    let nodes = nodes.map(|node| make(node).step(|| format!("create device {:?}", node.1.path)));
+    let nodes = nodes.collect::<StepResult<_>>()?;
+    umount2(place, MntFlags::MNT_DETACH).step(step)?;
+    Ok(nodes)
+}
+
+/// Makes devices, or shows those that were made elsewhere, and the links.
+pub fn make_all(devices: &[Device], elsewhere: Option<&[OwnedFd]>, root: &Root) -> StepResult<()> {
+    for (index, device) in devices.iter().enumerate() {
+        let made = match elsewhere.map(|nodes| nodes.get(index)) {
+            None => device.make(root),
+            Some(Some(node)) => device.bind(node, root),
+            Some(None) => Err(Errno::ENODEV),
+        };
+        made.step(|| format!("create device {:?}", device.path))?;
     }
     let dev = root.make_dir(Path::new("/dev")).step(|| "open /dev")?;
     let link = |target: &str, name: &str| match symlinkat(target, &dev, name) {

@@ -6,11 +6,12 @@ use nix::errno::Errno;
 use rvm_protocol::agent;
 
 use super::{
+    attributes,
     cgroup::{Cgroup, cgroup_of},
     channel,
-    child::{self, GivenUp},
+    child::{self, Common, GivenUp},
     namespaces::{born_in, enter_all_of},
-    terminal, user,
+    terminal, user, userns,
 };
 use crate::{
     error::{Step, StepError, StepResult},
@@ -24,12 +25,13 @@ pub fn spawn_into(
     first: &Child,
     cgroup: &Cgroup,
     process: &agent::Process,
+    common: &Common,
     ends: &ChildEnds,
 ) -> StepResult<(Child, channel::Parent)> {
     let (parent, channel) = channel::pair()?;
     let child = born_in(Some(first.pidfd.as_fd()), || {
         let spawn_in = |cgroup| {
-            let body = || added_process(first.pidfd.as_fd(), process, &channel, ends);
+            let body = || added_process(first.pidfd.as_fd(), process, common, &channel, ends);
             spawn(cgroup, 0, || child::run(&channel, body))
         };
         let child = match spawn_in(cgroup.dir()) {
@@ -54,12 +56,24 @@ pub fn spawn_into(
 fn added_process(
     first: BorrowedFd<'_>,
     process: &agent::Process,
+    common: &Common,
     channel: &channel::Child,
     ends: &ChildEnds,
 ) -> StepResult<GivenUp> {
+    attributes::start_on(&process.initial_cpus)?;
     child::begin(ends, &[first.as_raw_fd(), channel.as_fd().as_raw_fd()])?;
     user::apply_oom_score(process)?;
-    enter_all_of(first)?;
-    let terminal = if process.terminal { Some(terminal::open_controlling()?) } else { None };
-    child::finish(process, terminal, ends, channel)
+    if let Some(ids) = &common.ids {
+        ids.own_standard_streams(&process.user)?;
+    }
+    enter_all_of(first, common.ids.is_some())?;
+    if common.ids.is_some() {
+        userns::become_root()?;
+    }
+    if process.terminal {
+        let terminal = terminal::open_controlling()?;
+        channel.terminal(terminal.master.as_fd())?;
+    }
+    attributes::run_on(&process.final_cpus)?;
+    child::finish(process, common, None, ends, channel)
 }

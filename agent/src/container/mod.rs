@@ -3,6 +3,7 @@
 //! Where to read on: [`create`] is the sequence that makes a container,
 //! [`enter`] the one that adds a process to it, [`child`] what both share.
 
+pub mod attributes;
 pub mod capabilities;
 pub mod cgroup;
 pub mod channel;
@@ -11,14 +12,17 @@ pub mod create;
 pub mod devices;
 pub mod enter;
 pub mod exec;
+pub mod hooks;
 pub mod mounts;
 pub mod namespaces;
 pub mod paths;
 pub mod process;
 pub mod rootfs;
+pub mod seccomp;
 pub mod sysctl;
 pub mod terminal;
 pub mod user;
+pub mod userns;
 
 use std::{
     collections::HashMap,
@@ -31,13 +35,15 @@ use tokio::sync::watch;
 
 use self::{
     cgroup::{Cgroup, limits::Limits, stats},
+    child::Common,
     create::Plan,
     process::Process,
 };
 use crate::{
-    error::{Error, StepResult},
+    error::{Error, Step, StepError, StepResult},
     init::reaper::{ExitReceiver, Reaper, ended},
     io::{ChildEnds, Streams},
+    sys::process::adopt,
 };
 
 /// One container.
@@ -46,6 +52,7 @@ pub struct Container {
     id: String,
     cgroup: Cgroup,
     own_pids: bool,
+    common: Arc<Common>,
     first: Arc<Process>,
     added: Mutex<HashMap<String, Added>>,
     removed: watch::Sender<bool>,
@@ -59,10 +66,17 @@ struct Added {
     ends: Option<ChildEnds>,
 }
 
+/// The first process of a container on its way to being ready.
+#[derive(Debug)]
+pub struct Preparing {
+    channel: channel::Parent,
+    exit: ExitReceiver,
+}
+
 impl Container {
     /// Makes a container's cgroup and first process. The process still has to
     /// become [`ready`](Self::ready).
-    pub fn create(id: &str, plan: &Plan, reaper: &Reaper) -> Result<(Arc<Self>, channel::Parent), Error> {
+    pub fn create(id: &str, plan: &Plan, reaper: &Reaper) -> Result<(Arc<Self>, Preparing), Error> {
         let (streams, ends) = Streams::new(plan.process())?;
         let cgroup = Cgroup::create(plan.cgroup_path())?;
         let limited = plan.limits().apply(&cgroup);
@@ -81,12 +95,12 @@ impl Container {
             id: id.to_owned(),
             cgroup,
             own_pids: plan.has_own_pids(),
+            common: Arc::clone(plan.common()),
             first,
             added: Mutex::default(),
             removed: watch::Sender::new(false),
         });
-        tokio::spawn(Arc::clone(&container).end_with_first(exit));
-        Ok((container, channel))
+        Ok((container, Preparing { channel, exit }))
     }
 
     /// The end of the first process is the end of the container: of a pid
@@ -112,8 +126,19 @@ impl Container {
     }
 
     /// Waits until the first process waits before `execve`.
-    pub async fn ready(&self, channel: channel::Parent) -> StepResult<()> {
-        self.first.ready(channel).await
+    pub async fn ready(self: &Arc<Self>, preparing: Preparing, reaper: &Reaper) -> StepResult<()> {
+        let Preparing { channel, mut exit } = preparing;
+        let ready = self.first.ready(channel, |pid| {
+            // The last of these two must come before any `await`: until then the
+            // process is there, even if it has ended.
+            let child = adopt(pid).step(|| "find the container's first process")?;
+            exit = reaper.watch(pid);
+            Ok(child)
+        });
+        let ready = ready.await;
+        // Only now is it known whose end that of the container is.
+        tokio::spawn(Arc::clone(self).end_with_first(exit));
+        ready
     }
 
     /// The first process, or the one added as `exec_id`.
@@ -135,13 +160,16 @@ impl Container {
         if self.added().contains_key(exec_id) {
             return Err(Error::AlreadyExists(format!("exec {exec_id:?} exists in container {:?}", self.id)));
         }
+        if let Some(ids) = &self.common.ids {
+            ids.check_user("process.user", &spec.user)?;
+        }
         let (streams, ends) = Streams::new(&spec)?;
         let process = Arc::new(Process::new(spec, streams));
         self.added().insert(exec_id.to_owned(), Added { process, ends: Some(ends) });
         Ok(())
     }
 
-    /// Runs the program of a process. Returns its pid in the container.
+    /// Runs the program of a process. Returns its pid in the guest's root pid namespace.
     pub async fn start(&self, exec_id: &str, reaper: &Reaper) -> Result<u32, Error> {
         let process = self.process(exec_id)?;
         if !exec_id.is_empty() {
@@ -155,7 +183,8 @@ impl Container {
             let ends = ends
                 .ok_or_else(|| Error::Precondition(format!("exec {exec_id:?} has been started already")))?;
             let channel = self.spawn_added(&process, ends, reaper)?;
-            process.ready(channel).await?;
+            let moved = |_| Err(StepError::Refused("an added process does not move".into()));
+            process.ready(channel, moved).await?;
         }
         process.start().await
     }
@@ -168,7 +197,9 @@ impl Container {
     ) -> Result<channel::Parent, Error> {
         let stopped = || Error::Precondition(format!("container {:?} has stopped", self.id));
         let spawned =
-            self.first.with_child(|first| enter::spawn_into(first, &self.cgroup, &process.spec, &ends));
+            self.first.with_child(|first| {
+                enter::spawn_into(first, &self.cgroup, &process.spec, &self.common, &ends)
+            });
         let (child, channel) = spawned.ok_or_else(stopped)??;
         let exit = reaper.watch(child.pid);
         process.spawned(child);

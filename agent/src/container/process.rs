@@ -6,7 +6,10 @@ use nix::{errno::Errno, unistd::Pid};
 use rvm_protocol::agent;
 use tokio::sync::watch;
 
-use super::channel;
+use super::{
+    attributes,
+    channel::{self, Said},
+};
 use crate::{
     error::{Error, Step, StepResult},
     init::reaper::{Exit, ExitReceiver, ended},
@@ -36,7 +39,7 @@ enum Stage {
     /// The child is preparing itself.
     Spawned(Child),
     /// The child waits just before `execve`.
-    Created(Child, u32, channel::Parent),
+    Created(Child, channel::Parent),
     /// The program runs, or could not be run.
     Started(Child),
 }
@@ -67,27 +70,39 @@ impl Process {
         *self.stage() = Stage::Spawned(child);
     }
 
-    /// Waits until the child has done everything up to `execve`.
-    pub async fn ready(&self, channel: channel::Parent) -> StepResult<()> {
-        let ready = channel.ready().await?;
-        if let Some(terminal) = ready.terminal {
-            self.streams.set_terminal(terminal)?;
+    /// Waits until the child has done everything up to `execve`, or the one it
+    /// made in its place, which `adopt` is told of.
+    pub async fn ready(
+        &self,
+        channel: channel::Parent,
+        mut adopt: impl FnMut(Pid) -> StepResult<Child>,
+    ) -> StepResult<()> {
+        loop {
+            match channel.hear().await? {
+                Said::Moved(pid) => self.spawned(adopt(pid)?),
+                Said::Terminal(master) => self.streams.set_terminal(master)?,
+                Said::Ready => break,
+            }
+        }
+        if let Some(pid) = self.pid() {
+            attributes::apply(pid, &self.spec)?;
         }
         let mut stage = self.stage();
         *stage = match std::mem::replace(&mut *stage, Stage::Registered) {
-            Stage::Spawned(child) => Stage::Created(child, ready.pid, channel),
+            Stage::Spawned(child) => Stage::Created(child, channel),
             other => other,
         };
         Ok(())
     }
 
-    /// Lets a created process run its program. Returns its pid in its own pid
-    /// namespace.
+    /// Lets a created process run its program. Returns its pid in the guest's
+    /// root pid namespace.
     pub async fn start(&self) -> Result<u32, Error> {
         let (pid, channel) = {
             let mut stage = self.stage();
             match std::mem::replace(&mut *stage, Stage::Registered) {
-                Stage::Created(child, pid, channel) => {
+                Stage::Created(child, channel) => {
+                    let pid = child.pid;
                     *stage = Stage::Started(child);
                     (pid, channel)
                 }
@@ -98,7 +113,7 @@ impl Process {
             }
         };
         channel.start().await?;
-        Ok(pid)
+        Ok(pid.as_raw().unsigned_abs())
     }
 
     /// Sends a signal.

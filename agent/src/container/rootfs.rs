@@ -12,6 +12,7 @@ use std::{
 
 use nix::{
     errno::Errno,
+    fcntl::AT_FDCWD,
     mount::{MntFlags, MsFlags, mount, umount2},
     sys::{
         stat::{SFlag, UtimensatFlags, utimensat},
@@ -142,6 +143,17 @@ impl Rootfs {
     }
 }
 
+/// A second mount of the root file system, on top of the one that was copied
+/// from a mount namespace of another user namespace: what is copied is locked
+/// where it is.
+pub fn mount_again() -> StepResult<Root> {
+    let step = || "take over the root file system";
+    let place = Path::new(MOUNT_POINT);
+    let again = clone_tree(AT_FDCWD, place, false).step(step)?;
+    attach(again, open_path(place).step(step)?).step(step)?;
+    Root::open(place).step(step)
+}
+
 /// Makes `root` the root of this mount namespace and lets go of the old one.
 pub fn pivot(root: &Root) -> StepResult<()> {
     let old = open_path(Path::new("/")).step(|| "open the guest's root")?;
@@ -162,7 +174,7 @@ fn copy_attributes(from: &Path, to: &Path) -> std::io::Result<()> {
     fs::set_permissions(to, metadata.permissions())?;
     let atime = TimeSpec::new(metadata.atime(), metadata.atime_nsec());
     let mtime = TimeSpec::new(metadata.mtime(), metadata.mtime_nsec());
-    utimensat(nix::fcntl::AT_FDCWD, to, &atime, &mtime, UtimensatFlags::FollowSymlink)?;
+    utimensat(AT_FDCWD, to, &atime, &mtime, UtimensatFlags::FollowSymlink)?;
     Ok(())
 }
 

@@ -1,4 +1,4 @@
-//! The user a process runs as, and what the kernel holds it to.
+//! The user a process runs as, and its privileges.
 
 use std::{
     fs::File,
@@ -20,28 +20,11 @@ use crate::error::{Error, Step, StepResult};
 const DEFAULT_UMASK: u32 = 0o022;
 /// How much of `/etc/passwd` is looked at.
 const MAX_PASSWD: u64 = 16 << 20;
-/// Resources the kernel knows (`RLIM_NLIMITS`).
-const RESOURCES: u32 = 16;
 
-/// Checks user, limits and privileges of a process.
+/// Checks user and privileges of a process.
 pub fn check(field: &str, process: &agent::Process) -> Result<(), Error> {
     if process.user.umask.is_some_and(|umask| umask > 0o777) {
         return Err(Error::invalid(format!("{field}.user.umask"), "must be at most 0777"));
-    }
-    for (index, limit) in process.rlimits.iter().enumerate() {
-        let field = |name: &str| format!("{field}.rlimits[{index}].{name}");
-        if limit.resource >= RESOURCES {
-            return Err(Error::invalid(
-                field("resource"),
-                format!("{} must be below {RESOURCES}", limit.resource),
-            ));
-        }
-        if limit.soft > limit.hard {
-            return Err(Error::invalid(
-                field("soft"),
-                format!("{} must be at most hard, {}", limit.soft, limit.hard),
-            ));
-        }
     }
     if process.oom_score_adj.is_some_and(|score| !(-1000..=1000).contains(&score)) {
         return Err(Error::invalid(format!("{field}.oom_score_adj"), "must be between -1000 and 1000"));
@@ -59,15 +42,15 @@ pub fn apply_oom_score(process: &agent::Process) -> StepResult<()> {
 
 /// Gives the standard streams to the user, so that `/dev/stdout` can be opened
 /// again by name.
-pub fn own_standard_streams(user: &agent::User) -> StepResult<()> {
+pub fn own_standard_streams(user: Uid) -> StepResult<()> {
     let null = nix::sys::stat::stat("/dev/null").map(|null| null.st_rdev).ok();
     let (stdin, stdout, stderr) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
     for stream in [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()] {
         let stat = fstat(stream).step(|| "inspect a standard stream")?;
-        if stat.st_uid == user.uid || (stat.st_rdev != 0 && Some(stat.st_rdev) == null) {
+        if stat.st_uid == user.as_raw() || (stat.st_rdev != 0 && Some(stat.st_rdev) == null) {
             continue;
         }
-        match fchown(stream, Some(Uid::from_raw(user.uid)), None) {
+        match fchown(stream, Some(user), None) {
             // A read-only or foreign file system keeps its owners.
             Ok(()) | Err(Errno::EINVAL | Errno::EPERM | Errno::EROFS) => {}
             Err(errno) => return Err(errno).step(|| "give the standard streams to the user"),
@@ -78,7 +61,6 @@ pub fn own_standard_streams(user: &agent::User) -> StepResult<()> {
 
 /// From root with all privileges to the user with those the spec gives.
 pub fn become_user(process: &agent::Process, enter_cwd: impl Fn() -> StepResult<bool>) -> StepResult<()> {
-    apply_limits(&process.rlimits)?;
     capabilities::apply_bounding(&process.capabilities)?;
     capabilities::keep_over_user_change(true)?;
     // As root where that works, as the user where only the user may.
@@ -106,21 +88,6 @@ fn switch(user: &agent::User) -> StepResult<()> {
     setgroups(&groups).step(|| "set additional groups")?;
     setgid(Gid::from_raw(user.gid)).step(|| format!("set group {}", user.gid))?;
     setuid(Uid::from_raw(user.uid)).step(|| format!("set user {}", user.uid))
-}
-
-fn apply_limits(limits: &[agent::Rlimit]) -> StepResult<()> {
-    for limit in limits {
-        let value = libc::rlimit { rlim_cur: limit.soft, rlim_max: limit.hard };
-        // SAFETY: `value` is a valid rlimit that outlives the call.
-        let result = unsafe { libc::setrlimit(limit.resource, &raw const value) };
-        Errno::result(result).step(|| {
-            format!(
-                "set resource limit {} to {} (soft) and {} (hard)",
-                limit.resource, limit.soft, limit.hard
-            )
-        })?;
-    }
-    Ok(())
 }
 
 /// The user's home directory by the container's `/etc/passwd`, `/` where that
@@ -157,21 +124,13 @@ mod tests {
     }
 
     #[test]
-    fn limits_are_checked_by_field() {
-        let process = |resource, soft, hard| agent::Process {
-            rlimits: vec![agent::Rlimit { resource, soft, hard, ..Default::default() }],
-            ..Default::default()
-        };
-        assert!(check("process", &process(7, 1024, 4096)).is_ok());
-        assert_eq!(
-            check("process", &process(7, 2, 1)).unwrap_err().to_string(),
-            "process.rlimits[0].soft: 2 must be at most hard, 1"
-        );
-        assert_eq!(
-            check("process", &process(16, 0, 0)).unwrap_err().to_string(),
-            "process.rlimits[0].resource: 16 must be below 16"
-        );
+    fn numbers_are_checked_by_field() {
         let process = agent::Process { oom_score_adj: Some(-1001), ..Default::default() };
-        assert!(check("process", &process).is_err());
+        let error = check("process", &process).unwrap_err().to_string();
+        assert_eq!(error, "process.oom_score_adj: must be between -1000 and 1000");
+        let user = agent::User { umask: Some(0o1000), ..Default::default() };
+        let process = agent::Process { user: Some(user).into(), ..Default::default() };
+        let error = check("process", &process).unwrap_err().to_string();
+        assert_eq!(error, "process.user.umask: must be at most 0777");
     }
 }

@@ -96,16 +96,16 @@ impl Sandbox {
     pub async fn create_container(&self, request: agent::CreateContainerRequest) -> Result<u32, Error> {
         check_id("container_id", &request.container_id)?;
         let id = request.container_id.clone();
-        let (plan, container, channel) = {
+        let (plan, container, preparing) = {
             let mut state = self.state();
             if state.containers.contains_key(&id) {
                 return Err(Error::AlreadyExists(format!("container {id:?} exists")));
             }
             let plan = Plan::new(request, state.storage()?)?;
             match Container::create(&id, &plan, &self.reaper) {
-                Ok((container, channel)) => {
+                Ok((container, preparing)) => {
                     state.containers.insert(id.clone(), Arc::clone(&container));
-                    (plan, container, channel)
+                    (plan, container, preparing)
                 }
                 Err(error) => {
                     drop(state);
@@ -114,7 +114,7 @@ impl Sandbox {
                 }
             }
         };
-        if let Err(error) = container.ready(channel).await {
+        if let Err(error) = container.ready(preparing, &self.reaper).await {
             // What the client asked for failed with the first error, not with
             // one that comes after it.
             if let Err(error) = self.remove(&id, &container).await {
@@ -155,7 +155,8 @@ impl Sandbox {
         container.add(&request.exec_id, request.process.unwrap_or_default())
     }
 
-    /// Runs the program of a created process. Returns its pid in the container.
+    /// Runs the program of a created process. Returns its pid in the guest's root
+    /// pid namespace.
     pub async fn start_process(&self, process: &agent::ProcessRef) -> Result<u32, Error> {
         self.container(&process.container_id)?.start(&process.exec_id, &self.reaper).await
     }

@@ -22,6 +22,12 @@ pub fn in_child() -> bool {
     IN_CHILD.load(Ordering::Relaxed)
 }
 
+/// For tests: this process is one that was forked and has one thread.
+#[cfg(test)]
+pub fn become_child() {
+    IN_CHILD.store(true, Ordering::Relaxed);
+}
+
 /// A child as its parent sees it.
 #[derive(Debug)]
 pub struct Child {
@@ -39,38 +45,88 @@ pub struct Child {
 /// `namespaces` are `CLONE_NEW*` flags. The caller must be the only thread of
 /// its process, see the crate's invariants; otherwise this fails with `EDEADLK`.
 pub fn spawn(cgroup: BorrowedFd<'_>, namespaces: u64, body: impl FnOnce() -> i32) -> nix::Result<Child> {
-    // "." and ".." and one entry for every thread.
-    if nix::sys::stat::stat("/proc/self/task")?.st_nlink != 3 {
-        return Err(Errno::EDEADLK);
-    }
+    clone_with_pidfd(CLONE_INTO_CGROUP | namespaces, cgroup.as_raw_fd() as u64, body)
+}
+
+/// As [`spawn`], in the caller's own cgroup.
+pub fn fork(namespaces: u64, body: impl FnOnce() -> i32) -> nix::Result<Child> {
+    clone_with_pidfd(namespaces, 0, body)
+}
+
+/// As [`fork`], but makes a child of the caller's parent, which collects it.
+pub fn fork_sibling(namespaces: u64, body: impl FnOnce() -> i32) -> nix::Result<Pid> {
+    // The kernel wants no signal here: a sibling ends with that of the caller.
+    let args = libc::clone_args { flags: libc::CLONE_PARENT as u64 | namespaces, ..no_args() };
+    clone(&args, body)
+}
+
+fn clone_with_pidfd(flags: u64, cgroup: u64, body: impl FnOnce() -> i32) -> nix::Result<Child> {
     let mut pidfd: RawFd = -1;
     let args = libc::clone_args {
-        flags: (libc::CLONE_PIDFD as u64) | CLONE_INTO_CGROUP | namespaces,
+        flags: libc::CLONE_PIDFD as u64 | flags,
         pidfd: (&raw mut pidfd) as u64,
+        exit_signal: libc::SIGCHLD as u64,
+        cgroup,
+        ..no_args()
+    };
+    let pid = clone(&args, body)?;
+    // SAFETY: CLONE_PIDFD stored a new descriptor that nobody else owns.
+    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+    Ok(Child { pid, pidfd })
+}
+
+fn no_args() -> libc::clone_args {
+    libc::clone_args {
+        flags: 0,
+        pidfd: 0,
         child_tid: 0,
         parent_tid: 0,
-        exit_signal: libc::SIGCHLD as u64,
+        exit_signal: 0,
         stack: 0,
         stack_size: 0,
         tls: 0,
         set_tid: 0,
         set_tid_size: 0,
-        cgroup: cgroup.as_raw_fd() as u64,
-    };
+        cgroup: 0,
+    }
+}
+
+/// `args` must not share memory with the child (`CLONE_VM`).
+fn clone(args: &libc::clone_args, body: impl FnOnce() -> i32) -> nix::Result<Pid> {
+    // "." and ".." and one entry for every thread. A child has one by
+    // construction, and not necessarily a /proc.
+    if !in_child() && nix::sys::stat::stat("/proc/self/task")?.st_nlink != 3 {
+        return Err(Errno::EDEADLK);
+    }
     // SAFETY: without CLONE_VM the child has a copy of this address space and
     // stack and returns here as after fork(2). glibc does not see the clone, so
     // its cached thread id is wrong in the child; nothing the child calls uses
     // it. The process has one thread, so no lock is held by a missing one.
-    let result = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of::<libc::clone_args>()) };
+    let result = unsafe { libc::syscall(libc::SYS_clone3, args, size_of::<libc::clone_args>()) };
     match Errno::result(result)? {
         0 => {
             IN_CHILD.store(true, Ordering::Relaxed);
             exit_child(body())
         }
-        pid => {
-            // SAFETY: CLONE_PIDFD stored a new descriptor that nobody else owns.
-            let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
-            Ok(Child { pid: Pid::from_raw(pid as i32), pidfd })
+        pid => Ok(Pid::from_raw(pid as i32)),
+    }
+}
+
+/// A child that was made by another child ([`fork_sibling`]). It must not have
+/// been collected yet.
+pub fn adopt(pid: Pid) -> nix::Result<Child> {
+    // SAFETY: takes and keeps no pointer.
+    let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) })?;
+    // SAFETY: the descriptor is new and nobody else owns it; it fits in an int.
+    let pidfd = unsafe { OwnedFd::from_raw_fd(fd as RawFd) };
+    Ok(Child { pid, pidfd })
+}
+
+/// Waits for a child of one's own: its exit code, or 128 + the signal that ended it.
+pub fn wait_for(pid: Pid) -> nix::Result<u32> {
+    loop {
+        if let Some((_, code)) = wait(pid.as_raw(), 0)? {
+            return Ok(code);
         }
     }
 }
@@ -97,14 +153,22 @@ pub fn send_signal(pidfd: impl AsFd, signal: i32) -> nix::Result<()> {
 }
 
 /// Collects one child that has ended: its pid, and its exit code or 128 + the
-/// signal that ended it. Not `nix`'s `waitpid`, which knows no real-time signals.
+/// signal that ended it.
 pub fn wait_any() -> nix::Result<Option<(Pid, u32)>> {
+    match wait(-1, libc::WNOHANG) {
+        Err(Errno::ECHILD) => Ok(None),
+        waited => waited,
+    }
+}
+
+/// Not `nix`'s `waitpid`, which knows no real-time signals.
+fn wait(pid: i32, flags: i32) -> nix::Result<Option<(Pid, u32)>> {
     let mut status = 0;
     loop {
         // SAFETY: `status` is a valid int for the call to fill in.
-        let pid = unsafe { libc::waitpid(-1, &raw mut status, libc::WNOHANG | libc::__WALL) };
+        let pid = unsafe { libc::waitpid(pid, &raw mut status, flags | libc::__WALL) };
         let code = match Errno::result(pid) {
-            Ok(0) | Err(Errno::ECHILD) => return Ok(None),
+            Ok(0) => return Ok(None),
             Err(Errno::EINTR) => continue,
             Err(errno) => return Err(errno),
             Ok(_) if libc::WIFEXITED(status) => libc::WEXITSTATUS(status),

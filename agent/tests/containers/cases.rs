@@ -8,8 +8,11 @@ use rvm_protocol::agent::{NamespaceType, Process, Rlimit, SignalProcessRequest, 
 use tokio::io::AsyncWriteExt;
 
 use crate::{
-    fixture::{Machine, container, mount_of, program, read_all, read_until, shell, within, write_all},
     limits::*,
+    hooks::*,
+    isolation::*,
+    confinement::*,
+    fixture::{Machine, container, mount_of, program, read_all, read_until, shell, within, write_all},
 };
 
 /// Only a case that hangs takes this long, on however busy a machine.
@@ -66,6 +69,14 @@ cases![
     wrong_limits_are_refused_by_field,
     statistics,
     the_hierarchy_as_seen_inside,
+    user_namespace,
+    user_namespace_joined,
+    time_namespace,
+    namespaces_differ,
+    seccomp_filter,
+    process_attributes,
+    hooks_inside,
+    hooks_that_fail,
 ];
 
 /// `true` unless the future panicked.
@@ -91,7 +102,7 @@ fn nothing_is_left() -> bool {
     !left
 }
 
-fn signal(container: &str, signal: i32, all: bool) -> SignalProcessRequest {
+pub fn signal(container: &str, signal: i32, all: bool) -> SignalProcessRequest {
     SignalProcessRequest {
         process: MessageField::some(crate::fixture::reference(container, "")),
         signal: signal as u32,
@@ -315,7 +326,7 @@ async fn added_processes(machine: &Machine) {
     let mut added = machine.create_exec("host", "e1", process.clone()).unwrap();
     assert!(matches!(machine.create_exec("host", "e1", process), Err(Error::AlreadyExists(_))));
     let pid = added.start().await.unwrap();
-    assert!(pid > 1, "pids are those of the container: {pid}");
+    assert!(Path::new(&format!("/proc/{pid}")).exists(), "pids are those of the guest: {pid}");
     let output = added.finish().await;
     let expected = "secret\ninside\n33\nb\n0::/\n/bin/sh -c echo secret > /tmp/shared; sleep 1000; exit 0 CapBnd:\t00000000a80425fb\n0 1 2 3 ";
     assert_eq!((output.code, output.stdout.as_str()), (9, expected), "{}", output.stderr);

@@ -8,7 +8,10 @@
 #![allow(clippy::unwrap_used)]
 
 mod cases;
+mod confinement;
 mod fixture;
+mod hooks;
+mod isolation;
 mod limits;
 
 use std::process::ExitCode;

@@ -120,17 +120,37 @@ impl Mount {
         self.destination == Path::new("/dev") && matches!(self.kind, Kind::Bind { .. })
     }
 
-    fn make(&self, root: &Root) -> StepResult<Option<OwnedFd>> {
+    fn make(&self, source: Option<OwnedFd>, root: &Root) -> StepResult<Option<OwnedFd>> {
+        match (&self.kind, source) {
+            (Kind::New { fs_type, source }, _) => self.make_new(root, fs_type, source),
+            (Kind::Bind { .. }, Some(mount)) => self.put(root, &mount).map(|()| None),
+            (Kind::Bind { .. }, None) => Err(StepError::Refused(format!("{}: no source", self.describe()))),
+        }
+    }
+
+    /// A mount of what a bind mount shows, with its attributes, at no place yet.
+    fn open_source(&self) -> StepResult<Option<OwnedFd>> {
+        let Kind::Bind { source, recursive } = &self.kind else { return Ok(None) };
+        let mount = clone_tree(AT_FDCWD, source, *recursive).step(|| self.describe())?;
+        for (attributes, recursive) in [(self.options.attributes, false), (self.options.recursive, true)] {
+            if !attributes.is_empty() {
+                set_attributes(mount.as_fd(), attributes, recursive).step(|| self.describe())?;
+            }
+        }
+        Ok(Some(mount))
+    }
+
+    fn describe(&self) -> String {
         match &self.kind {
-            Kind::New { fs_type, source } => self.make_new(root, fs_type, source),
-            Kind::Bind { source, recursive } => self.make_bind(root, source, *recursive).map(|()| None),
+            Kind::New { fs_type, .. } => format!("mount {fs_type:?} at {:?}", self.destination),
+            Kind::Bind { source, .. } => format!("bind mount {source:?} at {:?}", self.destination),
         }
     }
 
     /// Returns the mount where it is to become read-only once all is mounted:
     /// later mounts may need directories in it.
     fn make_new(&self, root: &Root, fs_type: &str, source: &str) -> StepResult<Option<OwnedFd>> {
-        let describe = || format!("mount {fs_type:?} at {:?}", self.destination);
+        let describe = || self.describe();
         let target = root.make_dir(&self.destination).step(describe)?;
         let context = FsContext::new(fs_type).step(describe)?;
         let fail = |errno: Errno| match context.complaint() {
@@ -162,22 +182,14 @@ impl Mount {
         Ok(later.then_some(mount))
     }
 
-    fn make_bind(&self, root: &Root, source: &Path, recursive: bool) -> StepResult<()> {
-        let describe = || format!("bind mount {source:?} at {:?}", self.destination);
-        let mount = clone_tree(AT_FDCWD, source, recursive).step(describe)?;
-        let target = if kind(&mount).step(describe)? == SFlag::S_IFDIR {
+    fn put(&self, root: &Root, mount: &OwnedFd) -> StepResult<()> {
+        let target = if kind(mount).step(|| self.describe())? == SFlag::S_IFDIR {
             root.make_dir(&self.destination)
         } else {
             root.make_file(&self.destination)
         };
-        let target = target.step(describe)?;
-        for (attributes, recursive) in [(self.options.attributes, false), (self.options.recursive, true)] {
-            if !attributes.is_empty() {
-                set_attributes(mount.as_fd(), attributes, recursive).step(describe)?;
-            }
-        }
-        attach(&mount, &target).step(describe)?;
-        self.propagate(&mount)
+        attach(mount, target.step(|| self.describe())?).step(|| self.describe())?;
+        self.propagate(mount)
     }
 
     fn propagate(&self, mount: &OwnedFd) -> StepResult<()> {
@@ -194,11 +206,17 @@ impl Mount {
 #[derive(Debug)]
 pub struct Unfinished(Vec<OwnedFd>);
 
-/// Makes all mounts, in order.
-pub fn make_all(mounts: &[Mount], root: &Root) -> StepResult<Unfinished> {
+/// What each bind mount shows, in the mounts' order. Takes the guest's root,
+/// whoever the container's root is.
+pub fn open_sources(mounts: &[Mount]) -> StepResult<Vec<Option<OwnedFd>>> {
+    mounts.iter().map(Mount::open_source).collect()
+}
+
+/// Makes all mounts, in order, of what [`open_sources`] returned for them.
+pub fn make_all(mounts: &[Mount], sources: Vec<Option<OwnedFd>>, root: &Root) -> StepResult<Unfinished> {
     let mut unfinished = Vec::new();
-    for mount in mounts {
-        unfinished.extend(mount.make(root)?);
+    for (mount, source) in mounts.iter().zip(sources) {
+        unfinished.extend(mount.make(source, root)?);
     }
     Ok(Unfinished(unfinished))
 }
