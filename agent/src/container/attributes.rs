@@ -1,6 +1,7 @@
-//! Attributes of a process that the agent sets from outside, because inside a
-//! user namespace nobody may: resource limits, scheduling, I/O priority. Also
-//! the CPUs a process runs on.
+//! Resource limits, scheduling, I/O priority and CPUs of a process.
+//!
+//! Inside a user namespace nobody may raise a limit or claim a priority: limits
+//! are raised before it is entered, priorities set by the agent from outside.
 
 use nix::{
     errno::Errno,
@@ -67,21 +68,37 @@ pub fn check(field: &str, process: &agent::Process) -> Result<(), Error> {
     Ok(())
 }
 
-/// Applies limits, scheduling and I/O priority to a process that waits for its start.
-pub fn apply(pid: Pid, process: &agent::Process) -> StepResult<()> {
+/// Raises hard limits that are below what is asked for, while that is allowed;
+/// the limits themselves come last.
+pub fn raise_limits(process: &agent::Process) -> StepResult<()> {
     for limit in &process.rlimits {
-        let value = libc::rlimit { rlim_cur: limit.soft, rlim_max: limit.hard };
-        // SAFETY: `value` is a valid rlimit that outlives the call; no old one is asked for.
-        let result = unsafe {
-            libc::prlimit(pid.as_raw(), limit.resource as _, &raw const value, std::ptr::null_mut())
-        };
-        Errno::result(result).step(|| {
-            format!(
-                "set resource limit {} to {} (soft) and {} (hard)",
-                limit.resource, limit.soft, limit.hard
-            )
-        })?;
+        let mut now = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        // SAFETY: `now` is a valid rlimit for the call to fill in.
+        let result = unsafe { libc::getrlimit(limit.resource as _, &raw mut now) };
+        Errno::result(result).step(|| format!("read resource limit {}", limit.resource))?;
+        if now.rlim_max < limit.hard {
+            set_limit(limit.resource, now.rlim_cur, limit.hard)?;
+        }
     }
+    Ok(())
+}
+
+/// Applies the limits to this process.
+pub fn apply_limits(process: &agent::Process) -> StepResult<()> {
+    process.rlimits.iter().try_for_each(|limit| set_limit(limit.resource, limit.soft, limit.hard))
+}
+
+fn set_limit(resource: u32, soft: u64, hard: u64) -> StepResult<()> {
+    let value = libc::rlimit { rlim_cur: soft, rlim_max: hard };
+    // SAFETY: `value` is a valid rlimit that outlives the call.
+    let result = unsafe { libc::setrlimit(resource as _, &raw const value) };
+    Errno::result(result)
+        .map(drop)
+        .step(|| format!("set resource limit {resource} to {soft} (soft) and {hard} (hard)"))
+}
+
+/// Applies scheduling and I/O priority to a process that waits for its start.
+pub fn apply(pid: Pid, process: &agent::Process) -> StepResult<()> {
     if let Some(io) = process.io_priority.as_ref() {
         let priority = (io.class << IO_CLASS_SHIFT) | io.priority;
         // SAFETY: takes integers only.

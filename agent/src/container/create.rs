@@ -183,6 +183,7 @@ impl Plan {
         let devices = devices::make_elsewhere(&self.devices, place)?;
         let parts = Parts { sources: mounts::open_sources(&self.mounts)?, devices: Some(devices) };
 
+        attributes::raise_limits(&self.request.process)?;
         let born_into = self.namespaces.children_pid()?;
         user.enter()?;
         self.namespaces.make_time()?;

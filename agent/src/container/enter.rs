@@ -65,6 +65,7 @@ fn added_process(
     user::apply_oom_score(process)?;
     if let Some(ids) = &common.ids {
         ids.own_standard_streams(&process.user)?;
+        attributes::raise_limits(process)?;
     }
     enter_all_of(first, common.ids.is_some())?;
     if common.ids.is_some() {

@@ -82,10 +82,11 @@ impl Hooks<'_> {
                 Ok(never) => match never {},
                 Err(error) => error,
             };
-            let _ = File::from(write).write_all(error.to_string().as_bytes());
+            let _ = std::io::stderr().write_all(error.to_string().as_bytes());
             127
         })
         .step(|| "create a process")?;
+        drop(write);
         let limit = (hook.timeout_s > 0).then(|| Duration::from_secs(hook.timeout_s.into()));
         let (ended, said) = outcome(&child, output, limit)?;
         // What a hook leaves behind is ours to collect where we are PID 1.
@@ -150,11 +151,11 @@ fn become_hook(
     dup2_stdin(stdin).step(connect)?;
     dup2_stdout(output).step(connect)?;
     dup2_stderr(output).step(connect)?;
-    close_all_except(&[]).step(|| "close descriptors")?;
     umask(Mode::from_bits_truncate(0o022));
     if let Some(root) = root {
         fchdir(root).and_then(|()| chroot(".")).step(|| "enter the container's root file system")?;
     }
+    close_all_except(&[]).step(|| "close descriptors")?;
     let string = |text: &String| {
         CString::new(text.as_bytes()).map_err(|_| StepError::Refused("a string contains NUL".into()))
     };

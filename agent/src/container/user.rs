@@ -13,7 +13,7 @@ use nix::{
 };
 use rvm_protocol::agent;
 
-use super::capabilities;
+use super::{attributes, capabilities};
 use crate::error::{Error, Step, StepResult};
 
 /// The file creation mask where the spec gives none.
@@ -61,6 +61,7 @@ pub fn own_standard_streams(user: Uid) -> StepResult<()> {
 
 /// From root with all privileges to the user with those the spec gives.
 pub fn become_user(process: &agent::Process, enter_cwd: impl Fn() -> StepResult<bool>) -> StepResult<()> {
+    attributes::apply_limits(process)?;
     capabilities::apply_bounding(&process.capabilities)?;
     capabilities::keep_over_user_change(true)?;
     // As root where that works, as the user where only the user may.

@@ -97,7 +97,7 @@ pub async fn process_attributes(machine: &Machine) {
         scheduler: MessageField::some(Scheduler { policy: 3, nice: 5, ..Default::default() }),
         rlimits: vec![
             Rlimit { resource: libc::RLIMIT_CORE, soft: 0, hard: 0, ..Default::default() },
-            Rlimit { resource: libc::RLIMIT_NPROC, soft: 500, hard: u64::MAX, ..Default::default() },
+            Rlimit { resource: libc::RLIMIT_NPROC, soft: 500, hard: 600, ..Default::default() },
         ],
         capabilities: cap(Capabilities {
             bounding: chown | net_bind | setuid,
@@ -112,7 +112,7 @@ pub async fn process_attributes(machine: &Machine) {
         user: MessageField::some(rvm_protocol::agent::User { uid: 9, gid: 9, ..Default::default() }),
         ..shell(
             "cut -d' ' -f19,41 /proc/self/stat; ionice -p $$; uname -m; cat /proc/sys/kernel/domainname; \
-             ulimit -c; ulimit -u; grep -E '^Cap' /proc/self/status; sleep 1000",
+             ulimit -c; grep -o 'Max processes.*' /proc/self/limits | tr -s ' '; grep -E '^Cap' /proc/self/status; sleep 1000",
         )
     };
     let mut request = container("attributes", process);
@@ -123,7 +123,7 @@ pub async fn process_attributes(machine: &Machine) {
     running.start().await.unwrap();
     let mut stdout = running.stdout.take().unwrap();
     let seen = read_until(&mut stdout, "CapAmb:\t0000000000000400\n").await;
-    let expected = "ok\n5 3\nbest-effort: prio 6\ni686\nexample\n0\n500\n\
+    let expected = "ok\n5 3\nbest-effort: prio 6\ni686\nexample\n0\nMax processes 500 600 processes \n\
                     CapInh:\t0000000000000480\nCapPrm:\t0000000000000400\nCapEff:\t0000000000000400\n\
                     CapBnd:\t0000000000000481\nCapAmb:\t0000000000000400\n";
     assert_eq!(seen, expected);
@@ -133,13 +133,13 @@ pub async fn process_attributes(machine: &Machine) {
     let process = Process {
         initial_cpus: "0".into(),
         final_cpus: last.clone(),
-        oom_score_adj: Some(-5),
+        oom_score_adj: Some(5),
         ..shell("grep Cpus_allowed_list /proc/self/status; uname -m; cat /proc/self/oom_score_adj")
     };
     let mut added = machine.create_exec("attributes", "e", process).unwrap();
     added.start().await.unwrap();
     let output = added.finish().await;
-    assert_eq!(output.stdout, format!("Cpus_allowed_list:\t{last}\ni686\n-5\n"), "{}", output.stderr);
+    assert_eq!(output.stdout, format!("Cpus_allowed_list:\t{last}\ni686\n5\n"), "{}", output.stderr);
 
     // Refused by the kernel: nothing is left half made.
     let process = Process {

@@ -180,7 +180,9 @@ pub async fn read_until(stream: &mut UnixStream, wanted: &str) -> String {
     let mut seen = String::new();
     let mut buffer = [0; 4096];
     while !seen.contains(wanted) {
-        let length = stream.read(&mut buffer).await.expect("a stream");
+        let read = tokio::time::timeout(Duration::from_secs(30), stream.read(&mut buffer)).await;
+        let Ok(read) = read else { panic!("the stream stands still after {seen:?}, before {wanted:?}") };
+        let length = read.expect("a stream");
         assert!(length > 0, "the stream ended after {seen:?}, before {wanted:?}");
         seen.push_str(&String::from_utf8_lossy(&buffer[..length]));
     }
