@@ -102,10 +102,8 @@ pub fn apply(pid: Pid, process: &agent::Process) -> StepResult<()> {
     if let Some(io) = process.io_priority.as_ref() {
         let priority = (io.class << IO_CLASS_SHIFT) | io.priority;
         // SAFETY: takes integers only.
-        let result =
-            unsafe { libc::syscall(libc::SYS_ioprio_set, IO_WHO_PROCESS, pid.as_raw(), priority) };
-        Errno::result(result)
-            .step(|| format!("set I/O priority {} of class {}", io.priority, io.class))?;
+        let result = unsafe { libc::syscall(libc::SYS_ioprio_set, IO_WHO_PROCESS, pid.as_raw(), priority) };
+        Errno::result(result).step(|| format!("set I/O priority {} of class {}", io.priority, io.class))?;
     }
     match process.scheduler.as_ref() {
         Some(scheduler) => set_scheduler(pid, scheduler),

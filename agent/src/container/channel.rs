@@ -86,9 +86,7 @@ impl Parent {
             (Some((&TERMINAL, _)), Some(master)) => Ok(Said::Terminal(master)),
             (Some((&READY, _)), _) => Ok(Said::Ready),
             (Some((&FAILED, text)), _) => Err(failed(text)),
-            (None, _) => {
-                Err(StepError::Refused("the process was killed while it was being created".into()))
-            }
+            (None, _) => Err(StepError::Refused("the process was killed while it was being created".into())),
             (Some((kind, _)), _) => {
                 Err(StepError::Refused(format!("the child's message is of unknown kind {kind}")))
             }

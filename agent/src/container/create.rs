@@ -256,12 +256,7 @@ impl Plan {
         child::finish(process, &self.common, Some(hooks), ends, channel)
     }
 
-    fn hooks<'a>(
-        &'a self,
-        kind: &'static str,
-        hooks: &'a [agent::Hook],
-        status: &'static str,
-    ) -> Hooks<'a> {
+    fn hooks<'a>(&'a self, kind: &'static str, hooks: &'a [agent::Hook], status: &'static str) -> Hooks<'a> {
         Hooks { kind, hooks, state: &self.request.hook_state, status }
     }
 

@@ -304,11 +304,8 @@ mod tests {
 
     #[test]
     fn hooks_are_checked_by_field() {
-        let hook = |path: &str, arg: &str| Hook {
-            path: path.into(),
-            args: vec![arg.into()],
-            ..Default::default()
-        };
+        let hook =
+            |path: &str, arg: &str| Hook { path: path.into(), args: vec![arg.into()], ..Default::default() };
         assert!(check("h", &[hook("/bin/a", "x")]).is_ok());
         let error = check("h", &[hook("/a", ""), hook("bin/a", "x")]).unwrap_err().to_string();
         assert_eq!(error, "h[1].path: \"bin/a\" must be an absolute path in the container");

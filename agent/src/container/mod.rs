@@ -196,10 +196,9 @@ impl Container {
         reaper: &Reaper,
     ) -> Result<channel::Parent, Error> {
         let stopped = || Error::Precondition(format!("container {:?} has stopped", self.id));
-        let spawned =
-            self.first.with_child(|first| {
-                enter::spawn_into(first, &self.cgroup, &process.spec, &self.common, &ends)
-            });
+        let spawned = self
+            .first
+            .with_child(|first| enter::spawn_into(first, &self.cgroup, &process.spec, &self.common, &ends));
         let (child, channel) = spawned.ok_or_else(stopped)??;
         let exit = reaper.watch(child.pid);
         process.spawned(child);

@@ -56,12 +56,7 @@ impl Filter {
         };
         // SAFETY: the kernel reads `len` instructions, which outlive the call.
         let result = unsafe {
-            libc::syscall(
-                libc::SYS_seccomp,
-                libc::SECCOMP_SET_MODE_FILTER,
-                self.flags,
-                &raw const program,
-            )
+            libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, self.flags, &raw const program)
         };
         Errno::result(result).map(drop).step(|| "load the seccomp filter")
     }
@@ -83,9 +78,8 @@ mod tests {
         assert_eq!(filter_of_two.instructions[1].k, 0x0707_0707);
         assert!(filter(MAX_INSTRUCTIONS * 8, 0).is_ok());
         for length in [0, 7, 12, MAX_INSTRUCTIONS * 8 + 8] {
-            let expected = format!(
-                "seccomp.program: must hold 1 to 4096 instructions of 8 bytes, has {length} bytes"
-            );
+            let expected =
+                format!("seccomp.program: must hold 1 to 4096 instructions of 8 bytes, has {length} bytes");
             assert_eq!(filter(length, 0).unwrap_err(), expected);
         }
         let error = filter(8, libc::SECCOMP_FILTER_FLAG_NEW_LISTENER as u32).unwrap_err();

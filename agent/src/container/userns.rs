@@ -244,10 +244,7 @@ mod tests {
         for (mappings, expected) in [
             (vec![], "uid_mappings: a user namespace needs 1 to 340, has 0"),
             (vec![mapping(0, 1, 0)], "uid_mappings[0]: size 0 must be above 0 and fit the ids"),
-            (
-                vec![mapping(0, u32::MAX, 2)],
-                "uid_mappings[0]: size 2 must be above 0 and fit the ids",
-            ),
+            (vec![mapping(0, u32::MAX, 2)], "uid_mappings[0]: size 2 must be above 0 and fit the ids"),
             (
                 vec![mapping(0, 1000, 10), mapping(9, 5000, 1)],
                 "uid_mappings[1]: must not overlap uid_mappings[0]",

@@ -8,11 +8,11 @@ use rvm_protocol::agent::{NamespaceType, Process, Rlimit, SignalProcessRequest, 
 use tokio::io::AsyncWriteExt;
 
 use crate::{
-    limits::*,
-    hooks::*,
-    isolation::*,
     confinement::*,
     fixture::{Machine, container, mount_of, program, read_all, read_until, shell, within, write_all},
+    hooks::*,
+    isolation::*,
+    limits::*,
 };
 
 /// Only a case that hangs takes this long, on however busy a machine.

@@ -56,15 +56,15 @@ pub async fn seccomp_filter(machine: &Machine) {
         let mut stderr = running.stderr.take().unwrap();
         read_until(&mut stderr, "No medium found\n").await;
 
-        let mut added = machine.create_exec("seccomp", "e", Process { no_new_privileges, ..shell("mkdir /run/y") });
+        let mut added =
+            machine.create_exec("seccomp", "e", Process { no_new_privileges, ..shell("mkdir /run/y") });
         let added = added.as_mut().unwrap();
         added.start().await.unwrap();
         let output = added.finish().await;
         assert!(output.code == 1 && output.stderr.contains("No medium found"), "{output:?}");
         // A failure is told through the filter.
-        let added = machine
-            .create_exec("seccomp", "f", Process { no_new_privileges, ..program(&["nope"]) })
-            .unwrap();
+        let added =
+            machine.create_exec("seccomp", "f", Process { no_new_privileges, ..program(&["nope"]) }).unwrap();
         let error = added.start().await.unwrap_err().to_string();
         assert_eq!(error, "exec: \"nope\": executable file not found in $PATH");
         machine.sandbox.signal_process(&signal("seccomp", libc::SIGKILL, false)).unwrap();

@@ -43,7 +43,10 @@ pub async fn hooks_inside(machine: &Machine) {
     };
     let (mut request, volume) = with_volume("hooked", process);
     request.create_container_hooks = vec![
-        hook("cat > /run/out/create; echo from a hook > /run/added; readlink /proc/self/ns/mnt > /run/out/mnt", 10),
+        hook(
+            "cat > /run/out/create; echo from a hook > /run/added; readlink /proc/self/ns/mnt > /run/out/mnt",
+            10,
+        ),
         hook("test $MARK = yes && id -u > /run/out/create-user; echo create >> /run/out/order", 0),
     ];
     request.create_container_hooks[1].args.push("ignored".into());

@@ -84,7 +84,9 @@ pub async fn user_namespace(machine: &Machine) {
 
     let process = Process {
         user: MessageField::some(User { uid: 33, gid: 34, ..Default::default() }),
-        ..shell("id -u; id -g; readlink /proc/self/ns/user; echo hi > /dev/stdout; grep CapBnd /proc/self/status")
+        ..shell(
+            "id -u; id -g; readlink /proc/self/ns/user; echo hi > /dev/stdout; grep CapBnd /proc/self/status",
+        )
     };
     let mut added = machine.create_exec("userns", "e", process).unwrap();
     added.start().await.unwrap();
@@ -120,7 +122,8 @@ pub async fn user_namespace(machine: &Machine) {
     assert_eq!(error.unwrap_err().to_string(), "exec: \"nope\": executable file not found in $PATH");
     assert_eq!(descriptors(), before);
 
-    let mut request = in_user_namespace("userns", Process { terminal: true, ..shell("stat -c %u /dev/console") });
+    let mut request =
+        in_user_namespace("userns", Process { terminal: true, ..shell("stat -c %u /dev/console") });
     request.process.mut_or_insert_default().user.mut_or_insert_default().uid = 5;
     let mut running = machine.create(request).await.unwrap();
     let mut terminal = running.terminal.take().unwrap();
@@ -137,10 +140,8 @@ pub async fn user_namespace_joined(machine: &Machine) {
     let pid = pid_of(machine, "pause");
     let script = "echo pid=$$; id -u; tr -s ' ' < /proc/self/uid_map; readlink /proc/self/ns/user /proc/self/ns/ipc; \
                   stat -f -c %T /proc; echo hi > /dev/stdout";
-    let process = Process {
-        user: MessageField::some(User { uid: 3, ..Default::default() }),
-        ..shell(script)
-    };
+    let process =
+        Process { user: MessageField::some(User { uid: 3, ..Default::default() }), ..shell(script) };
     let mut request = container("member", process);
     request.namespaces.push(namespace(NamespaceType::USER));
     for namespace in &mut request.namespaces {
@@ -153,8 +154,7 @@ pub async fn user_namespace_joined(machine: &Machine) {
         }
     }
     let link = |name: &str| fs::read_link(format!("/proc/{pid}/ns/{name}")).unwrap().display().to_string();
-    let expected =
-        format!("pid=1\n3\n 0 100000 65536\n{}\n{}\nproc\nhi\n", link("user"), link("ipc"));
+    let expected = format!("pid=1\n3\n 0 100000 65536\n{}\n{}\nproc\nhi\n", link("user"), link("ipc"));
     let output = machine.run_request(request.clone()).await.unwrap();
     assert_eq!(output.stdout, expected, "{}", output.stderr);
 
@@ -211,9 +211,8 @@ pub async fn namespaces_differ(machine: &Machine) {
         let one = machine.create(request).await.unwrap();
         one.start().await.unwrap();
         running.push((id, one));
-        let mut added = machine
-            .create_exec(id, "e", shell("cd /proc/1/ns; for n in *; do readlink $n; done"))
-            .unwrap();
+        let mut added =
+            machine.create_exec(id, "e", shell("cd /proc/1/ns; for n in *; do readlink $n; done")).unwrap();
         added.start().await.unwrap();
         let output = added.finish().await;
         let mut seen: Vec<String> = output.stdout.lines().map(str::to_owned).collect();
