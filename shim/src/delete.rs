@@ -9,7 +9,7 @@ use std::{
 use containerd_shim_protos::api::DeleteResponse;
 
 use crate::{
-    bootstrap::ADDRESS_FILE, config::Config, events::timestamp, flags::Flags, process::Exit, sandbox,
+    bootstrap::ADDRESS_FILE, config::Config, events::timestamp, flags::Flags, hooks, process::Exit, sandbox,
     task::SANDBOX_DIR_FILE,
 };
 
@@ -20,6 +20,7 @@ pub fn delete(flags: &Flags) -> DeleteResponse {
     for dir in sandbox_dirs(bundle, flags) {
         sandbox::clean_up(&dir);
     }
+    hooks::after_dead_shim(bundle, &flags.id);
     if let Ok(address) = fs::read_to_string(bundle.join(ADDRESS_FILE)) {
         let socket = address.trim();
         let _ = fs::remove_file(socket.strip_prefix("unix://").unwrap_or(socket));

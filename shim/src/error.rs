@@ -3,7 +3,7 @@
 use ttrpc::Code;
 
 use crate::{
-    agent::AgentError, config::ConfigError, io::IoError, rootfs::RootfsError, sandbox::SandboxError,
+    agent::AgentError, config::ConfigError, hooks::HookError, io::IoError, rootfs::RootfsError, sandbox::SandboxError,
     share::ShareError, spec::SpecError,
 };
 
@@ -16,6 +16,9 @@ pub enum Error {
     /// The container's specification.
     #[error(transparent)]
     Spec(#[from] SpecError),
+    /// A hook of the specification.
+    #[error(transparent)]
+    Hook(#[from] HookError),
     /// The sandbox.
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
@@ -66,7 +69,7 @@ impl Error {
             Self::Spec(SpecError::Unsupported { .. }) => Code::UNIMPLEMENTED,
             Self::Spec(_) => Code::INVALID_ARGUMENT,
             Self::Agent(error) | Self::Sandbox(SandboxError::Agent(error)) => agent_code(error),
-            Self::Config(_) | Self::Sandbox(_) | Self::Io(_) | Self::SandboxEnded(_) => Code::UNKNOWN,
+            Self::Config(_) | Self::Hook(_) | Self::Sandbox(_) | Self::Io(_) | Self::SandboxEnded(_) => Code::UNKNOWN,
         }
     }
 }

@@ -1,6 +1,6 @@
 //! mount(2) as the share needs it.
 
-use std::{ffi::CString, fs::File, io, os::fd::AsRawFd, os::unix::ffi::OsStrExt, path::Path};
+use std::{ffi::CString, fs::File, io, os::fd::AsRawFd, os::unix::ffi::OsStrExt, path::Path, sync::OnceLock};
 
 use nix::{
     errno::Errno,
@@ -12,9 +12,20 @@ use nix::{
 /// arriving in it, none of its own leave it, and all of them end with the last
 /// process in it. Must be called before threads are started.
 pub fn isolate() -> io::Result<()> {
+    let host = File::open("/proc/self/ns/mnt")?;
     unshare(CloneFlags::CLONE_NEWNS)?;
-    Ok(mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_SLAVE, None::<&str>)?)
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_SLAVE, None::<&str>)?;
+    // Once left, it stays the host's.
+    let _ = HOST.set(host);
+    Ok(())
 }
+
+/// The mount namespace that [`isolate`] has left; none where it was not called.
+pub fn of_the_host() -> Option<&'static File> {
+    HOST.get()
+}
+
+static HOST: OnceLock<File> = OnceLock::new();
 
 /// Binds `source` (what a symlink there points to) to `target`, which must
 /// exist and be of the same kind.

@@ -15,9 +15,10 @@ use tokio::{
 
 use crate::{
     config::Config,
-    container::{Container, Create, log_not_applied},
+    container::{Container, Create, log_not_applied, with_sandbox},
     error::Error,
     events::{Events, timestamp},
+    hooks::Hooks,
     io::{Endpoints, Stdio},
     process::Exit,
     rootfs::Layer,
@@ -102,7 +103,7 @@ impl Tasks {
         let label = format!("{}/{}", self.namespace, create.id);
         let _creating = self.reserve(&create.id)?;
         let config = Config::load(create.config_path.as_deref())?;
-        let bundle = Bundle::load(&create.bundle, &create.id)?;
+        let bundle = Bundle::load(&create.bundle, &create.id, &config.compat)?;
         check_terminal(&bundle, &create.stdio)?;
         log_not_applied(&label, &bundle.not_applied);
         timeline.mark("spec checked");
@@ -118,14 +119,19 @@ impl Tasks {
             timeline,
         };
         let sandbox = Arc::new(Sandbox::start(start).await?);
-        let create = Create { bundle, layers: create.layers, stdio: create.stdio, endpoints };
-        let container =
-            Container::create(sandbox.clone(), &self.namespace, create, self.events.clone()).await;
+        let hooks = Arc::new(Hooks::of(&bundle));
+        let create = Create { hooks: hooks.clone(), bundle, layers: create.layers, stdio: create.stdio, endpoints, compat: config.compat };
+        let container = async {
+            with_sandbox(&sandbox, hooks.before_create(sandbox.pid())).await?;
+            Container::create(sandbox.clone(), &self.namespace, create, self.events.clone()).await
+        };
+        let container = container.await;
         let container = match container {
             Ok(container) => container,
             Err(error) => {
                 let error = better_reason(error, &sandbox).await;
                 sandbox.close().await;
+                hooks.after_stop().await;
                 return Err(error);
             }
         };
@@ -168,6 +174,7 @@ impl Tasks {
             return Err(Error::NotFound(format!("container {id} was deleted meanwhile")));
         }
         container.sandbox().close().await;
+        container.hooks().after_stop().await;
         self.events.publish(TaskDelete {
             container_id: id.to_owned(),
             pid,

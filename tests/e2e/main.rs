@@ -3,6 +3,7 @@
 //! `cargo xtask test` stages what they need and runs them where KVM can run a
 //! kernel; the module `ring0` is for machines where it cannot.
 
+mod broken;
 mod death;
 mod exec;
 mod failures;

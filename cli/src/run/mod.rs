@@ -21,7 +21,8 @@ use nix::sys::signal::Signal;
 use rvm_protocol::agent::ConsoleSize;
 use rvm_shim::{
     agent::{AgentError, process_ref},
-    config::Config,
+    config::{Compat, Config},
+    hooks::{HookError, Hooks},
     mount,
     sandbox::{self, Sandbox, SandboxError, Start},
     spec::{Bundle, SpecError},
@@ -104,6 +105,9 @@ pub enum RunError {
     /// The sandbox.
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
+    /// A hook of the specification.
+    #[error(transparent)]
+    Hook(#[from] HookError),
     /// The agent.
     #[error(transparent)]
     Agent(#[from] AgentError),
@@ -127,7 +131,7 @@ pub enum RunError {
 /// Runs the container; the exit code is the command's.
 pub fn run(args: Args, mut config: Config) -> Result<ExitCode, RunError> {
     let id = args.name.clone().unwrap_or_else(|| format!("run-{}", process::id()));
-    let bundle = bundle(&args, &id)?;
+    let bundle = bundle(&args, &id, &config.compat)?;
     if let Some(vcpus) = args.vcpus {
         config.guest.vcpus = vcpus.get();
     }
@@ -146,9 +150,9 @@ pub fn run(args: Args, mut config: Config) -> Result<ExitCode, RunError> {
 }
 
 /// The container as the arguments describe it.
-fn bundle(args: &Args, id: &str) -> Result<Bundle, RunError> {
+fn bundle(args: &Args, id: &str, compat: &Compat) -> Result<Bundle, RunError> {
     let mut bundle = match (&args.bundle, &args.image_dir) {
-        (Some(dir), _) => Bundle::load(&absolute(dir)?, id)?,
+        (Some(dir), _) => Bundle::load(&absolute(dir)?, id, compat)?,
         (None, Some(dir)) => spec::of_image_dir(&absolute(dir)?, id, &args.command)?,
         // clap requires one of the two.
         (None, None) => return Err(RunError::ImageDir { dir: PathBuf::new(), problem: "is missing".into() }),
@@ -221,8 +225,10 @@ impl Run {
             sandbox = Sandbox::start(start) => sandbox?,
             signal = signals.ending() => return Ok(exit_code_of(signal)),
         };
-        let result = self.in_sandbox(&sandbox, &mut signals).await;
+        let hooks = Hooks::of(&self.bundle);
+        let result = self.in_sandbox(&sandbox, &hooks, &mut signals).await;
         sandbox.close().await;
+        hooks.after_stop().await;
         if self.verbose {
             for step in timeline.steps() {
                 eprintln!("{:>10.3} ms  {}", step.ms, step.name);
@@ -231,12 +237,17 @@ impl Run {
         result
     }
 
-    async fn in_sandbox(&self, sandbox: &Sandbox, signals: &mut Signals) -> Result<u8, RunError> {
+    async fn in_sandbox(
+        &self,
+        sandbox: &Sandbox,
+        hooks: &Hooks,
+        signals: &mut Signals,
+    ) -> Result<u8, RunError> {
         tokio::select! {
             // The sandbox's end explains a lost connection, not the other way round.
             biased;
             reason = sandbox.ended() => Err(RunError::Ended(reason)),
-            result = self.container(sandbox, signals) => match result {
+            result = self.container(sandbox, hooks, signals) => match result {
                 Err(RunError::Agent(AgentError::Lost(_)) | RunError::Vsock(_)) => {
                     // Nothing can be done with a guest that does not answer.
                     sandbox.kill();
@@ -247,8 +258,17 @@ impl Run {
         }
     }
 
-    async fn container(&self, sandbox: &Sandbox, signals: &mut Signals) -> Result<u8, RunError> {
+    async fn container(
+        &self,
+        sandbox: &Sandbox,
+        hooks: &Hooks,
+        signals: &mut Signals,
+    ) -> Result<u8, RunError> {
         let agent = sandbox.agent();
+        tokio::select! {
+            result = hooks.before_create(sandbox.pid()) => result?,
+            signal = signals.ending() => return Ok(exit_code_of(signal)),
+        }
         let terminal = self.bundle.container.process.terminal;
         agent.create_container(&self.bundle.container).await?;
         sandbox.timeline().mark("container created");
@@ -256,6 +276,7 @@ impl Run {
         let init = process_ref(&self.id, "");
         agent.start(&init).await?;
         sandbox.timeline().mark("command started");
+        hooks.after_start(sandbox.pid()).await?;
         sandbox.set_phase(Phase::Running);
 
         let raw_mode = (terminal && self.interactive).then(RawMode::enter).transpose();

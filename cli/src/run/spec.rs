@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use rvm_shim::spec::Bundle;
+use rvm_shim::{config::Compat, spec::Bundle};
 use serde_json::json;
 
 use super::RunError;
@@ -28,7 +28,7 @@ pub(super) fn of_image_dir(dir: &Path, id: &str, command: &[String]) -> Result<B
     let root = dir.to_str().ok_or_else(|| refuse("is not UTF-8"))?;
     let json = serde_json::to_vec(&spec(root, id, command))
         .map_err(|error| RunError::Io { what: "writing the specification", source: error.into() })?;
-    Ok(Bundle::parse(dir, id, &json)?)
+    Ok(Bundle::parse(dir, id, &json, &Compat::default())?)
 }
 
 fn spec(root: &str, id: &str, command: &[String]) -> serde_json::Value {

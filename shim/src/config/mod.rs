@@ -42,6 +42,8 @@ pub struct Config {
     pub scratch: Scratch,
     /// Programs and directories of the host.
     pub host: Host,
+    /// What is accepted from clients although it cannot be done.
+    pub compat: Compat,
     /// What the shim logs.
     pub log_level: log::LevelFilter,
 }
@@ -95,6 +97,14 @@ pub struct Host {
     pub monitor: PathBuf,
     /// Directory below which each sandbox has its own, `NAMESPACE/ID`.
     pub state_dir: PathBuf,
+}
+
+/// What is accepted from clients although it cannot be done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Compat {
+    /// AppArmor profiles and SELinux labels have no effect instead of being
+    /// refused.
+    pub ignore_labels: bool,
 }
 
 /// Why there is no configuration.
@@ -190,6 +200,7 @@ impl Config {
                 monitor: table.path("host", "monitor")?,
                 state_dir: table.path("host", "state_dir")?,
             },
+            compat: Compat { ignore_labels: table.boolean("compat", "ignore_labels")? },
             log_level: log_level(&table)?,
         })
     }

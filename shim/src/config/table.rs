@@ -80,6 +80,13 @@ impl Table {
             .ok_or_else(|| self.wrong(section, key, format!("must be {least} to {most}")))
     }
 
+    /// A yes or no.
+    pub(super) fn boolean(&self, section: &str, key: &str) -> Result<bool, ConfigError> {
+        self.value(section, key)
+            .and_then(Value::as_bool)
+            .ok_or_else(|| self.wrong(section, key, "must be true or false".into()))
+    }
+
     /// A string.
     pub(super) fn string(&self, section: &str, key: &str) -> Result<&str, ConfigError> {
         self.value(section, key)

@@ -40,14 +40,15 @@ fn every_key_and_section_is_documented_above_it() {
     // by it, and no key is read that the file lacks (`defaults` would fail).
     for key in &keys {
         let (section, name) = key.split_once('.').unwrap();
-        let text = format!("[{section}]\n{name} = true\n");
+        let text = format!("[{section}]\n{name} = 1.5\n");
         assert!(
-            error(&text).starts_with(&format!("config.toml: {key} = true: must be a")),
+            error(&text).starts_with(&format!("config.toml: {key} = 1.5: must be a")),
             "{}",
             error(&text)
         );
     }
     let read = [
+        "compat.ignore_labels",
         "guest.boot_timeout_s",
         "guest.initramfs",
         "guest.kernel",
@@ -66,7 +67,7 @@ fn every_key_and_section_is_documented_above_it() {
 #[test]
 fn a_users_file_changes_what_it_names() {
     let config = Config::parse(
-        "[guest]\nvcpus = 4\nkernel_params = ' loglevel=7 dyndbg=\"file a.c +p\" '\n[scratch]\nbacking = 'block'\nsize_mib = 1024\n[log]\nlevel = 'debug'\n",
+        "[guest]\nvcpus = 4\nkernel_params = ' loglevel=7 dyndbg=\"file a.c +p\" '\n[scratch]\nbacking = 'block'\nsize_mib = 1024\n[compat]\nignore_labels = true\n[log]\nlevel = 'debug'\n",
         "config.toml",
     )
     .unwrap();
@@ -74,6 +75,7 @@ fn a_users_file_changes_what_it_names() {
     assert_eq!(config.guest.vcpus, 4);
     assert_eq!(config.guest.cmdline(), format!("{DEFAULT_CMDLINE} loglevel=7 dyndbg=\"file a.c +p\""));
     assert_eq!(config.scratch, Scratch::Block { size_bytes: 1 << 30 });
+    assert!(config.compat.ignore_labels && !defaults.compat.ignore_labels);
     assert_eq!(config.log_level, log::LevelFilter::Debug);
     assert_eq!(config.guest.kernel, defaults.guest.kernel);
     assert_eq!(config.host, defaults.host);
@@ -117,7 +119,7 @@ fn wrong_keys_are_refused_by_name() {
         ("vcpus = 2", "config.toml: vcpus: unknown; vcpus belongs below [guest]"),
         (
             "[gest]\nvcpus = 2",
-            "config.toml: gest: unknown; there are the sections [guest], [host], [log], [scratch]",
+            "config.toml: gest: unknown; there are the sections [compat], [guest], [host], [log], [scratch]",
         ),
         ("guest = 3", "config.toml: guest = 3: must be a section, [guest]"),
         (

@@ -16,8 +16,10 @@ use tokio::time::timeout;
 
 use crate::{
     agent::{AgentError, process_ref},
+    config::Compat,
     error::Error,
     events::{Events, timestamp},
+    hooks::{HookError, Hooks},
     io::{Endpoints, ProcessIo, Stdio},
     process::{Exit, Phase, Process},
     rootfs::Layer,
@@ -46,6 +48,7 @@ pub struct Container {
     /// Its bundle.
     pub bundle: PathBuf,
     sandbox: Arc<Sandbox>,
+    hooks: Arc<Hooks>,
     namespace: String,
     events: Events,
     init: Arc<Process>,
@@ -54,18 +57,23 @@ pub struct Container {
     /// The first process's, until it is started.
     endpoints: Mutex<Option<Endpoints>>,
     execs: Mutex<BTreeMap<String, Arc<Process>>>,
+    compat: Compat,
 }
 
 /// What a container is made of.
 pub struct Create {
     /// Its specification.
     pub bundle: Bundle,
+    /// Its hooks.
+    pub hooks: Arc<Hooks>,
     /// Its layers, as they were added to the share.
     pub layers: Vec<Layer>,
     /// Its streams as containerd named them.
     pub stdio: Stdio,
     /// Its streams, opened.
     pub endpoints: Endpoints,
+    /// What its specifications may ask for in vain.
+    pub compat: Compat,
 }
 
 /// A process as `Pids` tells it.
@@ -86,7 +94,7 @@ impl Container {
         create: Create,
         events: Events,
     ) -> Result<Arc<Self>, Error> {
-        let Create { bundle, layers, stdio, endpoints } = create;
+        let Create { bundle, hooks, layers, stdio, endpoints, compat } = create;
         let mut request = bundle.container;
         let id = request.container_id.clone();
         let resources = request.resources.mut_or_insert_default();
@@ -113,12 +121,14 @@ impl Container {
             id,
             bundle: bundle.dir,
             sandbox,
+            hooks,
             namespace: namespace.to_owned(),
             events,
             init: Arc::new(init),
             init_guest_pid,
             endpoints: Mutex::new(Some(endpoints)),
             execs: Mutex::default(),
+            compat,
         });
         container.events.publish(created);
         tokio::spawn(container.clone().follow(container.init.clone()));
@@ -128,6 +138,11 @@ impl Container {
     /// The sandbox it runs in.
     pub fn sandbox(&self) -> &Arc<Sandbox> {
         &self.sandbox
+    }
+
+    /// Its hooks on the host.
+    pub fn hooks(&self) -> &Hooks {
+        &self.hooks
     }
 
     /// One of its processes; the first where `exec_id` is empty.
@@ -170,6 +185,7 @@ impl Container {
         self.sandbox.timeline().mark("streams attached");
         self.sandbox.agent().start(&process_ref(&self.id, "")).await?;
         self.sandbox.timeline().mark("started");
+        with_sandbox(&self.sandbox, self.hooks.after_start(init.pid())).await?;
         let pid = init.pid();
         init.set_running(pid);
         self.events.publish(TaskStart { container_id: self.id.clone(), pid, ..Default::default() });
@@ -211,7 +227,7 @@ impl Container {
         if self.execs().contains_key(exec_id) {
             return Err(exists());
         }
-        let (mut message, not_applied) = spec::exec_process(json)?;
+        let (mut message, not_applied) = spec::exec_process(json, &self.compat)?;
         log_not_applied(&format!("{}/{} exec {exec_id}", self.namespace, self.id), &not_applied);
         message.terminal = stdio.terminal;
         (message.stdin, message.stdout, message.stderr) =
@@ -448,6 +464,18 @@ fn io_message(stdio: &Stdio) -> TaskIO {
         stderr: stdio.stderr.clone(),
         terminal: stdio.terminal,
         ..Default::default()
+    }
+}
+
+/// Hooks run as long as the sandbox does that they are about.
+pub(crate) async fn with_sandbox(
+    sandbox: &Sandbox,
+    hooks: impl Future<Output = Result<(), HookError>>,
+) -> Result<(), Error> {
+    tokio::select! {
+        biased;
+        result = hooks => Ok(result?),
+        reason = sandbox.ended() => Err(Error::SandboxEnded(reason)),
     }
 }
 

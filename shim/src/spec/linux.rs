@@ -1,29 +1,26 @@
-//! `linux`: namespaces, devices, paths, and the limits this version refuses.
+//! `linux`: devices, paths, kernel parameters, and what has files of its own.
 
 use std::path::{Component, Path};
 
-use oci_spec::runtime::{self as oci, LinuxDeviceType, LinuxNamespaceType as Kind};
-use rvm_protocol::agent::{CreateContainerRequest, Device, Namespace, NamespaceType};
+use oci_spec::runtime::{self as oci, LinuxDeviceType, LinuxPersonalityDomain};
+use rvm_protocol::agent::{CreateContainerRequest, Device, Seccomp};
 
-use super::{SpecError, absolute_path, path_text, text};
+use super::{SpecError, absolute_path, labels, namespaces, path_text, resources, text};
+use crate::{
+    config::Compat,
+    seccomp::{self, SeccompError},
+};
 
-/// Adds what `linux` says to `container`.
+/// Adds what `linux` says to `container`, which has its process already.
 pub(super) fn translate(
     linux: &oci::Linux,
+    compat: &Compat,
     container: &mut CreateContainerRequest,
     not_applied: &mut Vec<String>,
 ) -> Result<(), SpecError> {
     refuse_unsupported(linux)?;
-    if linux.seccomp().is_some() {
-        not_applied.push("linux.seccomp".into());
-    }
-    if linux.mount_label().as_ref().is_some_and(|label| !label.is_empty()) {
-        not_applied.push("linux.mountLabel".into());
-    }
-    if let Some(resources) = linux.resources() {
-        check_resources(resources, not_applied)?;
-    }
-    container.namespaces = namespaces(linux.namespaces().as_deref().unwrap_or_default())?;
+    labels::selinux("linux.mountLabel", linux.mount_label(), compat, not_applied)?;
+    namespaces::translate(linux, container)?;
     container.rootfs.mut_or_insert_default().propagation = propagation(linux.rootfs_propagation())?;
     container.masked_paths = paths("linux.maskedPaths", linux.masked_paths())?;
     container.readonly_paths = paths("linux.readonlyPaths", linux.readonly_paths())?;
@@ -38,14 +35,17 @@ pub(super) fn translate(
     for (n, device) in linux.devices().iter().flatten().enumerate() {
         container.devices.push(self::device(&format!("linux.devices[{n}]"), device)?);
     }
+    let resources = linux.resources().clone().unwrap_or_default();
+    let mut resources = resources::translate("linux.resources", &resources, &container.devices, not_applied)?;
+    resources.device_rules.extend(resources::default_device_rules());
+    container.resources = Some(resources).into();
+    container.seccomp = linux.seccomp().as_ref().map(seccomp).transpose()?.into();
+    container.personality = linux.personality().as_ref().map(personality).transpose()?;
     Ok(())
 }
 
 fn refuse_unsupported(linux: &oci::Linux) -> Result<(), SpecError> {
-    let mapped = |mappings: &Option<Vec<oci::LinuxIdMapping>>| mappings.iter().flatten().next().is_some();
     for (present, field, reason) in [
-        (mapped(linux.uid_mappings()), "linux.uidMappings", "this version has no user namespaces"),
-        (mapped(linux.gid_mappings()), "linux.gidMappings", "this version has no user namespaces"),
         (
             linux.net_devices().iter().flatten().next().is_some(),
             "linux.netDevices",
@@ -53,129 +53,36 @@ fn refuse_unsupported(linux: &oci::Linux) -> Result<(), SpecError> {
         ),
         (linux.intel_rdt().is_some(), "linux.intelRdt", "the guest has no resctrl file system"),
         (linux.memory_policy().is_some(), "linux.memoryPolicy", "the guest has one memory node"),
-        (
-            linux.time_offsets().iter().flatten().next().is_some(),
-            "linux.timeOffsets",
-            "this version has no time namespaces",
-        ),
     ] {
         if present {
             return Err(SpecError::unsupported(field, reason));
         }
     }
-    if let Some(personality) = linux.personality()
-        && personality.domain() != oci::LinuxPersonalityDomain::PerLinux
-    {
-        return Err(SpecError::unsupported("linux.personality.domain", "only LINUX is"));
-    }
     Ok(())
 }
 
-/// Limits somebody asked for are refused; what runtimes always write is let
-/// through.
-fn check_resources(resources: &oci::LinuxResources, not_applied: &mut Vec<String>) -> Result<(), SpecError> {
-    let memory = resources.memory().unwrap_or_default();
-    let cpu = resources.cpu().clone().unwrap_or_default();
-    let io = resources.block_io().clone().unwrap_or_default();
-    let limits = |value: Option<i64>| value.is_some_and(|value| value > 0);
-    let named = |value: &Option<String>| value.as_ref().is_some_and(|value| !value.is_empty());
-    fn any<T>(list: &Option<Vec<T>>) -> bool {
-        list.iter().flatten().next().is_some()
-    }
-    for (asked, field) in [
-        (limits(memory.limit()), "memory.limit"),
-        (limits(memory.reservation()), "memory.reservation"),
-        (limits(memory.swap()), "memory.swap"),
-        (limits(memory.kernel()), "memory.kernel"),
-        (limits(memory.kernel_tcp()), "memory.kernelTCP"),
-        (memory.disable_oom_killer() == Some(true), "memory.disableOOMKiller"),
-        (limits(cpu.quota()), "cpu.quota"),
-        (cpu.burst().is_some_and(|burst| burst > 0), "cpu.burst"),
-        (limits(cpu.realtime_runtime()), "cpu.realtimeRuntime"),
-        (limits(cpu.idle()), "cpu.idle"),
-        (named(cpu.cpus()), "cpu.cpus"),
-        (named(cpu.mems()), "cpu.mems"),
-        (resources.pids().is_some_and(|pids| pids.limit() > 0), "pids.limit"),
-        (io.weight().is_some_and(|weight| weight > 0), "blockIO.weight"),
-        (io.leaf_weight().is_some_and(|weight| weight > 0), "blockIO.leafWeight"),
-        (any(io.weight_device()), "blockIO.weightDevice"),
-        (any(io.throttle_read_bps_device()), "blockIO.throttleReadBpsDevice"),
-        (any(io.throttle_write_bps_device()), "blockIO.throttleWriteBpsDevice"),
-        (any(io.throttle_read_iops_device()), "blockIO.throttleReadIOPSDevice"),
-        (any(io.throttle_write_iops_device()), "blockIO.throttleWriteIOPSDevice"),
-        (any(resources.hugepage_limits()), "hugepageLimits"),
-        (resources.rdma().iter().flatten().next().is_some(), "rdma"),
-        (resources.unified().iter().flatten().next().is_some(), "unified"),
-        (
-            resources
-                .network()
-                .as_ref()
-                .is_some_and(|net| net.class_id().is_some_and(|id| id > 0) || any(net.priorities())),
-            "network",
-        ),
-    ] {
-        if asked {
-            return Err(SpecError::unsupported(
-                format!("linux.resources.{field}"),
-                "this version applies no resource limits",
-            ));
+/// The compiled profile.
+fn seccomp(profile: &oci::LinuxSeccomp) -> Result<Seccomp, SpecError> {
+    const FIELD: &str = "linux.seccomp";
+    seccomp::compile(profile).map_err(|error| match error {
+        SeccompError::Field { field, problem } => SpecError::field(format!("{FIELD}.{field}"), problem),
+        SeccompError::Unsupported { field, reason } => {
+            SpecError::unsupported(format!("{FIELD}.{field}"), reason)
         }
-    }
-    if cpu.shares().is_some_and(|shares| shares > 0) {
-        not_applied.push("linux.resources.cpu.shares".into());
-    }
-    if any(resources.devices()) {
-        not_applied.push("linux.resources.devices".into());
-    }
-    Ok(())
+        error @ SeccompError::TooLong { .. } => SpecError::field(FIELD, error.to_string()),
+    })
 }
 
-fn namespaces(namespaces: &[oci::LinuxNamespace]) -> Result<Vec<Namespace>, SpecError> {
-    let mut out: Vec<Namespace> = Vec::with_capacity(namespaces.len());
-    for (n, namespace) in namespaces.iter().enumerate() {
-        let field = format!("linux.namespaces[{n}]");
-        if namespace.path().as_ref().is_some_and(|path| !path.as_os_str().is_empty()) {
-            return Err(SpecError::unsupported(
-                format!("{field}.path"),
-                format!(
-                    "{} is a namespace of the host's kernel, which the container does not run on",
-                    namespace.path().as_deref().unwrap_or(Path::new("")).display()
-                ),
-            ));
-        }
-        let kind = match namespace.typ() {
-            Kind::Pid => NamespaceType::PID,
-            Kind::Network => NamespaceType::NETWORK,
-            Kind::Mount => NamespaceType::MOUNT,
-            Kind::Ipc => NamespaceType::IPC,
-            Kind::Uts => NamespaceType::UTS,
-            Kind::Cgroup => NamespaceType::CGROUP,
-            Kind::User | Kind::Time => {
-                return Err(SpecError::unsupported(
-                    field,
-                    format!("this version makes no {} namespace", namespace.typ()),
-                ));
-            }
-        };
-        if out.iter().any(|other| other.type_ == kind.into()) {
-            return Err(SpecError::field(
-                format!("{field}.type"),
-                format!("{} is there twice", namespace.typ()),
-            ));
-        }
-        out.push(Namespace { type_: kind.into(), ..Default::default() });
+/// The argument of personality(2).
+fn personality(personality: &oci::LinuxPersonality) -> Result<u32, SpecError> {
+    if personality.flags().iter().flatten().next().is_some() {
+        return Err(SpecError::unsupported("linux.personality.flags", "no flag is defined"));
     }
-    let has = |kind: NamespaceType| out.iter().any(|namespace| namespace.type_ == kind.into());
-    if !has(NamespaceType::MOUNT) {
-        return Err(SpecError::field("linux.namespaces", "must hold a \"mount\" namespace"));
+    Ok(match personality.domain() {
+        LinuxPersonalityDomain::PerLinux => libc::PER_LINUX,
+        LinuxPersonalityDomain::PerLinux32 => libc::PER_LINUX32,
     }
-    if !has(NamespaceType::NETWORK) {
-        return Err(SpecError::unsupported(
-            "linux.namespaces",
-            "without a \"network\" namespace the container would share the host's network, which a microVM cannot",
-        ));
-    }
-    Ok(out)
+    .cast_unsigned())
 }
 
 fn propagation(value: &Option<String>) -> Result<String, SpecError> {
@@ -269,7 +176,8 @@ fn device(at: &str, device: &oci::LinuxDevice) -> Result<Device, SpecError> {
         type_: kind.into(),
         major: number("major", device.major())?,
         minor: number("minor", device.minor())?,
-        file_mode: device.file_mode().unwrap_or(0o666),
+        // The type is said by `type`.
+        file_mode: device.file_mode().unwrap_or(0o666) & 0o7777,
         uid: device.uid().unwrap_or(0),
         gid: device.gid().unwrap_or(0),
         ..Default::default()

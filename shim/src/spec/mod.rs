@@ -5,25 +5,37 @@
 //! it becomes part of a message, it is refused with an error that names it, or
 //! it is listed in [`Bundle::not_applied`] (see docs/decisions/0603).
 
+mod hooks;
+mod labels;
 mod linux;
 mod mounts;
+mod namespaces;
 mod process;
+pub(crate) mod resources;
+mod scheduling;
 #[cfg(test)]
 mod tests;
 
 use std::{
+    collections::HashMap,
     fs, io,
     path::{Path, PathBuf},
 };
 
 use oci_spec::runtime::Spec;
-use rvm_protocol::agent::{CreateContainerRequest, Process};
+use rvm_protocol::agent::{CreateContainerRequest, Device, NamespaceType, Process, Resources};
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
+use crate::config::Compat;
+
+pub use hooks::{Hook, HostHooks};
 pub use mounts::Volume;
 
 /// Name of the specification in a bundle.
 const CONFIG_FILE: &str = "config.json";
+/// What every flag of sched_setattr(2) begins with in a specification.
+const SCHEDULER_FLAG: &str = "SCHED_FLAG_";
 /// Largest specification read: containerd's own limit for a message is 16 MiB.
 const MAX_CONFIG_LEN: u64 = 16 << 20;
 
@@ -89,13 +101,19 @@ pub struct Bundle {
     pub container: CreateContainerRequest,
     /// What has to be in the container's part of the share.
     pub volumes: Vec<Volume>,
-    /// Fields that were accepted and have no effect yet.
+    /// What runs on the host when the container is created, started and deleted.
+    pub hooks: HostHooks,
+    /// The specification's version, for the state that hooks are given.
+    pub oci_version: String,
+    /// The specification's annotations.
+    pub annotations: HashMap<String, String>,
+    /// Fields that were accepted and have no effect.
     pub not_applied: Vec<String>,
 }
 
 impl Bundle {
     /// Reads and checks `dir/config.json` for the container `id`.
-    pub fn load(dir: &Path, id: &str) -> Result<Self, SpecError> {
+    pub fn load(dir: &Path, id: &str, compat: &Compat) -> Result<Self, SpecError> {
         let path = dir.join(CONFIG_FILE);
         let read = |source| SpecError::Read { path: path.clone(), source };
         if fs::metadata(&path).map_err(read)?.len() > MAX_CONFIG_LEN {
@@ -105,33 +123,64 @@ impl Bundle {
             ));
         }
         let text = fs::read(&path).map_err(read)?;
-        Self::parse(dir, id, &text)
+        Self::parse(dir, id, &text, compat)
     }
 
     /// Checks a specification that has been read.
-    pub fn parse(dir: &Path, id: &str, json: &[u8]) -> Result<Self, SpecError> {
+    pub fn parse(dir: &Path, id: &str, json: &[u8], compat: &Compat) -> Result<Self, SpecError> {
         let spec: Spec = from_json(CONFIG_FILE, json)?;
-        translate(dir, id, &spec)
+        translate(dir, id, &spec, compat)
     }
 }
 
 /// The process of an exec, as containerd passes it.
-pub fn exec_process(json: &[u8]) -> Result<(Process, Vec<String>), SpecError> {
+pub fn exec_process(json: &[u8], compat: &Compat) -> Result<(Process, Vec<String>), SpecError> {
     let mut not_applied = Vec::new();
-    let process = process::translate("process", &from_json("exec", json)?, &mut not_applied)?;
+    let process = process::translate("process", &from_json("exec", json)?, compat, &mut not_applied)?;
     Ok((process, not_applied))
 }
 
+/// Limits a running container is to be given, as containerd passes them. The
+/// `devices` are the container's.
+pub fn resources(json: &[u8], devices: &[Device]) -> Result<(Resources, Vec<String>), SpecError> {
+    let mut not_applied = Vec::new();
+    let resources =
+        resources::translate("resources", &from_json("update", json)?, devices, &mut not_applied)?;
+    Ok((resources, not_applied))
+}
+
 fn from_json<T: DeserializeOwned>(what: &str, json: &[u8]) -> Result<T, SpecError> {
-    let deserializer = &mut serde_json::Deserializer::from_slice(json);
-    serde_path_to_error::deserialize(deserializer).map_err(|error| SpecError::Json {
+    let failed = |error: serde_path_to_error::Error<serde_json::Error>| SpecError::Json {
         what: what.to_owned(),
         field: error.path().to_string(),
         source: error.into_inner(),
-    })
+    };
+    if json.windows(SCHEDULER_FLAG.len()).any(|text| text == SCHEDULER_FLAG.as_bytes()) {
+        let mut document: Value = serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_slice(json))
+            .map_err(failed)?;
+        rename_scheduler_flags(&mut document);
+        return serde_path_to_error::deserialize(document).map_err(failed);
+    }
+    serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_slice(json)).map_err(failed)
 }
 
-fn translate(dir: &Path, id: &str, spec: &Spec) -> Result<Bundle, SpecError> {
+/// oci-spec 0.10 knows two of the specification's flags by other names.
+fn rename_scheduler_flags(document: &mut Value) {
+    let process = match document.get("process") {
+        Some(_) => &mut document["process"],
+        None => document,
+    };
+    let flags = process.pointer_mut("/scheduler/flags").and_then(Value::as_array_mut);
+    for flag in flags.into_iter().flatten() {
+        match flag.as_str() {
+            Some("SCHED_FLAG_RESET_ON_FORK") => *flag = "SCHED_RESET_ON_FORK".into(),
+            Some("SCHED_FLAG_DL_OVERRUN") => *flag = "SCHED_FLAG_D_L_OVERRUN".into(),
+            _ => {}
+        }
+    }
+}
+
+fn translate(dir: &Path, id: &str, spec: &Spec, compat: &Compat) -> Result<Bundle, SpecError> {
     check_version(spec.version())?;
     refuse_other_platforms(spec)?;
     let mut not_applied = Vec::new();
@@ -140,7 +189,7 @@ fn translate(dir: &Path, id: &str, spec: &Spec) -> Result<Bundle, SpecError> {
         .process()
         .as_ref()
         .ok_or_else(|| SpecError::field("process", "is missing; it says what the container runs"))?;
-    let process = process::translate("process", process, &mut not_applied)?;
+    let process = process::translate("process", process, compat, &mut not_applied)?;
 
     let root = spec
         .root()
@@ -164,11 +213,26 @@ fn translate(dir: &Path, id: &str, spec: &Spec) -> Result<Bundle, SpecError> {
     let linux = spec.linux().as_ref().ok_or_else(|| {
         SpecError::field("linux", "is missing; it holds at least the namespaces of a Linux container")
     })?;
-    linux::translate(linux, &mut container, &mut not_applied)?;
+    linux::translate(linux, compat, &mut container, &mut not_applied)?;
+    for (name, field) in [(&container.hostname, "hostname"), (&container.domainname, "domainname")] {
+        if !name.is_empty() && !namespaces::has(&container, NamespaceType::UTS) {
+            return Err(SpecError::field(field, "needs a \"uts\" namespace in linux.namespaces"));
+        }
+    }
+    let hooks = hooks::translate(spec, &dir.to_string_lossy(), &mut container)?;
     let volumes =
         mounts::translate(dir, id, spec.mounts().as_deref().unwrap_or_default(), &mut container.mounts)?;
 
-    Ok(Bundle { dir: dir.to_owned(), root: dir.join(root.path()), container, volumes, not_applied })
+    Ok(Bundle {
+        dir: dir.to_owned(),
+        root: dir.join(root.path()),
+        container,
+        volumes,
+        hooks,
+        oci_version: spec.version().clone(),
+        annotations: spec.annotations().clone().unwrap_or_default(),
+        not_applied,
+    })
 }
 
 fn check_version(version: &str) -> Result<(), SpecError> {
@@ -190,25 +254,6 @@ fn refuse_other_platforms(spec: &Spec) -> Result<(), SpecError> {
     }
     if spec.vm().is_some() {
         return Err(SpecError::unsupported("vm", "the virtual machine is set up by rvm's own configuration"));
-    }
-    if let Some(hooks) = spec.hooks() {
-        #[allow(deprecated)]
-        let kinds = [
-            (hooks.prestart(), "prestart"),
-            (hooks.create_runtime(), "createRuntime"),
-            (hooks.create_container(), "createContainer"),
-            (hooks.start_container(), "startContainer"),
-            (hooks.poststart(), "poststart"),
-            (hooks.poststop(), "poststop"),
-        ];
-        for (hooks, kind) in kinds {
-            if hooks.as_ref().is_some_and(|hooks| !hooks.is_empty()) {
-                return Err(SpecError::unsupported(
-                    format!("hooks.{kind}"),
-                    "this version runs no OCI hooks",
-                ));
-            }
-        }
     }
     Ok(())
 }

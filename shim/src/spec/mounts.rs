@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use oci_spec::runtime as oci;
 use rvm_protocol::agent::Mount;
 
-use super::{SpecError, path_text, text};
+use super::{SpecError, namespaces::mappings, path_text, text};
 
 /// Something of the host that the container sees, by way of the share.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,25 +39,18 @@ pub(super) fn translate(
             .enumerate()
             .map(|(k, option)| text(format!("{at}.options[{k}]"), Some(option)))
             .collect::<Result<Vec<_>, _>>()?;
-        for (mappings, field) in
-            [(mount.uid_mappings(), "uidMappings"), (mount.gid_mappings(), "gidMappings")]
-        {
-            if mappings.iter().flatten().next().is_some() {
-                return Err(SpecError::unsupported(
-                    format!("{at}.{field}"),
-                    "this version has no user namespaces",
-                ));
-            }
-        }
         let mut message = Mount {
             destination: destination(&at, mount.destination())?,
             type_: text(format!("{at}.type"), mount.typ().as_deref())?,
             source: path_text(&format!("{at}.source"), mount.source().as_deref().unwrap_or(Path::new("")))?,
             options,
+            uid_mappings: mappings(&format!("{at}.uidMappings"), mount.uid_mappings())?,
+            gid_mappings: mappings(&format!("{at}.gidMappings"), mount.gid_mappings())?,
             ..Default::default()
         };
+        check_mappings(&at, &message)?;
         let has = |name: &str| message.options.iter().any(|option| option == name);
-        if message.type_ == "bind" || has("bind") || has("rbind") {
+        if is_bind(&message) {
             let source = mount.source().as_deref().filter(|source| !source.as_os_str().is_empty());
             let source = source.ok_or_else(|| {
                 SpecError::field(format!("{at}.source"), "is missing; a bind mount needs a path of the host")
@@ -82,6 +75,28 @@ pub(super) fn translate(
         out.push(message);
     }
     Ok(volumes)
+}
+
+/// Ids are mapped on bind mounts, users and groups together.
+fn check_mappings(at: &str, mount: &Mount) -> Result<(), SpecError> {
+    let (uids, gids) = (!mount.uid_mappings.is_empty(), !mount.gid_mappings.is_empty());
+    let (given, missing) = match (uids, gids) {
+        (false, false) => return Ok(()),
+        (true, false) => ("uidMappings", Some("gidMappings")),
+        (false, true) => ("gidMappings", Some("uidMappings")),
+        (true, true) => ("uidMappings", None),
+    };
+    if let Some(missing) = missing {
+        return Err(SpecError::field(format!("{at}.{missing}"), format!("is missing beside {given}")));
+    }
+    if !is_bind(mount) {
+        return Err(SpecError::field(format!("{at}.{given}"), "can be mapped on bind mounts only"));
+    }
+    Ok(())
+}
+
+fn is_bind(mount: &Mount) -> bool {
+    mount.type_ == "bind" || mount.options.iter().any(|option| option == "bind" || option == "rbind")
 }
 
 /// A relative destination counts from the container's root, as with runc.

@@ -2,10 +2,11 @@
 
 use std::collections::BTreeSet;
 
-use oci_spec::runtime::{self as oci, PosixRlimitType};
-use rvm_protocol::agent::{Capabilities, ConsoleSize, Process, Rlimit, User};
+use oci_spec::runtime::{self as oci, IOPriorityClass, PosixRlimitType};
+use rvm_protocol::agent::{Capabilities, ConsoleSize, IoPriority, Process, Rlimit, User};
 
-use super::{SpecError, absolute_path, text};
+use super::{SpecError, absolute_path, labels, resources::list, scheduling, text};
+use crate::config::Compat;
 
 /// Capabilities by number (capabilities(7), linux/capability.h).
 const CAPABILITIES: [&str; 41] = [
@@ -56,16 +57,14 @@ const CAPABILITIES: [&str; 41] = [
 pub(super) fn translate(
     at: &str,
     process: &oci::Process,
+    compat: &Compat,
     not_applied: &mut Vec<String>,
 ) -> Result<Process, SpecError> {
-    refuse_unsupported(at, process)?;
-    for (label, field) in
-        [(process.apparmor_profile(), "apparmorProfile"), (process.selinux_label(), "selinuxLabel")]
-    {
-        if label.as_ref().is_some_and(|label| !label.is_empty()) {
-            not_applied.push(format!("{at}.{field}"));
-        }
+    if process.command_line().as_ref().is_some_and(|line| !line.is_empty()) {
+        return Err(SpecError::unsupported(format!("{at}.commandLine"), "it is for Windows; use args"));
     }
+    labels::apparmor(&format!("{at}.apparmorProfile"), process.apparmor_profile(), compat, not_applied)?;
+    labels::selinux(&format!("{at}.selinuxLabel"), process.selinux_label(), compat, not_applied)?;
 
     let args = strings(&format!("{at}.args"), process.args().as_deref())?;
     match args.first() {
@@ -81,6 +80,7 @@ pub(super) fn translate(
         Some(_) => {}
     }
     let user = process.user();
+    let affinity = process.exec_cpu_affinity().clone().unwrap_or_default();
     Ok(Process {
         args,
         env: strings(&format!("{at}.env"), process.env().as_deref())?,
@@ -100,24 +100,17 @@ pub(super) fn translate(
         no_new_privileges: process.no_new_privileges().unwrap_or(false),
         rlimits: rlimits(at, process.rlimits().as_deref().unwrap_or_default())?,
         oom_score_adj: oom_score_adj(at, process.oom_score_adj())?,
+        io_priority: process.io_priority().as_ref().map(|io| io_priority(at, io)).transpose()?.into(),
+        scheduler: process
+            .scheduler()
+            .as_ref()
+            .map(|scheduler| scheduling::translate(&format!("{at}.scheduler"), scheduler))
+            .transpose()?
+            .into(),
+        initial_cpus: list(&format!("{at}.execCPUAffinity.initial"), affinity.initial().as_deref())?,
+        final_cpus: list(&format!("{at}.execCPUAffinity.final"), affinity.cpu_affinity_final().as_deref())?,
         ..Default::default()
     })
-}
-
-fn refuse_unsupported(at: &str, process: &oci::Process) -> Result<(), SpecError> {
-    for (present, field) in [
-        (process.io_priority().is_some(), "ioPriority"),
-        (process.scheduler().is_some(), "scheduler"),
-        (process.exec_cpu_affinity().is_some(), "execCPUAffinity"),
-    ] {
-        if present {
-            return Err(SpecError::unsupported(format!("{at}.{field}"), "this version does not set it"));
-        }
-    }
-    if process.command_line().as_ref().is_some_and(|line| !line.is_empty()) {
-        return Err(SpecError::unsupported(format!("{at}.commandLine"), "it is for Windows; use args"));
-    }
-    Ok(())
 }
 
 fn strings(field: &str, values: Option<&[String]>) -> Result<Vec<String>, SpecError> {
@@ -149,6 +142,22 @@ fn oom_score_adj(at: &str, value: Option<i32>) -> Result<Option<i32>, SpecError>
             Err(SpecError::field(format!("{at}.oomScoreAdj"), format!("must be -1000 to 1000, is {value}")))
         }
         value => Ok(value),
+    }
+}
+
+fn io_priority(at: &str, io: &oci::LinuxIOPriority) -> Result<IoPriority, SpecError> {
+    // linux/ioprio.h
+    let class = match io.class() {
+        IOPriorityClass::IoprioClassRt => 1,
+        IOPriorityClass::IoprioClassBe => 2,
+        IOPriorityClass::IoprioClassIdle => 3,
+    };
+    match u32::try_from(io.priority()) {
+        Ok(priority @ 0..=7) => Ok(IoPriority { class, priority, ..Default::default() }),
+        _ => Err(SpecError::field(
+            format!("{at}.ioPriority.priority"),
+            format!("must be 0 to 7, is {}", io.priority()),
+        )),
     }
 }
 

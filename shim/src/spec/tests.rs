@@ -1,7 +1,7 @@
 use std::path::Path;
 
 use oci_spec::runtime::Capability;
-use rvm_protocol::agent::NamespaceType;
+use rvm_protocol::agent::{CreateContainerRequest, Namespace, NamespaceType, Resources};
 use serde_json::{Value, json};
 
 use super::*;
@@ -47,11 +47,16 @@ fn ctr_spec() -> Value {
 }
 
 fn load(spec: &Value) -> Result<Bundle, String> {
-    Bundle::parse(Path::new("/bundle"), "web", spec.to_string().as_bytes()).map_err(|error| error.to_string())
+    load_with(spec, Compat::default())
 }
 
-/// The error of the spec with `value` at the JSON pointer `at`.
-fn error_with(at: &str, value: Value) -> String {
+fn load_with(spec: &Value, compat: Compat) -> Result<Bundle, String> {
+    let json = spec.to_string();
+    Bundle::parse(Path::new("/bundle"), "web", json.as_bytes(), &compat).map_err(|error| error.to_string())
+}
+
+/// The spec with `value` at the JSON pointer `at`.
+fn changed(at: &str, value: Value) -> Value {
     let mut spec = ctr_spec();
     let (parent, key) = at.rsplit_once('/').unwrap();
     match spec.pointer_mut(parent).unwrap() {
@@ -59,14 +64,24 @@ fn error_with(at: &str, value: Value) -> String {
         Value::Array(array) => array[key.parse::<usize>().unwrap()] = value,
         other => panic!("{other}"),
     }
-    load(&spec).unwrap_err()
+    spec
+}
+
+/// The error of the spec with `value` at the JSON pointer `at`.
+fn error_with(at: &str, value: Value) -> String {
+    load(&changed(at, value)).unwrap_err()
+}
+
+/// What the agent is asked for by the spec with `value` at the JSON pointer `at`.
+fn request_with(at: &str, value: Value) -> CreateContainerRequest {
+    load(&changed(at, value)).unwrap().container
 }
 
 #[test]
 fn what_ctr_writes_goes_through() {
     let bundle = load(&ctr_spec()).unwrap();
     assert_eq!(bundle.root, Path::new("/bundle/rootfs"));
-    assert_eq!(bundle.not_applied, ["linux.resources.cpu.shares", "linux.resources.devices"]);
+    assert!(bundle.not_applied.is_empty(), "{:?}", bundle.not_applied);
     let container = &bundle.container;
     assert_eq!((container.container_id.as_str(), container.hostname.as_str()), ("web", "web"));
     assert_eq!(container.rootfs.share_path, "web/rootfs");
@@ -157,6 +172,133 @@ fn wrong_values_are_named_with_what_would_be_right() {
             "linux.devices[0].type: must be one of c, b, u, p, is \"a\"",
         ),
         (
+            "/linux/namespaces",
+            json!([{"type": "mount"}, {"type": "network"}]),
+            "hostname: needs a \"uts\" namespace in linux.namespaces",
+        ),
+        (
+            "/linux/uidMappings",
+            json!([{"hostID": 1, "containerID": 0, "size": 1}]),
+            "linux.uidMappings: needs a new \"user\" namespace in linux.namespaces",
+        ),
+        (
+            "/linux/gidMappings",
+            json!([{"hostID": 1, "containerID": 0, "size": 0}]),
+            "linux.gidMappings[0].size: must be at least 1, is 0",
+        ),
+        (
+            "/linux/uidMappings",
+            json!([{"hostID": 1, "containerID": 0, "size": 10}, {"hostID": 100, "containerID": 9, "size": 1}]),
+            "linux.uidMappings[1].containerID: maps ids that another entry maps",
+        ),
+        (
+            "/linux/uidMappings",
+            json!([{"hostID": 1, "containerID": 4294967295u32, "size": 1}]),
+            "linux.uidMappings[0].size: goes beyond the last id, is 1",
+        ),
+        (
+            "/linux/timeOffsets",
+            json!({"boottime": {"secs": 1}}),
+            "linux.timeOffsets: needs a new \"time\" namespace in linux.namespaces",
+        ),
+        (
+            "/linux/timeOffsets",
+            json!({"realtime": {"secs": 1}}),
+            "linux.timeOffsets[\"realtime\"]: must be of the clock \"monotonic\" or \"boottime\"",
+        ),
+        (
+            "/linux/resources/memory",
+            json!({"limit": -2}),
+            "linux.resources.memory.limit: must be positive, or -1 for no limit, is -2",
+        ),
+        (
+            "/linux/resources/memory",
+            json!({"limit": 2000, "swap": 1000}),
+            "linux.resources.memory.swap: limits memory and swap together and must not be below memory.limit, is 1000 below 2000",
+        ),
+        (
+            "/linux/resources/memory",
+            json!({"swap": 1000}),
+            "linux.resources.memory.swap: limits memory and swap together and needs memory.limit beside it",
+        ),
+        (
+            "/linux/resources/cpu",
+            json!({"cpus": "0-x"}),
+            "linux.resources.cpu.cpus: must be a list of numbers and ranges like \"0-3,7\", is \"0-x\"",
+        ),
+        (
+            "/linux/resources/cpu",
+            json!({"mems": "3-1"}),
+            "linux.resources.cpu.mems: must be a list of numbers and ranges like \"0-3,7\", is \"3-1\"",
+        ),
+        ("/linux/resources/cpu", json!({"idle": 2}), "linux.resources.cpu.idle: must be 0 or 1, is 2"),
+        (
+            "/linux/resources/blockIO",
+            json!({"weight": 5}),
+            "linux.resources.blockIO.weight: must be 10 to 1000, is 5",
+        ),
+        (
+            "/linux/resources/hugepageLimits",
+            json!([{"pageSize": "2XB", "limit": 1}]),
+            "linux.resources.hugepageLimits[0].pageSize: must be a size in KB, MB or GB, for example \"2MB\", is \"2XB\"",
+        ),
+        (
+            "/linux/resources/unified",
+            json!({"../memory.max": "1"}),
+            "linux.resources.unified[\"../memory.max\"]: must be a cgroup v2 file, CONTROLLER.PARAMETER",
+        ),
+        (
+            "/linux/resources/devices",
+            json!([{"allow": true, "access": "rx"}]),
+            "linux.resources.devices[0].access: must be of the letters r, w and m, is \"rx\"",
+        ),
+        (
+            "/linux/resources/devices",
+            json!([{"allow": true, "type": "p", "access": "r"}]),
+            "linux.resources.devices[0].type: must be one of a, b, c, is \"p\"",
+        ),
+        (
+            "/linux/seccomp",
+            json!({"defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": 70000}),
+            "linux.seccomp.defaultErrnoRet: must be an error number up to 65535, is 70000",
+        ),
+        (
+            "/hooks",
+            json!({"poststop": [{"path": "bin/true"}]}),
+            "hooks.poststop[0].path: must be an absolute path, is \"bin/true\"",
+        ),
+        (
+            "/hooks",
+            json!({"startContainer": [{"path": "/bin/true", "timeout": 0}]}),
+            "hooks.startContainer[0].timeout: must be a number of seconds above 0, is 0",
+        ),
+        (
+            "/process/ioPriority",
+            json!({"class": "IOPRIO_CLASS_BE", "priority": 8}),
+            "process.ioPriority.priority: must be 0 to 7, is 8",
+        ),
+        (
+            "/process/scheduler",
+            json!({"policy": "SCHED_FIFO"}),
+            "process.scheduler.priority: must be 1 to 99 with SCHED_FIFO and SCHED_RR, is 0",
+        ),
+        ("/process/scheduler", json!({"policy": "SCHED_OTHER", "nice": 20}), "process.scheduler.nice: must be -20 to 19, is 20"),
+        (
+            "/process/scheduler",
+            json!({"policy": "SCHED_OTHER", "runtime": 1}),
+            "process.scheduler.runtime: is for SCHED_DEADLINE only",
+        ),
+        (
+            "/mounts/1",
+            json!({"destination": "/x", "type": "bind", "source": "/x", "uidMappings": [{"size": 1}]}),
+            "mounts[1].gidMappings: is missing beside uidMappings",
+        ),
+        (
+            "/mounts/0",
+            json!({"destination": "/x", "type": "tmpfs", "uidMappings": [{"size": 1}], "gidMappings": [{"size": 1}]}),
+            "mounts[0].uidMappings: can be mapped on bind mounts only",
+        ),
+        (
             "/linux/sysctl",
             json!({"../x": "1"}),
             "linux.sysctl[\"../x\"]: must be a kernel parameter's name, as in sysctl(8)",
@@ -169,26 +311,230 @@ fn wrong_values_are_named_with_what_would_be_right() {
 #[test]
 fn what_is_not_done_is_refused_by_name() {
     for (at, value, field) in [
-        ("/hooks", json!({"prestart": [{"path": "/bin/true"}]}), "hooks.prestart"),
         ("/vm", json!({"kernel": {"path": "/k"}}), "vm"),
-        ("/process/ioPriority", json!({"class": "IOPRIO_CLASS_RT", "priority": 1}), "process.ioPriority"),
-        ("/linux/namespaces/0", json!({"type": "user"}), "linux.namespaces[0]"),
         ("/linux/namespaces/0", json!({"type": "pid", "path": "/proc/1/ns/pid"}), "linux.namespaces[0].path"),
-        ("/linux/namespaces/4", json!({"type": "user"}), "linux.namespaces[4]"),
-        ("/linux/uidMappings", json!([{"hostID": 1, "containerID": 0, "size": 1}]), "linux.uidMappings"),
-        ("/linux/resources/memory", json!({"limit": 1048576}), "linux.resources.memory.limit"),
-        ("/linux/resources/pids", json!({"limit": 10}), "linux.resources.pids.limit"),
-        ("/linux/resources/unified", json!({"memory.high": "1"}), "linux.resources.unified"),
-        ("/linux/devices", json!([{"path": "/dev/sda", "type": "b", "major": 8}]), "linux.devices[0]"),
-        (
-            "/mounts/0",
-            json!({"destination": "/x", "type": "tmpfs", "uidMappings": [{"size": 1}]}),
-            "mounts[0].uidMappings",
-        ),
+        ("/linux/namespaces/0", json!({"type": "pid", "path": "/proc/4194305/ns/pid"}), "linux.namespaces[0].path"),
+        ("/linux/namespaces/4", json!({"type": "network", "path": "/run/netns/x"}), "linux.namespaces[4].path"),
+        ("/linux/intelRdt", json!({}), "linux.intelRdt"),
+        ("/linux/personality", json!({"domain": "LINUX", "flags": ["X"]}), "linux.personality.flags"),
+        ("/linux/resources/rdma", json!({"mlx5_1": {"hcaHandles": 3}}), "linux.resources.rdma"),
+        ("/linux/seccomp", json!({"defaultAction": "SCMP_ACT_NOTIFY"}), "linux.seccomp.defaultAction"),
+        ("/linux/devices", json!([{"path": "/dev/snd/seq", "type": "c", "major": 116, "minor": 1}]), "linux.devices[0]"),
+        ("/linux/mountLabel", json!("system_u:object_r:container_file_t:s0"), "linux.mountLabel"),
+        ("/process/apparmorProfile", json!("docker-default"), "process.apparmorProfile"),
+        ("/process/selinuxLabel", json!("system_u:system_r:container_t:s0"), "process.selinuxLabel"),
     ] {
         let error = error_with(at, value);
         assert!(error.starts_with(&format!("{field}: not supported: ")), "at {at}: {error}");
     }
+}
+
+#[test]
+fn labels_are_ignored_where_the_configuration_says_so() {
+    let error = error_with("/process/apparmorProfile", json!("docker-default"));
+    for hint in ["\"docker-default\"", "--security-opt apparmor=unconfined", "ignore_labels = true", "[compat]"] {
+        assert!(error.contains(hint), "{error}");
+    }
+    let spec = changed("/process/apparmorProfile", json!("docker-default"));
+    let bundle = load_with(&spec, Compat { ignore_labels: true }).unwrap();
+    assert_eq!(bundle.not_applied, ["process.apparmorProfile"]);
+    for none in ["", "unconfined"] {
+        let spec = changed("/process/apparmorProfile", json!(none));
+        assert!(load(&spec).unwrap().not_applied.is_empty());
+    }
+}
+
+fn resources(value: Value) -> Resources {
+    let mut spec = ctr_spec();
+    spec["linux"]["resources"] = value;
+    load(&spec).unwrap().container.resources.unwrap()
+}
+
+#[test]
+fn limits_are_converted_as_runc_does() {
+    let given = resources(json!({
+        "memory": {"limit": 1000, "reservation": 500, "swap": 1500},
+        "cpu": {"shares": 1024, "quota": 50000, "period": 100000, "burst": 10, "idle": 1, "cpus": "0-1", "mems": "0"},
+        "pids": {"limit": 100},
+        "blockIO": {"weight": 500},
+        "hugepageLimits": [{"pageSize": "2MB", "limit": 4194304}],
+        "unified": {"memory.high": "1000"}
+    }));
+    assert_eq!((given.memory_max, given.memory_low, given.memory_swap_max), (Some(1000), Some(500), Some(500)));
+    assert_eq!((given.cpu_weight, given.cpu_quota_us, given.cpu_period_us), (Some(39), Some(50000), Some(100000)));
+    assert_eq!((given.cpu_burst_us, given.cpu_idle), (Some(10), Some(true)));
+    assert_eq!((given.cpus.as_str(), given.mems.as_str()), ("0-1", "0"));
+    assert_eq!((given.pids_max, given.io_weight), (Some(100), Some(4950)));
+    assert_eq!((given.hugepage_limits[0].page_size.as_str(), given.hugepage_limits[0].limit), ("2MB", 4194304));
+    assert_eq!(given.unified["memory.high"], "1000");
+
+    let unset = resources(json!({
+        "memory": {"limit": 0, "reservation": 0, "swap": 0}, "cpu": {"shares": 0, "quota": 0, "period": 0},
+        "pids": {"limit": 0}, "blockIO": {"weight": 0}
+    }));
+    let nothing = Resources { device_rules: unset.device_rules.clone(), ..Default::default() };
+    assert_eq!(unset, nothing);
+
+    let unlimited = resources(json!({"memory": {"limit": -1}, "cpu": {"quota": -1}, "pids": {"limit": -1}}));
+    assert_eq!((unlimited.memory_max, unlimited.memory_swap_max), (Some(-1), Some(-1)));
+    assert_eq!((unlimited.cpu_quota_us, unlimited.pids_max), (Some(-1), Some(-1)));
+
+    for (shares, weight) in [(1, 1), (2, 1), (262_144, 10_000), (u64::MAX, 10_000)] {
+        assert_eq!(resources(json!({"cpu": {"shares": shares}})).cpu_weight, Some(weight));
+    }
+    for (weight, converted) in [(10, 1), (1000, 10_000)] {
+        assert_eq!(resources(json!({"blockIO": {"weight": weight}})).io_weight, Some(converted));
+    }
+    let no_swap = resources(json!({"memory": {"limit": 1000, "swap": 1000}}));
+    assert_eq!(no_swap.memory_swap_max, Some(0));
+}
+
+#[test]
+fn what_only_cgroup_v1_has_is_listed() {
+    let mut spec = ctr_spec();
+    spec["linux"]["resources"] = json!({
+        "memory": {"kernel": 1, "kernelTCP": 1, "swappiness": 10, "disableOOMKiller": true},
+        "cpu": {"realtimeRuntime": 1, "realtimePeriod": 1}, "network": {"classID": 1}
+    });
+    let not_applied = load(&spec).unwrap().not_applied;
+    let fields = [
+        "memory.kernel", "memory.kernelTCP", "memory.swappiness", "memory.disableOOMKiller", "cpu.realtimeRuntime",
+        "cpu.realtimePeriod", "network",
+    ];
+    assert_eq!(not_applied, fields.map(|field| format!("linux.resources.{field}")));
+}
+
+#[test]
+fn several_throttles_of_one_device_are_one_limit() {
+    let limits = resources(json!({"blockIO": {
+        "throttleReadBpsDevice": [{"major": 8, "minor": 0, "rate": 100}, {"major": 9, "minor": 0, "rate": 50}],
+        "throttleWriteIOPSDevice": [{"major": 8, "minor": 0, "rate": 7}],
+        "weightDevice": [{"major": 8, "minor": 0, "weight": 10}]
+    }}))
+    .io_limits;
+    assert_eq!(limits.len(), 1);
+    assert_eq!((limits[0].serial.as_str(), limits[0].read_bps, limits[0].write_bps), ("", Some(50), None));
+    assert_eq!((limits[0].write_iops, limits[0].weight), (Some(7), Some(1)));
+}
+
+#[test]
+fn device_rules_end_with_what_every_container_may_use() {
+    let rules = resources(json!({"devices": [
+        {"allow": false, "access": "rwm"},
+        {"allow": true, "type": "c", "major": 10, "minor": 229, "access": "rw"},
+        {"allow": true, "type": "b", "major": 8, "minor": 0, "access": "rw"},
+        {"allow": true, "type": "b", "major": 8, "minor": -1, "access": "r"}
+    ]}))
+    .device_rules;
+    let text: Vec<_> = rules
+        .iter()
+        .map(|rule| {
+            let number = |number: Option<u32>| number.map_or("*".into(), |number| number.to_string());
+            let verb = if rule.allow { "allow" } else { "deny" };
+            format!("{verb} {} {}:{} {}", rule.type_, number(rule.major), number(rule.minor), rule.access)
+        })
+        .collect();
+    assert_eq!(text[..3], ["deny a *:* rwm", "allow c 10:229 rw", "allow b 8:* r"], "the disk of the host is not the guest's");
+    assert_eq!(text[3..5], ["allow c *:* m", "allow b *:* m"]);
+    assert!(text.contains(&"allow c 1:3 rwm".into()) && text.contains(&"allow c 136:* rwm".into()));
+    assert_eq!(resources(json!({})).device_rules.len(), 10);
+}
+
+#[test]
+fn updates_change_what_they_name() {
+    let (update, not_applied) =
+        super::resources(br#"{"memory": {"limit": 1000, "swappiness": 1}, "devices": []}"#, &[]).unwrap();
+    assert_eq!(update, Resources { memory_max: Some(1000), ..Default::default() });
+    assert_eq!(not_applied, ["resources.memory.swappiness"]);
+    let error = super::resources(br#"{"cpu": {"quota": "half"}}"#, &[]).unwrap_err().to_string();
+    assert!(error.starts_with("update: cpu.quota: invalid type"), "{error}");
+    let error = super::resources(br#"{"pids": {"limit": -7}}"#, &[]).unwrap_err().to_string();
+    assert_eq!(error, "resources.pids.limit: must be positive, or -1 for no limit, is -7");
+}
+
+fn with_namespace(namespace: Value) -> Value {
+    let mut spec = ctr_spec();
+    spec["linux"]["namespaces"].as_array_mut().unwrap().push(namespace);
+    spec
+}
+
+#[test]
+fn user_namespaces_come_with_their_mappings() {
+    let mut spec = with_namespace(json!({"type": "user"}));
+    let error = load(&spec).unwrap_err();
+    assert!(error.starts_with("linux.uidMappings: must map id 0"), "{error}");
+    spec["linux"]["uidMappings"] = json!([{"hostID": 1000, "containerID": 0, "size": 10}]);
+    spec["linux"]["gidMappings"] = json!([{"hostID": 2000, "containerID": 0, "size": 11}]);
+    let container = load(&spec).unwrap().container;
+    assert_eq!((container.uid_mappings[0].host_id, container.gid_mappings[0].size), (1000, 11));
+    spec["process"]["user"]["additionalGids"] = json!([10, 11]);
+    assert_eq!(load(&spec).unwrap_err(), "process.user.additionalGids[1]: 11 is not mapped by linux.gidMappings");
+    spec["process"]["user"]["uid"] = json!(10);
+    assert_eq!(load(&spec).unwrap_err(), "process.user.uid: 10 is not mapped by linux.uidMappings");
+}
+
+#[test]
+fn time_namespaces_come_with_their_offsets() {
+    let mut spec = with_namespace(json!({"type": "time"}));
+    spec["linux"]["timeOffsets"] = json!({"monotonic": {"secs": -5, "nanosecs": 7}, "boottime": {"secs": 9}});
+    let offsets = load(&spec).unwrap().container.time_offsets;
+    assert_eq!((offsets[0].clock.as_str(), offsets[0].secs), ("boottime", 9));
+    assert_eq!((offsets[1].clock.as_str(), offsets[1].secs, offsets[1].nanosecs), ("monotonic", -5, 7));
+}
+
+#[test]
+fn namespaces_of_processes_in_the_guest_can_be_joined() {
+    let pid = crate::container::GUEST_PIDS_FROM + 42;
+    let container =
+        request_with("/linux/namespaces/1", json!({"type": "ipc", "path": format!("/proc/{pid}/ns/ipc")}));
+    let joined = Namespace { type_: NamespaceType::IPC.into(), path: "/proc/42/ns/ipc".into(), ..Default::default() };
+    assert_eq!(container.namespaces[1], joined);
+    let error = error_with("/linux/namespaces/1", json!({"type": "ipc", "path": format!("/proc/{pid}/ns/net")}));
+    assert!(error.contains("must end in /ns/ipc"), "{error}");
+}
+
+#[test]
+fn how_a_process_is_scheduled_goes_through() {
+    let container = request_with(
+        "/process/scheduler",
+        json!({"policy": "SCHED_DEADLINE", "runtime": 1, "deadline": 2, "period": 3,
+            "flags": ["SCHED_FLAG_RESET_ON_FORK", "SCHED_FLAG_DL_OVERRUN", "SCHED_FLAG_RECLAIM"]}),
+    );
+    let scheduler = &container.process.scheduler;
+    assert_eq!((scheduler.policy, scheduler.flags), (6, 7));
+    assert_eq!((scheduler.runtime, scheduler.deadline, scheduler.period), (1, 2, 3));
+    let io = request_with("/process/ioPriority", json!({"class": "IOPRIO_CLASS_IDLE", "priority": 4}));
+    assert_eq!((io.process.io_priority.class, io.process.io_priority.priority), (3, 4));
+    let affinity = request_with("/process/execCPUAffinity", json!({"initial": "0-1", "final": "1"}));
+    assert_eq!((affinity.process.initial_cpus.as_str(), affinity.process.final_cpus.as_str()), ("0-1", "1"));
+    assert_eq!(request_with("/linux/personality", json!({"domain": "LINUX32"})).personality, Some(8));
+}
+
+#[test]
+fn hooks_go_where_they_run() {
+    let mut spec = ctr_spec();
+    spec["annotations"] = json!({"a": "b"});
+    spec["hooks"] = json!({
+        "prestart": [{"path": "/bin/one", "args": ["one", "x"], "env": ["A=B"], "timeout": 3}],
+        "createRuntime": [{"path": "/bin/two"}],
+        "createContainer": [{"path": "/bin/three", "args": ["three"], "timeout": 4}],
+        "startContainer": [{"path": "/bin/four", "env": ["C=D"]}],
+        "poststart": [{"path": "/bin/five"}],
+        "poststop": [{"path": "/bin/six"}]
+    });
+    let bundle = load(&spec).unwrap();
+    let hooks = &bundle.hooks;
+    assert_eq!((hooks.prestart[0].field.as_str(), hooks.prestart[0].timeout_s), ("hooks.prestart[0]", Some(3)));
+    assert_eq!((hooks.prestart[0].args.len(), hooks.prestart[0].env.as_deref()), (2, Some(&["A=B".to_owned()][..])));
+    assert_eq!((hooks.create_runtime[0].path.as_path(), &hooks.create_runtime[0].env), (Path::new("/bin/two"), &None));
+    assert_eq!((hooks.poststart.len(), hooks.poststop.len()), (1, 1));
+    let container = &bundle.container;
+    assert_eq!((container.create_container_hooks[0].path.as_str(), container.create_container_hooks[0].timeout_s), ("/bin/three", 4));
+    assert_eq!(container.start_container_hooks[0].env, ["C=D"]);
+    let state = &container.hook_state;
+    assert_eq!((state.id.as_str(), state.bundle.as_str(), state.oci_version.as_str()), ("web", "/bundle", "1.0.2-dev"));
+    assert_eq!(state.annotations["a"], "b");
+    assert!(load(&ctr_spec()).unwrap().container.hook_state.is_none());
 }
 
 #[test]
@@ -205,21 +551,23 @@ fn broken_json_is_named_where_it_breaks() {
     assert!(error.starts_with("config.json: process.args[2]: invalid type: integer `3`"), "{error}");
     let error = error_with("/process/capabilities/bounding", json!(["CAP_FLY"]));
     assert!(error.starts_with("config.json: process.capabilities.bounding[0]: "), "{error}");
-    let error = Bundle::parse(Path::new("/b"), "web", b"not json").unwrap_err().to_string();
+    let error = Bundle::parse(Path::new("/b"), "web", b"not json", &Compat::default()).unwrap_err().to_string();
     assert!(error.starts_with("config.json: "), "{error}");
     assert!(!error.contains('\n'));
-    let error = Bundle::load(Path::new("/nonexistent"), "web").unwrap_err().to_string();
+    let error = Bundle::load(Path::new("/nonexistent"), "web", &Compat::default()).unwrap_err().to_string();
     assert_eq!(error, "/nonexistent/config.json: No such file or directory (os error 2)");
 }
 
 #[test]
-fn seccomp_is_listed_and_not_lost() {
-    let mut spec = ctr_spec();
-    spec["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_ERRNO"});
-    spec["process"]["apparmorProfile"] = json!("docker-default");
-    let bundle = load(&spec).unwrap();
-    assert!(bundle.not_applied.contains(&"linux.seccomp".into()));
-    assert!(bundle.not_applied.contains(&"process.apparmorProfile".into()));
+fn seccomp_profiles_are_compiled() {
+    let container = request_with(
+        "/linux/seccomp",
+        json!({"defaultAction": "SCMP_ACT_ERRNO", "flags": ["SECCOMP_FILTER_FLAG_LOG"],
+            "syscalls": [{"names": ["read"], "action": "SCMP_ACT_ALLOW"}]}),
+    );
+    assert!(container.seccomp.program.len() >= 32 && container.seccomp.program.len() % 8 == 0);
+    assert_eq!(container.seccomp.flags, 2);
+    assert!(load(&ctr_spec()).unwrap().container.seccomp.is_none());
 }
 
 #[test]
@@ -303,8 +651,8 @@ fn every_capability_has_its_own_number() {
 
 #[test]
 fn an_exec_is_a_process() {
-    let (process, _) = exec_process(br#"{"user": {"uid": 7}, "args": ["ls"], "cwd": "/"}"#).unwrap();
+    let (process, _) = exec_process(br#"{"user": {"uid": 7}, "args": ["ls"], "cwd": "/"}"#, &Compat::default()).unwrap();
     assert_eq!((process.args.len(), process.user.uid, process.capabilities.bounding), (1, 7, 0));
-    let error = exec_process(br#"{"user": {}, "args": ["ls"], "cwd": "tmp"}"#).unwrap_err().to_string();
+    let error = exec_process(br#"{"user": {}, "args": ["ls"], "cwd": "tmp"}"#, &Compat::default()).unwrap_err().to_string();
     assert_eq!(error, "process.cwd: must be an absolute path, is \"tmp\"");
 }

@@ -1,0 +1,330 @@
+//! Hooks of the OCI runtime specification that run on the host; see
+//! docs/decisions/0612 for their order.
+//!
+//! A hook is a program of the host in the host's mount namespace. It is given
+//! the container's state on its standard input, and is ended, with whatever is
+//! in its process group, when its time is over or nobody waits for it any more.
+
+use std::{
+    ffi::CString,
+    fs::{self, File},
+    io::{self, PipeReader, Seek, Write},
+    os::{
+        fd::OwnedFd,
+        unix::{ffi::OsStrExt, process::CommandExt, process::ExitStatusExt},
+    },
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use nix::{
+    sched::{CloneFlags, setns},
+    sys::{
+        memfd::{MFdFlags, memfd_create},
+        signal::{Signal, killpg},
+    },
+    unistd::Pid,
+};
+use tokio::{
+    io::{AsyncReadExt, unix::AsyncFd},
+    net::unix::pipe,
+    time::timeout,
+};
+
+use crate::{
+    mount,
+    process_id::pidfd_open,
+    spec::{Bundle, Hook, HostHooks},
+};
+
+/// In the bundle while poststop hooks are due.
+const DUE_FILE: &str = "rvm-poststop";
+/// How much of what a hook says last is kept for the error.
+const MAX_OUTPUT: usize = 4 << 10;
+/// How long a hook's output is read after its end: a process that it has left
+/// behind may hold it open.
+const OUTPUT_TIMEOUT: Duration = Duration::from_millis(100);
+
+/// Why a hook failed.
+#[derive(Debug, thiserror::Error)]
+pub enum HookError {
+    /// It was not run.
+    #[error("{field}: {}: {source}", path.display())]
+    Run {
+        /// The field that names it.
+        field: String,
+        /// The program.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// It says so.
+    #[error("{field}: {} {end}{said}", path.display())]
+    Failed {
+        /// The field that names it.
+        field: String,
+        /// The program.
+        path: PathBuf,
+        /// How it ended.
+        end: String,
+        /// What it said last, behind a colon.
+        said: String,
+    },
+    /// It took longer than it may.
+    #[error("{field}.timeout: {} did not end within {seconds} s{said}", path.display())]
+    TimedOut {
+        /// The field that names it.
+        field: String,
+        /// The program.
+        path: PathBuf,
+        /// How long it was given.
+        seconds: u32,
+        /// What it said last, behind a colon.
+        said: String,
+    },
+}
+
+/// A container's hooks and what they are told.
+#[derive(Debug)]
+pub struct Hooks {
+    hooks: HostHooks,
+    state: serde_json::Value,
+    bundle: PathBuf,
+}
+
+impl Hooks {
+    /// The hooks of the container in a bundle.
+    pub fn of(bundle: &Bundle) -> Self {
+        let state = serde_json::json!({
+            "ociVersion": bundle.oci_version,
+            "id": bundle.container.container_id,
+            "bundle": bundle.dir,
+            "annotations": bundle.annotations,
+        });
+        Self { hooks: bundle.hooks.clone(), state, bundle: bundle.dir.clone() }
+    }
+
+    /// Runs those that come before the container, whose sandbox, with the
+    /// network namespace it will have, is the process `pid`. From now on
+    /// [`Hooks::after_stop`] is due.
+    pub async fn before_create(&self, pid: u32) -> Result<(), HookError> {
+        if !self.hooks.poststop.is_empty()
+            && let Err(error) = File::create(self.bundle.join(DUE_FILE))
+        {
+            log::warn!("{}: {error}", self.bundle.join(DUE_FILE).display());
+        }
+        let state = self.state("creating", pid);
+        for hook in self.hooks.prestart.iter().chain(&self.hooks.create_runtime) {
+            self.run(hook, &state).await?;
+        }
+        Ok(())
+    }
+
+    /// Runs those that come after the container's process was started.
+    pub async fn after_start(&self, pid: u32) -> Result<(), HookError> {
+        let state = self.state("running", pid);
+        for hook in &self.hooks.poststart {
+            self.run(hook, &state).await?;
+        }
+        Ok(())
+    }
+
+    /// Runs those that come after the container's end. One that fails is logged
+    /// and the others run.
+    pub async fn after_stop(&self) {
+        if self.hooks.poststop.is_empty() {
+            return;
+        }
+        let state = self.state("stopped", 0);
+        for hook in &self.hooks.poststop {
+            if let Err(error) = self.run(hook, &state).await {
+                log::warn!("{error}");
+            }
+        }
+        let _ = fs::remove_file(self.bundle.join(DUE_FILE));
+    }
+
+    fn state(&self, status: &str, pid: u32) -> Vec<u8> {
+        let mut state = self.state.clone();
+        state["status"] = status.into();
+        if pid != 0 {
+            state["pid"] = pid.into();
+        }
+        state.to_string().into_bytes()
+    }
+
+    async fn run(&self, hook: &Hook, state: &[u8]) -> Result<(), HookError> {
+        let (field, path) = (hook.field.clone(), hook.path.clone());
+        let mut running = match Running::start(hook, state, &self.bundle) {
+            Ok(running) => running,
+            Err(source) => return Err(HookError::Run { field, path, source }),
+        };
+        let limit = hook.timeout_s.map(|seconds| Duration::from_secs(seconds.into()));
+        let ended = match limit {
+            Some(limit) => timeout(limit, running.ended()).await.ok(),
+            None => Some(running.ended().await),
+        };
+        match ended {
+            Some(Ok(status)) if status.success() => Ok(()),
+            Some(Ok(status)) => {
+                let said = running.said().await;
+                Err(HookError::Failed { field, path, end: how(status), said })
+            }
+            Some(Err(source)) => Err(HookError::Run { field, path, source }),
+            None => {
+                running.kill();
+                let said = running.said().await;
+                Err(HookError::TimedOut { field, path, seconds: hook.timeout_s.unwrap_or(0), said })
+            }
+        }
+    }
+}
+
+/// Runs the poststop hooks of a container whose shim is gone, unless they have
+/// run. Needs no runtime around it.
+pub fn after_dead_shim(bundle: &Path, id: &str) {
+    if !bundle.join(DUE_FILE).exists() {
+        return;
+    }
+    // Whatever was refused would not have come so far.
+    let compat = crate::config::Compat { ignore_labels: true };
+    let loaded = Bundle::load(bundle, id, &compat).map_err(|error| error.to_string());
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    match (loaded, runtime) {
+        (Ok(bundle), Ok(runtime)) => runtime.block_on(Hooks::of(&bundle).after_stop()),
+        (Err(error), _) => log::warn!("{id}: no poststop hooks: {error}"),
+        (_, Err(error)) => log::warn!("{id}: no poststop hooks: {error}"),
+    }
+}
+
+fn how(status: ExitStatus) -> String {
+    match (status.code(), status.signal()) {
+        (Some(code), _) => format!("ended with code {code}"),
+        (None, Some(signal)) => format!("was killed by signal {signal}"),
+        (None, None) => "ended".into(),
+    }
+}
+
+/// A hook's process. Dropping it ends it, if it still runs.
+struct Running {
+    child: Child,
+    pidfd: AsyncFd<OwnedFd>,
+    output: Arc<Mutex<Vec<u8>>>,
+    reading: tokio::task::JoinHandle<()>,
+    ended: bool,
+}
+
+impl Running {
+    fn start(hook: &Hook, state: &[u8], bundle: &Path) -> io::Result<Self> {
+        let (reader, writer) = io::pipe()?;
+        let mut command = Command::new(&hook.path);
+        if let [name, args @ ..] = &hook.args[..] {
+            command.arg0(name).args(args);
+        }
+        if let Some(env) = &hook.env {
+            command.env_clear();
+            command.envs(env.iter().filter_map(|entry| entry.split_once('=')));
+        }
+        command.stdin(input(state)?).stdout(writer.try_clone()?).stderr(writer).process_group(0);
+        let (parent, directory) = (std::process::id(), CString::new(bundle.as_os_str().as_bytes())?);
+        let namespace = mount::of_the_host();
+        let prepare = move || {
+            // SAFETY: PR_SET_PDEATHSIG takes a signal number and no pointer.
+            if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            if nix::unistd::getppid().as_raw().cast_unsigned() != parent {
+                return Err(io::Error::from_raw_os_error(libc::ESRCH));
+            }
+            if let Some(namespace) = namespace {
+                setns(namespace, CloneFlags::CLONE_NEWNS)?;
+            }
+            // It may be gone when the last hooks run.
+            let _ = nix::unistd::chdir(directory.as_c_str());
+            Ok(())
+        };
+        // SAFETY: the closure makes system calls only and allocates nothing, as
+        // is required between fork and exec.
+        unsafe { command.pre_exec(prepare) };
+        let mut child = command.spawn()?;
+        // It holds the pipe's other end.
+        drop(command);
+        let watched = || -> io::Result<_> {
+            // SAFETY: the AsyncFd owns the descriptor, which stays open and the
+            // same for as long as it is registered.
+            let pidfd = unsafe { AsyncFd::register(pidfd_open(child.id())?) }.map_err(io::Error::from)?;
+            let output = Arc::new(Mutex::new(Vec::new()));
+            Ok((pidfd, output.clone(), follow(reader, output)?))
+        };
+        match watched() {
+            Ok((pidfd, output, reading)) => Ok(Self { child, pidfd, output, reading, ended: false }),
+            Err(error) => {
+                let _ = child.kill();
+                let _ = child.wait();
+                Err(error)
+            }
+        }
+    }
+
+    async fn ended(&mut self) -> io::Result<ExitStatus> {
+        loop {
+            let _ = self.pidfd.readable().await?;
+            if let Some(status) = self.child.try_wait()? {
+                self.ended = true;
+                return Ok(status);
+            }
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// What it wrote last, in one line behind a colon.
+    async fn said(&mut self) -> String {
+        let _ = timeout(OUTPUT_TIMEOUT, &mut self.reading).await;
+        let output = self.output.lock().unwrap_or_else(PoisonError::into_inner);
+        let text = String::from_utf8_lossy(&output);
+        let lines: Vec<_> = text.split(|c: char| c.is_control()).map(str::trim).filter(|line| !line.is_empty()).collect();
+        if lines.is_empty() { String::new() } else { format!(": {}", lines.join("; ")) }
+    }
+
+    /// Ends the hook and its process group. Its number is nobody else's as long
+    /// as the hook has not been waited for.
+    fn kill(&mut self) {
+        if !self.ended {
+            let _ = killpg(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGKILL);
+            let _ = self.child.wait();
+            self.ended = true;
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.kill();
+        self.reading.abort();
+    }
+}
+
+/// A file with `state` in it, at its beginning.
+fn input(state: &[u8]) -> io::Result<File> {
+    let mut file = File::from(memfd_create(c"state", MFdFlags::MFD_CLOEXEC)?);
+    file.write_all(state)?;
+    file.rewind()?;
+    Ok(file)
+}
+
+/// Keeps the last of what comes out of a pipe.
+fn follow(reader: PipeReader, output: Arc<Mutex<Vec<u8>>>) -> io::Result<tokio::task::JoinHandle<()>> {
+    let mut receiver = pipe::Receiver::from_owned_fd(reader.into())?;
+    Ok(tokio::spawn(async move {
+        let mut buffer = [0; MAX_OUTPUT];
+        while let Ok(count @ 1..) = receiver.read(&mut buffer).await {
+            let mut output = output.lock().unwrap_or_else(PoisonError::into_inner);
+            output.extend_from_slice(&buffer[..count]);
+            let excess = output.len().saturating_sub(MAX_OUTPUT);
+            output.drain(..excess);
+        }
+    }))
+}

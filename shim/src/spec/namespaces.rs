@@ -1,0 +1,213 @@
+//! `linux.namespaces`, and what belongs to the user and the time namespace.
+
+use std::{collections::HashMap, path::Path};
+
+use oci_spec::runtime::{self as oci, LinuxNamespaceType as Kind};
+use rvm_protocol::agent::{CreateContainerRequest, IdMapping, Namespace, NamespaceType, TimeOffset, User};
+
+use super::{SpecError, path_text};
+use crate::container::GUEST_PIDS_FROM;
+
+/// Most mappings a user namespace takes (user_namespaces(7)).
+const MAX_MAPPINGS: usize = 340;
+
+/// Adds the namespaces with their mappings and offsets to `container`.
+pub(super) fn translate(linux: &oci::Linux, container: &mut CreateContainerRequest) -> Result<(), SpecError> {
+    container.namespaces = namespaces(linux.namespaces().as_deref().unwrap_or_default())?;
+    container.uid_mappings = mappings("linux.uidMappings", linux.uid_mappings())?;
+    container.gid_mappings = mappings("linux.gidMappings", linux.gid_mappings())?;
+    check_user_namespace(container)?;
+    container.time_offsets = time_offsets(linux.time_offsets())?;
+    if !container.time_offsets.is_empty() && !is_new(container, NamespaceType::TIME) {
+        return Err(SpecError::field(
+            "linux.timeOffsets",
+            "needs a new \"time\" namespace in linux.namespaces",
+        ));
+    }
+    Ok(())
+}
+
+/// Whether the container has a namespace of this type apart from the guest's.
+pub(super) fn has(container: &CreateContainerRequest, kind: NamespaceType) -> bool {
+    find(&container.namespaces, kind).is_some()
+}
+
+/// Whether the container gets a namespace of this type of its own.
+fn is_new(container: &CreateContainerRequest, kind: NamespaceType) -> bool {
+    find(&container.namespaces, kind).is_some_and(|namespace| namespace.path.is_empty())
+}
+
+fn find(namespaces: &[Namespace], kind: NamespaceType) -> Option<&Namespace> {
+    namespaces.iter().find(|namespace| namespace.type_ == kind.into())
+}
+
+fn namespaces(namespaces: &[oci::LinuxNamespace]) -> Result<Vec<Namespace>, SpecError> {
+    let mut out: Vec<Namespace> = Vec::with_capacity(namespaces.len());
+    for (n, namespace) in namespaces.iter().enumerate() {
+        let at = format!("linux.namespaces[{n}]");
+        let (kind, link) = match namespace.typ() {
+            Kind::Pid => (NamespaceType::PID, "pid"),
+            Kind::Network => (NamespaceType::NETWORK, "net"),
+            Kind::Mount => (NamespaceType::MOUNT, "mnt"),
+            Kind::Ipc => (NamespaceType::IPC, "ipc"),
+            Kind::Uts => (NamespaceType::UTS, "uts"),
+            Kind::User => (NamespaceType::USER, "user"),
+            Kind::Cgroup => (NamespaceType::CGROUP, "cgroup"),
+            Kind::Time => (NamespaceType::TIME, "time"),
+        };
+        if find(&out, kind).is_some() {
+            return Err(SpecError::field(format!("{at}.type"), format!("{} is there twice", namespace.typ())));
+        }
+        let path = match namespace.path().as_deref().filter(|path| !path.as_os_str().is_empty()) {
+            None => String::new(),
+            Some(path) => joined(&format!("{at}.path"), path, link)?,
+        };
+        out.push(Namespace { type_: kind.into(), path, ..Default::default() });
+    }
+    if find(&out, NamespaceType::MOUNT).is_none() {
+        return Err(SpecError::field("linux.namespaces", "must hold a \"mount\" namespace"));
+    }
+    if find(&out, NamespaceType::NETWORK).is_none() {
+        return Err(SpecError::unsupported(
+            "linux.namespaces",
+            "without a \"network\" namespace the container would share the host's network, which a microVM cannot",
+        ));
+    }
+    Ok(out)
+}
+
+/// The guest's path of a namespace to join: one of a process in the guest, by
+/// the pid it is known by on the host.
+fn joined(at: &str, path: &Path, link: &str) -> Result<String, SpecError> {
+    let given = path_text(at, path)?;
+    let pid_and_link = given.strip_prefix("/proc/").and_then(|rest| rest.split_once("/ns/"));
+    if let Some((pid, kind)) = pid_and_link
+        && let Ok(pid) = pid.parse::<u32>()
+        // 1 is the agent.
+        && let Some(pid) = pid.checked_sub(GUEST_PIDS_FROM).filter(|pid| *pid > 1)
+    {
+        if kind != link {
+            return Err(SpecError::field(at, format!("is not of the namespace's type, must end in /ns/{link}, is {given:?}")));
+        }
+        return Ok(format!("/proc/{pid}/ns/{kind}"));
+    }
+    let reason = match link {
+        "net" => format!(
+            "{given} is a network of the host; this version connects no guest to one, \
+             leave the path out (no CNI) and the container has a loopback interface alone"
+        ),
+        _ => format!("{given} is a namespace of the host's kernel, which the container does not run on"),
+    };
+    Err(SpecError::unsupported(at, reason))
+}
+
+/// Id mappings, checked as the kernel would.
+pub(super) fn mappings(
+    field: &str,
+    mappings: &Option<Vec<oci::LinuxIdMapping>>,
+) -> Result<Vec<IdMapping>, SpecError> {
+    let mappings = mappings.as_deref().unwrap_or_default();
+    if mappings.len() > MAX_MAPPINGS {
+        return Err(SpecError::field(field, format!("must have at most {MAX_MAPPINGS} entries")));
+    }
+    let end = |from: u32, size: u32| u64::from(from) + u64::from(size);
+    for (n, new) in mappings.iter().enumerate() {
+        let at = format!("{field}[{n}]");
+        if new.size() == 0 {
+            return Err(SpecError::field(format!("{at}.size"), "must be at least 1, is 0"));
+        }
+        // The last id means "no id".
+        let most = u64::from(u32::MAX);
+        if end(new.container_id(), new.size()) > most || end(new.host_id(), new.size()) > most {
+            return Err(SpecError::field(format!("{at}.size"), format!("goes beyond the last id, is {}", new.size())));
+        }
+        for old in &mappings[..n] {
+            let overlap = |a: u32, b: u32| {
+                u64::from(a) < end(b, old.size()) && u64::from(b) < end(a, new.size())
+            };
+            if overlap(new.container_id(), old.container_id()) {
+                return Err(SpecError::field(format!("{at}.containerID"), "maps ids that another entry maps"));
+            }
+            if overlap(new.host_id(), old.host_id()) {
+                return Err(SpecError::field(format!("{at}.hostID"), "maps to ids that another entry maps to"));
+            }
+        }
+    }
+    Ok(mappings
+        .iter()
+        .map(|mapping| IdMapping {
+            container_id: mapping.container_id(),
+            host_id: mapping.host_id(),
+            size: mapping.size(),
+            ..Default::default()
+        })
+        .collect())
+}
+
+fn is_mapped(mappings: &[IdMapping], id: u32) -> bool {
+    mappings
+        .iter()
+        .any(|mapping| id.checked_sub(mapping.container_id).is_some_and(|offset| offset < mapping.size))
+}
+
+/// Mappings are those of a new user namespace, and who runs in it is mapped.
+fn check_user_namespace(container: &CreateContainerRequest) -> Result<(), SpecError> {
+    let new = is_new(container, NamespaceType::USER);
+    for (mappings, field) in
+        [(&container.uid_mappings, "linux.uidMappings"), (&container.gid_mappings, "linux.gidMappings")]
+    {
+        if !new && !mappings.is_empty() {
+            return Err(SpecError::field(field, "needs a new \"user\" namespace in linux.namespaces"));
+        }
+        if new && !is_mapped(mappings, 0) {
+            return Err(SpecError::field(
+                field,
+                "must map id 0 of the container, which owns what is mounted in its user namespace",
+            ));
+        }
+    }
+    if new {
+        check_user(container, container.process.user.get_or_default())?;
+    }
+    Ok(())
+}
+
+fn check_user(container: &CreateContainerRequest, user: &User) -> Result<(), SpecError> {
+    let unmapped = |field: String, id: u32, list: &str| {
+        Err(SpecError::field(field, format!("{id} is not mapped by {list}")))
+    };
+    if !is_mapped(&container.uid_mappings, user.uid) {
+        return unmapped("process.user.uid".into(), user.uid, "linux.uidMappings");
+    }
+    if !is_mapped(&container.gid_mappings, user.gid) {
+        return unmapped("process.user.gid".into(), user.gid, "linux.gidMappings");
+    }
+    for (n, gid) in user.additional_gids.iter().enumerate() {
+        if !is_mapped(&container.gid_mappings, *gid) {
+            return unmapped(format!("process.user.additionalGids[{n}]"), *gid, "linux.gidMappings");
+        }
+    }
+    Ok(())
+}
+
+fn time_offsets(offsets: &Option<HashMap<String, oci::LinuxTimeOffset>>) -> Result<Vec<TimeOffset>, SpecError> {
+    let mut out = Vec::new();
+    for (clock, offset) in offsets.iter().flatten() {
+        let at = format!("linux.timeOffsets[{clock:?}]");
+        if !["monotonic", "boottime"].contains(&clock.as_str()) {
+            return Err(SpecError::field(at, "must be of the clock \"monotonic\" or \"boottime\""));
+        }
+        let nanosecs = offset.nanosecs().unwrap_or(0);
+        if nanosecs >= 1_000_000_000 {
+            return Err(SpecError::field(
+                format!("{at}.nanosecs"),
+                format!("must be below 1000000000, is {nanosecs}"),
+            ));
+        }
+        let secs = offset.secs().unwrap_or(0);
+        out.push(TimeOffset { clock: clock.clone(), secs, nanosecs, ..Default::default() });
+    }
+    // The map has no order of its own.
+    out.sort_by(|a, b| a.clock.cmp(&b.clock));
+    Ok(out)
+}
