@@ -3,8 +3,8 @@
 use ttrpc::Code;
 
 use crate::{
-    agent::AgentError, config::ConfigError, hooks::HookError, io::IoError, rootfs::RootfsError, sandbox::SandboxError,
-    share::ShareError, spec::SpecError,
+    agent::AgentError, config::ConfigError, hooks::HookError, io::IoError, rootfs::RootfsError,
+    sandbox::SandboxError, share::ShareError, spec::SpecError,
 };
 
 /// Why a request is refused or failed.
@@ -69,7 +69,9 @@ impl Error {
             Self::Spec(SpecError::Unsupported { .. }) => Code::UNIMPLEMENTED,
             Self::Spec(_) => Code::INVALID_ARGUMENT,
             Self::Agent(error) | Self::Sandbox(SandboxError::Agent(error)) => agent_code(error),
-            Self::Config(_) | Self::Hook(_) | Self::Sandbox(_) | Self::Io(_) | Self::SandboxEnded(_) => Code::UNKNOWN,
+            Self::Config(_) | Self::Hook(_) | Self::Sandbox(_) | Self::Io(_) | Self::SandboxEnded(_) => {
+                Code::UNKNOWN
+            }
         }
     }
 }

@@ -285,7 +285,8 @@ impl Running {
         let _ = timeout(OUTPUT_TIMEOUT, &mut self.reading).await;
         let output = self.output.lock().unwrap_or_else(PoisonError::into_inner);
         let text = String::from_utf8_lossy(&output);
-        let lines: Vec<_> = text.split(|c: char| c.is_control()).map(str::trim).filter(|line| !line.is_empty()).collect();
+        let lines: Vec<_> =
+            text.split(|c: char| c.is_control()).map(str::trim).filter(|line| !line.is_empty()).collect();
         if lines.is_empty() { String::new() } else { format!(": {}", lines.join("; ")) }
     }
 

@@ -120,7 +120,14 @@ impl Tasks {
         };
         let sandbox = Arc::new(Sandbox::start(start).await?);
         let hooks = Arc::new(Hooks::of(&bundle));
-        let create = Create { hooks: hooks.clone(), bundle, layers: create.layers, stdio: create.stdio, endpoints, compat: config.compat };
+        let create = Create {
+            hooks: hooks.clone(),
+            bundle,
+            layers: create.layers,
+            stdio: create.stdio,
+            endpoints,
+            compat: config.compat,
+        };
         let container = async {
             with_sandbox(&sandbox, hooks.before_create(sandbox.pid())).await?;
             Container::create(sandbox.clone(), &self.namespace, create, self.events.clone()).await

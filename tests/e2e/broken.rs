@@ -99,9 +99,24 @@ fn of_the_process() -> Vec<Broken> {
         broken("/process/rlimits/0/soft", json!(2048), &["process.rlimits[0]", "above hard"], Refuses),
         broken("/process/rlimits/0/hard", json!(-1), &["process.rlimits[0].hard"], Refuses),
         broken("/process/oomScoreAdj", json!(5000), &["process.oomScoreAdj", "-1000 to 1000"], Refuses),
-        broken("/process/consoleSize", json!({"height": -1, "width": 80}), &["process.consoleSize.height"], Refuses),
-        broken("/process/ioPriority", json!({"class": "IOPRIO_CLASS_FAST"}), &["process.ioPriority.class"], Accepts(STRICTER)),
-        broken("/process/scheduler", json!({"policy": "SCHED_FAST"}), &["process.scheduler.policy"], Accepts(STRICTER)),
+        broken(
+            "/process/consoleSize",
+            json!({"height": -1, "width": 80}),
+            &["process.consoleSize.height"],
+            Refuses,
+        ),
+        broken(
+            "/process/ioPriority",
+            json!({"class": "IOPRIO_CLASS_FAST"}),
+            &["process.ioPriority.class"],
+            Accepts(STRICTER),
+        ),
+        broken(
+            "/process/scheduler",
+            json!({"policy": "SCHED_FAST"}),
+            &["process.scheduler.policy"],
+            Accepts(STRICTER),
+        ),
     ]
 }
 
@@ -141,7 +156,9 @@ fn of_namespaces() -> Vec<Broken> {
         broken("/linux", user(json!([])), &["linux.uidMappings", "must map id 0"], Refuses),
         broken(
             "/linux",
-            user(json!([{"hostID": 0, "containerID": 0, "size": 2}, {"hostID": 9, "containerID": 1, "size": 1}])),
+            user(
+                json!([{"hostID": 0, "containerID": 0, "size": 2}, {"hostID": 9, "containerID": 1, "size": 1}]),
+            ),
             &["linux.uidMappings[1].containerID", "another entry"],
             Refuses,
         ),
@@ -176,7 +193,12 @@ fn of_limits() -> Vec<Broken> {
         broken(resources("cpu"), json!({"cpus": "x-y"}), &["linux.resources.cpu.cpus", "x-y"], Refuses),
         broken(resources("cpu"), json!({"quota": 0.5}), &["linux.resources.cpu.quota"], Refuses),
         broken(resources("pids"), json!({"limit": "many"}), &["linux.resources.pids.limit"], Refuses),
-        broken(resources("blockIO"), json!({"weight": 5}), &["linux.resources.blockIO.weight", "10 to 1000"], Refuses),
+        broken(
+            resources("blockIO"),
+            json!({"weight": 5}),
+            &["linux.resources.blockIO.weight", "10 to 1000"],
+            Refuses,
+        ),
         broken(
             "/linux/resources/hugepageLimits",
             json!([{"pageSize": "2XB", "limit": 1}]),
@@ -206,17 +228,32 @@ fn of_the_rest() -> Vec<Broken> {
         without("/root", &["root", "missing"], Refuses),
         broken("/root/path", json!("/no/such/rootfs"), &["/no/such/rootfs"], Refuses),
         broken("/root/path", json!("/etc/passwd"), &["/etc/passwd"], Refuses),
-        broken("/linux/devices", json!([{"path": "/dev/x", "type": "q"}]), &["linux.devices[0].type"], Refuses),
+        broken(
+            "/linux/devices",
+            json!([{"path": "/dev/x", "type": "q"}]),
+            &["linux.devices[0].type"],
+            Refuses,
+        ),
         broken(
             "/linux/devices",
             json!([{"path": "dev/x", "type": "c", "major": 1, "minor": 3}]),
             &["linux.devices[0].path", "absolute"],
             Accepts(STRICTER),
         ),
-        broken("/linux/maskedPaths", json!(["proc/kcore"]), &["linux.maskedPaths[0]", "absolute"], Accepts(STRICTER)),
+        broken(
+            "/linux/maskedPaths",
+            json!(["proc/kcore"]),
+            &["linux.maskedPaths[0]", "absolute"],
+            Accepts(STRICTER),
+        ),
         broken("/linux/rootfsPropagation", json!("both"), &["linux.rootfsPropagation", "both"], Refuses),
         broken("/linux/sysctl", json!({"../x": "1"}), &["linux.sysctl", "../x"], Refuses),
-        broken("/linux/seccomp", json!({"defaultAction": "SCMP_ACT_MAYBE"}), &["linux.seccomp.defaultAction"], Refuses),
+        broken(
+            "/linux/seccomp",
+            json!({"defaultAction": "SCMP_ACT_MAYBE"}),
+            &["linux.seccomp.defaultAction"],
+            Refuses,
+        ),
         broken(
             "/linux/seccomp",
             json!({"defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_PDP11"]}),
@@ -249,7 +286,12 @@ fn of_the_rest() -> Vec<Broken> {
             &["mounts[1].source", "/no/such/source"],
             Refuses,
         ),
-        broken("/mounts/1", json!({"destination": "/x", "type": "bind"}), &["mounts[1].source", "missing"], Refuses),
+        broken(
+            "/mounts/1",
+            json!({"destination": "/x", "type": "bind"}),
+            &["mounts[1].source", "missing"],
+            Refuses,
+        ),
         broken("/mounts/1", json!({"type": "tmpfs"}), &["mounts[1]", "destination"], Refuses),
         broken(
             "/hooks",
@@ -275,12 +317,7 @@ fn of_the_rest() -> Vec<Broken> {
 /// What only the guest can find out: each takes a machine.
 fn of_the_guest() -> Vec<Broken> {
     vec![
-        broken(
-            "/mounts/1/options/0",
-            json!("nosuchoption"),
-            &["mounts[1]", "/dev", "nosuchoption"],
-            Refuses,
-        ),
+        broken("/mounts/1/options/0", json!("nosuchoption"), &["mounts[1]", "/dev", "nosuchoption"], Refuses),
         broken("/mounts/1/type", json!("nosuchfs"), &["/dev", "nosuchfs"], Refuses),
         broken("/linux/sysctl", json!({"kernel.no_such_thing": "1"}), &["kernel.no_such_thing"], Refuses),
         // Through a symlink of the root file system, /proc itself would be covered.
@@ -288,7 +325,12 @@ fn of_the_guest() -> Vec<Broken> {
         broken("/mounts/1/destination", json!("/loop/x"), &["/loop/x"], Refuses),
         broken("/process/args", json!(["/bin/no-such-program"]), &["/bin/no-such-program"], Refuses),
         broken("/linux/resources/memory", json!({"limit": 4096}), &["memory"], Refuses),
-        broken("/hooks", json!({"prestart": [{"path": "/no/such/hook"}]}), &["hooks.prestart[0]", "/no/such/hook"], Refuses),
+        broken(
+            "/hooks",
+            json!({"prestart": [{"path": "/no/such/hook"}]}),
+            &["hooks.prestart[0]", "/no/such/hook"],
+            Refuses,
+        ),
     ]
 }
 
@@ -339,7 +381,9 @@ fn spoil(mut spec: Value, broken: &Broken) -> Result<Value> {
             Some(value) => drop(object.insert(key.to_owned(), value.clone())),
             None => drop(object.remove(key)),
         },
-        Value::Array(array) => array[key.parse::<usize>()?] = broken.value.clone().context("nothing to put there")?,
+        Value::Array(array) => {
+            array[key.parse::<usize>()?] = broken.value.clone().context("nothing to put there")?
+        }
         other => bail!("{parent} is {other}"),
     }
     Ok(spec)
@@ -434,7 +478,9 @@ fn no_document_at_all() {
     case(|world| {
         let bundle = Bundle::new(world)?;
         let good = serde_json::to_vec(&good(&bundle.rootfs))?;
-        for config in [&b""[..], b"not json", b"[]", b"null", &good[..good.len() / 2], &[0xff; 100], &[b'['; 100_000]] {
+        for config in
+            [&b""[..], b"not json", b"[]", b"null", &good[..good.len() / 2], &[0xff; 100], &[b'['; 100_000]]
+        {
             let finished = bundle.run(world, config)?;
             println!("{finished}");
             ensure!(finished.code() != 0, "{finished}");

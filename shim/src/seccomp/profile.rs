@@ -69,7 +69,8 @@ struct Rule {
 impl Profile {
     /// Checks a profile.
     pub(super) fn new(profile: &oci::LinuxSeccomp) -> Result<Self, SeccompError> {
-        let default = value("defaultAction", profile.default_action(), "defaultErrnoRet", profile.default_errno_ret())?;
+        let default =
+            value("defaultAction", profile.default_action(), "defaultErrnoRet", profile.default_errno_ret())?;
         let mut arches = vec![Arch::X86_64];
         for arch in profile.architectures().iter().flatten() {
             let arch = match arch {
@@ -153,12 +154,8 @@ fn number(name: &str, arch: Arch) -> Option<u32> {
 }
 
 fn add_rules(at: &str, syscall: &oci::LinuxSyscall, rules: &mut Vec<Rule>) -> Result<(), SeccompError> {
-    let value = value(
-        &format!("{at}.action"),
-        syscall.action(),
-        &format!("{at}.errnoRet"),
-        syscall.errno_ret(),
-    )?;
+    let value =
+        value(&format!("{at}.action"), syscall.action(), &format!("{at}.errnoRet"), syscall.errno_ret())?;
     let conditions = conditions(at, syscall.args().as_deref().unwrap_or_default())?;
     // Several conditions on one argument are alternatives, as with runc.
     let repeated = conditions
@@ -172,11 +169,16 @@ fn add_rules(at: &str, syscall: &oci::LinuxSyscall, rules: &mut Vec<Rule>) -> Re
     };
     for (n, name) in syscall.names().iter().enumerate() {
         if name.is_empty() {
-            return Err(SeccompError::field(format!("{at}.names[{n}]"), "is empty; it must be a system call"));
+            return Err(SeccompError::field(
+                format!("{at}.names[{n}]"),
+                "is empty; it must be a system call",
+            ));
         }
-        rules.extend(
-            alternatives.iter().map(|conditions| Rule { name: name.clone(), value, conditions: conditions.clone() }),
-        );
+        rules.extend(alternatives.iter().map(|conditions| Rule {
+            name: name.clone(),
+            value,
+            conditions: conditions.clone(),
+        }));
     }
     Ok(())
 }
@@ -214,7 +216,10 @@ fn value(
     let data = match errno {
         Some(errno @ 0..=0xffff) => errno,
         Some(errno) => {
-            return Err(SeccompError::field(errno_field, format!("must be an error number up to 65535, is {errno}")));
+            return Err(SeccompError::field(
+                errno_field,
+                format!("must be an error number up to 65535, is {errno}"),
+            ));
         }
         None => libc::EPERM.cast_unsigned(),
     };

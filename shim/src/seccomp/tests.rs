@@ -1,6 +1,8 @@
 //! Programs are run by a small interpreter and compared with the profile, read
 //! rule by rule.
 
+use std::collections::BTreeMap;
+
 use oci_spec::runtime::LinuxSeccomp;
 use serde_json::{Value, json};
 
@@ -47,90 +49,132 @@ fn run(program: &[u8], arch: u32, number: u32, args: [u64; 6]) -> (u32, usize) {
     }
 }
 
-/// The profile's own answer.
-fn expected(json: &Value, arch: u32, number: u32, args: [u64; 6]) -> u32 {
-    let listed = |name: &str| json["architectures"].as_array().is_some_and(|list| list.contains(&json!(name)));
-    let default = action(&json["defaultAction"], &json["defaultErrnoRet"]);
-    let strict = !["SCMP_ACT_ALLOW", "SCMP_ACT_LOG", "SCMP_ACT_TRACE"].contains(&json["defaultAction"].as_str().unwrap());
-    let column = match (arch, number & X32_BIT != 0) {
-        (AUDIT_ARCH_X86_64, false) => 0,
-        (AUDIT_ARCH_I386, _) if listed("SCMP_ARCH_X86") => 1,
-        (AUDIT_ARCH_X86_64, true) if listed("SCMP_ARCH_X32") => 2,
-        (AUDIT_ARCH_X86_64, true) if number == u32::MAX => return default,
-        _ => return KILL_THREAD,
-    };
-    let number_of = |name: &str| {
-        let call = SYSCALLS.iter().find(|call| call.0 == name)?;
-        let found = [call.1, call.2, call.3][column];
-        (found != u32::MAX).then_some(if column == 2 { found | X32_BIT } else { found })
-    };
-    let rules: Vec<(&str, &Value)> = json["syscalls"]
-        .as_array()
-        .into_iter()
-        .flatten()
-        .flat_map(|rule| rule["names"].as_array().unwrap().iter().map(move |name| (name.as_str().unwrap(), rule)))
-        .collect();
-    if strict && rules.iter().filter_map(|(name, _)| number_of(name)).max().is_some_and(|last| number > last) {
-        return ENOSYS;
-    }
-    if arch == AUDIT_ARCH_X86_64 && number >= 1 << 31 && !listed("SCMP_ARCH_X32") {
-        return KILL_THREAD;
-    }
-    // Rules that decide: their alternatives of conditions, each a list.
-    let mut deciding: Vec<(u32, Vec<Vec<(u64, Value)>>)> = Vec::new();
-    for (name, rule) in rules {
-        let value = action(&rule["action"], &rule["errnoRet"]);
-        if value == default {
-            continue;
-        }
-        let conditions: Vec<(u64, Value)> = rule["args"]
-            .as_array()
-            .into_iter()
-            .flatten()
-            .map(|arg| (arg["index"].as_u64().unwrap(), arg.clone()))
-            .collect();
-        let mut indices: Vec<_> = conditions.iter().map(|(index, _)| index).collect();
-        indices.sort_unstable();
-        let repeated = indices.windows(2).any(|pair| pair[0] == pair[1]);
-        let alternatives: Vec<Vec<_>> =
-            if repeated { conditions.into_iter().map(|one| vec![one]).collect() } else { vec![conditions] };
-        if number_of(name) == Some(number) {
-            deciding.push((value, alternatives.clone()));
-        }
-        if column == 1
-            && let Some((multiplexer, mask, selected)) = multiplexed_call(name)
-            && multiplexer == number
-        {
-            let selector = json!({"index": 0, "op": "SCMP_CMP_MASKED_EQ", "value": mask, "valueTwo": selected});
-            let with_selector = |conditions: Vec<(u64, Value)>| {
-                let own = conditions.into_iter().filter(|(index, _)| *index != 0);
-                std::iter::once((0, selector.clone())).chain(own).collect()
+/// A profile read rule by rule.
+struct Reading {
+    default: u32,
+    strict: bool,
+    listed: Vec<String>,
+    /// By column of the table: what each number's rules say.
+    rules: [BTreeMap<u32, Vec<Rule>>; 3],
+    last: [Option<u32>; 3],
+}
+
+/// A value and the alternatives of conditions it depends on.
+#[derive(Clone, Debug)]
+struct Rule(u32, Vec<Vec<Condition>>);
+
+/// Argument, operator, value and second value.
+type Condition = (usize, String, u64, u64);
+
+impl Reading {
+    fn new(json: &Value) -> Self {
+        let text = |value: &Value| value.as_str().unwrap().to_owned();
+        let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
+        let default = action(&json["defaultAction"], &json["defaultErrnoRet"]);
+        let lenient = ["SCMP_ACT_ALLOW", "SCMP_ACT_LOG", "SCMP_ACT_TRACE"];
+        let mut reading = Self {
+            default,
+            strict: !lenient.contains(&json["defaultAction"].as_str().unwrap()),
+            listed: list(&json["architectures"]).iter().map(text).collect(),
+            rules: Default::default(),
+            last: [None; 3],
+        };
+        for rule in list(&json["syscalls"]) {
+            let value = action(&rule["action"], &rule["errnoRet"]);
+            let number = |arg: &Value, key: &str| arg[key].as_u64().unwrap_or(0);
+            let conditions: Vec<Condition> = list(&rule["args"])
+                .iter()
+                .map(|arg| {
+                    (
+                        number(arg, "index") as usize,
+                        text(&arg["op"]),
+                        number(arg, "value"),
+                        number(arg, "valueTwo"),
+                    )
+                })
+                .collect();
+            let mut arguments: Vec<_> = conditions.iter().map(|condition| condition.0).collect();
+            arguments.sort_unstable();
+            let repeated = arguments.windows(2).any(|pair| pair[0] == pair[1]);
+            let alternatives: Vec<Vec<_>> = if repeated {
+                conditions.into_iter().map(|one| vec![one]).collect()
+            } else {
+                vec![conditions]
             };
-            deciding.push((value, alternatives.into_iter().map(with_selector).collect()));
+            for name in list(&rule["names"]) {
+                reading.add(name.as_str().unwrap(), Rule(value, alternatives.clone()));
+            }
+        }
+        reading
+    }
+
+    fn add(&mut self, name: &str, rule: Rule) {
+        let call = SYSCALLS.iter().find(|call| call.0 == name);
+        let numbers = call.map_or([u32::MAX; 3], |call| [call.1, call.2, call.3]);
+        for (column, number) in numbers.into_iter().enumerate().filter(|(_, number)| *number != u32::MAX) {
+            let number = if column == 2 { number | X32_BIT } else { number };
+            self.last[column] = self.last[column].max(Some(number));
+            if rule.0 != self.default {
+                self.rules[column].entry(number).or_default().push(rule.clone());
+            }
+        }
+        if let Some((multiplexer, mask, selected)) = multiplexed_call(name)
+            && rule.0 != self.default
+        {
+            let selector = (0, "SCMP_CMP_MASKED_EQ".to_owned(), mask, selected);
+            let select = |conditions: &Vec<Condition>| {
+                let own = conditions.iter().filter(|condition| condition.0 != 0).cloned();
+                std::iter::once(selector.clone()).chain(own).collect()
+            };
+            let alternatives = rule.1.iter().map(select).collect();
+            self.rules[1].entry(multiplexer).or_default().push(Rule(rule.0, alternatives));
         }
     }
-    if let Some((value, _)) = deciding.iter().find(|(_, alternatives)| alternatives == &[vec![]]) {
-        return *value;
+
+    fn lists(&self, name: &str) -> bool {
+        self.listed.iter().any(|listed| listed == name)
     }
-    let holds = |(index, condition): &(u64, Value)| {
+
+    /// The profile's own answer.
+    fn answer(&self, arch: u32, number: u32, args: [u64; 6]) -> u32 {
+        let x32 = self.lists("SCMP_ARCH_X32");
+        let column = match (arch, number & X32_BIT != 0) {
+            (AUDIT_ARCH_X86_64, false) => 0,
+            (AUDIT_ARCH_I386, _) if self.lists("SCMP_ARCH_X86") => 1,
+            (AUDIT_ARCH_X86_64, true) if x32 => 2,
+            (AUDIT_ARCH_X86_64, true) if number == u32::MAX => return self.default,
+            _ => return KILL_THREAD,
+        };
+        if self.strict && self.last[column].is_some_and(|last| number > last) {
+            return ENOSYS;
+        }
+        if arch == AUDIT_ARCH_X86_64 && number >= 1 << 31 && !x32 {
+            return KILL_THREAD;
+        }
+        let rules = self.rules[column].get(&number).map(Vec::as_slice).unwrap_or_default();
+        let always = |rule: &&Rule| rule.1.iter().any(Vec::is_empty);
         let narrow = |value: u64| if column == 0 { value } else { value & 0xffff_ffff };
-        let given = narrow(args[*index as usize]);
-        let value = narrow(condition["value"].as_u64().unwrap());
-        match condition["op"].as_str().unwrap() {
-            "SCMP_CMP_NE" => given != value,
-            "SCMP_CMP_LT" => given < value,
-            "SCMP_CMP_LE" => given <= value,
-            "SCMP_CMP_EQ" => given == value,
-            "SCMP_CMP_GE" => given >= value,
-            "SCMP_CMP_GT" => given > value,
-            "SCMP_CMP_MASKED_EQ" => given & value == narrow(condition["valueTwo"].as_u64().unwrap_or(0)),
-            other => panic!("{other}"),
-        }
-    };
-    deciding
-        .iter()
-        .find(|(_, alternatives)| alternatives.iter().any(|conditions| conditions.iter().all(holds)))
-        .map_or(default, |(value, _)| *value)
+        let holds = |(argument, operator, value, second): &Condition| {
+            let (given, value, second) = (narrow(args[*argument]), narrow(*value), narrow(*second));
+            match operator.as_str() {
+                "SCMP_CMP_NE" => given != value,
+                "SCMP_CMP_LT" => given < value,
+                "SCMP_CMP_LE" => given <= value,
+                "SCMP_CMP_EQ" => given == value,
+                "SCMP_CMP_GE" => given >= value,
+                "SCMP_CMP_GT" => given > value,
+                "SCMP_CMP_MASKED_EQ" => given & value == second,
+                other => panic!("{other}"),
+            }
+        };
+        rules
+            .iter()
+            .find(always)
+            .or_else(|| {
+                rules.iter().find(|rule| rule.1.iter().any(|conditions| conditions.iter().all(holds)))
+            })
+            .map_or(self.default, |rule| rule.0)
+    }
 }
 
 fn multiplexed_call(name: &str) -> Option<(u32, u64, u64)> {
@@ -140,8 +184,18 @@ fn multiplexed_call(name: &str) -> Option<(u32, u64, u64)> {
         return Some((102, u64::MAX, n as u64 + 1));
     }
     let ipc = [
-        ("semop", 1), ("semget", 2), ("semctl", 3), ("semtimedop", 4), ("msgsnd", 11), ("msgrcv", 12),
-        ("msgget", 13), ("msgctl", 14), ("shmat", 21), ("shmdt", 22), ("shmget", 23), ("shmctl", 24),
+        ("semop", 1),
+        ("semget", 2),
+        ("semctl", 3),
+        ("semtimedop", 4),
+        ("msgsnd", 11),
+        ("msgrcv", 12),
+        ("msgget", 13),
+        ("msgctl", 14),
+        ("shmat", 21),
+        ("shmdt", 22),
+        ("shmget", 23),
+        ("shmctl", 24),
     ];
     ipc.iter().find(|(call, _)| *call == name).map(|(_, n)| (117, 0xffff, *n))
 }
@@ -174,11 +228,11 @@ fn all_calls() -> impl Iterator<Item = (u32, u32)> {
 }
 
 fn check(json: &Value, arguments: &[[u64; 6]]) {
-    let program = compiled(json);
+    let (program, reading) = (compiled(json), Reading::new(json));
     for (arch, number) in all_calls() {
         for args in arguments {
             let (found, _) = run(&program, arch, number, *args);
-            let wanted = expected(json, arch, number, *args);
+            let wanted = reading.answer(arch, number, *args);
             assert_eq!(
                 found, wanted,
                 "{found:#x} instead of {wanted:#x} for {number:#x} of {arch:#x} with {args:x?} by {json}"
@@ -189,7 +243,23 @@ fn check(json: &Value, arguments: &[[u64; 6]]) {
 
 /// Some on either side of every value a default profile compares with.
 fn arguments() -> Vec<[u64; 6]> {
-    let values = [0, 1, 2, 8, 9, 16, 39, 40, 41, 0x2_0000, 0x2_0008, 0x7e02_0000, 0x1_0000_0000, 0xffff_ffff, u64::MAX];
+    let values = [
+        0,
+        1,
+        2,
+        8,
+        9,
+        16,
+        39,
+        40,
+        41,
+        0x2_0000,
+        0x2_0008,
+        0x7e02_0000,
+        0x1_0000_0000,
+        0xffff_ffff,
+        u64::MAX,
+    ];
     values.iter().map(|&value| [value, 0, 5, 0x7e02_0000, value, 3]).collect()
 }
 
@@ -240,8 +310,21 @@ fn default_profiles_are_found_in_few_steps() {
 #[test]
 fn what_containerd_forbids_is_forbidden() {
     let program = compiled(&containerd());
-    let call = |name: &str, arg| run(&program, AUDIT_ARCH_X86_64, table::numbers(name).unwrap()[0].unwrap(), [arg, 0, 0, 0, 0, 0]).0;
-    for forbidden in ["mount", "umount2", "unshare", "setns", "keyctl", "add_key", "bpf", "reboot", "init_module", "kexec_load"] {
+    let call = |name: &str, arg| {
+        run(&program, AUDIT_ARCH_X86_64, table::numbers(name).unwrap()[0].unwrap(), [arg, 0, 0, 0, 0, 0]).0
+    };
+    for forbidden in [
+        "mount",
+        "umount2",
+        "unshare",
+        "setns",
+        "keyctl",
+        "add_key",
+        "bpf",
+        "reboot",
+        "init_module",
+        "kexec_load",
+    ] {
         assert_eq!(call(forbidden, 0), EPERM, "{forbidden}");
     }
     for allowed in ["read", "execve", "socket", "openat", "fork"] {
@@ -268,11 +351,23 @@ impl Random {
 #[test]
 fn profiles_nobody_thought_of_mean_what_they_say() {
     const ACTIONS: [&str; 8] = [
-        "SCMP_ACT_KILL", "SCMP_ACT_KILL_THREAD", "SCMP_ACT_KILL_PROCESS", "SCMP_ACT_TRAP", "SCMP_ACT_ERRNO",
-        "SCMP_ACT_TRACE", "SCMP_ACT_LOG", "SCMP_ACT_ALLOW",
+        "SCMP_ACT_KILL",
+        "SCMP_ACT_KILL_THREAD",
+        "SCMP_ACT_KILL_PROCESS",
+        "SCMP_ACT_TRAP",
+        "SCMP_ACT_ERRNO",
+        "SCMP_ACT_TRACE",
+        "SCMP_ACT_LOG",
+        "SCMP_ACT_ALLOW",
     ];
     const OPERATORS: [&str; 7] = [
-        "SCMP_CMP_NE", "SCMP_CMP_LT", "SCMP_CMP_LE", "SCMP_CMP_EQ", "SCMP_CMP_GE", "SCMP_CMP_GT", "SCMP_CMP_MASKED_EQ",
+        "SCMP_CMP_NE",
+        "SCMP_CMP_LT",
+        "SCMP_CMP_LE",
+        "SCMP_CMP_EQ",
+        "SCMP_CMP_GE",
+        "SCMP_CMP_GT",
+        "SCMP_CMP_MASKED_EQ",
     ];
     const VALUES: [u64; 9] =
         [0, 1, 2, 0x7fff_ffff, 0xffff_ffff, 0x1_0000_0000, 0x1_0000_0001, 0xffff_ffff_0000_0001, u64::MAX];
@@ -319,7 +414,8 @@ fn far_jumps_arrive() {
 
 #[test]
 fn a_profile_too_long_for_the_kernel_is_refused() {
-    let args: Vec<_> = (0..6).map(|index| json!({"index": index, "value": u64::MAX, "op": "SCMP_CMP_LT"})).collect();
+    let args: Vec<_> =
+        (0..6).map(|index| json!({"index": index, "value": u64::MAX, "op": "SCMP_CMP_LT"})).collect();
     let names: Vec<_> = SYSCALLS.iter().map(|call| call.0).collect();
     let json = json!({"defaultAction": "SCMP_ACT_ALLOW",
         "syscalls": [{"names": names, "action": "SCMP_ACT_ERRNO", "args": args}]});
@@ -329,7 +425,10 @@ fn a_profile_too_long_for_the_kernel_is_refused() {
 
 #[test]
 fn an_empty_profile_is_its_default() {
-    for json in [json!({"defaultAction": "SCMP_ACT_ALLOW"}), json!({"defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": 22})] {
+    for json in [
+        json!({"defaultAction": "SCMP_ACT_ALLOW"}),
+        json!({"defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": 22}),
+    ] {
         check(&json, &[[0; 6]]);
     }
 }

@@ -77,7 +77,8 @@ fn list(kind: &str, hooks: &Option<Vec<oci::Hook>>) -> Result<Vec<Hook>, SpecErr
 
 fn hook(field: String, hook: &oci::Hook) -> Result<Hook, SpecError> {
     let strings = |name: &str, values: &[String]| {
-        let checked = values.iter().enumerate().map(|(n, value)| text(format!("{field}.{name}[{n}]"), Some(value)));
+        let checked =
+            values.iter().enumerate().map(|(n, value)| text(format!("{field}.{name}[{n}]"), Some(value)));
         checked.collect::<Result<Vec<_>, _>>()
     };
     let timeout_s = match hook.timeout() {

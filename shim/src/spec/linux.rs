@@ -78,11 +78,11 @@ fn personality(personality: &oci::LinuxPersonality) -> Result<u32, SpecError> {
     if personality.flags().iter().flatten().next().is_some() {
         return Err(SpecError::unsupported("linux.personality.flags", "no flag is defined"));
     }
+    // linux/personality.h
     Ok(match personality.domain() {
-        LinuxPersonalityDomain::PerLinux => libc::PER_LINUX,
-        LinuxPersonalityDomain::PerLinux32 => libc::PER_LINUX32,
-    }
-    .cast_unsigned())
+        LinuxPersonalityDomain::PerLinux => 0,
+        LinuxPersonalityDomain::PerLinux32 => 8,
+    })
 }
 
 fn propagation(value: &Option<String>) -> Result<String, SpecError> {

@@ -156,8 +156,9 @@ fn from_json<T: DeserializeOwned>(what: &str, json: &[u8]) -> Result<T, SpecErro
         source: error.into_inner(),
     };
     if json.windows(SCHEDULER_FLAG.len()).any(|text| text == SCHEDULER_FLAG.as_bytes()) {
-        let mut document: Value = serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_slice(json))
-            .map_err(failed)?;
+        let mut document: Value =
+            serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_slice(json))
+                .map_err(failed)?;
         rename_scheduler_flags(&mut document);
         return serde_path_to_error::deserialize(document).map_err(failed);
     }

@@ -56,7 +56,10 @@ fn namespaces(namespaces: &[oci::LinuxNamespace]) -> Result<Vec<Namespace>, Spec
             Kind::Time => (NamespaceType::TIME, "time"),
         };
         if find(&out, kind).is_some() {
-            return Err(SpecError::field(format!("{at}.type"), format!("{} is there twice", namespace.typ())));
+            return Err(SpecError::field(
+                format!("{at}.type"),
+                format!("{} is there twice", namespace.typ()),
+            ));
         }
         let path = match namespace.path().as_deref().filter(|path| !path.as_os_str().is_empty()) {
             None => String::new(),
@@ -87,7 +90,10 @@ fn joined(at: &str, path: &Path, link: &str) -> Result<String, SpecError> {
         && let Some(pid) = pid.checked_sub(GUEST_PIDS_FROM).filter(|pid| *pid > 1)
     {
         if kind != link {
-            return Err(SpecError::field(at, format!("is not of the namespace's type, must end in /ns/{link}, is {given:?}")));
+            return Err(SpecError::field(
+                at,
+                format!("is not of the namespace's type, must end in /ns/{link}, is {given:?}"),
+            ));
         }
         return Ok(format!("/proc/{pid}/ns/{kind}"));
     }
@@ -119,17 +125,25 @@ pub(super) fn mappings(
         // The last id means "no id".
         let most = u64::from(u32::MAX);
         if end(new.container_id(), new.size()) > most || end(new.host_id(), new.size()) > most {
-            return Err(SpecError::field(format!("{at}.size"), format!("goes beyond the last id, is {}", new.size())));
+            return Err(SpecError::field(
+                format!("{at}.size"),
+                format!("goes beyond the last id, is {}", new.size()),
+            ));
         }
         for old in &mappings[..n] {
-            let overlap = |a: u32, b: u32| {
-                u64::from(a) < end(b, old.size()) && u64::from(b) < end(a, new.size())
-            };
+            let overlap =
+                |a: u32, b: u32| u64::from(a) < end(b, old.size()) && u64::from(b) < end(a, new.size());
             if overlap(new.container_id(), old.container_id()) {
-                return Err(SpecError::field(format!("{at}.containerID"), "maps ids that another entry maps"));
+                return Err(SpecError::field(
+                    format!("{at}.containerID"),
+                    "maps ids that another entry maps",
+                ));
             }
             if overlap(new.host_id(), old.host_id()) {
-                return Err(SpecError::field(format!("{at}.hostID"), "maps to ids that another entry maps to"));
+                return Err(SpecError::field(
+                    format!("{at}.hostID"),
+                    "maps to ids that another entry maps to",
+                ));
             }
         }
     }
@@ -190,7 +204,9 @@ fn check_user(container: &CreateContainerRequest, user: &User) -> Result<(), Spe
     Ok(())
 }
 
-fn time_offsets(offsets: &Option<HashMap<String, oci::LinuxTimeOffset>>) -> Result<Vec<TimeOffset>, SpecError> {
+fn time_offsets(
+    offsets: &Option<HashMap<String, oci::LinuxTimeOffset>>,
+) -> Result<Vec<TimeOffset>, SpecError> {
     let mut out = Vec::new();
     for (clock, offset) in offsets.iter().flatten() {
         let at = format!("linux.timeOffsets[{clock:?}]");

@@ -14,14 +14,14 @@ const ALL_DEVICES: i64 = -1;
 const DEFAULT_RULES: [(&str, Option<u32>, Option<u32>, &str); 10] = [
     ("c", None, None, "m"),
     ("b", None, None, "m"),
-    ("c", Some(1), Some(3), "rwm"),   // null
-    ("c", Some(1), Some(5), "rwm"),   // zero
-    ("c", Some(1), Some(7), "rwm"),   // full
-    ("c", Some(1), Some(8), "rwm"),   // random
-    ("c", Some(1), Some(9), "rwm"),   // urandom
-    ("c", Some(5), Some(0), "rwm"),   // tty
-    ("c", Some(5), Some(2), "rwm"),   // ptmx
-    ("c", Some(136), None, "rwm"),    // pts
+    ("c", Some(1), Some(3), "rwm"), // null
+    ("c", Some(1), Some(5), "rwm"), // zero
+    ("c", Some(1), Some(7), "rwm"), // full
+    ("c", Some(1), Some(8), "rwm"), // random
+    ("c", Some(1), Some(9), "rwm"), // urandom
+    ("c", Some(5), Some(0), "rwm"), // tty
+    ("c", Some(5), Some(2), "rwm"), // ptmx
+    ("c", Some(136), None, "rwm"),  // pts
 ];
 
 /// Converts `resources`, whose path in its document is `field`.
@@ -109,7 +109,9 @@ fn memory(
         (Some(both), Some(memory)) if both < memory => {
             return Err(SpecError::field(
                 format!("{at}.swap"),
-                format!("limits memory and swap together and must not be below memory.limit, is {both} below {memory}"),
+                format!(
+                    "limits memory and swap together and must not be below memory.limit, is {both} below {memory}"
+                ),
             ));
         }
         (Some(both), Some(memory)) => Some(both - memory),
@@ -142,7 +144,9 @@ fn cpu(
     out.cpu_idle = match cpu.idle() {
         None => None,
         Some(idle @ (0 | 1)) => Some(idle == 1),
-        Some(idle) => return Err(SpecError::field(format!("{at}.idle"), format!("must be 0 or 1, is {idle}"))),
+        Some(idle) => {
+            return Err(SpecError::field(format!("{at}.idle"), format!("must be 0 or 1, is {idle}")));
+        }
     };
     out.cpus = list(&format!("{at}.cpus"), cpu.cpus().as_deref())?;
     out.mems = list(&format!("{at}.mems"), cpu.mems().as_deref())?;
@@ -194,7 +198,8 @@ fn block_io(
 
 /// The entry for a device of the host.
 fn io_limit<'a>(limits: &'a mut Vec<IoLimit>, devices: &[Device], major: i64, minor: i64) -> &'a mut IoLimit {
-    let serial = block_device(devices, major, minor).map(|device| device.block_serial.clone()).unwrap_or_default();
+    let serial =
+        block_device(devices, major, minor).map(|device| device.block_serial.clone()).unwrap_or_default();
     let n = limits.iter().position(|limit| limit.serial == serial).unwrap_or_else(|| {
         limits.push(IoLimit { serial, ..Default::default() });
         limits.len() - 1
@@ -205,7 +210,8 @@ fn io_limit<'a>(limits: &'a mut Vec<IoLimit>, devices: &[Device], major: i64, mi
 /// The block device of the container that has this number on the host.
 fn block_device(devices: &[Device], major: i64, minor: i64) -> Option<&Device> {
     devices.iter().find(|device| {
-        !device.block_serial.is_empty() && (i64::from(device.major), i64::from(device.minor)) == (major, minor)
+        !device.block_serial.is_empty()
+            && (i64::from(device.major), i64::from(device.minor)) == (major, minor)
     })
 }
 
@@ -307,7 +313,9 @@ fn io_weight(at: &str, weight: Option<u16>) -> Result<Option<u32>, SpecError> {
 /// A list of CPUs or memory nodes, for example `0-3,7`.
 pub(super) fn list(at: &str, value: Option<&str>) -> Result<String, SpecError> {
     let value = value.unwrap_or_default().trim();
-    let number = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse::<u32>().ok()).flatten();
+    let number = |text: &str| {
+        text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse::<u32>().ok()).flatten()
+    };
     let good = |part: &str| match part.split_once('-') {
         None => number(part).is_some(),
         Some((first, last)) => {

@@ -15,7 +15,10 @@ pub(super) fn translate(at: &str, scheduler: &oci::Scheduler) -> Result<Schedule
         Policy::SchedIdle => libc::SCHED_IDLE,
         Policy::SchedDeadline => libc::SCHED_DEADLINE,
         Policy::SchedIso => {
-            return Err(SpecError::unsupported(format!("{at}.policy"), "Linux reserves SCHED_ISO without having it"));
+            return Err(SpecError::unsupported(
+                format!("{at}.policy"),
+                "Linux reserves SCHED_ISO without having it",
+            ));
         }
     };
     let realtime = matches!(scheduler.policy(), Policy::SchedFifo | Policy::SchedRr);

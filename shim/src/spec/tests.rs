@@ -282,7 +282,11 @@ fn wrong_values_are_named_with_what_would_be_right() {
             json!({"policy": "SCHED_FIFO"}),
             "process.scheduler.priority: must be 1 to 99 with SCHED_FIFO and SCHED_RR, is 0",
         ),
-        ("/process/scheduler", json!({"policy": "SCHED_OTHER", "nice": 20}), "process.scheduler.nice: must be -20 to 19, is 20"),
+        (
+            "/process/scheduler",
+            json!({"policy": "SCHED_OTHER", "nice": 20}),
+            "process.scheduler.nice: must be -20 to 19, is 20",
+        ),
         (
             "/process/scheduler",
             json!({"policy": "SCHED_OTHER", "runtime": 1}),
@@ -313,13 +317,25 @@ fn what_is_not_done_is_refused_by_name() {
     for (at, value, field) in [
         ("/vm", json!({"kernel": {"path": "/k"}}), "vm"),
         ("/linux/namespaces/0", json!({"type": "pid", "path": "/proc/1/ns/pid"}), "linux.namespaces[0].path"),
-        ("/linux/namespaces/0", json!({"type": "pid", "path": "/proc/4194305/ns/pid"}), "linux.namespaces[0].path"),
-        ("/linux/namespaces/4", json!({"type": "network", "path": "/run/netns/x"}), "linux.namespaces[4].path"),
+        (
+            "/linux/namespaces/0",
+            json!({"type": "pid", "path": "/proc/4194305/ns/pid"}),
+            "linux.namespaces[0].path",
+        ),
+        (
+            "/linux/namespaces/4",
+            json!({"type": "network", "path": "/run/netns/x"}),
+            "linux.namespaces[4].path",
+        ),
         ("/linux/intelRdt", json!({}), "linux.intelRdt"),
         ("/linux/personality", json!({"domain": "LINUX", "flags": ["X"]}), "linux.personality.flags"),
         ("/linux/resources/rdma", json!({"mlx5_1": {"hcaHandles": 3}}), "linux.resources.rdma"),
         ("/linux/seccomp", json!({"defaultAction": "SCMP_ACT_NOTIFY"}), "linux.seccomp.defaultAction"),
-        ("/linux/devices", json!([{"path": "/dev/snd/seq", "type": "c", "major": 116, "minor": 1}]), "linux.devices[0]"),
+        (
+            "/linux/devices",
+            json!([{"path": "/dev/snd/seq", "type": "c", "major": 116, "minor": 1}]),
+            "linux.devices[0]",
+        ),
         ("/linux/mountLabel", json!("system_u:object_r:container_file_t:s0"), "linux.mountLabel"),
         ("/process/apparmorProfile", json!("docker-default"), "process.apparmorProfile"),
         ("/process/selinuxLabel", json!("system_u:system_r:container_t:s0"), "process.selinuxLabel"),
@@ -332,7 +348,9 @@ fn what_is_not_done_is_refused_by_name() {
 #[test]
 fn labels_are_ignored_where_the_configuration_says_so() {
     let error = error_with("/process/apparmorProfile", json!("docker-default"));
-    for hint in ["\"docker-default\"", "--security-opt apparmor=unconfined", "ignore_labels = true", "[compat]"] {
+    for hint in
+        ["\"docker-default\"", "--security-opt apparmor=unconfined", "ignore_labels = true", "[compat]"]
+    {
         assert!(error.contains(hint), "{error}");
     }
     let spec = changed("/process/apparmorProfile", json!("docker-default"));
@@ -360,12 +378,21 @@ fn limits_are_converted_as_runc_does() {
         "hugepageLimits": [{"pageSize": "2MB", "limit": 4194304}],
         "unified": {"memory.high": "1000"}
     }));
-    assert_eq!((given.memory_max, given.memory_low, given.memory_swap_max), (Some(1000), Some(500), Some(500)));
-    assert_eq!((given.cpu_weight, given.cpu_quota_us, given.cpu_period_us), (Some(39), Some(50000), Some(100000)));
+    assert_eq!(
+        (given.memory_max, given.memory_low, given.memory_swap_max),
+        (Some(1000), Some(500), Some(500))
+    );
+    assert_eq!(
+        (given.cpu_weight, given.cpu_quota_us, given.cpu_period_us),
+        (Some(39), Some(50000), Some(100000))
+    );
     assert_eq!((given.cpu_burst_us, given.cpu_idle), (Some(10), Some(true)));
     assert_eq!((given.cpus.as_str(), given.mems.as_str()), ("0-1", "0"));
     assert_eq!((given.pids_max, given.io_weight), (Some(100), Some(4950)));
-    assert_eq!((given.hugepage_limits[0].page_size.as_str(), given.hugepage_limits[0].limit), ("2MB", 4194304));
+    assert_eq!(
+        (given.hugepage_limits[0].page_size.as_str(), given.hugepage_limits[0].limit),
+        ("2MB", 4194304)
+    );
     assert_eq!(given.unified["memory.high"], "1000");
 
     let unset = resources(json!({
@@ -398,8 +425,13 @@ fn what_only_cgroup_v1_has_is_listed() {
     });
     let not_applied = load(&spec).unwrap().not_applied;
     let fields = [
-        "memory.kernel", "memory.kernelTCP", "memory.swappiness", "memory.disableOOMKiller", "cpu.realtimeRuntime",
-        "cpu.realtimePeriod", "network",
+        "memory.kernel",
+        "memory.kernelTCP",
+        "memory.swappiness",
+        "memory.disableOOMKiller",
+        "cpu.realtimeRuntime",
+        "cpu.realtimePeriod",
+        "network",
     ];
     assert_eq!(not_applied, fields.map(|field| format!("linux.resources.{field}")));
 }
@@ -434,7 +466,11 @@ fn device_rules_end_with_what_every_container_may_use() {
             format!("{verb} {} {}:{} {}", rule.type_, number(rule.major), number(rule.minor), rule.access)
         })
         .collect();
-    assert_eq!(text[..3], ["deny a *:* rwm", "allow c 10:229 rw", "allow b 8:* r"], "the disk of the host is not the guest's");
+    assert_eq!(
+        text[..3],
+        ["deny a *:* rwm", "allow c 10:229 rw", "allow b 8:* r"],
+        "the disk of the host is not the guest's"
+    );
     assert_eq!(text[3..5], ["allow c *:* m", "allow b *:* m"]);
     assert!(text.contains(&"allow c 1:3 rwm".into()) && text.contains(&"allow c 136:* rwm".into()));
     assert_eq!(resources(json!({})).device_rules.len(), 10);
@@ -468,7 +504,10 @@ fn user_namespaces_come_with_their_mappings() {
     let container = load(&spec).unwrap().container;
     assert_eq!((container.uid_mappings[0].host_id, container.gid_mappings[0].size), (1000, 11));
     spec["process"]["user"]["additionalGids"] = json!([10, 11]);
-    assert_eq!(load(&spec).unwrap_err(), "process.user.additionalGids[1]: 11 is not mapped by linux.gidMappings");
+    assert_eq!(
+        load(&spec).unwrap_err(),
+        "process.user.additionalGids[1]: 11 is not mapped by linux.gidMappings"
+    );
     spec["process"]["user"]["uid"] = json!(10);
     assert_eq!(load(&spec).unwrap_err(), "process.user.uid: 10 is not mapped by linux.uidMappings");
 }
@@ -487,9 +526,11 @@ fn namespaces_of_processes_in_the_guest_can_be_joined() {
     let pid = crate::container::GUEST_PIDS_FROM + 42;
     let container =
         request_with("/linux/namespaces/1", json!({"type": "ipc", "path": format!("/proc/{pid}/ns/ipc")}));
-    let joined = Namespace { type_: NamespaceType::IPC.into(), path: "/proc/42/ns/ipc".into(), ..Default::default() };
+    let joined =
+        Namespace { type_: NamespaceType::IPC.into(), path: "/proc/42/ns/ipc".into(), ..Default::default() };
     assert_eq!(container.namespaces[1], joined);
-    let error = error_with("/linux/namespaces/1", json!({"type": "ipc", "path": format!("/proc/{pid}/ns/net")}));
+    let error =
+        error_with("/linux/namespaces/1", json!({"type": "ipc", "path": format!("/proc/{pid}/ns/net")}));
     assert!(error.contains("must end in /ns/ipc"), "{error}");
 }
 
@@ -524,15 +565,30 @@ fn hooks_go_where_they_run() {
     });
     let bundle = load(&spec).unwrap();
     let hooks = &bundle.hooks;
-    assert_eq!((hooks.prestart[0].field.as_str(), hooks.prestart[0].timeout_s), ("hooks.prestart[0]", Some(3)));
-    assert_eq!((hooks.prestart[0].args.len(), hooks.prestart[0].env.as_deref()), (2, Some(&["A=B".to_owned()][..])));
-    assert_eq!((hooks.create_runtime[0].path.as_path(), &hooks.create_runtime[0].env), (Path::new("/bin/two"), &None));
+    assert_eq!(
+        (hooks.prestart[0].field.as_str(), hooks.prestart[0].timeout_s),
+        ("hooks.prestart[0]", Some(3))
+    );
+    assert_eq!(
+        (hooks.prestart[0].args.len(), hooks.prestart[0].env.as_deref()),
+        (2, Some(&["A=B".to_owned()][..]))
+    );
+    assert_eq!(
+        (hooks.create_runtime[0].path.as_path(), &hooks.create_runtime[0].env),
+        (Path::new("/bin/two"), &None)
+    );
     assert_eq!((hooks.poststart.len(), hooks.poststop.len()), (1, 1));
     let container = &bundle.container;
-    assert_eq!((container.create_container_hooks[0].path.as_str(), container.create_container_hooks[0].timeout_s), ("/bin/three", 4));
+    assert_eq!(
+        (container.create_container_hooks[0].path.as_str(), container.create_container_hooks[0].timeout_s),
+        ("/bin/three", 4)
+    );
     assert_eq!(container.start_container_hooks[0].env, ["C=D"]);
     let state = &container.hook_state;
-    assert_eq!((state.id.as_str(), state.bundle.as_str(), state.oci_version.as_str()), ("web", "/bundle", "1.0.2-dev"));
+    assert_eq!(
+        (state.id.as_str(), state.bundle.as_str(), state.oci_version.as_str()),
+        ("web", "/bundle", "1.0.2-dev")
+    );
     assert_eq!(state.annotations["a"], "b");
     assert!(load(&ctr_spec()).unwrap().container.hook_state.is_none());
 }
@@ -551,7 +607,8 @@ fn broken_json_is_named_where_it_breaks() {
     assert!(error.starts_with("config.json: process.args[2]: invalid type: integer `3`"), "{error}");
     let error = error_with("/process/capabilities/bounding", json!(["CAP_FLY"]));
     assert!(error.starts_with("config.json: process.capabilities.bounding[0]: "), "{error}");
-    let error = Bundle::parse(Path::new("/b"), "web", b"not json", &Compat::default()).unwrap_err().to_string();
+    let error =
+        Bundle::parse(Path::new("/b"), "web", b"not json", &Compat::default()).unwrap_err().to_string();
     assert!(error.starts_with("config.json: "), "{error}");
     assert!(!error.contains('\n'));
     let error = Bundle::load(Path::new("/nonexistent"), "web", &Compat::default()).unwrap_err().to_string();
@@ -651,8 +708,11 @@ fn every_capability_has_its_own_number() {
 
 #[test]
 fn an_exec_is_a_process() {
-    let (process, _) = exec_process(br#"{"user": {"uid": 7}, "args": ["ls"], "cwd": "/"}"#, &Compat::default()).unwrap();
+    let (process, _) =
+        exec_process(br#"{"user": {"uid": 7}, "args": ["ls"], "cwd": "/"}"#, &Compat::default()).unwrap();
     assert_eq!((process.args.len(), process.user.uid, process.capabilities.bounding), (1, 7, 0));
-    let error = exec_process(br#"{"user": {}, "args": ["ls"], "cwd": "tmp"}"#, &Compat::default()).unwrap_err().to_string();
+    let error = exec_process(br#"{"user": {}, "args": ["ls"], "cwd": "tmp"}"#, &Compat::default())
+        .unwrap_err()
+        .to_string();
     assert_eq!(error, "process.cwd: must be an absolute path, is \"tmp\"");
 }
