@@ -484,15 +484,9 @@ fn host_view(guest_pid: u32) -> u32 {
     GUEST_PIDS_FROM.saturating_add(guest_pid)
 }
 
-/// Says which fields of a specification have no effect yet.
+/// Says which fields of a specification have no effect.
 pub(crate) fn log_not_applied(label: &str, fields: &[String]) {
-    // Every runtime's default specification has these.
-    const ALWAYS_THERE: [&str; 2] = ["linux.resources.devices", "linux.resources.cpu.shares"];
-    let (quiet, loud): (Vec<_>, Vec<_>) =
-        fields.iter().map(String::as_str).partition(|field| ALWAYS_THERE.contains(field));
-    for (level, fields) in [(log::Level::Debug, quiet), (log::Level::Warn, loud)] {
-        if !fields.is_empty() {
-            log::log!(level, "{label}: accepted without effect in this version: {}", fields.join(", "));
-        }
+    if !fields.is_empty() {
+        log::warn!("{label}: without effect in a microVM: {}", fields.join(", "));
     }
 }

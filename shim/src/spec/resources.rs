@@ -180,7 +180,7 @@ fn block_io(
     if leaf {
         not_applied.push(format!("{at}.leafWeight"));
     }
-    let throttles: [(_, fn(&mut IoLimit) -> &mut Option<u64>); 4] = [
+    let throttles: [(_, Slot); 4] = [
         (io.throttle_read_bps_device(), |limit| &mut limit.read_bps),
         (io.throttle_write_bps_device(), |limit| &mut limit.write_bps),
         (io.throttle_read_iops_device(), |limit| &mut limit.read_iops),
@@ -195,6 +195,9 @@ fn block_io(
     }
     Ok(())
 }
+
+/// One of a device's rates.
+type Slot = fn(&mut IoLimit) -> &mut Option<u64>;
 
 /// The entry for a device of the host.
 fn io_limit<'a>(limits: &'a mut Vec<IoLimit>, devices: &[Device], major: i64, minor: i64) -> &'a mut IoLimit {
