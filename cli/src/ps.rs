@@ -17,6 +17,8 @@ pub enum Status {
     Created,
     /// Its container was started.
     Running,
+    /// Its container stands still.
+    Paused,
     /// Its container has ended.
     Stopped,
     /// The monitor runs and does not answer.
@@ -35,6 +37,7 @@ impl Status {
             Self::Starting => "starting",
             Self::Created => "created",
             Self::Running => "running",
+            Self::Paused => "paused",
             Self::Stopped => "stopped",
             Self::Hung => "hung",
             Self::Orphaned => "orphaned",
@@ -105,6 +108,7 @@ impl Row {
                 Phase::Starting => Status::Starting,
                 Phase::Created => Status::Created,
                 Phase::Running => Status::Running,
+                Phase::Paused => Status::Paused,
                 Phase::Stopped => Status::Stopped,
             },
         };

@@ -4,8 +4,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rvm_protocol::{
     agent::{
-        AgentClient, ConsoleSize, ContainerRef, CreateContainerRequest, CreateExecRequest, Empty, ExitStatus,
-        Process, ProcessInfo, ProcessRef, ResizePtyRequest, SetUpSandboxRequest, SignalProcessRequest,
+        AgentClient, ConsoleSize, ContainerRef, ContainerStats, CreateContainerRequest, CreateExecRequest,
+        Empty, ExitStatus, Process, ProcessInfo, ProcessRef, ResizePtyRequest, Resources,
+        SetUpSandboxRequest, SignalProcessRequest, UpdateResourcesRequest, WaitOomRequest,
     },
     guest::AGENT_PORT,
 };
@@ -70,6 +71,10 @@ pub struct Agent {
 /// Which process: a container's first one where `exec_id` is empty.
 pub fn process_ref(container_id: &str, exec_id: &str) -> ProcessRef {
     ProcessRef { container_id: container_id.to_owned(), exec_id: exec_id.to_owned(), ..Default::default() }
+}
+
+fn container_ref(container_id: &str) -> ContainerRef {
+    ContainerRef { container_id: container_id.to_owned(), ..Default::default() }
 }
 
 fn limited() -> context::Context {
@@ -143,8 +148,42 @@ impl Agent {
 
     /// The container's processes.
     pub async fn processes(&self, container_id: &str) -> Result<Vec<ProcessInfo>, AgentError> {
-        let request = ContainerRef { container_id: container_id.to_owned(), ..Default::default() };
-        Ok(self.client.list_processes(limited(), &request).await?.processes)
+        Ok(self.client.list_processes(limited(), &container_ref(container_id)).await?.processes)
+    }
+
+    /// Stops the container's processes where they are.
+    pub async fn pause(&self, container_id: &str) -> Result<(), AgentError> {
+        self.client.pause_container(limited(), &container_ref(container_id)).await?;
+        Ok(())
+    }
+
+    /// Lets them go on.
+    pub async fn resume(&self, container_id: &str) -> Result<(), AgentError> {
+        self.client.resume_container(limited(), &container_ref(container_id)).await?;
+        Ok(())
+    }
+
+    /// Changes the limits that are set.
+    pub async fn update(&self, container_id: &str, resources: Resources) -> Result<(), AgentError> {
+        let request = UpdateResourcesRequest {
+            container_id: container_id.to_owned(),
+            resources: Some(resources).into(),
+            ..Default::default()
+        };
+        self.client.update_resources(limited(), &request).await?;
+        Ok(())
+    }
+
+    /// The container's cgroup files and network interfaces.
+    pub async fn stats(&self, container_id: &str) -> Result<ContainerStats, AgentError> {
+        Ok(self.client.get_stats(limited(), &container_ref(container_id)).await?)
+    }
+
+    /// Waits until the kernel has killed more processes of the container for
+    /// want of memory than `known`, however long that takes; returns how many.
+    pub async fn wait_oom(&self, container_id: &str, known: u64) -> Result<u64, AgentError> {
+        let request = WaitOomRequest { container_id: container_id.to_owned(), known, ..Default::default() };
+        Ok(self.client.wait_oom(context::with_timeout(0), &request).await?.count)
     }
 
     /// Forgets an ended process.

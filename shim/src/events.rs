@@ -13,7 +13,10 @@ use std::{
 
 use containerd_shim_protos::{
     api::ForwardRequest,
-    events::task::{TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskStart},
+    events::task::{
+        TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskPaused, TaskResumed,
+        TaskStart,
+    },
     shim::event::Envelope,
     shim_async::EventsClient,
     topics,
@@ -58,6 +61,9 @@ task_events! {
     TaskDelete => TASK_DELETE_EVENT_TOPIC,
     TaskExecAdded => TASK_EXEC_ADDED_EVENT_TOPIC,
     TaskExecStarted => TASK_EXEC_STARTED_EVENT_TOPIC,
+    TaskPaused => TASK_PAUSED_EVENT_TOPIC,
+    TaskResumed => TASK_RESUMED_EVENT_TOPIC,
+    TaskOOM => TASK_OOM_EVENT_TOPIC,
 }
 
 /// Takes events; clones share one queue.

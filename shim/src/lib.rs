@@ -20,6 +20,7 @@ pub mod flags;
 pub mod hooks;
 pub mod io;
 mod logger;
+pub mod metrics;
 pub mod mount;
 pub mod process;
 pub mod process_id;

@@ -83,6 +83,8 @@ impl Task for TaskService {
         };
         let status = match process.phase() {
             Phase::Created => Status::CREATED,
+            // An exec stands still with its container.
+            Phase::Running if container.is_paused() => Status::PAUSED,
             Phase::Running => Status::RUNNING,
             Phase::Stopped(exit) => {
                 response.exit_status = exit.status;
@@ -218,20 +220,28 @@ impl Task for TaskService {
         Ok(Empty::new())
     }
 
-    async fn pause(&self, _: &TtrpcContext, _: PauseRequest) -> ttrpc::Result<Empty> {
-        unimplemented("pause: this version cannot freeze a container")
+    async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
+        let container = self.tasks.container(&request.id)?;
+        whole(async move { container.pause().await }).await?;
+        Ok(Empty::new())
     }
 
-    async fn resume(&self, _: &TtrpcContext, _: ResumeRequest) -> ttrpc::Result<Empty> {
-        unimplemented("resume: this version cannot freeze a container")
+    async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
+        let container = self.tasks.container(&request.id)?;
+        whole(async move { container.resume().await }).await?;
+        Ok(Empty::new())
     }
 
-    async fn update(&self, _: &TtrpcContext, _: UpdateTaskRequest) -> ttrpc::Result<Empty> {
-        unimplemented("update: this version applies no resource limits")
+    async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
+        let container = self.tasks.container(&request.id)?;
+        let resources = request.resources.unwrap_or_default();
+        whole(async move { container.update(&resources.value).await }).await?;
+        Ok(Empty::new())
     }
 
-    async fn stats(&self, _: &TtrpcContext, _: StatsRequest) -> ttrpc::Result<StatsResponse> {
-        unimplemented("stats: this version counts nothing in the guest")
+    async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
+        let stats = self.tasks.container(&request.id)?.stats().await?;
+        Ok(StatsResponse { stats: Some(stats).into(), ..Default::default() })
     }
 
     async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {

@@ -56,6 +56,8 @@ pub enum Phase {
     Created,
     /// Its container was started.
     Running,
+    /// Its container stands still.
+    Paused,
     /// Its container has ended.
     Stopped,
 }

@@ -7,6 +7,7 @@ mod broken;
 mod death;
 mod exec;
 mod failures;
+mod limits;
 mod ring0;
 mod run;
 mod rvmctl;

@@ -9,6 +9,7 @@
 //! * [`ctr`]: `ctr` commands.
 //! * [`events`]: what containerd published.
 //! * [`sandbox`]: the host side of one running sandbox.
+//! * [`task`]: a shim's own API.
 //! * [`timeline`]: how one start went.
 //! * [`host`]: what a sandbox could leave behind.
 //! * [`case`]: one test case from lock to comparison.
@@ -24,6 +25,7 @@ pub mod job;
 pub mod sandbox;
 pub mod scale;
 pub mod stage;
+pub mod task;
 pub mod timeline;
 pub mod world;
 

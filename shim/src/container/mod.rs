@@ -1,9 +1,14 @@
 //! One container of a sandbox: its processes and what is done with them.
 
+mod control;
+
 use std::{
     collections::BTreeMap,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -11,7 +16,7 @@ use containerd_shim_protos::{
     events::task::{TaskCreate, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskStart},
     types::mount::Mount,
 };
-use rvm_protocol::agent::ExitStatus;
+use rvm_protocol::agent::{Device, ExitStatus};
 use tokio::time::timeout;
 
 use crate::{
@@ -58,6 +63,13 @@ pub struct Container {
     endpoints: Mutex<Option<Endpoints>>,
     execs: Mutex<BTreeMap<String, Arc<Process>>>,
     compat: Compat,
+    /// Those of its devices that are block devices of the host's.
+    block_devices: Vec<Device>,
+    /// Held while it is paused or resumed.
+    changing: tokio::sync::Mutex<()>,
+    paused: AtomicBool,
+    /// Of how many processes killed for want of memory the client was told.
+    oom_kills: Mutex<u64>,
 }
 
 /// What a container is made of.
@@ -117,6 +129,7 @@ impl Container {
             ..Default::default()
         };
         let init = Process::new("", stdio, sandbox.pid());
+        request.devices.retain(|device| !device.block_serial.is_empty());
         let container = Arc::new(Self {
             id,
             bundle: bundle.dir,
@@ -129,6 +142,10 @@ impl Container {
             endpoints: Mutex::new(Some(endpoints)),
             execs: Mutex::default(),
             compat,
+            block_devices: request.devices,
+            changing: tokio::sync::Mutex::default(),
+            paused: AtomicBool::new(false),
+            oom_kills: Mutex::default(),
         });
         container.events.publish(created);
         tokio::spawn(container.clone().follow(container.init.clone()));
@@ -178,7 +195,7 @@ impl Container {
         started
     }
 
-    async fn start_init(&self, init: &Process) -> Result<u32, Error> {
+    async fn start_init(self: &Arc<Self>, init: &Process) -> Result<u32, Error> {
         let endpoints = self.endpoints.lock().unwrap_or_else(PoisonError::into_inner).take();
         let endpoints = endpoints.unwrap_or_default();
         init.set_io(ProcessIo::attach(self.sandbox.vsock(), &self.id, "", endpoints).await?);
@@ -190,6 +207,7 @@ impl Container {
         init.set_running(pid);
         self.events.publish(TaskStart { container_id: self.id.clone(), pid, ..Default::default() });
         self.sandbox.set_phase(state::Phase::Running);
+        tokio::spawn(self.clone().watch_oom_kills());
         let steps = self.sandbox.timeline().steps();
         let steps: Vec<_> = steps.iter().map(|step| format!("{} {:.1}", step.name, step.ms)).collect();
         let label = format!("{}/{}", self.namespace, self.id);
@@ -199,6 +217,7 @@ impl Container {
 
     async fn start_exec(self: &Arc<Self>, process: &Arc<Process>) -> Result<u32, Error> {
         let exec_id = &process.exec_id;
+        self.check_not_paused()?;
         let endpoints = Endpoints::open(&process.stdio, &self.namespace, &self.id).await?;
         let io = ProcessIo::attach(self.sandbox.vsock(), &self.id, exec_id, endpoints).await?;
         let guest_pid = self.sandbox.agent().start(&process_ref(&self.id, exec_id)).await?;
@@ -223,6 +242,7 @@ impl Container {
         if self.init.phase() != Phase::Running {
             return Err(Error::FailedPrecondition(format!("container {} is not running", self.id)));
         }
+        self.check_not_paused()?;
         let exists = || Error::AlreadyExists(format!("container {} has an exec {exec_id} already", self.id));
         if self.execs().contains_key(exec_id) {
             return Err(exists());
@@ -242,6 +262,13 @@ impl Container {
             exec_id: exec_id.to_owned(),
             ..Default::default()
         });
+        Ok(())
+    }
+
+    fn check_not_paused(&self) -> Result<(), Error> {
+        if self.is_paused() {
+            return Err(Error::FailedPrecondition("cannot exec in a paused container".into()));
+        }
         Ok(())
     }
 
@@ -398,11 +425,11 @@ impl Container {
         if !process.exec_id.is_empty() {
             label = format!("{label} exec {}", process.exec_id);
         }
-        let exit = match self.exit_of(&process).await {
-            Ok(status) => Exit::now(status.exit_code),
+        let (exit, oom_kills) = match self.exit_of(&process).await {
+            Ok(status) => (Exit::now(status.exit_code), status.oom_kills),
             Err(reason) => {
                 log::error!("{label}: ended with its machine: {reason}");
-                Exit::now(Exit::KILLED)
+                (Exit::now(Exit::KILLED), 0)
             }
         };
         if let Some(io) = process.io() {
@@ -410,6 +437,11 @@ impl Container {
         }
         // The start is told first, however soon the end comes.
         let _starting = process.starting.lock().await;
+        // And why it ended before that it did: clients call it OOMKilled by the order.
+        self.note_oom_kills(oom_kills);
+        if process.exec_id.is_empty() {
+            self.paused.store(false, Ordering::Relaxed);
+        }
         let id = if process.exec_id.is_empty() { self.id.clone() } else { process.exec_id.clone() };
         process.set_exited(exit, || {
             self.events.publish(TaskExit {

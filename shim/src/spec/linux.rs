@@ -36,8 +36,7 @@ pub(super) fn translate(
         container.devices.push(self::device(&format!("linux.devices[{n}]"), device)?);
     }
     let resources = linux.resources().clone().unwrap_or_default();
-    let mut resources = resources::translate("linux.resources", &resources, &container.devices, not_applied)?;
-    resources.device_rules.extend(resources::default_device_rules());
+    let resources = resources::translate("linux.resources", &resources, &container.devices, not_applied)?;
     container.resources = Some(resources).into();
     container.seccomp = linux.seccomp().as_ref().map(seccomp).transpose()?.into();
     container.personality = linux.personality().as_ref().map(personality).transpose()?;

@@ -9,21 +9,6 @@ use super::{SpecError, text};
 /// Number of a rule that stands for every device.
 const ALL_DEVICES: i64 = -1;
 
-/// What every container may use beside the spec's list, as with runc: making
-/// any node, and the devices every container is given.
-const DEFAULT_RULES: [(&str, Option<u32>, Option<u32>, &str); 10] = [
-    ("c", None, None, "m"),
-    ("b", None, None, "m"),
-    ("c", Some(1), Some(3), "rwm"), // null
-    ("c", Some(1), Some(5), "rwm"), // zero
-    ("c", Some(1), Some(7), "rwm"), // full
-    ("c", Some(1), Some(8), "rwm"), // random
-    ("c", Some(1), Some(9), "rwm"), // urandom
-    ("c", Some(5), Some(0), "rwm"), // tty
-    ("c", Some(5), Some(2), "rwm"), // ptmx
-    ("c", Some(136), None, "rwm"),  // pts
-];
-
 /// Converts `resources`, whose path in its document is `field`.
 ///
 /// `devices` are the container's, by which a limit or a rule finds the guest's
@@ -73,18 +58,6 @@ pub(crate) fn translate(
     Ok(out)
 }
 
-/// What is allowed to every container, to be applied after the spec's rules.
-pub(super) fn default_device_rules() -> impl Iterator<Item = DeviceRule> {
-    DEFAULT_RULES.iter().map(|&(kind, major, minor, access)| DeviceRule {
-        allow: true,
-        type_: kind.into(),
-        major,
-        minor,
-        access: access.into(),
-        ..Default::default()
-    })
-}
-
 fn memory(
     at: &str,
     memory: &oci::LinuxMemory,
@@ -92,6 +65,7 @@ fn memory(
     not_applied: &mut Vec<String>,
 ) -> Result<(), SpecError> {
     out.memory_max = limit(&format!("{at}.limit"), memory.limit())?;
+    out.memory_check_before_update = memory.check_before_update() == Some(true);
     out.memory_low = limit(&format!("{at}.reservation"), memory.reservation())?;
     let both = limit(&format!("{at}.swap"), memory.swap())?;
     out.memory_swap_max = match (both, out.memory_max) {
@@ -122,7 +96,6 @@ fn memory(
         (memory.swappiness().is_some(), "swappiness"),
         (memory.disable_oom_killer() == Some(true), "disableOOMKiller"),
         (memory.use_hierarchy() == Some(false), "useHierarchy"),
-        (memory.check_before_update() == Some(true), "checkBeforeUpdate"),
     ] {
         if ignored {
             not_applied.push(format!("{at}.{name}"));

@@ -1,0 +1,241 @@
+//! Limits by what they do, not by what their files say; pause, update,
+//! statistics, and what is told of memory that ran out.
+
+use anyhow::{Context, Result, ensure};
+use rvm_tests::{
+    case,
+    ctr::{Ctr, Run},
+    job::{Finished, Input},
+    scale, task,
+    world::World,
+};
+use serde_json::{Value, json};
+
+const MIB: u64 = 1 << 20;
+/// Where a container sees its own cgroup.
+const CGROUP: &str = "/sys/fs/cgroup";
+
+/// A container from containerd's own specification with `resources` in it.
+fn limited(world: &World, name: &str, script: &str, resources: &Value) -> Result<Run> {
+    let ctr = world.ctr();
+    let spec = ctr.run(&["oci", "spec"], scale::command())?.success()?;
+    let mut spec: Value = serde_json::from_slice(&spec.stdout)?;
+    spec["root"]["path"] = world.rootfs()?.to_string_lossy().into_owned().into();
+    spec["process"]["args"] = json!(["sh", "-c", script]);
+    spec["process"]["env"] = json!(["PATH=/bin:/usr/bin"]);
+    let mounts = spec["mounts"].as_array_mut().context("mounts of the specification")?;
+    mounts.push(json!({"destination": CGROUP, "type": "cgroup", "source": "cgroup", "options": ["ro"]}));
+    let mut run = ctr.container(name);
+    spec["linux"]["cgroupsPath"] = format!("/default/{}", run.id).into();
+    let all = spec["linux"]["resources"].as_object_mut().context("linux.resources of the specification")?;
+    all.extend(resources.as_object().context("resources")?.clone());
+    let path = world.write_file(&format!("{}.json", run.id), spec.to_string())?;
+    run = run.with(&["--config", &path]);
+    Ok(run)
+}
+
+fn exec(ctr: &Ctr, id: &str, script: &str) -> Result<Finished> {
+    ctr.exec(id, &[], &["sh", "-c", script], Input::Nothing)?.finish(scale::container())
+}
+
+/// Ends a detached container.
+fn end(world: &World, id: &str) -> Result<()> {
+    let ctr = world.ctr();
+    ctr.run(&["task", "kill", "-s", "SIGKILL", id], scale::command())?.success()?;
+    world.events(|events| events.wait_for("/tasks/exit", id, scale::container()))?;
+    ctr.remove(id)
+}
+
+fn count(world: &World, id: &str, topic: &str) -> Result<usize> {
+    world.events(|events| {
+        events.marker(scale::command())?;
+        Ok(events.of(id)?.iter().filter(|event| event.topic == topic).count())
+    })
+}
+
+/// Measures for three seconds what share of a processor the container gets.
+const SHARE: &str = "read() { u=$(sed -n 's/usage_usec //p' /sys/fs/cgroup/cpu.stat); t=$(cut -d' ' -f1 /proc/uptime | tr -d .); }; \
+     read; u0=$u; t0=$t; sleep 3; read; echo $(( (u - u0) / ((t - t0) * 10) ))";
+
+fn share_of(finished: &Finished, wanted: i32) -> Result<()> {
+    // In thousandths of a processor.
+    let share: i32 = finished.text().trim().parse().with_context(|| finished.to_string())?;
+    println!("{share}/1000 of a processor, {wanted}/1000 wanted");
+    ensure!((wanted * 9 / 10..=wanted * 11 / 10).contains(&share), "{finished}");
+    Ok(())
+}
+
+#[test]
+fn a_processor_by_quota() {
+    case(|world| {
+        let quota = ["--cpu-quota", "5000", "--cpu-period", "20000"];
+        let mount = format!("type=cgroup,src=cgroup,dst={CGROUP},options=ro");
+        let run = world.ctr().container("quota").with(&quota).with(&["--mount", &mount]);
+        let finished = run.shell(&format!("while :; do :; done & {SHARE}; kill $!"))?.success()?;
+        // The share comes in millis.
+        share_of(&finished, 250)
+    });
+}
+
+#[test]
+fn memory_that_runs_out() {
+    case(|world| {
+        let limit = (32 * MIB).to_string();
+        let run = world.ctr().container("oom").with(&["--memory-limit", &limit]);
+        let fits = run.run(&["dd", "if=/dev/zero", "of=/dev/null", "bs=8M", "count=1"])?.success()?;
+        println!("{fits}");
+        ensure!(count(world, &run.id, "/tasks/oom")? == 0, "nothing was killed");
+
+        let run = world.ctr().container("oom").with(&["--memory-limit", &limit]);
+        run.run(&["dd", "if=/dev/zero", "of=/dev/null", "bs=100M", "count=1"])?.exited(137)?;
+        let events = world.events(|events| {
+            events.marker(scale::command())?;
+            events.of(&run.id)
+        })?;
+        let topics: Vec<&str> = events.iter().map(|event| event.topic.as_str()).collect();
+        let expected = ["/tasks/create", "/tasks/start", "/tasks/oom", "/tasks/exit", "/tasks/delete"];
+        ensure!(topics == expected, "{events:#?}");
+        ensure!(events[3].number("exit_status") == 137, "{events:#?}");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_fork_bomb() {
+    case(|world| {
+        let script = "n=0; while [ $n -lt 60 ]; do sleep 100 & n=$((n + 1)); echo $n; done; echo never";
+        let run = limited(world, "bomb", script, &json!({"pids": {"limit": 20}}))?;
+        let finished = run.run(&[])?;
+        // The shell is the twentieth.
+        ensure!(finished.text().lines().last() == Some("19"), "{finished}");
+        ensure!(finished.code() != 0 && finished.errors().contains("can't fork"), "{finished}");
+        Ok(())
+    });
+}
+
+#[test]
+fn pause_and_resume() {
+    case(|world| {
+        let ctr = world.ctr();
+        let run = ctr.container("pause");
+        let mut job = run.start(&["sh", "-c", "while :; do echo tick; sleep 0.05; done"], Input::Nothing)?;
+        job.wait_for("tick", scale::container())?;
+        for _ in 0..2 {
+            ctr.run(&["task", "pause", &run.id], scale::command())?.success()?;
+            ensure!(ctr.task_state(&run.id).as_deref() == Some("PAUSED"), "{:?}", ctr.task_state(&run.id));
+            // What was written before is on its way.
+            let moment = scale::seconds(0.05);
+            std::thread::sleep(moment);
+            let seen = job.stdout().len();
+            ensure!(job.wait_for_more(seen, moment) == seen, "it goes on");
+
+            let refused = exec(&ctr, &run.id, "true")?;
+            ensure!(refused.code() != 0 && refused.errors().contains("pause"), "{refused}");
+            let twice = ctr.run(&["task", "pause", &run.id], scale::command())?;
+            ensure!(
+                twice.code() != 0 && twice.errors().contains("cannot pause a paused container"),
+                "{twice}"
+            );
+
+            ctr.run(&["task", "resume", &run.id], scale::command())?.success()?;
+            ensure!(job.wait_for_more(seen, scale::container()) > seen, "it does not go on");
+            ensure!(ctr.task_state(&run.id).as_deref() == Some("RUNNING"));
+        }
+        let error = task::delete(&run.id).err().map(|error| error.to_string()).unwrap_or_default();
+        ensure!(!error.is_empty(), "a running task was deleted");
+        ctr.run(&["task", "pause", &run.id], scale::command())?.success()?;
+        let error = task::delete(&run.id).err().map(|error| error.to_string()).unwrap_or_default();
+        ensure!(!error.is_empty(), "a paused task was deleted");
+        ctr.run(&["task", "kill", "-s", "SIGKILL", &run.id], scale::command())?.success()?;
+        job.close_input();
+        job.finish(scale::container())?.exited(137)?;
+        for (topic, expected) in [("/tasks/paused", 3), ("/tasks/resumed", 2), ("/tasks/exit", 1)] {
+            let published = count(world, &run.id, topic)?;
+            ensure!(published == expected, "{published} {topic}");
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn limits_change_both_ways() {
+    case(|world| {
+        let ctr = world.ctr();
+        let run = limited(
+            world,
+            "update",
+            "while :; do :; done",
+            &json!({
+                "cpu": {"quota": 10_000, "period": 20_000},
+                "memory": {"limit": 24 * MIB},
+                "pids": {"limit": 12},
+            }),
+        )?
+        .detached();
+        run.run(&[])?.success()?;
+        let id = &run.id;
+        share_of(&exec(&ctr, id, SHARE)?.success()?, 500)?;
+        let forks = "n=0; while [ $n -lt 20 ]; do sleep 1 & n=$((n + 1)); done; echo $n; wait";
+        let bomb = exec(&ctr, id, forks)?;
+        ensure!(bomb.text().is_empty() && bomb.errors().contains("can't fork"), "{bomb}");
+        let takes = |mib: u64| format!("dd if=/dev/zero of=/dev/null bs={mib}M count=1 2>&1; echo $?");
+        let killed = exec(&ctr, id, &takes(40))?;
+        ensure!(killed.text().contains("137"), "{killed}");
+        ensure!(count(world, id, "/tasks/oom")? == 1, "one kill, one event");
+
+        task::update(id, &json!({"pids": {"limit": 100}, "memory": {"limit": 64 * MIB}}))?;
+        ensure!(exec(&ctr, id, forks)?.success()?.text() == "20\n");
+        ensure!(exec(&ctr, id, &takes(40))?.success()?.text().ends_with("\n0\n"));
+        // What was not named is as it was; then it is changed alone.
+        task::update(id, &json!({"cpu": {"quota": 5000}}))?;
+        share_of(&exec(&ctr, id, SHARE)?.success()?, 250)?;
+
+        task::update(id, &json!({"pids": {"limit": 12}, "memory": {"limit": 24 * MIB}}))?;
+        ensure!(exec(&ctr, id, forks)?.errors().contains("can't fork"));
+        ensure!(exec(&ctr, id, &takes(40))?.text().contains("137"));
+        ensure!(count(world, id, "/tasks/oom")? == 2, "two kills, two events");
+
+        let wrong = task::update(id, &json!({"cpu": {"cpus": "4096"}})).err().context("it was accepted")?;
+        ensure!(wrong.to_string().contains("cpus"), "{wrong}");
+        ensure!(ctr.task_state(id).as_deref() == Some("RUNNING"));
+        end(world, id)
+    });
+}
+
+#[test]
+fn statistics() {
+    case(|world| {
+        let ctr = world.ctr();
+        let script = "sleep 1000 & sleep 1000 & head -c 3000000 /dev/zero > /dev/shm/x; wait";
+        let resources = json!({"memory": {"limit": 48 * MIB}, "pids": {"limit": 33}});
+        let run = limited(world, "stats", script, &resources)?.detached();
+        run.run(&[])?.success()?;
+        let id = &run.id;
+        let files = "until [ $(stat -c %s /dev/shm/x) = 3000000 ]; do :; done; \
+                     cd /sys/fs/cgroup; sed -n 's/usage_usec //p' cpu.stat; cat memory.current memory.max pids.max; \
+                     sed -n 's/^shmem //p' memory.stat";
+        let numbers = |finished: Finished| -> Result<Vec<u64>> {
+            finished.text().lines().map(|line| Ok(line.trim().parse()?)).collect()
+        };
+        let before = numbers(exec(&ctr, id, files)?.success()?)?;
+        let metrics = ctr.run(&["task", "metrics", "--format", "json", id], scale::command())?.success()?;
+        let after = numbers(exec(&ctr, id, files)?.success()?)?;
+        println!("{}\nbefore {before:?}, after {after:?}", metrics.text());
+        let metrics: Value = serde_json::from_slice(&metrics.stdout)?;
+        let number = |path: &str| metrics.pointer(path).and_then(Value::as_u64).unwrap_or_default();
+        let cpu = number("/cpu/usage_usec");
+        ensure!((before[0]..=after[0]).contains(&cpu), "{cpu}");
+        ensure!(number("/cpu/user_usec") + number("/cpu/system_usec") <= cpu + 1);
+        // The exec itself used some.
+        ensure!(number("/memory/usage").abs_diff(before[1]) < 2 * MIB, "{metrics}");
+        ensure!(number("/memory/usage_limit") == before[2] && before[2] == 48 * MIB, "{metrics}");
+        ensure!(number("/pids/limit") == before[3] && before[3] == 33, "{metrics}");
+        ensure!(number("/pids/current") == 3, "{metrics}");
+        ensure!(number("/memory/shmem") == before[4] && before[4] >= 3_000_000, "{metrics}");
+        let table = ctr.run(&["task", "metrics", id], scale::command())?.success()?;
+        ensure!(table.text().contains("memory.usage"), "{table}");
+        let processes = ctr.run(&["task", "ps", id], scale::command())?.success()?;
+        ensure!(processes.text().lines().count() == 4, "{processes}");
+        end(world, id)
+    });
+}
