@@ -64,6 +64,8 @@ pub enum CgroupError {
 pub struct HostCgroup {
     paths: Paths,
     hierarchies: Hierarchies,
+    /// The same below each of them.
+    relative: PathBuf,
     procs: Vec<CString>,
 }
 
@@ -76,17 +78,18 @@ impl HostCgroup {
     /// Makes the cgroup `path` (absolute, without "..") in each of `hierarchies`,
     /// with `ceiling` set. On an error nothing is left.
     pub fn create(hierarchies: Hierarchies, path: &str, ceiling: &Ceiling) -> Result<Self, CgroupError> {
-        let relative = Path::new(path.trim_start_matches('/'));
-        let mut made = Self { paths: Paths::default(), hierarchies, procs: Vec::new() };
+        let relative = PathBuf::from(path.trim_start_matches('/'));
+        let mut made = Self { paths: Paths::default(), hierarchies, relative, procs: Vec::new() };
         for hierarchy in &made.hierarchies.all {
-            let dir = hierarchy.root.join(relative);
+            let dir = hierarchy.root.join(&made.relative);
             // First, so that a half-made one goes as well.
             made.paths.0.push(dir.clone());
-            make(hierarchy, relative).map_err(|(path, source)| CgroupError::Directory { path, source })?;
+            make(hierarchy, &made.relative)
+                .map_err(|(path, source)| CgroupError::Directory { path, source })?;
             let procs = CString::new(dir.join("cgroup.procs").as_os_str().as_bytes());
             made.procs.extend(procs);
         }
-        ceiling.apply(&made.hierarchies, relative)?;
+        made.update(ceiling)?;
         Ok(made)
     }
 
@@ -96,8 +99,8 @@ impl HostCgroup {
     }
 
     /// Sets another ceiling.
-    pub fn update(&self, path: &str, ceiling: &Ceiling) -> Result<(), CgroupError> {
-        ceiling.apply(&self.hierarchies, Path::new(path.trim_start_matches('/')))
+    pub fn update(&self, ceiling: &Ceiling) -> Result<(), CgroupError> {
+        ceiling.apply(&self.hierarchies, &self.relative)
     }
 
     /// For a child between fork and exec: moves the calling process. Allocates

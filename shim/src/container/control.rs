@@ -10,7 +10,13 @@ use containerd_shim_protos::events::task::{TaskOOM, TaskPaused, TaskResumed};
 use protobuf::well_known_types::any::Any;
 
 use super::{Container, log_not_applied};
-use crate::{error::Error, metrics, process::Phase, spec, state};
+use crate::{
+    error::Error,
+    metrics,
+    process::Phase,
+    sandbox::{SandboxError, guest_cpus},
+    spec, state,
+};
 
 /// Between two events that tell of memory that ran out: a container may start
 /// anew what is killed, for ever.
@@ -58,12 +64,25 @@ impl Container {
 
     /// Changes the limits that `json`, a `LinuxResources`, sets.
     pub async fn update(&self, json: &[u8]) -> Result<(), Error> {
-        let (resources, not_applied) = spec::resources(json, &self.block_devices)?;
+        let (mut resources, not_applied) = spec::resources(json, &self.block_devices)?;
         if self.init.exited().is_some() {
             return Err(Error::FailedPrecondition("cannot update a stopped container".into()));
         }
         log_not_applied(&format!("{}/{} update", self.namespace, self.id), &not_applied);
-        Ok(self.sandbox.agent().update(&self.id, resources).await?)
+        let size = self.sandbox.size();
+        if let Some(limit) = resources.memory_max
+            && !size.has_room_for(limit)
+        {
+            return Err(Error::InvalidArgument(format!(
+                "linux.resources.memory.limit: {limit} bytes do not fit into the running machine of {} MiB; \
+                 guest.memory_mib in the configuration, or the limit at the start, makes it larger",
+                size.memory_mib
+            )));
+        }
+        let of_host = resources.clone();
+        resources.cpus = guest_cpus(&resources.cpus, size.vcpus);
+        self.sandbox.agent().update(&self.id, resources).await?;
+        Ok(self.sandbox.update_ceiling(&of_host).map_err(SandboxError::from)?)
     }
 
     /// What it has used, as containerd's clients read it.

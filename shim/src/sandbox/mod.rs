@@ -275,9 +275,9 @@ impl Sandbox {
 
     /// Holds the machine to other limits on the host; what `resources` leaves
     /// out stays.
-    pub fn update_ceiling(&self, cgroup_path: &str, resources: &Resources) -> Result<(), CgroupError> {
+    pub fn update_ceiling(&self, resources: &Resources) -> Result<(), CgroupError> {
         match self.owned().as_ref() {
-            Some(owned) => owned.cgroup.update(cgroup_path, &Ceiling::of(resources, self.size.memory_mib)),
+            Some(owned) => owned.cgroup.update(&Ceiling::of(resources, self.size.memory_mib)),
             None => Ok(()),
         }
     }

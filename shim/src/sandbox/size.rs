@@ -48,6 +48,13 @@ impl Size {
     pub fn of(resources: &Resources, guest: &Guest, host: HostSize) -> Self {
         Self { vcpus: vcpus(resources, guest, host), memory_mib: memory_mib(resources, guest, host) }
     }
+
+    /// Whether a container may use `limit` bytes in a machine of this size; a
+    /// negative limit is none, and all that there is.
+    pub fn has_room_for(self, limit: i64) -> bool {
+        u64::try_from(limit).is_ok_and(|limit| with_overhead(limit.div_ceil(1 << 20)) <= self.memory_mib)
+            || limit < 0
+    }
 }
 
 /// Enough memory for the limit, and never less than configured, so that a limit
@@ -56,9 +63,12 @@ impl Size {
 fn memory_mib(resources: &Resources, guest: &Guest, host: HostSize) -> u64 {
     let limit = resources.memory_max.and_then(|limit| u64::try_from(limit).ok()).filter(|limit| *limit > 0);
     let Some(limit) = limit else { return guest.memory_mib };
-    let limit = limit.div_ceil(1 << 20);
-    let whole = limit.saturating_add(FIXED_OVERHEAD_MIB).saturating_add(limit / OVERHEAD_PER_MEMORY);
-    whole.min(host.memory_mib).max(guest.memory_mib)
+    with_overhead(limit.div_ceil(1 << 20)).min(host.memory_mib).max(guest.memory_mib)
+}
+
+/// A limit of so many MiB, and what the guest needs beside it.
+fn with_overhead(limit_mib: u64) -> u64 {
+    limit_mib.saturating_add(FIXED_OVERHEAD_MIB).saturating_add(limit_mib / OVERHEAD_PER_MEMORY)
 }
 
 /// As many as the quota can keep busy, as the list of CPUs has, as the host has.
@@ -129,6 +139,14 @@ mod tests {
         assert_eq!(of((1024 << 20) + 1), 1025 + 48 + 32);
         assert_eq!(of(256 << 20), 512);
         assert_eq!(of(i64::MAX), HOST.memory_mib);
+    }
+
+    #[test]
+    fn a_raised_limit_has_to_fit_into_the_machine() {
+        let machine = Size { vcpus: 1, memory_mib: 512 };
+        assert!(machine.has_room_for(128 << 20) && machine.has_room_for(-1) && machine.has_room_for(0));
+        assert!(machine.has_room_for(450 << 20) && !machine.has_room_for(512 << 20));
+        assert!(!machine.has_room_for(i64::MAX));
     }
 
     #[test]
