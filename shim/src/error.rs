@@ -62,7 +62,7 @@ impl Error {
                 SandboxError::Name { .. }
                 | SandboxError::Share(
                     ShareError::Volume { .. }
-                    | ShareError::Socket { .. }
+                    | ShareError::Useless { .. }
                     | ShareError::Rootfs(RootfsError::Layer { .. } | RootfsError::Root { .. }),
                 ),
             ) => Code::INVALID_ARGUMENT,

@@ -1,6 +1,16 @@
 //! mount(2) as the share needs it.
 
-use std::{ffi::CString, fs::File, io, os::fd::AsRawFd, os::unix::ffi::OsStrExt, path::Path, sync::OnceLock};
+use std::{
+    ffi::{CStr, CString},
+    fs::File,
+    io,
+    os::{
+        fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
+        unix::ffi::OsStrExt,
+    },
+    path::Path,
+    sync::OnceLock,
+};
 
 use nix::{
     errno::Errno,
@@ -32,6 +42,48 @@ static HOST: OnceLock<File> = OnceLock::new();
 pub fn bind(source: &Path, target: &Path, recursive: bool) -> io::Result<()> {
     let flags = if recursive { MsFlags::MS_BIND | MsFlags::MS_REC } else { MsFlags::MS_BIND };
     Ok(mount(Some(source), target, None::<&str>, flags, None::<&str>)?)
+}
+
+/// As [`bind`], with ids mapped as in `user_namespace`: what the file system says
+/// is one of its inner ids is seen as the outer one. Where `all`, in every mount
+/// below too (mount_setattr(2), `MOUNT_ATTR_IDMAP`).
+pub fn bind_idmapped(
+    source: &Path,
+    target: &Path,
+    recursive: bool,
+    user_namespace: &OwnedFd,
+    all: bool,
+) -> io::Result<()> {
+    let source = CString::new(source.as_os_str().as_bytes())?;
+    let target = CString::new(target.as_os_str().as_bytes())?;
+    let deep = |yes| if yes { libc::AT_RECURSIVE.cast_unsigned() } else { 0 };
+    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | deep(recursive);
+    // SAFETY: `source` is a C string that outlives the call.
+    let fd = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, source.as_ptr(), flags) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just returned this descriptor, nobody else owns it.
+    let tree = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+    let attributes = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_IDMAP,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: user_namespace.as_raw_fd().unsigned_abs().into(),
+    };
+    set_attr(tree.as_raw_fd(), c"", libc::AT_EMPTY_PATH | deep(all).cast_signed(), &attributes)?;
+    // SAFETY: both paths are C strings that outlive the call.
+    let moved = unsafe {
+        libc::syscall(
+            libc::SYS_move_mount,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_FDCWD,
+            target.as_ptr(),
+            libc::MOVE_MOUNT_F_EMPTY_PATH,
+        )
+    };
+    if moved == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Mounts a file system.
@@ -79,17 +131,20 @@ pub fn seal(target: &Path, recursive: bool) -> io::Result<()> {
 fn set_attributes(target: &Path, recursive: bool, set: u64, propagation: u64) -> io::Result<()> {
     let path = CString::new(target.as_os_str().as_bytes())?;
     let attributes = libc::mount_attr { attr_set: set, attr_clr: 0, propagation, userns_fd: 0 };
-    let flags = if recursive { libc::AT_RECURSIVE } else { 0 };
+    set_attr(libc::AT_FDCWD, &path, if recursive { libc::AT_RECURSIVE } else { 0 }, &attributes)
+}
+
+fn set_attr(dir: RawFd, path: &CStr, flags: i32, attributes: &libc::mount_attr) -> io::Result<()> {
     // SAFETY: `path` is a C string and `attributes` a mount_attr of the size
     // given; the kernel reads both during the call and keeps neither
     // (mount_setattr(2), Linux 5.12).
     let result = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,
-            libc::AT_FDCWD,
+            dir,
             path.as_ptr(),
             flags,
-            &raw const attributes,
+            std::ptr::from_ref(attributes),
             size_of::<libc::mount_attr>(),
         )
     };

@@ -171,6 +171,18 @@ fn overlay(index: usize, options: &[String], is_empty: &impl Fn(&Path) -> bool) 
     }
 }
 
+/// The directory of containerd's overlay snapshot: what holds both the upper and
+/// the work directory, and is removed with them.
+pub(crate) fn snapshot_dir(layers: &[Layer]) -> Option<PathBuf> {
+    let [layer] = layers else { return None };
+    let dir_of = |key: &str| {
+        let value = layer.options.iter().find_map(|option| option.strip_prefix(key)?.strip_prefix('='))?;
+        Path::new(&unescape(value)).parent().map(Path::to_owned)
+    };
+    let dir = dir_of("upperdir")?;
+    (layer.kind == "overlay" && dir.is_absolute() && dir_of("workdir")? == dir).then_some(dir)
+}
+
 /// Splits at colons that no backslash escapes, and keeps the escapes.
 fn split_lower(dirs: &str) -> Vec<String> {
     let mut out = vec![String::new()];
@@ -405,6 +417,22 @@ mod tests {
         assert_eq!(dir, "/var/lib/snapshots");
         assert_eq!(relative[42], "42/fs");
         assert!(relative_to_common(&["/a/fs".into(), "/b/fs".into()]).is_none());
+    }
+
+    #[test]
+    fn a_snapshot_is_known_by_its_two_directories() {
+        let layer = |kind: &str, options: &[&str]| Layer {
+            kind: kind.into(),
+            options: options.iter().map(|option| (*option).to_owned()).collect(),
+            ..Layer::default()
+        };
+        let snapshot = layer("overlay", &["workdir=/s/3/work", "upperdir=/s/3/fs", "lowerdir=/s/1/fs"]);
+        assert_eq!(snapshot_dir(std::slice::from_ref(&snapshot)), Some("/s/3".into()));
+        assert_eq!(snapshot_dir(&[layer("overlay", &["workdir=/w/3", "upperdir=/s/3/fs"])]), None);
+        assert_eq!(snapshot_dir(&[layer("overlay", &["lowerdir=/s/2/fs:/s/1/fs"])]), None);
+        assert_eq!(snapshot_dir(&[layer("bind", &["rbind", "rw"])]), None);
+        assert_eq!(snapshot_dir(&[snapshot.clone(), snapshot]), None);
+        assert_eq!(snapshot_dir(&[]), None);
     }
 
     #[test]

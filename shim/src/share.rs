@@ -14,6 +14,7 @@ use crate::{
     mount,
     rootfs::{self, Layer, RootfsError},
     spec::{Bundle, Volume},
+    user_namespace::user_namespace,
 };
 
 /// Why a container's part of the share cannot be made.
@@ -34,12 +35,14 @@ pub enum ShareError {
         source: io::Error,
     },
     /// Something no guest could use.
-    #[error("{field}: {}: is a socket of the host; only a process of the host could answer on it", path.display())]
-    Socket {
+    #[error("{field}: {}: {problem}", path.display())]
+    Useless {
         /// The field that asked for it.
         field: String,
         /// The path of the host.
         path: PathBuf,
+        /// Why.
+        problem: &'static str,
     },
     /// A directory of the share.
     #[error("{}: {source}", path.display())]
@@ -84,8 +87,21 @@ impl Share {
         let failed =
             |source| ShareError::Volume { field: volume.field.clone(), path: volume.source.clone(), source };
         let kind = fs::metadata(&volume.source).map_err(failed)?.file_type();
-        if kind.is_socket() {
-            return Err(ShareError::Socket { field: volume.field.clone(), path: volume.source.clone() });
+        let useless = if kind.is_socket() {
+            Some("is a socket of the host; only a process of the host could answer on it")
+        } else if kind.is_fifo() {
+            Some("is a named pipe of the host; no process of the host could be at its other end")
+        } else if kind.is_block_device() {
+            Some("is a block device of the host; linux.devices gives one to a container")
+        } else {
+            None
+        };
+        if let Some(problem) = useless {
+            return Err(ShareError::Useless {
+                field: volume.field.clone(),
+                path: volume.source.clone(),
+                problem,
+            });
         }
         let target = self.dir.join(&volume.share_path);
         if kind.is_dir() {
@@ -94,7 +110,13 @@ impl Share {
             make_dir(target.parent().unwrap_or(&self.dir))?;
             fs::File::create_new(&target).map_err(failed)?;
         }
-        mount::bind(&volume.source, &target, volume.recursive).map_err(failed)?;
+        match &volume.idmap {
+            None => mount::bind(&volume.source, &target, volume.recursive),
+            Some((map, all)) => user_namespace(map).and_then(|namespace| {
+                mount::bind_idmapped(&volume.source, &target, volume.recursive, &namespace, *all)
+            }),
+        }
+        .map_err(failed)?;
         self.mounted.push(target.clone());
         if volume.readonly {
             mount::seal_readonly(&target, volume.recursive)

@@ -5,10 +5,14 @@
 
 mod broken;
 mod death;
+mod devices;
 mod exec;
 mod failures;
 mod limits;
 mod ring0;
+mod rootfs;
 mod run;
 mod rvmctl;
+mod scratch;
 mod size;
+mod volumes;

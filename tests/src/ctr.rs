@@ -30,6 +30,7 @@ pub struct Run {
     pub id: String,
     ctr: Ctr,
     options: Vec<String>,
+    image: String,
     remove: bool,
 }
 
@@ -71,7 +72,13 @@ impl Ctr {
 
     /// A container of the busybox image, not yet started, removed at its end.
     pub fn container(&self, prefix: &str) -> Run {
-        Run { id: unique_id(prefix), ctr: self.clone(), options: Vec::new(), remove: true }
+        Run {
+            id: unique_id(prefix),
+            ctr: self.clone(),
+            options: Vec::new(),
+            image: IMAGE.to_owned(),
+            remove: true,
+        }
     }
 
     /// `ctr task exec` of `args` in a running container.
@@ -114,6 +121,13 @@ impl Run {
         self
     }
 
+    /// Runs another image than busybox.
+    #[must_use]
+    pub fn with_image(mut self, image: &str) -> Self {
+        image.clone_into(&mut self.image);
+        self
+    }
+
     /// Runs it detached: `ctr run` returns once it is started and nothing removes it.
     #[must_use]
     pub fn detached(mut self) -> Self {
@@ -137,7 +151,7 @@ impl Run {
         all.extend(["--runtime".to_owned(), self.ctr.runtime.clone()]);
         all.extend(self.options.iter().cloned());
         if !self.options.iter().any(|option| option == "--config" || option == "--rootfs") {
-            all.push(IMAGE.to_owned());
+            all.push(self.image.clone());
         }
         all.push(self.id.clone());
         all.extend(args.iter().map(|&arg| arg.to_owned()));

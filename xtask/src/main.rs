@@ -5,6 +5,7 @@ mod build;
 mod demo;
 mod devhost;
 mod e2e;
+mod fstest;
 mod host;
 mod install;
 mod packages;
@@ -31,6 +32,8 @@ enum Command {
     Devhost(devhost::Args),
     /// Measure, side by side with peers.
     Bench(bench::Args),
+    /// pjdfstest and fsx inside a container, under runc and under rvm.
+    Fstest(fstest::Args),
     /// Put binaries, kernel, initramfs and configuration in place.
     Install(install::Args),
 }
@@ -41,6 +44,7 @@ fn main() -> Result<()> {
         Command::Test(args) => test::run(args),
         Command::Devhost(args) => devhost::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Fstest(args) => fstest::run(args),
         Command::Install(args) => install::run(args),
     }
 }

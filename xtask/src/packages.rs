@@ -20,6 +20,8 @@ pub enum Purpose {
     Devhost,
     /// Measure side by side with peers.
     Bench,
+    /// Compile what tests file systems.
+    FileSystemTests,
 }
 
 impl Purpose {
@@ -32,6 +34,7 @@ impl Purpose {
             Self::Containers => &["containerd", "e2fsprogs", "runc", "util-linux"],
             Self::Devhost => &["kmod", "qemu-system-x86", "xz-utils", "zstd"],
             Self::Bench => &["qemu-system-x86"],
+            Self::FileSystemTests => &["libacl1-dev"],
         }
     }
 }

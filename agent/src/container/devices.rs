@@ -18,6 +18,7 @@ use rvm_protocol::agent;
 use super::paths::{Root, clean, open_path};
 use crate::{
     error::{Error, Step, StepResult},
+    storage::BlockDevice,
     sys::mount::{FsContext, attach, clone_tree},
 };
 
@@ -69,12 +70,19 @@ impl Device {
                 ));
             }
         };
+        let number = match device.block_serial.as_str() {
+            "" => makedev(device.major.into(), device.minor.into()),
+            serial => {
+                let device = BlockDevice::with_serial(serial)?;
+                makedev(device.major.into(), device.minor.into())
+            }
+        };
         // The OCI default, where the spec gives no mode.
         let mode = if device.file_mode == 0 { 0o666 } else { device.file_mode & 0o7777 };
         Ok(Self {
             path: path.to_string_lossy().into_owned(),
             kind,
-            number: makedev(device.major.into(), device.minor.into()),
+            number,
             mode: Mode::from_bits_truncate(mode),
             owner: Uid::from_raw(device.uid),
             group: Gid::from_raw(device.gid),

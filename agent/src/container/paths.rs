@@ -37,6 +37,17 @@ enum Missing {
     MakeDir,
     /// An empty file; directories above it.
     MakeFile,
+    /// Nothing; the rest of the path is taken as it is.
+    Keep,
+}
+
+/// A place in a root file system.
+#[derive(Debug)]
+pub struct Place {
+    /// What is there.
+    pub fd: OwnedFd,
+    /// How the container names it: absolute, no component a symbolic link.
+    pub path: PathBuf,
 }
 
 impl Root {
@@ -48,20 +59,42 @@ impl Root {
 
     /// What `path` leads to.
     pub fn find(&self, path: &Path) -> nix::Result<OwnedFd> {
-        self.walk(path, Missing::Fail)
+        let here = self.walk(path, Missing::Fail)?;
+        self.open_without_links(&here, OFlag::O_PATH)
+    }
+
+    /// Where `path` leads, whether anything is there or not.
+    pub fn resolve(&self, path: &Path) -> nix::Result<PathBuf> {
+        Ok(Path::new("/").join(self.walk(path, Missing::Keep)?))
     }
 
     /// The directory `path` leads to, made with mode 0755 where it does not
     /// exist, like those above it.
     pub fn make_dir(&self, path: &Path) -> nix::Result<OwnedFd> {
-        let dir = self.walk(path, Missing::MakeDir)?;
-        if kind(&dir)? == SFlag::S_IFDIR { Ok(dir) } else { Err(Errno::ENOTDIR) }
+        self.make_dir_place(path).map(|place| place.fd)
+    }
+
+    /// As [`Root::make_dir`], with where that is.
+    pub fn make_dir_place(&self, path: &Path) -> nix::Result<Place> {
+        let place = self.place(path, Missing::MakeDir)?;
+        if kind(&place.fd)? == SFlag::S_IFDIR { Ok(place) } else { Err(Errno::ENOTDIR) }
     }
 
     /// The file `path` leads to, made empty where it does not exist.
     pub fn make_file(&self, path: &Path) -> nix::Result<OwnedFd> {
-        let file = self.walk(path, Missing::MakeFile)?;
-        if kind(&file)? == SFlag::S_IFDIR { Err(Errno::EISDIR) } else { Ok(file) }
+        self.make_file_place(path).map(|place| place.fd)
+    }
+
+    /// As [`Root::make_file`], with where that is.
+    pub fn make_file_place(&self, path: &Path) -> nix::Result<Place> {
+        let place = self.place(path, Missing::MakeFile)?;
+        if kind(&place.fd)? == SFlag::S_IFDIR { Err(Errno::EISDIR) } else { Ok(place) }
+    }
+
+    fn place(&self, path: &Path, missing: Missing) -> nix::Result<Place> {
+        let here = self.walk(path, missing)?;
+        let fd = self.open_without_links(&here, OFlag::O_PATH)?;
+        Ok(Place { fd, path: Path::new("/").join(here) })
     }
 
     /// The directory that holds the last component of `path`, and that component.
@@ -71,7 +104,8 @@ impl Root {
         Ok((parent, name.to_owned()))
     }
 
-    fn walk(&self, path: &Path, missing: Missing) -> nix::Result<OwnedFd> {
+    /// The path below the root, without links, that `path` leads to.
+    fn walk(&self, path: &Path, missing: Missing) -> nix::Result<PathBuf> {
         let mut ahead: VecDeque<OsString> = parts(path);
         // Where we are: no component of it is a link.
         let mut here = PathBuf::new();
@@ -83,6 +117,10 @@ impl Root {
             }
             let next = here.join(&name);
             let found = match self.open_without_links(&next, OFlag::O_PATH | OFlag::O_NOFOLLOW) {
+                Err(Errno::ENOENT | Errno::ENOTDIR) if missing == Missing::Keep => {
+                    here = next;
+                    continue;
+                }
                 Err(Errno::ENOENT) if missing != Missing::Fail => {
                     let file = missing == Missing::MakeFile && ahead.is_empty();
                     self.make(&here, &name, file)?;
@@ -107,7 +145,7 @@ impl Root {
                 ahead.push_front(part);
             }
         }
-        self.open_without_links(&here, OFlag::O_PATH)
+        Ok(here)
     }
 
     fn make(&self, parent: &Path, name: &OsStr, file: bool) -> nix::Result<()> {
@@ -198,6 +236,7 @@ mod tests {
         root.make_file(Path::new("/etc/up/file")).unwrap();
         assert!(inside.join("file").is_file());
 
+        assert_eq!(root.resolve(Path::new("/magic/../up/tmp")).unwrap(), Path::new("/proc/self/up/tmp"));
         root.make_dir(Path::new("/magic/tmp")).unwrap();
         assert!(inside.join("proc/self/root/tmp").is_dir());
 

@@ -15,7 +15,7 @@ use nix::{
     fcntl::AT_FDCWD,
     mount::{MntFlags, MsFlags, mount, umount2},
     sys::{
-        stat::{SFlag, UtimensatFlags, utimensat},
+        stat::{SFlag, UtimensatFlags, fstat, makedev, utimensat},
         time::TimeSpec,
     },
     unistd::{fchdir, pivot_root},
@@ -39,7 +39,8 @@ pub struct Rootfs {
     lower: PathBuf,
     layer: Layer,
     readonly: bool,
-    propagation: u64,
+    /// Propagation, and whether of the mounts below too.
+    propagation: (u64, bool),
     masked: Vec<String>,
     readonly_paths: Vec<String>,
 }
@@ -67,9 +68,9 @@ pub fn check(request: &agent::CreateContainerRequest) -> Result<(), Error> {
     Ok(())
 }
 
-fn propagation(name: &str) -> Result<u64, Error> {
+fn propagation(name: &str) -> Result<(u64, bool), Error> {
     let flag = match name {
-        "" => return Ok(0),
+        "" => return Ok((0, false)),
         "private" | "rprivate" => MsFlags::MS_PRIVATE,
         "slave" | "rslave" => MsFlags::MS_SLAVE,
         "shared" | "rshared" => MsFlags::MS_SHARED,
@@ -79,7 +80,7 @@ fn propagation(name: &str) -> Result<u64, Error> {
             return Err(Error::invalid("rootfs.propagation", reason));
         }
     };
-    Ok(flag.bits())
+    Ok((flag.bits(), name.starts_with('r')))
 }
 
 impl Rootfs {
@@ -132,14 +133,17 @@ impl Rootfs {
         for path in &self.masked {
             mask(&root, Path::new(path)).step(|| format!("mask {path:?}"))?;
         }
-        let mut attributes = Attributes { propagation: self.propagation, ..Attributes::default() };
+        let (propagation, recursive) = self.propagation;
+        if propagation != 0 {
+            let attributes = Attributes { propagation, ..Attributes::default() };
+            set_attributes(root.as_fd(), attributes, recursive)
+                .step(|| "set the propagation of the root file system")?;
+        }
         if self.readonly {
-            attributes.set = libc::MOUNT_ATTR_RDONLY;
+            set_attributes(root.as_fd(), Attributes::READ_ONLY, false)
+                .step(|| "make the root file system read-only")?;
         }
-        if attributes.is_empty() {
-            return Ok(());
-        }
-        set_attributes(root.as_fd(), attributes, false).step(|| "protect the root file system")
+        Ok(())
     }
 }
 
@@ -202,7 +206,13 @@ fn mask(root: &Root, path: &Path) -> nix::Result<()> {
         tmpfs.set("nr_inodes", Some("1"))?;
         tmpfs.mount(libc::MOUNT_ATTR_RDONLY)?
     } else {
-        clone_tree(root, Path::new("dev/null"), false)?
+        // One that an image brought instead would mask nothing.
+        let null = clone_tree(root, Path::new("dev/null"), false)?;
+        let stat = fstat(&null)?;
+        if kind(&null)? != SFlag::S_IFCHR || stat.st_rdev != makedev(1, 3) {
+            return Err(Errno::ENODEV);
+        }
+        null
     };
     attach(&cover, &target)
 }

@@ -9,10 +9,15 @@ use std::{
 use nix::mount::{MntFlags, MsFlags};
 use rvm_protocol::agent::scratch::Backing;
 
+use super::block::BlockDevice;
 use crate::{
-    error::{Step, StepError, StepResult},
+    error::{Step, StepResult},
     init::mounts::make_dir,
 };
+
+/// What was deleted is given back to the host; the host's file is sparse, so its
+/// inode tables read as zeroes and need not be written.
+const EXT4_OPTIONS: &str = "discard,noinit_itable";
 
 /// What the scratch is made of.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -121,8 +126,8 @@ impl Scratch {
                 mount_at(Path::new("scratch"), &self.target, "tmpfs", MsFlags::empty(), &options)?;
             }
             Kind::Block { serial } => {
-                let device = device_with_serial(Path::new("/sys/block"), serial)?;
-                mount_at(&Path::new("/dev").join(device), &self.target, "ext4", MsFlags::MS_NOATIME, "")?;
+                let device = BlockDevice::with_serial(serial)?;
+                mount_at(&device.path, &self.target, "ext4", MsFlags::MS_NOATIME, EXT4_OPTIONS)?;
             }
         }
         self.mounted = true;
@@ -133,37 +138,4 @@ impl Scratch {
 fn mount_at(source: &Path, target: &Path, fs_type: &str, flags: MsFlags, options: &str) -> StepResult<()> {
     nix::mount::mount(Some(source), target, Some(fs_type), flags, Some(options))
         .step(|| format!("mount the scratch, {fs_type} on {source:?}"))
-}
-
-/// Name of the block device whose driver reports `serial`.
-fn device_with_serial(sys_block: &Path, serial: &str) -> StepResult<String> {
-    let entries = fs::read_dir(sys_block).step(|| format!("list {sys_block:?}"))?;
-    for entry in entries.flatten() {
-        // Only virtio-blk has this attribute.
-        let Ok(found) = fs::read_to_string(entry.path().join("serial")) else { continue };
-        if found.trim_end() == serial {
-            return Ok(entry.file_name().to_string_lossy().into_owned());
-        }
-    }
-    Err(StepError::Refused(format!("find the scratch: no block device has the serial {serial:?}")))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn finds_the_device_by_its_serial() {
-        let sys = tempfile::tempdir().unwrap();
-        for (name, serial) in [("vda", Some("other\n")), ("loop0", None), ("vdb", Some("rvm-scratch"))] {
-            let dir = sys.path().join(name);
-            fs::create_dir(&dir).unwrap();
-            if let Some(serial) = serial {
-                fs::write(dir.join("serial"), serial).unwrap();
-            }
-        }
-        assert_eq!(device_with_serial(sys.path(), "rvm-scratch").unwrap(), "vdb");
-        let error = device_with_serial(sys.path(), "rvm").unwrap_err().to_string();
-        assert_eq!(error, "find the scratch: no block device has the serial \"rvm\"");
-    }
 }

@@ -11,6 +11,11 @@ use std::{
 
 use nix::{NixPath, errno::Errno};
 
+/// fspick(2) and its command of fsconfig(2), which `libc` lacks.
+const FSPICK_CLOEXEC: u32 = 1;
+const FSPICK_EMPTY_PATH: u32 = 8;
+const FSCONFIG_CMD_RECONFIGURE: u32 = 7;
+
 /// `MOUNT_ATTR_*` changes to a mount (mount_setattr(2)).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Attributes {
@@ -49,6 +54,19 @@ impl FsContext {
         // SAFETY: `name` is a NUL-terminated string that outlives the call.
         let fd = unsafe { libc::syscall(libc::SYS_fsopen, name.as_ptr(), libc::FSOPEN_CLOEXEC) };
         owned_fd(fd).map(Self)
+    }
+
+    /// Starts a change of the file system mounted at `mount` (fspick(2)).
+    pub fn of_mount(mount: impl AsFd) -> nix::Result<Self> {
+        let flags = FSPICK_CLOEXEC | FSPICK_EMPTY_PATH;
+        // SAFETY: the path is a NUL-terminated literal.
+        let fd = unsafe { libc::syscall(libc::SYS_fspick, mount.as_fd().as_raw_fd(), c"".as_ptr(), flags) };
+        owned_fd(fd).map(Self)
+    }
+
+    /// Makes a change started by [`FsContext::of_mount`].
+    pub fn reconfigure(&self) -> nix::Result<()> {
+        self.config(FSCONFIG_CMD_RECONFIGURE, None, None)
     }
 
     fn config(&self, command: u32, key: Option<&str>, value: Option<&str>) -> nix::Result<()> {

@@ -15,6 +15,10 @@ use crate::{
     limits::*,
 };
 
+use crate::mounts::{
+    destinations, flags_of_mounts, mounts_that_are_refused, propagation_of_the_root, tmpfs_that_copies_up,
+};
+
 /// Only a case that hangs takes this long, on however busy a machine.
 const LIMIT: Duration = Duration::from_secs(180);
 
@@ -48,6 +52,11 @@ cases![
     files_of_the_image_stay_as_they_are,
     read_only_root,
     bind_mounts,
+    flags_of_mounts,
+    tmpfs_that_copies_up,
+    destinations,
+    mounts_that_are_refused,
+    propagation_of_the_root,
     a_terminal,
     added_processes,
     an_added_terminal,

@@ -13,6 +13,7 @@ mod fixture;
 mod hooks;
 mod isolation;
 mod limits;
+mod mounts;
 
 use std::process::ExitCode;
 

@@ -2,8 +2,7 @@
 //! kernel may have them and the file system may not.
 
 use std::{
-    fs,
-    io::{self, Read, Write},
+    io,
     os::{
         fd::{AsRawFd, FromRawFd, OwnedFd},
         unix::ffi::OsStrExt,
@@ -11,11 +10,8 @@ use std::{
     path::Path,
 };
 
-use nix::{
-    sched::{CloneFlags, unshare},
-    sys::{signal::Signal, statfs, wait::waitpid},
-    unistd::{ForkResult, Pid, fork, pipe},
-};
+use nix::sys::statfs;
+use rvm_shim::user_namespace::{IdMap, IdRange, user_namespace};
 
 use super::Check;
 
@@ -36,7 +32,8 @@ pub(super) fn check(dir: &Path) -> Check {
 }
 
 fn try_idmapped_mount(dir: &Path) -> io::Result<()> {
-    let user_namespace = user_namespace()?;
+    let unprivileged = vec![IdRange { inside: 0, outside: 100_000, count: 65_536 }];
+    let user_namespace = user_namespace(&IdMap { uids: unprivileged.clone(), gids: unprivileged })?;
     let tree = open_tree_clone(dir)?;
     let attributes = libc::mount_attr {
         attr_set: libc::MOUNT_ATTR_IDMAP,
@@ -69,47 +66,6 @@ fn open_tree_clone(dir: &Path) -> io::Result<OwnedFd> {
     }
     // SAFETY: the kernel has just returned this descriptor, nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
-}
-
-/// A user namespace that maps its root to an unprivileged range, made by a
-/// child that lives until the namespace is open.
-fn user_namespace() -> io::Result<OwnedFd> {
-    let (ready_read, ready_write) = pipe()?;
-    let (release_read, release_write) = pipe()?;
-    // SAFETY: until it exits the child calls nothing but unshare, close, write,
-    // read and _exit, none of which allocates or takes a lock.
-    match unsafe { fork() }? {
-        ForkResult::Child => {
-            drop((ready_read, release_write));
-            let made = unshare(CloneFlags::CLONE_NEWUSER).is_ok();
-            let _ = nix::unistd::write(&ready_write, &[u8::from(made)]);
-            let _ = nix::unistd::read(&release_read, &mut [0]);
-            // SAFETY: ends the child without running the parent's handlers.
-            unsafe { libc::_exit(0) }
-        }
-        ForkResult::Parent { child } => {
-            drop((ready_write, release_read));
-            let result = map_and_open(child, fs::File::from(ready_read));
-            drop(release_write);
-            // The child may be stopped or slow; it holds nothing worth waiting for.
-            let _ = nix::sys::signal::kill(child, Signal::SIGKILL);
-            let _ = waitpid(child, None);
-            result
-        }
-    }
-}
-
-fn map_and_open(child: Pid, mut ready: fs::File) -> io::Result<OwnedFd> {
-    let mut made = [0];
-    ready.read_exact(&mut made)?;
-    if made != [1] {
-        return Err(io::Error::from_raw_os_error(libc::EPERM));
-    }
-    for map in ["uid_map", "gid_map"] {
-        let mut file = fs::File::options().write(true).open(format!("/proc/{child}/{map}"))?;
-        file.write_all(b"0 100000 65536\n")?;
-    }
-    Ok(fs::File::open(format!("/proc/{child}/ns/user"))?.into())
 }
 
 /// The usual name of the file system at `dir`, or its magic number.

@@ -30,6 +30,10 @@ pub const PATH_VARIABLE: &str = "RVM_CONFIG";
 const MAX_KERNEL_PARAMS: usize = 1024;
 /// Smallest guest a kernel and the agent come up in, in MiB.
 const MIN_MEMORY_MIB: u64 = 64;
+/// Smallest block device an ext4 with a journal of use fits on, in MiB.
+const MIN_BLOCK_MIB: u64 = 64;
+/// Size of a block device where none is configured, in MiB.
+const DEFAULT_BLOCK_MIB: u64 = 10 << 10;
 /// 16 TiB, far above what a host has and far below where sizes in bytes overflow.
 const MAX_MIB: u64 = 16 << 20;
 
@@ -97,6 +101,8 @@ pub struct Host {
     pub monitor: PathBuf,
     /// Directory below which each sandbox has its own, `NAMESPACE/ID`.
     pub state_dir: PathBuf,
+    /// Directory of what can be made again.
+    pub cache_dir: PathBuf,
 }
 
 /// What is accepted from clients although it cannot be done.
@@ -199,6 +205,7 @@ impl Config {
             host: Host {
                 monitor: table.path("host", "monitor")?,
                 state_dir: table.path("host", "state_dir")?,
+                cache_dir: table.path("host", "cache_dir")?,
             },
             compat: Compat { ignore_labels: table.boolean("compat", "ignore_labels")? },
             log_level: log_level(&table)?,
@@ -235,9 +242,16 @@ fn kernel_params(table: &Table) -> Result<String, ConfigError> {
 
 fn scratch(table: &Table) -> Result<Scratch, ConfigError> {
     let backing = table.one_of("scratch", "backing", &["tmpfs", "block"])?;
-    let smallest = if backing == "block" { 64 } else { 0 };
-    let size_bytes = table.integer("scratch", "size_mib", smallest, MAX_MIB)? << 20;
-    Ok(if backing == "block" { Scratch::Block { size_bytes } } else { Scratch::Tmpfs { size_bytes } })
+    let size_mib = table.integer("scratch", "size_mib", 0, MAX_MIB)?;
+    if backing == "tmpfs" {
+        return Ok(Scratch::Tmpfs { size_bytes: size_mib << 20 });
+    }
+    let size_mib = if size_mib == 0 { DEFAULT_BLOCK_MIB } else { size_mib };
+    if size_mib < MIN_BLOCK_MIB {
+        let expected = format!("must be 0 or {MIN_BLOCK_MIB} to {MAX_MIB} with backing = \"block\"");
+        return Err(table.wrong("scratch", "size_mib", expected));
+    }
+    Ok(Scratch::Block { size_bytes: size_mib << 20 })
 }
 
 fn log_level(table: &Table) -> Result<log::LevelFilter, ConfigError> {

@@ -55,6 +55,7 @@ fn every_key_and_section_is_documented_above_it() {
         "guest.kernel_params",
         "guest.memory_mib",
         "guest.vcpus",
+        "host.cache_dir",
         "host.monitor",
         "host.state_dir",
         "log.level",
@@ -76,6 +77,8 @@ fn a_users_file_changes_what_it_names() {
     assert_eq!(config.guest.cmdline(), format!("{DEFAULT_CMDLINE} loglevel=7 dyndbg=\"file a.c +p\""));
     assert_eq!(config.scratch, Scratch::Block { size_bytes: 1 << 30 });
     assert!(config.compat.ignore_labels && !defaults.compat.ignore_labels);
+    let block = Config::parse("[scratch]\nbacking = 'block'\n", "config.toml").unwrap();
+    assert_eq!(block.scratch, Scratch::Block { size_bytes: 10 << 30 });
     assert_eq!(config.log_level, log::LevelFilter::Debug);
     assert_eq!(config.guest.kernel, defaults.guest.kernel);
     assert_eq!(config.host, defaults.host);
@@ -126,7 +129,10 @@ fn wrong_keys_are_refused_by_name() {
             "[scratch]\nbacking = 'disk'",
             "config.toml: scratch.backing = \"disk\": must be one of tmpfs, block",
         ),
-        ("[scratch]\nbacking = 'block'", "config.toml: scratch.size_mib = 0: must be 64 to 16777216"),
+        (
+            "[scratch]\nbacking = 'block'\nsize_mib = 63",
+            "config.toml: scratch.size_mib = 63: must be 0 or 64 to 16777216 with backing = \"block\"",
+        ),
         (
             "[log]\nlevel = 'verbose'",
             "config.toml: log.level = \"verbose\": must be one of off, error, warn, info, debug, trace",

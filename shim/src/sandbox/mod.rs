@@ -18,8 +18,8 @@ use std::{
 
 use rvm_protocol::{
     agent::{Resources, Scratch, SetUpSandboxRequest, scratch::Backing},
-    guest::{GUEST_CID, READY_PORT, SHARE_TAG, ready_line},
-    vmm::{CachePolicy, ShareConfig, VmConfig, VsockConfig},
+    guest::{GUEST_CID, READY_PORT, SCRATCH_SERIAL, SHARE_TAG, ready_line},
+    vmm::{CachePolicy, DiskConfig, ShareConfig, VmConfig, VsockConfig},
 };
 use tokio::{net::UnixListener, time::timeout};
 
@@ -33,8 +33,9 @@ use crate::{
     config::{self, Config},
     process_id::ProcessId,
     rootfs::Layer,
+    scratch::{self, ScratchError},
     share::{Share, ShareError},
-    spec::Bundle,
+    spec::{Bundle, HostDisk},
     state::{Phase, State},
     timeline::Timeline,
     vmm::{self, Exited, Monitor, MonitorError},
@@ -88,20 +89,15 @@ pub enum SandboxError {
         #[source]
         source: io::Error,
     },
-    /// Something the configuration asks for.
-    #[error("{key}: not supported: {reason}")]
-    Unsupported {
-        /// The configuration's key.
-        key: &'static str,
-        /// Why.
-        reason: &'static str,
-    },
     /// Its part of the file system.
     #[error(transparent)]
     Share(#[from] ShareError),
     /// Its cgroup on the host.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    /// Where its writable layer lives.
+    #[error(transparent)]
+    Scratch(#[from] ScratchError),
     /// Its monitor was not started.
     #[error(transparent)]
     Monitor(#[from] MonitorError),
@@ -204,9 +200,17 @@ impl Sandbox {
         timeline.mark("rootfs mounted");
 
         let path = owned.dir.path().to_owned();
+        let scratch = match config.scratch {
+            config::Scratch::Tmpfs { .. } => None,
+            config::Scratch::Block { size_bytes } => {
+                let file = scratch::prepare(size_bytes, &config.host.cache_dir, layers, &path)?;
+                timeline.mark("scratch ready");
+                Some(file)
+            }
+        };
         let vsock = Vsock::new(owned.dir.fd().clone());
         let ready = vsock.listen(READY_PORT)?;
-        vmm::write_config(&path, &vm_config(config, size, id, bundle))
+        vmm::write_config(&path, &vm_config(config, size, id, bundle, scratch.as_deref()))
             .map_err(|source| SandboxError::Directory { path: path.clone(), source })?;
         let spawned = timeline.elapsed();
         let monitor = Monitor::spawn(&config.host.monitor, &path, &owned.cgroup)?;
@@ -247,7 +251,9 @@ impl Sandbox {
             spawned,
             dir: owned.dir.fd().clone(),
             size,
-            must_flush: bundle.volumes.iter().any(|volume| !volume.readonly),
+            must_flush: scratch.is_some()
+                || bundle.volumes.iter().any(|volume| !volume.readonly)
+                || bundle.disks.iter().any(|disk| !disk.readonly),
             console,
             owned: Mutex::new(Some(owned)),
         })
@@ -356,12 +362,6 @@ impl Owned {
 
 /// Refuses what no monitor could use before anything is made.
 fn check_config(config: &Config) -> Result<(), SandboxError> {
-    if matches!(config.scratch, config::Scratch::Block { .. }) {
-        return Err(SandboxError::Unsupported {
-            key: "scratch.backing",
-            reason: "this version has \"tmpfs\" only",
-        });
-    }
     for (key, path) in [
         ("guest.kernel", &config.guest.kernel),
         ("guest.initramfs", &config.guest.initramfs),
@@ -404,7 +404,12 @@ fn first_state(
     Ok(state)
 }
 
-fn vm_config(config: &Config, size: Size, id: &str, bundle: &Bundle) -> VmConfig {
+fn vm_config(config: &Config, size: Size, id: &str, bundle: &Bundle, scratch: Option<&Path>) -> VmConfig {
+    let scratch = scratch.map(|file| DiskConfig {
+        serial: SCRATCH_SERIAL.into(),
+        path: file.to_owned(),
+        readonly: false,
+    });
     VmConfig {
         id: id.into(),
         vcpus: size.vcpus,
@@ -425,20 +430,23 @@ fn vm_config(config: &Config, size: Size, id: &str, bundle: &Bundle) -> VmConfig
             // Layers never change; what the host shares with others does.
             cache: if bundle.volumes.is_empty() { CachePolicy::Always } else { CachePolicy::Auto },
         }],
-        disks: Vec::new(),
+        disks: scratch.into_iter().chain(bundle.disks.iter().map(disk_config)).collect(),
     }
 }
 
+fn disk_config(disk: &HostDisk) -> DiskConfig {
+    DiskConfig { serial: disk.serial(), path: disk.path.clone(), readonly: disk.readonly }
+}
+
 fn set_up_request(config: &Config, id: &str) -> SetUpSandboxRequest {
-    let tmpfs_bytes = match config.scratch {
-        config::Scratch::Tmpfs { size_bytes } => size_bytes,
-        config::Scratch::Block { .. } => 0,
+    let backing = match config.scratch {
+        config::Scratch::Tmpfs { size_bytes } => Backing::TmpfsBytes(size_bytes),
+        config::Scratch::Block { .. } => Backing::BlockSerial(SCRATCH_SERIAL.into()),
     };
     SetUpSandboxRequest {
         hostname: id.chars().take(MAX_HOSTNAME_LEN).collect(),
         share_tag: SHARE_TAG.into(),
-        scratch: Some(Scratch { backing: Some(Backing::TmpfsBytes(tmpfs_bytes)), ..Default::default() })
-            .into(),
+        scratch: Some(Scratch { backing: Some(backing), ..Default::default() }).into(),
         ..Default::default()
     }
 }

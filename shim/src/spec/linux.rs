@@ -5,7 +5,7 @@ use std::path::{Component, Path};
 use oci_spec::runtime::{self as oci, LinuxDeviceType, LinuxPersonalityDomain};
 use rvm_protocol::agent::{CreateContainerRequest, Device, Seccomp};
 
-use super::{SpecError, absolute_path, labels, namespaces, path_text, resources, text};
+use super::{HostDisk, SpecError, absolute_path, disks, labels, namespaces, path_text, resources, text};
 use crate::{
     config::Compat,
     seccomp::{self, SeccompError},
@@ -16,6 +16,7 @@ pub(super) fn translate(
     linux: &oci::Linux,
     compat: &Compat,
     container: &mut CreateContainerRequest,
+    disks: &mut Vec<HostDisk>,
     not_applied: &mut Vec<String>,
 ) -> Result<(), SpecError> {
     refuse_unsupported(linux)?;
@@ -33,7 +34,17 @@ pub(super) fn translate(
         container.sysctl.insert(text(&field, Some(key))?, text(&field, Some(value))?);
     }
     for (n, device) in linux.devices().iter().flatten().enumerate() {
-        container.devices.push(self::device(&format!("linux.devices[{n}]"), device)?);
+        let at = format!("linux.devices[{n}]");
+        let mut message = self::device(&at, device)?;
+        if message.type_ == "b" {
+            let rules = linux.resources().as_ref().and_then(|resources| resources.devices().as_deref());
+            let disk = HostDisk::with_number(&at, message.major, message.minor)?;
+            let readonly =
+                disk.readonly || !disks::may_write(rules.unwrap_or_default(), message.major, message.minor);
+            message.block_serial = disk.serial();
+            disks::add(disks, HostDisk { readonly, ..disk });
+        }
+        container.devices.push(message);
     }
     let resources = linux.resources().clone().unwrap_or_default();
     let resources = resources::translate("linux.resources", &resources, &container.devices, not_applied)?;
@@ -87,11 +98,8 @@ fn personality(personality: &oci::LinuxPersonality) -> Result<u32, SpecError> {
 fn propagation(value: &Option<String>) -> Result<String, SpecError> {
     match value.as_deref().unwrap_or_default() {
         "" => Ok(String::new()),
-        mode @ ("private" | "slave" | "shared" | "unbindable") => Ok(mode.into()),
-        // The recursive forms: a container's tree is made of its own mounts.
-        mode @ ("rprivate" | "rslave" | "rshared" | "runbindable") => {
-            Ok(mode.trim_start_matches('r').to_owned())
-        }
+        mode @ ("private" | "slave" | "shared" | "unbindable" | "rprivate" | "rslave" | "rshared"
+        | "runbindable") => Ok(mode.into()),
         other => Err(SpecError::field(
             "linux.rootfsPropagation",
             format!("must be private, slave, shared or unbindable, is {other:?}"),
@@ -160,15 +168,15 @@ fn device(at: &str, device: &oci::LinuxDevice) -> Result<Device, SpecError> {
     let path = absolute_path(&format!("{at}.path"), device.path())?;
     // The host's drivers, and with them its numbers, are not the guest's. What
     // every kernel has under one number is the same device on both sides: null,
-    // zero, full, random, urandom, tty, ptmx, net/tun, fuse.
-    let everywhere = kind == "p"
-        || (kind != "b"
-            && matches!(
-                (device.major(), device.minor()),
-                (1, 3 | 5 | 7 | 8 | 9) | (5, 0 | 2) | (10, 200 | 229)
-            ));
+    // zero, full, random, urandom, tty, ptmx, net/tun, fuse. Block devices become
+    // virtio-blk ones.
+    let everywhere = matches!(kind, "b" | "p")
+        || matches!((device.major(), device.minor()), (1, 3 | 5 | 7 | 8 | 9) | (5, 0 | 2) | (10, 200 | 229));
     if !everywhere {
-        return Err(SpecError::unsupported(at, format!("{path} is a device of the host")));
+        return Err(SpecError::unsupported(
+            at,
+            format!("{path} is a character device of the host, whose driver the guest does not have"),
+        ));
     }
     Ok(Device {
         path,

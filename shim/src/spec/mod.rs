@@ -5,6 +5,7 @@
 //! it becomes part of a message, it is refused with an error that names it, or
 //! it is listed in [`Bundle::not_applied`] (see docs/decisions/0603).
 
+mod disks;
 mod hooks;
 mod labels;
 mod linux;
@@ -29,6 +30,7 @@ use serde_json::Value;
 
 use crate::config::Compat;
 
+pub use disks::HostDisk;
 pub use hooks::{Hook, HostHooks};
 pub use mounts::Volume;
 
@@ -101,6 +103,8 @@ pub struct Bundle {
     pub container: CreateContainerRequest,
     /// What has to be in the container's part of the share.
     pub volumes: Vec<Volume>,
+    /// Block devices of the host that the guest gets.
+    pub disks: Vec<HostDisk>,
     /// What runs on the host when the container is created, started and deleted.
     pub hooks: HostHooks,
     /// The specification's version, for the state that hooks are given.
@@ -214,21 +218,25 @@ fn translate(dir: &Path, id: &str, spec: &Spec, compat: &Compat) -> Result<Bundl
     let linux = spec.linux().as_ref().ok_or_else(|| {
         SpecError::field("linux", "is missing; it holds at least the namespaces of a Linux container")
     })?;
-    linux::translate(linux, compat, &mut container, &mut not_applied)?;
+    let mut disks = Vec::new();
+    linux::translate(linux, compat, &mut container, &mut disks, &mut not_applied)?;
     for (name, field) in [(&container.hostname, "hostname"), (&container.domainname, "domainname")] {
         if !name.is_empty() && !namespaces::has(&container, NamespaceType::UTS) {
             return Err(SpecError::field(field, "needs a \"uts\" namespace in linux.namespaces"));
         }
     }
     let hooks = hooks::translate(spec, &dir.to_string_lossy(), &mut container)?;
-    let volumes =
-        mounts::translate(dir, id, spec.mounts().as_deref().unwrap_or_default(), &mut container.mounts)?;
+    let from_host = mounts::translate(dir, spec.mounts().as_deref().unwrap_or_default(), &mut container)?;
+    for disk in from_host.disks {
+        disks::add(&mut disks, disk);
+    }
 
     Ok(Bundle {
         dir: dir.to_owned(),
         root: dir.join(root.path()),
         container,
-        volumes,
+        volumes: from_host.volumes,
+        disks,
         hooks,
         oci_version: spec.version().clone(),
         annotations: spec.annotations().clone().unwrap_or_default(),

@@ -3,9 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime as oci;
-use rvm_protocol::agent::Mount;
+use rvm_protocol::agent::{CreateContainerRequest, IdMapping, Mount};
 
-use super::{SpecError, namespaces::mappings, path_text, text};
+use super::{HostDisk, SpecError, namespaces::mappings, path_text, text};
+use crate::user_namespace::{IdMap, IdRange};
 
 /// Something of the host that the container sees, by way of the share.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,16 +21,27 @@ pub struct Volume {
     pub recursive: bool,
     /// Held read-only by the host.
     pub readonly: bool,
+    /// How its files' owners are mapped, and whether in the mounts below it too.
+    pub idmap: Option<(IdMap, bool)>,
 }
 
-/// Appends the mounts to `out` and returns what they need from the host.
+/// What a bundle's mounts need of the host.
+#[derive(Debug, Default)]
+pub(super) struct FromHost {
+    /// By way of the share.
+    pub(super) volumes: Vec<Volume>,
+    /// As virtio-blk devices.
+    pub(super) disks: Vec<HostDisk>,
+}
+
+/// Adds the mounts to `container`, which has its user namespace's mappings, and
+/// returns what they need of the host.
 pub(super) fn translate(
     bundle: &Path,
-    id: &str,
     mounts: &[oci::Mount],
-    out: &mut Vec<Mount>,
-) -> Result<Vec<Volume>, SpecError> {
-    let mut volumes = Vec::new();
+    container: &mut CreateContainerRequest,
+) -> Result<FromHost, SpecError> {
+    let mut from_host = FromHost::default();
     for (n, mount) in mounts.iter().enumerate() {
         let at = format!("mounts[{n}]");
         let options = mount
@@ -49,19 +61,24 @@ pub(super) fn translate(
             ..Default::default()
         };
         check_mappings(&at, &message)?;
+        let bind = is_bind(&message);
+        let idmap = idmap(&at, &mut message, container, bind)?;
         let has = |name: &str| message.options.iter().any(|option| option == name);
-        if is_bind(&message) {
+        if has("remount") {
+            // Changes what is mounted in the guest already.
+        } else if bind {
             let source = mount.source().as_deref().filter(|source| !source.as_os_str().is_empty());
             let source = source.ok_or_else(|| {
                 SpecError::field(format!("{at}.source"), "is missing; a bind mount needs a path of the host")
             })?;
-            let share_path = format!("{id}/mounts/{n}");
-            volumes.push(Volume {
+            let share_path = format!("{}/mounts/{n}", container.container_id);
+            from_host.volumes.push(Volume {
                 field: format!("{at}.source"),
                 source: bundle.join(source),
                 share_path: share_path.clone(),
                 recursive: has("rbind"),
                 readonly: is_readonly(&message.options),
+                idmap,
             });
             message.type_ = "bind".into();
             message.source = share_path;
@@ -71,10 +88,54 @@ pub(super) fn translate(
                 format!("{at}.type"),
                 "is missing; it names a file system or \"bind\"",
             ));
+        } else if let Some(disk) = HostDisk::at(&format!("{at}.source"), Path::new(&message.source)) {
+            let readonly = disk.readonly || is_readonly(&message.options);
+            let disk = HostDisk { readonly, ..disk };
+            message.block_serial = disk.serial();
+            from_host.disks.push(disk);
         }
-        out.push(message);
+        container.mounts.push(message);
     }
-    Ok(volumes)
+    Ok(from_host)
+}
+
+/// How a mount's ids are mapped, and whether in those below it too: as it says
+/// itself, or as the container's user namespace does. The host does it, so that
+/// the guest is told nothing of it.
+fn idmap(
+    at: &str,
+    mount: &mut Mount,
+    container: &CreateContainerRequest,
+    bind: bool,
+) -> Result<Option<(IdMap, bool)>, SpecError> {
+    let has = |name: &str| mount.options.iter().any(|option| option == name);
+    let recursive = has("ridmap");
+    let wanted = recursive || has("idmap");
+    let (mut uids, mut gids) =
+        (std::mem::take(&mut mount.uid_mappings), std::mem::take(&mut mount.gid_mappings));
+    if !wanted && uids.is_empty() {
+        return Ok(None);
+    }
+    if !bind {
+        return Err(SpecError::field(format!("{at}.options"), "only a bind mount can be idmapped"));
+    }
+    if uids.is_empty() {
+        (uids, gids) = (container.uid_mappings.clone(), container.gid_mappings.clone());
+    }
+    for (mappings, field) in [(&uids, "uidMappings"), (&gids, "gidMappings")] {
+        if mappings.is_empty() {
+            return Err(SpecError::field(
+                format!("{at}.{field}"),
+                "is missing: an idmapped mount needs uidMappings and gidMappings, its own or linux's",
+            ));
+        }
+    }
+    let ranges = |mappings: Vec<IdMapping>| -> Vec<IdRange> {
+        let range =
+            |map: IdMapping| IdRange { inside: map.container_id, outside: map.host_id, count: map.size };
+        mappings.into_iter().map(range).collect()
+    };
+    Ok(Some((IdMap { uids: ranges(uids), gids: ranges(gids) }, recursive)))
 }
 
 /// Ids are mapped on bind mounts, users and groups together.

@@ -715,3 +715,32 @@ fn an_exec_is_a_process() {
         .to_string();
     assert_eq!(error, "process.cwd: must be an absolute path, is \"tmp\"");
 }
+
+#[test]
+fn idmapped_mounts_have_both_mappings() {
+    let mount = |extra: Value| {
+        let mut mount =
+            json!({"destination": "/x", "type": "bind", "source": "/srv", "options": ["bind", "ridmap"]});
+        mount.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+        mount
+    };
+    let map = json!([{"containerID": 0, "hostID": 1000, "size": 5}]);
+    assert_eq!(
+        error_with("/mounts/0", mount(json!({}))),
+        "mounts[0].uidMappings: is missing: an idmapped mount needs uidMappings and gidMappings, its own or linux's"
+    );
+    let mut spec = ctr_spec();
+    spec["mounts"][0] = mount(json!({"uidMappings": map, "gidMappings": map}));
+    let bundle = load(&spec).unwrap();
+    let (idmap, all) = bundle.volumes[0].idmap.clone().unwrap();
+    assert!(all && idmap.uids == idmap.gids && idmap.uids[0].outside == 1000);
+}
+
+#[test]
+fn a_remount_needs_nothing_of_the_host() {
+    let mut spec = ctr_spec();
+    spec["mounts"][1] = json!({"destination": "/proc", "type": "bind", "source": "/proc", "options": ["remount", "bind", "ro"]});
+    let bundle = load(&spec).unwrap();
+    assert!(bundle.volumes.iter().all(|volume| volume.field != "mounts[1].source"));
+    assert!(!bundle.container.mounts[1].from_share);
+}

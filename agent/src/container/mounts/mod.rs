@@ -1,5 +1,6 @@
 //! The mounts of a container, in the order of its spec.
 
+mod copy_up;
 mod options;
 
 use std::{
@@ -10,16 +11,19 @@ use std::{
 use nix::{
     errno::Errno,
     fcntl::AT_FDCWD,
-    sys::stat::{SFlag, fstat},
+    sys::{
+        stat::{SFlag, fstat},
+        statfs::{PROC_SUPER_MAGIC, fstatfs},
+    },
 };
 pub use options::Options;
 use rvm_protocol::agent;
 
-use super::paths::{Root, clean, kind};
+use super::paths::{Place, Root, clean, kind};
 use crate::{
     error::{Error, Step, StepError, StepResult, check_relative},
     init::mounts::CGROUP_ROOT,
-    storage::Storage,
+    storage::{BlockDevice, Storage},
     sys::mount::{Attributes, FsContext, attach, clone_tree, set_attributes},
 };
 
@@ -53,6 +57,20 @@ enum Kind {
     New { fs_type: String, source: String },
     /// A place of the guest, seen at a second place.
     Bind { source: PathBuf, recursive: bool },
+    /// What is mounted there already, with other flags; and where `whole`, with
+    /// other options of its file system.
+    Remount { whole: bool },
+}
+
+/// Whether something else may be mounted at this place of `/proc`.
+fn allowed_in_proc(path: &Path) -> bool {
+    !path.starts_with("/proc")
+        || path == Path::new("/proc")
+        || ALLOWED_IN_PROC.iter().any(|allowed| path == Path::new(allowed))
+}
+
+fn inside_proc(path: &Path) -> String {
+    format!("{path:?} cannot be mounted because it is inside /proc")
 }
 
 impl Mount {
@@ -65,12 +83,8 @@ impl Mount {
             return Err(Error::invalid(field("destination"), "must be a path without NUL"));
         }
         let destination = clean(&mount.destination);
-        let in_proc = destination.starts_with("/proc") && destination != Path::new("/proc");
-        if in_proc && !ALLOWED_IN_PROC.iter().any(|allowed| destination == Path::new(allowed)) {
-            return Err(Error::invalid(
-                field("destination"),
-                format!("{destination:?} cannot be mounted because it is inside /proc"),
-            ));
+        if !allowed_in_proc(&destination) {
+            return Err(Error::invalid(field("destination"), inside_proc(&destination)));
         }
         if destination == Path::new("/") {
             return Err(Error::invalid(field("destination"), "must be below the root"));
@@ -79,6 +93,7 @@ impl Mount {
             Options::parse(&mount.options).map_err(|reason| Error::invalid(field("options"), reason))?;
         let bind = options.bind.or((mount.type_ == "bind").then_some(false));
         let kind = match bind {
+            _ if options.remount => Kind::Remount { whole: bind.is_none() },
             Some(recursive) if mount.from_share => {
                 check_relative(&field("source"), &mount.source)?;
                 Kind::Bind { source: storage.share_path(&mount.source), recursive }
@@ -96,12 +111,22 @@ impl Mount {
             None if mount.type_.is_empty() => {
                 return Err(Error::invalid(field("type"), "must be given, or the option \"bind\""));
             }
-            None => {
+            None if options.idmap => {
+                return Err(Error::invalid(field("options"), "only a bind mount can be idmapped"));
+            }
+            None if mount.block_serial.is_empty() => {
                 // The guest has cgroup v2 only, whatever the spec's author had.
                 let fs_type = if mount.type_ == "cgroup" { "cgroup2" } else { &mount.type_ };
                 Kind::New { fs_type: fs_type.to_owned(), source: mount.source.clone() }
             }
+            None => {
+                let device = BlockDevice::with_serial(&mount.block_serial)?;
+                Kind::New { fs_type: mount.type_.clone(), source: device.path.to_string_lossy().into_owned() }
+            }
         };
+        if options.copy_up && mount.type_ != "tmpfs" {
+            return Err(Error::invalid(field("options"), "\"tmpcopyup\" is for a tmpfs"));
+        }
         Ok(Self { destination, kind, options })
     }
 
@@ -124,6 +149,7 @@ impl Mount {
         match (&self.kind, source) {
             (Kind::New { fs_type, source }, _) => self.make_new(root, fs_type, source),
             (Kind::Bind { .. }, Some(mount)) => self.put(root, &mount).map(|()| None),
+            (Kind::Remount { whole }, _) => self.remount(root, *whole).map(|()| None),
             (Kind::Bind { .. }, None) => Err(StepError::Refused(format!("{}: no source", self.describe()))),
         }
     }
@@ -144,6 +170,7 @@ impl Mount {
         match &self.kind {
             Kind::New { fs_type, .. } => format!("mount {fs_type:?} at {:?}", self.destination),
             Kind::Bind { source, .. } => format!("bind mount {source:?} at {:?}", self.destination),
+            Kind::Remount { .. } => format!("remount {:?}", self.destination),
         }
     }
 
@@ -151,12 +178,18 @@ impl Mount {
     /// later mounts may need directories in it.
     fn make_new(&self, root: &Root, fs_type: &str, source: &str) -> StepResult<Option<OwnedFd>> {
         let describe = || self.describe();
-        let target = root.make_dir(&self.destination).step(describe)?;
+        let place = self.place(root, SFlag::S_IFDIR, describe)?;
+        if matches!(fs_type, "proc" | "sysfs") {
+            // A link in an image must not lead what follows to other files.
+            if place.path != self.destination {
+                return refused(describe, &format!("{fs_type:?} must be mounted on an ordinary directory"));
+            }
+        } else if place.path == Path::new("/proc") {
+            return refused(describe, "\"/proc\" cannot be mounted because it is not of type proc");
+        }
+        let target = place.fd;
         let context = FsContext::new(fs_type).step(describe)?;
-        let fail = |errno: Errno| match context.complaint() {
-            Some(complaint) => StepError::Refused(format!("{}: {complaint}", describe())),
-            None => StepError::Kernel { step: describe(), errno },
-        };
+        let fail = |errno: Errno| complaint(&context, describe, errno);
         let later = fs_type == "tmpfs" && self.options.read_only();
         if !source.is_empty() {
             context.set("source", Some(source)).map_err(fail)?;
@@ -177,19 +210,65 @@ impl Mount {
             set &= !libc::MOUNT_ATTR_RDONLY;
         }
         let mount = context.mount(set).map_err(fail)?;
+        if self.options.copy_up {
+            copy_up::copy(&target, &mount).step(|| format!("copy up into {:?}", self.destination))?;
+        }
         attach(&mount, &target).step(describe)?;
         self.propagate(&mount)?;
         Ok(later.then_some(mount))
     }
 
     fn put(&self, root: &Root, mount: &OwnedFd) -> StepResult<()> {
-        let target = if kind(mount).step(|| self.describe())? == SFlag::S_IFDIR {
-            root.make_dir(&self.destination)
-        } else {
-            root.make_file(&self.destination)
-        };
-        attach(mount, target.step(|| self.describe())?).step(|| self.describe())?;
+        let describe = || self.describe();
+        let place = self.place(root, kind(mount).step(describe)?, describe)?;
+        if place.path == Path::new("/proc")
+            && fstatfs(mount).step(describe)?.filesystem_type() != PROC_SUPER_MAGIC
+        {
+            return refused(describe, "\"/proc\" cannot be mounted because it is not of type proc");
+        }
+        attach(mount, &place.fd).step(describe)?;
         self.propagate(mount)
+    }
+
+    /// As `mount -o remount`: flags that are not named are cleared, but for the
+    /// one of access times.
+    fn remount(&self, root: &Root, whole: bool) -> StepResult<()> {
+        let describe = || self.describe();
+        let target = root.find(&self.destination).step(describe)?;
+        if whole {
+            let context = FsContext::of_mount(&target).step(describe)?;
+            let fail = |errno: Errno| complaint(&context, describe, errno);
+            context.set(if self.options.read_only() { "ro" } else { "rw" }, None).map_err(fail)?;
+            for (key, value) in &self.options.data {
+                context.set(key, value.as_deref()).map_err(fail)?;
+            }
+            context.reconfigure().map_err(fail)?;
+        }
+        let named = self.options.attributes;
+        let attributes = Attributes { clear: named.clear | FLAGS, ..named };
+        set_attributes(target.as_fd(), attributes, false).step(describe)?;
+        if !self.options.recursive.is_empty() {
+            set_attributes(target.as_fd(), self.options.recursive, true).step(describe)?;
+        }
+        self.propagate(&target)
+    }
+
+    /// The place to mount at, made as a directory or file where it does not exist.
+    fn place(&self, root: &Root, kind: SFlag, describe: impl Fn() -> String) -> StepResult<Place> {
+        let place = match kind {
+            SFlag::S_IFDIR => root.make_dir_place(&self.destination),
+            _ => root.make_file_place(&self.destination),
+        };
+        // A link of the image may lead where the spec must not. What is said of
+        // it comes before what making something there failed with.
+        let resolved = match &place {
+            Ok(place) => Ok(place.path.clone()),
+            Err(_) => root.resolve(&self.destination),
+        };
+        match resolved {
+            Ok(path) if !allowed_in_proc(&path) => refused(describe, &inside_proc(&path)),
+            _ => place.step(describe),
+        }
     }
 
     fn propagate(&self, mount: &OwnedFd) -> StepResult<()> {
@@ -199,6 +278,26 @@ impl Mount {
                 .step(|| format!("set the propagation of {:?}", self.destination))?;
         }
         Ok(())
+    }
+}
+
+/// Everything `mount -o remount` sets or clears, access times apart.
+const FLAGS: u64 = libc::MOUNT_ATTR_RDONLY
+    | libc::MOUNT_ATTR_NOSUID
+    | libc::MOUNT_ATTR_NODEV
+    | libc::MOUNT_ATTR_NOEXEC
+    | libc::MOUNT_ATTR_NODIRATIME
+    | libc::MOUNT_ATTR_NOSYMFOLLOW;
+
+fn refused<T>(describe: impl Fn() -> String, reason: &str) -> StepResult<T> {
+    Err(StepError::Refused(format!("{}: {reason}", describe())))
+}
+
+/// The file system's own words for a failure, where it has some.
+fn complaint(context: &FsContext, describe: impl Fn() -> String, errno: Errno) -> StepError {
+    match context.complaint() {
+        Some(complaint) => StepError::Refused(format!("{}: {complaint}", describe())),
+        None => StepError::Kernel { step: describe(), errno },
     }
 }
 

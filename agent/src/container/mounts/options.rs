@@ -17,6 +17,13 @@ pub struct Options {
     pub data: Vec<(String, Option<String>)>,
     /// `Some`: a bind mount; `Some(true)`: with all mounts below.
     pub bind: Option<bool>,
+    /// Changes the mount that is there instead of making one.
+    pub remount: bool,
+    /// A new tmpfs begins with what it covers.
+    pub copy_up: bool,
+    /// The mount's ids are mapped, which for what comes from the share the host
+    /// has done.
+    pub idmap: bool,
 }
 
 impl Options {
@@ -49,9 +56,9 @@ impl Options {
             }
             // Flags of the file system, spelled as keys by fsconfig(2).
             "sync" | "dirsync" | "lazytime" | "mand" => self.data.push((option.to_owned(), None)),
-            "idmap" | "ridmap" | "remount" | "tmpcopyup" => {
-                return Err(format!("{option:?} is not supported"));
-            }
+            "remount" => self.remount = true,
+            "tmpcopyup" => self.copy_up = true,
+            "idmap" | "ridmap" => self.idmap = true,
             _ => match propagation(option) {
                 Some(propagation) => self.propagation.push(propagation),
                 None => return Ok(false),
@@ -169,9 +176,9 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_done_is_refused() {
-        for option in ["idmap", "ridmap", "remount", "tmpcopyup", "a\0b"] {
-            assert!(Options::parse(&[option.to_owned()]).is_err(), "{option:?}");
-        }
+    fn what_is_neither_attribute_nor_data() {
+        let options = parse(&["remount", "tmpcopyup", "ridmap", "nofail"]);
+        assert!(options.remount && options.copy_up && options.idmap && options.data.is_empty());
+        assert!(Options::parse(&["a\0b".to_owned()]).is_err());
     }
 }

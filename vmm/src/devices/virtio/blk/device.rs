@@ -318,4 +318,16 @@ mod tests {
         assert!(error(config("s", "/dev/null".as_ref())).contains("regular file or a block device"));
         assert!(error(config("s", "/nonexistent/disk".as_ref())).contains("/nonexistent/disk"));
     }
+
+    #[test]
+    fn two_monitors_do_not_write_to_one_file() {
+        let file = NamedTempFile::new().unwrap();
+        file.as_file().set_len(8192).unwrap();
+        let config = |readonly| DiskConfig { serial: "s".to_owned(), path: file.path().to_owned(), readonly };
+        let first = Blk::new(&config(false)).unwrap();
+        assert!(matches!(Blk::new(&config(false)), Err(BlkError::InUse(_))));
+        assert!(Blk::new(&config(true)).is_ok());
+        drop(first);
+        assert!(Blk::new(&config(false)).is_ok());
+    }
 }

@@ -1,6 +1,6 @@
 //! The file behind the device.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt};
@@ -30,6 +30,10 @@ impl Disk {
         let kind = file.metadata().map_err(refused)?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return Err(BlkError::NotADisk(config.path.clone()));
+        }
+        // Two guests that write to one file system destroy it.
+        if kind.is_file() && !readonly && matches!(file.try_lock(), Err(TryLockError::WouldBlock)) {
+            return Err(BlkError::InUse(config.path.clone()));
         }
         let bytes = file.seek(SeekFrom::End(0)).map_err(refused)?;
         if bytes < SECTOR_BYTES {

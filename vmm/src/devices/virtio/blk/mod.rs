@@ -70,6 +70,9 @@ pub enum BlkError {
     /// The path leads to something else.
     #[error("disks: path {0:?} must be a regular file or a block device")]
     NotADisk(PathBuf),
+    /// Another monitor writes to it.
+    #[error("disks: path {0:?} is in use by another virtual machine")]
+    InUse(PathBuf),
     /// There is no room for a single sector.
     #[error("disks: path {path:?} has {bytes} bytes; a disk needs at least {SECTOR_BYTES}")]
     TooSmall {

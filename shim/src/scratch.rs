@@ -1,0 +1,267 @@
+//! The file behind a container's writable layer where that is a block device: a
+//! sparse ext4 file system the guest mounts.
+//!
+//! It lies beside the snapshot's own directories (`fs` and `work` of containerd's
+//! overlay snapshotter), so it is there again when the same container is started
+//! again and goes when containerd removes the snapshot. A root file system that
+//! is no such snapshot keeps it in the sandbox's directory, for as long as the
+//! sandbox lives.
+//!
+//! `mkfs.ext4` runs once per size: what it makes is kept as a template, of which
+//! only the few hundred KiB that were written are copied; see
+//! docs/decisions/0410.
+
+use std::{
+    fs::{self, DirBuilder, File, OpenOptions},
+    io,
+    os::{
+        fd::{AsFd, AsRawFd},
+        unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt},
+    },
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use nix::{
+    errno::Errno,
+    unistd::{Whence, lseek},
+};
+
+use crate::rootfs::{Layer, snapshot_dir};
+
+/// Its name beside the snapshot's directories, and in the sandbox's.
+pub const FILE_NAME: &str = "rvm-scratch.ext4";
+
+/// Changes with what [`make_file_system`] asks for, so that no template of an
+/// older version is used.
+const TEMPLATE_VERSION: u32 = 1;
+/// More than `mkfs.ext4` writes even for a file of 16 TiB. A host file system
+/// that cannot tell data from holes has more, and gets no copies.
+const MAX_TEMPLATE_BYTES: u64 = 64 << 20;
+/// Offset of ext4's magic number, in the first superblock.
+const MAGIC_AT: u64 = 1024 + 0x38;
+/// ext4's magic number, little-endian.
+const MAGIC: [u8; 2] = [0x53, 0xef];
+
+/// What every Linux kernel with ext4 mounts, whatever this host's
+/// `/etc/mke2fs.conf` says.
+const FEATURES: &str = "none,has_journal,ext_attr,dir_index,filetype,extent,64bit,flex_bg,sparse_super,\
+                        large_file,huge_file,dir_nlink,extra_isize,metadata_csum";
+
+/// Why there is no scratch.
+#[derive(Debug, thiserror::Error)]
+pub enum ScratchError {
+    /// A file or directory of the host.
+    #[error("scratch: {}: {source}", path.display())]
+    File {
+        /// Its path.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// No file system can be made.
+    #[error("scratch.backing = \"block\": mkfs.ext4 (package e2fsprogs): {0}")]
+    MakeFileSystem(String),
+}
+
+fn failed(path: &Path) -> impl Fn(io::Error) -> ScratchError {
+    |source| ScratchError::File { path: path.to_owned(), source }
+}
+
+/// The scratch file for a container with these `layers`: the one from before, or
+/// a new one of `size_bytes`. Templates are kept in `cache_dir`.
+pub fn prepare(
+    size_bytes: u64,
+    cache_dir: &Path,
+    layers: &[Layer],
+    sandbox_dir: &Path,
+) -> Result<PathBuf, ScratchError> {
+    let path = snapshot_dir(layers).unwrap_or_else(|| sandbox_dir.to_owned()).join(FILE_NAME);
+    if is_file_system(&path) {
+        return Ok(path);
+    }
+    let new = path.with_added_extension("new");
+    let made =
+        create(&new, size_bytes, cache_dir).and_then(|()| fs::rename(&new, &path).map_err(failed(&path)));
+    if made.is_err() {
+        let _ = fs::remove_file(&new);
+    }
+    made.map(|()| path)
+}
+
+/// Whether a file system has been made there. One whose beginning never reached
+/// the disk before the host crashed has nothing in it that did.
+fn is_file_system(path: &Path) -> bool {
+    let mut magic = [0; 2];
+    File::open(path).and_then(|file| file.read_exact_at(&mut magic, MAGIC_AT)).is_ok() && magic == MAGIC
+}
+
+fn create(path: &Path, size_bytes: u64, cache_dir: &Path) -> Result<(), ScratchError> {
+    let template = cache_dir.join(format!("scratch-{}m-v{TEMPLATE_VERSION}.ext4", size_bytes >> 20));
+    if !is_file_system(&template) {
+        make_template(&template, size_bytes)?;
+    }
+    match copy_sparse(&template, path) {
+        Err(error) if error.kind() == io::ErrorKind::Unsupported => make_file_system(path, size_bytes),
+        copied => copied.map_err(failed(path)),
+    }
+}
+
+/// Another shim may be making the same one: each makes its own, the last stays.
+fn make_template(path: &Path, size_bytes: u64) -> Result<(), ScratchError> {
+    if let Some(dir) = path.parent() {
+        DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(failed(dir))?;
+    }
+    let new = path.with_added_extension(std::process::id().to_string());
+    let made = make_file_system(&new, size_bytes).and_then(|()| {
+        // A template that a crash of the host spoils would spoil all copies.
+        let synced = File::open(&new).and_then(|file| file.sync_all());
+        synced.and_then(|()| fs::rename(&new, path)).map_err(failed(path))
+    });
+    if made.is_err() {
+        let _ = fs::remove_file(&new);
+    }
+    made
+}
+
+fn make_file_system(path: &Path, size_bytes: u64) -> Result<(), ScratchError> {
+    create_file(path).and_then(|file| file.set_len(size_bytes)).map_err(failed(path))?;
+    // containerd's PATH may lack the administrator's directories.
+    let mut search = std::env::var_os("PATH").unwrap_or_default();
+    search.push(":/usr/local/sbin:/usr/sbin:/sbin");
+    let mut command = Command::new("mkfs.ext4");
+    command
+        .args(["-q", "-F", "-b", "4096", "-I", "256", "-i", "16384", "-m", "0", "-O", FEATURES])
+        // The file is all zeroes: nothing has to be written to make it so.
+        .args(["-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner=0:0"])
+        .arg(path)
+        .env("PATH", search)
+        .env("MKE2FS_CONFIG", "/dev/null")
+        .stdin(Stdio::null());
+    let output = command.output().map_err(|error| ScratchError::MakeFileSystem(error.to_string()))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let text = String::from_utf8_lossy(&output.stderr);
+    let said: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    Err(ScratchError::MakeFileSystem(format!("{}: {}", output.status, said.join("; "))))
+}
+
+fn create_file(path: &Path) -> io::Result<File> {
+    OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)
+}
+
+/// Copies a file without its holes, or lets both share their blocks where the
+/// host's file system can. `Unsupported` where holes cannot be told from data.
+fn copy_sparse(from: &Path, to: &Path) -> io::Result<()> {
+    let (source, target) = (File::open(from)?, create_file(to)?);
+    // SAFETY: FICLONE takes a descriptor and touches no memory.
+    if unsafe { libc::ioctl(target.as_raw_fd(), libc::FICLONE, source.as_raw_fd()) } == 0 {
+        return Ok(());
+    }
+    let length = source.metadata()?.len();
+    target.set_len(length)?;
+    let mut copied = 0;
+    let mut at = 0;
+    while let Some(data) = seek(&source, at, Whence::SeekData)? {
+        let end = seek(&source, data, Whence::SeekHole)?.unwrap_or(length);
+        copied += end - data;
+        if copied > MAX_TEMPLATE_BYTES {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        copy_range(&source, &target, data, end)?;
+        at = end;
+    }
+    Ok(())
+}
+
+/// `None`: there is no more.
+fn seek(file: &File, from: u64, whence: Whence) -> io::Result<Option<u64>> {
+    match lseek(file.as_fd(), from.cast_signed(), whence) {
+        Ok(at) => Ok(Some(at.cast_unsigned())),
+        Err(Errno::ENXIO) => Ok(None),
+        Err(Errno::EINVAL) => Err(io::ErrorKind::Unsupported.into()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+fn copy_range(from: &File, to: &File, start: u64, end: u64) -> io::Result<()> {
+    const CHUNK: usize = 256 << 10;
+    let mut buffer = vec![0; CHUNK.min(usize::try_from(end - start).unwrap_or(CHUNK))];
+    let mut at = start;
+    while at < end {
+        let wanted = buffer.len().min(usize::try_from(end - at).unwrap_or(CHUNK));
+        let piece = buffer.get_mut(..wanted).unwrap_or_default();
+        from.read_exact_at(piece, at)?;
+        to.write_all_at(piece, at)?;
+        at += wanted as u64;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    fn overlay(snapshot: &Path) -> Layer {
+        Layer {
+            kind: "overlay".into(),
+            source: "overlay".into(),
+            options: vec![
+                format!("workdir={}/work", snapshot.display()),
+                format!("upperdir={}/fs", snapshot.display()),
+                "lowerdir=/l".into(),
+            ],
+            ..Layer::default()
+        }
+    }
+
+    #[test]
+    fn lives_beside_the_snapshot_and_is_kept() {
+        let root = tempfile::tempdir().unwrap();
+        let (cache, snapshot) = (root.path().join("cache/rvm"), root.path().join("42"));
+        fs::create_dir(&snapshot).unwrap();
+        let layers = [overlay(&snapshot)];
+        let path = prepare(64 << 20, &cache, &layers, root.path()).unwrap();
+        assert_eq!(path, snapshot.join(FILE_NAME));
+        let found = fs::metadata(&path).unwrap();
+        assert_eq!((found.len(), found.mode() & 0o777), (64 << 20, 0o600));
+        assert!(found.blocks() * 512 < 8 << 20, "sparse: {} blocks", found.blocks());
+        assert_eq!(fs::read_dir(&snapshot).unwrap().count(), 1);
+        assert_eq!(fs::read_dir(&cache).unwrap().count(), 1);
+
+        // The next start finds what the last one left, whatever size is configured now.
+        File::options().write(true).open(&path).unwrap().write_all_at(b"kept", 1 << 20).unwrap();
+        assert_eq!(prepare(128 << 20, &cache, &layers, root.path()).unwrap(), path);
+        let mut kept = [0; 4];
+        File::open(&path).unwrap().read_exact_at(&mut kept, 1 << 20).unwrap();
+        assert_eq!(&kept, b"kept");
+    }
+
+    #[test]
+    fn a_file_that_never_reached_the_disk_is_replaced() {
+        let root = tempfile::tempdir().unwrap();
+        fs::write(root.path().join(FILE_NAME), [0; 4096]).unwrap();
+        let path = prepare(64 << 20, &root.path().join("cache"), &[], root.path()).unwrap();
+        assert!(is_file_system(&path) && fs::metadata(path).unwrap().len() == 64 << 20);
+    }
+
+    #[test]
+    fn the_copy_is_a_sound_file_system() {
+        let root = tempfile::tempdir().unwrap();
+        let path = prepare(10 << 30, &root.path().join("cache"), &[], root.path()).unwrap();
+        let checked = Command::new("/usr/sbin/e2fsck").args(["-f", "-n"]).arg(&path).output().unwrap();
+        assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stdout));
+    }
+
+    #[test]
+    fn errors_name_the_file() {
+        let root = tempfile::tempdir().unwrap();
+        let missing = root.path().join("missing");
+        let error = prepare(64 << 20, &root.path().join("cache"), &[], &missing).unwrap_err().to_string();
+        assert!(error.starts_with("scratch: ") && error.contains("No such file"), "{error}");
+    }
+}

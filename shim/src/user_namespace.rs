@@ -1,0 +1,79 @@
+//! User namespaces that only serve to say how ids are mapped.
+
+use std::{
+    fmt::Write as _,
+    fs,
+    io::{self, Read, Write},
+    os::fd::OwnedFd,
+};
+
+use nix::{
+    sched::{CloneFlags, unshare},
+    sys::{signal::Signal, wait::waitpid},
+    unistd::{ForkResult, Pid, fork, pipe},
+};
+
+/// One line of `/proc/PID/uid_map` (user_namespaces(7)).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IdRange {
+    /// First id inside.
+    pub inside: u32,
+    /// First id outside.
+    pub outside: u32,
+    /// How many.
+    pub count: u32,
+}
+
+/// How users and groups are mapped.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct IdMap {
+    /// Users.
+    pub uids: Vec<IdRange>,
+    /// Groups.
+    pub gids: Vec<IdRange>,
+}
+
+/// A user namespace with this mapping. It is made by a child that lives until
+/// the namespace is open, and has no other process in it.
+pub fn user_namespace(map: &IdMap) -> io::Result<OwnedFd> {
+    let (ready_read, ready_write) = pipe()?;
+    let (release_read, release_write) = pipe()?;
+    // SAFETY: until it exits the child calls nothing but unshare, close, write,
+    // read and _exit, none of which allocates or takes a lock.
+    match unsafe { fork() }? {
+        ForkResult::Child => {
+            drop((ready_read, release_write));
+            let made = unshare(CloneFlags::CLONE_NEWUSER).is_ok();
+            let _ = nix::unistd::write(&ready_write, &[u8::from(made)]);
+            let _ = nix::unistd::read(&release_read, &mut [0]);
+            // SAFETY: ends the child without running the parent's handlers.
+            unsafe { libc::_exit(0) }
+        }
+        ForkResult::Parent { child } => {
+            drop((ready_write, release_read));
+            let result = map_and_open(child, fs::File::from(ready_read), map);
+            drop(release_write);
+            // The child may be stopped or slow; it holds nothing worth waiting for.
+            let _ = nix::sys::signal::kill(child, Signal::SIGKILL);
+            let _ = waitpid(child, None);
+            result
+        }
+    }
+}
+
+fn map_and_open(child: Pid, mut ready: fs::File, map: &IdMap) -> io::Result<OwnedFd> {
+    let mut made = [0];
+    ready.read_exact(&mut made)?;
+    if made != [1] {
+        return Err(io::Error::from_raw_os_error(libc::EPERM));
+    }
+    for (name, ranges) in [("uid_map", &map.uids), ("gid_map", &map.gids)] {
+        let mut text = String::new();
+        for range in ranges {
+            let _ = writeln!(text, "{} {} {}", range.inside, range.outside, range.count);
+        }
+        // One write: the kernel takes no second one.
+        fs::File::options().write(true).open(format!("/proc/{child}/{name}"))?.write_all(text.as_bytes())?;
+    }
+    Ok(fs::File::open(format!("/proc/{child}/ns/user"))?.into())
+}

@@ -1,0 +1,117 @@
+//! The writable layer on a block device: its limit, its life, its end.
+
+use std::{
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Result, ensure};
+use rvm_tests::{case, ctr::Run, job::Finished, sandbox::Sandbox, scale, world::World};
+
+/// Runs a case with writable layers on block devices of 64 MiB, the smallest.
+fn with_block(test: impl FnOnce(&World) -> Result<()>) {
+    case(|world| {
+        world.set_config(
+            &world.config().text("scratch", "backing", "block").set("scratch", "size_mib", "64"),
+        )?;
+        test(world)?;
+        // containerd collects its garbage some time after a container's removal.
+        let until = Instant::now() + scale::container();
+        while let left = scratch_files(world)?
+            && !left.is_empty()
+        {
+            ensure!(Instant::now() < until, "scratch files outlive their snapshots: {left:?}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    });
+}
+
+/// Every scratch file below containerd's root.
+fn scratch_files(world: &World) -> Result<Vec<PathBuf>> {
+    let root = world.dir().join("containerd");
+    let found = rvm_tests::world::shell(&format!("find {} -name 'rvm-scratch*'", root.display()))?;
+    Ok(found.lines().map(PathBuf::from).collect())
+}
+
+/// Starts a stopped container's task again and waits for its end.
+fn start_again(world: &World, run: &Run) -> Result<Finished> {
+    world.ctr().run(&["task", "start", &run.id], scale::container())
+}
+
+#[test]
+fn a_full_scratch_says_so_and_goes_on() {
+    with_block(|world| {
+        let script = "dd if=/dev/zero of=/big bs=1M; echo code=$?; stat -c %s /big; \
+                      echo x > /more; echo code=$?; rm /big /more; \
+                      sync; echo works > /again && cat /again; \
+                      df -m / | tail -1 | tr -s ' ' | cut -d' ' -f2";
+        let finished = world.ctr().container("full").shell(script)?.success()?;
+        println!("{finished}");
+        let text = finished.text();
+        let lines: Vec<&str> = text.lines().collect();
+        ensure!(finished.errors().matches("No space left on device").count() >= 2, "{finished}");
+        ensure!(lines[0] == "code=1" && lines[2] == "code=1" && lines[3] == "works", "{finished}");
+        let written: u64 = lines[1].parse()?;
+        ensure!((40 << 20..64 << 20).contains(&written), "not the size configured: {finished}");
+        ensure!(lines[4].parse::<u64>()? < 64, "not the size configured: {finished}");
+        Ok(())
+    });
+}
+
+#[test]
+fn what_was_written_is_there_at_the_next_start() {
+    with_block(|world| {
+        // Written last, by nobody synced: a clean stop loses nothing.
+        let script = "if test -e /kept; then cat /kept; test ! -e /etc/hosts && stat -c '%a %u' /dir; sha256sum < /data; \
+                      else mkdir -m 1751 /dir; chown 7 /dir; rm /etc/hosts; head -c 9000000 /dev/urandom > /data; \
+                      sha256sum < /data; echo kept > /kept; fi";
+        let run = world.ctr().container("again").kept();
+        let first = run.shell(script)?.success()?;
+        let files = scratch_files(world)?;
+        ensure!(files.len() == 1 && files[0].ends_with("rvm-scratch.ext4"), "{files:?}");
+        for _ in 0..2 {
+            let again = start_again(world, &run)?.success()?;
+            ensure!(again.text() == format!("kept\n1751 7\n{}", first.text()), "first {first}, then {again}");
+        }
+        // The container goes, and with it its snapshot and the scratch in that.
+        world.ctr().run(&["containers", "rm", &run.id], scale::command())?.success()?;
+        Ok(())
+    });
+}
+
+#[test]
+fn a_killed_sandbox_leaves_a_file_system_that_mounts_again() {
+    with_block(|world| {
+        let script = "test -e /synced && { cat /synced; exit 9; }; echo synced > /synced; sync; echo ready; \
+                      while :; do echo x >> /log; cp /log /copy; rm -f /copy; done";
+        let ctr = world.ctr();
+        let run = ctr.container("killed").kept();
+        let job = run.start(&["sh", "-c", script], rvm_tests::job::Input::Nothing)?;
+        job.wait_for("ready", scale::container())?;
+        let sandbox = Sandbox::find(world.stage(), &run.id)?;
+        sandbox.kill_shim()?;
+        sandbox.wait_until_gone(scale::container())?;
+        job.finish(scale::container())?;
+        let _ = ctr.run(&["task", "rm", "-f", &run.id], scale::container())?;
+        let again = start_again(world, &run)?.exited(9)?;
+        ensure!(again.text() == "synced\n", "{again}");
+        ctr.run(&["containers", "rm", &run.id], scale::command())?.success()?;
+        rvm_tests::world::shell("rm -rf /run/containerd/fifo/*").map(drop)
+    });
+}
+
+/// No snapshot, no place beside it: the file lives and dies with the sandbox.
+#[test]
+fn a_plain_directory_as_root() {
+    with_block(|world| {
+        let rootfs = world.rootfs()?.to_string_lossy().into_owned();
+        let run = world.ctr().container("plain").with(&["--rootfs", &rootfs]);
+        // No image, no PATH.
+        let script = "PATH=/bin; grep -c ' / overlay ' /proc/mounts; echo x > /new && cat /new";
+        let finished = run.run(&["/bin/sh", "-c", script])?.success()?;
+        ensure!(finished.text() == "1\nx\n", "{finished}");
+        ensure!(!world.rootfs()?.join("new").exists(), "written to the directory itself");
+        Ok(())
+    });
+}

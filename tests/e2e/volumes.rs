@@ -1,0 +1,208 @@
+//! Volumes: what host and guest see of each other's changes, and how a volume
+//! is held.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, ensure};
+use rvm_tests::{
+    case,
+    ctr::Run,
+    job::{Input, Job},
+    scale,
+    world::{World, shell},
+};
+
+/// A directory of the host that is gone with its value.
+struct Volume(PathBuf);
+
+impl Volume {
+    fn new(world: &World, name: &str) -> Result<Self> {
+        let dir = world.dir().join(name);
+        std::fs::create_dir_all(&dir)?;
+        Ok(Self(dir))
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+}
+
+impl Drop for Volume {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// `ctr run --mount` of a bind.
+fn bind(source: &Path, destination: &str, options: &str) -> String {
+    format!("type=bind,src={},dst={destination},options={options}", source.display())
+}
+
+/// A shell in the container that takes commands.
+struct Shell {
+    job: Job,
+    said: usize,
+}
+
+impl Shell {
+    fn start(run: &Run) -> Result<Self> {
+        Ok(Self { job: run.start(&["sh"], Input::Open)?, said: 0 })
+    }
+
+    /// Runs a command there; returns what it printed.
+    fn run(&mut self, command: &str) -> Result<String> {
+        self.said += 1;
+        let end = format!("=={}==", self.said);
+        self.job.write(format!("{command} 2>&1; echo {end}\n").as_bytes())?;
+        self.job.wait_for(&end, scale::container())?;
+        let all = self.job.stdout();
+        let before = format!("=={}==\n", self.said - 1);
+        let from = all.find(&before).map_or(0, |at| at + before.len());
+        Ok(all[from..].split(&end).next().unwrap_or_default().to_owned())
+    }
+
+    fn end(mut self) -> Result<()> {
+        self.job.close_input();
+        self.job.finish(scale::container())?.success().map(drop)
+    }
+}
+
+#[test]
+fn changes_are_seen_on_both_sides() {
+    case(|world| {
+        let volume = Volume::new(world, "volume")?;
+        let (inner, other) = (Volume::new(world, "inner")?, Volume::new(world, "other")?);
+        std::fs::write(volume.path("file"), "first")?;
+        std::fs::write(volume.path("single"), "single")?;
+        std::fs::write(inner.path("deep"), "deep")?;
+        let run = world.ctr().container("volumes").with(&[
+            "--mount",
+            &bind(&volume.0, "/v", "rbind:rw"),
+            "--mount",
+            &bind(&volume.0, "/ro", "rbind:ro"),
+            "--mount",
+            &bind(&inner.0, "/v/inner", "rbind:rw"),
+            "--mount",
+            &bind(&volume.path("single"), "/etc/single", "bind:ro"),
+            "--mount",
+            &bind(&volume.path("file"), "/etc/file", "bind:rw"),
+            "--mount",
+            &bind(&other.0, "/other", "rbind:rw"),
+        ]);
+        let mut guest = Shell::start(&run)?;
+        ensure!(guest.run("cat /v/file /etc/file /etc/single /v/inner/deep")? == "firstfirstsingledeep");
+
+        // Host to guest: new, changed, grown, removed. Seen within the second
+        // that attributes and names may be kept.
+        std::fs::write(volume.path("new"), "from the host")?;
+        ensure!(guest.run("until test -s /v/new; do :; done; cat /v/new")? == "from the host");
+        std::fs::write(volume.path("file"), "second, longer")?;
+        ensure!(guest.run("until grep -q longer /v/file; do :; done; cat /etc/file")? == "second, longer");
+        std::fs::remove_file(volume.path("new"))?;
+        guest.run("while test -e /v/new; do :; done")?;
+        ensure!(guest.run("ls /v/new")?.contains("No such file"));
+
+        // Guest to host: at once.
+        guest.run("echo -n from the guest > /v/back; mkdir /v/dir; ln -s back /v/link; chmod 640 /v/back; chown 12:34 /v/back")?;
+        ensure!(std::fs::read_to_string(volume.path("link"))? == "from the guest");
+        let stat = shell(&format!("stat -c '%a %u %g' {}", volume.path("back").display()))?;
+        ensure!(stat == "640 12 34\n", "{stat}");
+        guest.run("echo -n third > /etc/file; mv /v/back /v/dir/moved; echo x > /v/inner/made")?;
+        ensure!(std::fs::read_to_string(volume.path("file"))? == "third");
+        ensure!(volume.path("dir/moved").exists() && !volume.path("back").exists());
+        ensure!(inner.path("made").exists() && !volume.path("inner/made").exists());
+
+        // What may not be written may not, and is seen as it changes.
+        for path in ["/ro/file", "/etc/single", "/ro/new"] {
+            let said = guest.run(&format!("echo x > {path}"))?;
+            ensure!(said.contains("Read-only file system"), "{path}: {said}");
+        }
+        std::fs::write(volume.path("single"), "changed")?;
+        ensure!(guest.run("until grep -q changed /etc/single; do :; done; cat /ro/single")? == "changed");
+
+        // They are mounts of their own.
+        ensure!(guest.run("mv /v/file /other/")?.is_empty(), "moved by copying, as between file systems");
+        ensure!(std::fs::read_to_string(other.path("file"))? == "third");
+        guest.end()
+    });
+}
+
+/// Between processes of the guest; a process of the host has no part in it.
+#[test]
+fn locks_within_the_guest() {
+    case(|world| {
+        let volume = Volume::new(world, "locks")?;
+        let run = world.ctr().container("locks").with(&["--mount", &bind(&volume.0, "/v", "rbind:rw")]);
+        let script = "flock /v/lock sh -c 'echo held; flock -n /v/lock echo twice || echo refused; \
+                      flock -s -n /v/lock echo twice || echo refused'; flock -n /v/lock echo free; \
+                      flock -s /v/lock flock -s -n /v/lock echo shared";
+        let finished = run.shell(script)?.success()?;
+        ensure!(finished.text() == "held\nrefused\nrefused\nfree\nshared\n", "{finished}");
+        Ok(())
+    });
+}
+
+#[test]
+fn sources_no_guest_can_use() {
+    case(|world| {
+        let volume = Volume::new(world, "useless")?;
+        let _socket = std::os::unix::net::UnixListener::bind(volume.path("socket"))?;
+        shell(&format!("mkfifo {}", volume.path("pipe").display()))?;
+        for (name, words) in [
+            ("socket", "is a socket of the host"),
+            ("pipe", "is a named pipe of the host"),
+            ("missing", "No such file or directory"),
+        ] {
+            let run =
+                world.ctr().container("useless").with(&["--mount", &bind(&volume.path(name), "/v", "bind")]);
+            let finished = run.run(&["true"])?;
+            let errors = finished.errors();
+            ensure!(finished.code() != 0 && errors.contains(words), "{finished}");
+            ensure!(errors.contains("].source"), "the field is named: {finished}");
+        }
+        Ok(())
+    });
+}
+
+/// An ext4 file system of the host: tmpfs has no idmapped mounts before Linux 6.3.
+#[test]
+fn a_volume_with_other_owners() {
+    case(|world| {
+        let ctr = world.ctr();
+        let volume = Volume::new(world, "idmapped")?;
+        let (image, dir) = (volume.path("image"), volume.path("mounted"));
+        shell(&format!(
+            "truncate -s 32M {0}; /sbin/mkfs.ext4 -q -F {0}; mkdir {1}; mount -o loop {0} {1}; \
+             echo x > {1}/root; echo x > {1}/seven; chown 7:8 {1}/seven; chmod 777 {1}",
+            image.display(),
+            dir.display()
+        ))?;
+        let result = (|| {
+            let spec = ctr.run(&["oci", "spec"], scale::command())?.success()?;
+            let mut spec: serde_json::Value = serde_json::from_slice(&spec.stdout)?;
+            spec["root"]["path"] = world.rootfs()?.to_string_lossy().into_owned().into();
+            spec["process"]["args"] = serde_json::json!([
+                "sh",
+                "-c",
+                "stat -c '%u:%g' /v/root /v/seven; echo x > /v/new && chown 1007:2008 /v/new && stat -c '%u:%g' /v/new"
+            ]);
+            spec["mounts"].as_array_mut().map(|mounts| {
+                mounts.push(serde_json::json!({
+                    "destination": "/v", "type": "bind", "source": dir, "options": ["rbind", "rw", "idmap"],
+                    "uidMappings": [{"containerID": 0, "hostID": 1000, "size": 100}, {"containerID": 100, "hostID": 0, "size": 1}],
+                    "gidMappings": [{"containerID": 0, "hostID": 2000, "size": 100}, {"containerID": 100, "hostID": 0, "size": 1}],
+                }));
+            });
+            let path = world.write_file("spec.json", spec.to_string())?;
+            let finished = ctr.container("idmap").with(&["--config", &path]).run(&[]);
+            std::fs::remove_file(path)?;
+            let finished = finished?.success()?;
+            ensure!(finished.text() == "1000:2000\n1007:2008\n1007:2008\n", "{finished}");
+            let stored = shell(&format!("stat -c %u:%g {}/new", dir.display()))?;
+            ensure!(stored == "7:8\n", "on the host: {stored}");
+            Ok(())
+        })();
+        shell(&format!("umount {}", dir.display()))?;
+        result
+    });
+}
