@@ -55,7 +55,7 @@ const KEYRINGS: [&str; 2] =
     ["/usr/share/keyrings/debian-archive-keyring.gpg", "/usr/share/keyrings/debian-archive-keyring.pgp"];
 
 /// The mirror of Debian's main archive in this machine's apt configuration.
-fn mirror() -> Result<String> {
+pub fn mirror() -> Result<String> {
     let output = Command::new("apt-get")
         .args(["indextargets", "--format", "$(ORIGIN) $(LABEL) $(REPO_URI)"])
         .output()

@@ -15,8 +15,8 @@ use crate::layer::Layer;
 pub struct Image {
     /// Its reference, such as `example.org/name:tag`.
     pub name: String,
-    /// Its layers, lowest first.
-    pub layers: Vec<Layer>,
+    /// Its layers as uncompressed tar archives, lowest first.
+    pub layers: Vec<Vec<u8>>,
     /// The program and its arguments.
     pub command: Vec<String>,
     /// Environment, as `NAME=value`.
@@ -29,7 +29,13 @@ pub struct Image {
 
 impl Image {
     /// An image that starts `sh` as root.
-    pub fn new(name: impl Into<String>, layers: Vec<Layer>) -> Self {
+    pub fn new(name: impl Into<String>, layers: Vec<Layer>) -> Result<Self> {
+        let tars = layers.iter().map(Layer::tar).collect::<Result<_, _>>()?;
+        Ok(Self::of_tars(name, tars))
+    }
+
+    /// The same, of layers that are tar archives already.
+    pub fn of_tars(name: impl Into<String>, layers: Vec<Vec<u8>>) -> Self {
         Self {
             name: name.into(),
             layers,
@@ -41,12 +47,12 @@ impl Image {
     }
 
     /// The archive. The same image gives the same bytes.
-    pub fn archive(&self) -> Result<Vec<u8>> {
+    pub fn archive(self) -> Result<Vec<u8>> {
         let mut blobs = Blobs::default();
         let mut layers = Vec::new();
         let mut diff_ids = Vec::new();
-        for layer in &self.layers {
-            let descriptor = blobs.add("application/vnd.oci.image.layer.v1.tar", layer.tar()?);
+        for layer in self.layers {
+            let descriptor = blobs.add("application/vnd.oci.image.layer.v1.tar", layer);
             // Uncompressed, so the blob's digest is that of its content.
             diff_ids.push(descriptor["digest"].clone());
             layers.push(descriptor);
@@ -134,7 +140,7 @@ mod tests {
         lower.file("a", 0o644, "a");
         let mut upper = Layer::new();
         upper.whiteout("a");
-        Image::new("example.org/two:1", vec![lower, upper])
+        Image::new("example.org/two:1", vec![lower, upper]).unwrap()
     }
 
     fn files(archive: &[u8]) -> HashMap<String, Vec<u8>> {

@@ -6,7 +6,8 @@ use rvm_tests::{
     case,
     ctr::{Ctr, Run},
     job::{Finished, Input},
-    scale, task,
+    scale,
+    task::Shim,
     world::World,
 };
 use serde_json::{Value, json};
@@ -141,10 +142,10 @@ fn pause_and_resume() {
             ensure!(job.wait_for_more(seen, scale::container()) > seen, "it does not go on");
             ensure!(ctr.task_state(&run.id).as_deref() == Some("RUNNING"));
         }
-        let error = task::delete(&run.id).err().map(|error| error.to_string()).unwrap_or_default();
+        let error = Shim::of(&run.id)?.delete().err().map(|error| error.to_string()).unwrap_or_default();
         ensure!(!error.is_empty(), "a running task was deleted");
         ctr.run(&["task", "pause", &run.id], scale::command())?.success()?;
-        let error = task::delete(&run.id).err().map(|error| error.to_string()).unwrap_or_default();
+        let error = Shim::of(&run.id)?.delete().err().map(|error| error.to_string()).unwrap_or_default();
         ensure!(!error.is_empty(), "a paused task was deleted");
         ctr.run(&["task", "kill", "-s", "SIGKILL", &run.id], scale::command())?.success()?;
         job.close_input();
@@ -183,19 +184,20 @@ fn limits_change_both_ways() {
         ensure!(killed.text().contains("137"), "{killed}");
         ensure!(count(world, id, "/tasks/oom")? == 1, "one kill, one event");
 
-        task::update(id, &json!({"pids": {"limit": 100}, "memory": {"limit": 64 * MIB}}))?;
+        Shim::of(id)?.update(&json!({"pids": {"limit": 100}, "memory": {"limit": 64 * MIB}}))?;
         ensure!(exec(&ctr, id, forks)?.success()?.text() == "20\n");
         ensure!(exec(&ctr, id, &takes(40))?.success()?.text().ends_with("\n0\n"));
         // What was not named is as it was; then it is changed alone.
-        task::update(id, &json!({"cpu": {"quota": 5000}}))?;
+        Shim::of(id)?.update(&json!({"cpu": {"quota": 5000}}))?;
         share_of(&exec(&ctr, id, SHARE)?.success()?, 250)?;
 
-        task::update(id, &json!({"pids": {"limit": 12}, "memory": {"limit": 24 * MIB}}))?;
+        Shim::of(id)?.update(&json!({"pids": {"limit": 12}, "memory": {"limit": 24 * MIB}}))?;
         ensure!(exec(&ctr, id, forks)?.errors().contains("can't fork"));
         ensure!(exec(&ctr, id, &takes(40))?.text().contains("137"));
         ensure!(count(world, id, "/tasks/oom")? == 2, "two kills, two events");
 
-        let wrong = task::update(id, &json!({"cpu": {"cpus": "4096"}})).err().context("it was accepted")?;
+        let wrong =
+            Shim::of(id)?.update(&json!({"cpu": {"cpus": "4096"}})).err().context("it was accepted")?;
         ensure!(wrong.to_string().contains("cpus"), "{wrong}");
         ensure!(ctr.task_state(id).as_deref() == Some("RUNNING"));
         end(world, id)

@@ -5,10 +5,13 @@
 
 mod broken;
 mod death;
+mod debian;
 mod devices;
 mod exec;
+mod exec_robust;
 mod failures;
 mod limits;
+mod parity;
 mod ring0;
 mod rootfs;
 mod run;

@@ -25,7 +25,7 @@ fn import(world: &World, name: &str, special: Vec<Layer>, count: usize) -> Resul
         layer.file("top", 0o644, format!("{n}\n"));
         layers.push(layer);
     }
-    let archive = world.write_file("layers.tar", Image::new(name, layers).archive()?)?;
+    let archive = world.write_file("layers.tar", Image::new(name, layers)?.archive()?)?;
     let imported = world.ctr().run(&["images", "import", &archive], scale::container() * 4);
     std::fs::remove_file(archive)?;
     imported?.success()?;

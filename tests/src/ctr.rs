@@ -49,6 +49,12 @@ impl Ctr {
         }
     }
 
+    /// The same with another runtime.
+    #[must_use]
+    pub fn under(&self, runtime: &str) -> Self {
+        Self { runtime: runtime.to_owned(), ..self.clone() }
+    }
+
     /// The command line up to `args`.
     pub fn command<S: AsRef<str>>(&self, args: &[S]) -> Command {
         let mut command = Command::new(&self.program);
@@ -125,6 +131,13 @@ impl Run {
     #[must_use]
     pub fn with_image(mut self, image: &str) -> Self {
         image.clone_into(&mut self.image);
+        self
+    }
+
+    /// Gives it an id of the caller's choice.
+    #[must_use]
+    pub fn named(mut self, id: &str) -> Self {
+        self.id = id.to_owned();
         self
     }
 

@@ -9,10 +9,11 @@
 //! * [`ctr`]: `ctr` commands.
 //! * [`events`]: what containerd published.
 //! * [`sandbox`]: the host side of one running sandbox.
-//! * [`task`]: a shim's own API.
+//! * [`task`]: one shim's Task API.
 //! * [`timeline`]: how one start went.
 //! * [`host`]: what a sandbox could leave behind.
 //! * [`case`]: one test case from lock to comparison.
+//! * [`parity`]: the same bundles under runc and under rvm.
 //!
 //! The cases are libtest functions in `e2e/`; `cargo xtask test` runs them.
 
@@ -22,6 +23,7 @@ pub mod ctr;
 pub mod events;
 pub mod host;
 pub mod job;
+pub mod parity;
 pub mod sandbox;
 pub mod scale;
 pub mod stage;

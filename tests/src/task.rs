@@ -1,60 +1,155 @@
-//! A shim's Task API, asked as containerd asks it, for what `ctr` has no command.
+//! One shim's Task API, called without containerd: for added processes with a
+//! specification of their own (`ctr task exec` has no options for user ids,
+//! capabilities or environment), and to see how long each call takes.
 
-use std::path::Path;
+use std::{
+    io::Read,
+    path::{Path, PathBuf},
+    sync::mpsc::channel,
+    time::Instant,
+};
 
-use anyhow::{Context, Result, anyhow};
-use containerd_shim_protos::api::{DeleteRequest, UpdateTaskRequest};
-use protobuf::{Message, well_known_types::any::Any};
-use ttrpc::{Request, asynchronous::Client};
+use anyhow::{Context, Result, anyhow, ensure};
+use containerd_shim_protos::{
+    Client,
+    api::{
+        DeleteRequest, DeleteResponse, ExecProcessRequest, StartRequest, UpdateTaskRequest, WaitRequest,
+        WaitResponse,
+    },
+    protobuf::{Message, well_known_types::any::Any},
+    ttrpc,
+};
+use serde_json::Value;
 
 use crate::scale;
 
-/// Where the shim of `container` listens.
-fn address(container: &str) -> Result<String> {
-    let path = Path::new("/run/containerd/io.containerd.runtime.v2.task/default").join(container);
-    std::fs::read_to_string(path.join("address")).with_context(|| format!("the shim of {container}"))
+/// An added process that has ended.
+#[derive(Clone, Debug)]
+pub struct Executed {
+    /// What it wrote to standard output.
+    pub output: String,
+    /// Its exit code.
+    pub code: u32,
+    /// Milliseconds each call took: Exec, Start, Wait, Delete.
+    pub calls_ms: [f64; 4],
 }
 
-/// One call; the error is the shim's.
-fn call(container: &str, method: &str, request: &impl Message) -> Result<Vec<u8>> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
-        let client = Client::connect(address(container)?.trim()).await.map_err(|error| anyhow!("{error}"))?;
-        let request = Request {
-            // The name containerd 1.6 and its runc shim know.
-            service: "containerd.task.v2.Task".into(),
-            method: method.into(),
-            timeout_nano: i64::try_from(scale::container().as_nanos())?,
-            payload: request.write_to_bytes()?,
+/// A shim's Task API, as containerd 1.x speaks it.
+pub struct Shim {
+    client: Client,
+    container: String,
+}
+
+impl Shim {
+    /// Connects to the shim of a running container.
+    ///
+    /// # Errors
+    /// When containerd's directory names no shim, or it does not listen.
+    pub fn of(container: &str) -> Result<Self> {
+        let path = Path::new("/run/containerd/io.containerd.runtime.v2.task/default")
+            .join(container)
+            .join("address");
+        let address =
+            std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+        let client =
+            Client::connect(address.trim()).with_context(|| format!("connecting to {}", address.trim()))?;
+        Ok(Self { client, container: container.to_owned() })
+    }
+
+    /// Runs a process to its end. `dir` takes its FIFO.
+    ///
+    /// # Errors
+    /// When the shim refuses, or it does not end in time.
+    pub fn exec(&self, exec_id: &str, process: &Value, dir: &Path) -> Result<Executed> {
+        let fifo: PathBuf = dir.join(exec_id);
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::from_bits_truncate(0o600))?;
+        let (sender, receiver) = channel();
+        let reader = fifo.clone();
+        std::thread::spawn(move || {
+            // Opens when the shim does.
+            let mut text = Vec::new();
+            let read = std::fs::File::open(reader).and_then(|mut file| file.read_to_end(&mut text));
+            sender.send(read.map(|_| text))
+        });
+        let result = self.run(exec_id, process, &fifo);
+        if result.is_err() {
+            // Nobody else may ever open it: the reader sees an end.
+            drop(std::fs::File::options().read(true).write(true).open(&fifo));
+        }
+        let output = receiver.recv_timeout(scale::container());
+        std::fs::remove_file(&fifo)?;
+        let (code, calls_ms) = result?;
+        let output = output.context("the output does not end")??;
+        Ok(Executed { output: String::from_utf8_lossy(&output).into_owned(), code, calls_ms })
+    }
+
+    /// Changes the container's limits; `resources` is a `LinuxResources`.
+    ///
+    /// # Errors
+    /// What the shim answers.
+    pub fn update(&self, resources: &Value) -> Result<()> {
+        let resources = Any {
+            type_url: "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources".into(),
+            value: resources.to_string().into_bytes(),
+            ..Any::default()
+        };
+        let id = self.container.clone();
+        let request = UpdateTaskRequest { id, resources: Some(resources).into(), ..Default::default() };
+        self.call("Update", &request).map(drop)
+    }
+
+    /// Deletes the container's task, without asking containerd whether that is wise.
+    ///
+    /// # Errors
+    /// What the shim answers.
+    pub fn delete(&self) -> Result<()> {
+        let request = DeleteRequest { id: self.container.clone(), ..Default::default() };
+        self.call("Delete", &request).map(drop)
+    }
+
+    fn run(&self, exec_id: &str, process: &Value, fifo: &Path) -> Result<(u32, [f64; 4])> {
+        let spec = Any {
+            type_url: "types.containerd.io/opencontainers/runtime-spec/1/Process".into(),
+            value: serde_json::to_vec(process)?,
+            ..Any::default()
+        };
+        let (id, exec_id) = (self.container.clone(), exec_id.to_owned());
+        let exec = ExecProcessRequest {
+            id: id.clone(),
+            exec_id: exec_id.clone(),
+            terminal: process["terminal"].as_bool().unwrap_or(false),
+            stdout: fifo.to_string_lossy().into_owned(),
+            spec: Some(spec).into(),
             ..Default::default()
         };
-        match client.request(request).await {
-            Ok(response) => Ok(response.payload),
-            Err(ttrpc::Error::RpcStatus(status)) => Err(anyhow!("{}", status.message)),
-            Err(error) => Err(anyhow!("{error}")),
-        }
-    })
-}
+        let start = StartRequest { id: id.clone(), exec_id: exec_id.clone(), ..Default::default() };
+        let wait = WaitRequest { id: id.clone(), exec_id: exec_id.clone(), ..Default::default() };
+        let delete = DeleteRequest { id, exec_id, ..Default::default() };
+        let (_, exec_ms) = self.call("Exec", &exec)?;
+        let ended = self.call("Start", &start).and_then(|(_, start_ms)| {
+            let (ended, wait_ms) = self.call("Wait", &wait)?;
+            Ok((WaitResponse::parse_from_bytes(&ended)?.exit_status, start_ms, wait_ms))
+        });
+        let deleted = self.call("Delete", &delete);
+        let (code, start_ms, wait_ms) = ended?;
+        let (deleted, delete_ms) = deleted?;
+        let deleted = DeleteResponse::parse_from_bytes(&deleted)?.exit_status;
+        ensure!(deleted == code, "Wait says exit code {code}, Delete {deleted}");
+        Ok((code, [exec_ms, start_ms, wait_ms, delete_ms]))
+    }
 
-/// Changes a container's limits; `resources` is a `LinuxResources`.
-///
-/// # Errors
-/// What the shim answers.
-pub fn update(container: &str, resources: &serde_json::Value) -> Result<()> {
-    let resources = Any {
-        type_url: "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources".into(),
-        value: resources.to_string().into_bytes(),
-        ..Default::default()
-    };
-    let request =
-        UpdateTaskRequest { id: container.into(), resources: Some(resources).into(), ..Default::default() };
-    call(container, "Update", &request).map(drop)
-}
-
-/// Deletes a container's task, without asking containerd whether that is wise.
-///
-/// # Errors
-/// What the shim answers.
-pub fn delete(container: &str) -> Result<()> {
-    call(container, "Delete", &DeleteRequest { id: container.into(), ..Default::default() }).map(drop)
+    /// The response's payload, and how many milliseconds it took.
+    fn call(&self, method: &str, message: &impl Message) -> Result<(Vec<u8>, f64)> {
+        let mut request = ttrpc::Request::new();
+        request.service = "containerd.task.v2.Task".into();
+        request.method = method.into();
+        request.timeout_nano = i64::try_from(scale::container().as_nanos())?;
+        request.payload = message.write_to_bytes()?;
+        let started = Instant::now();
+        let response = self.client.request(request).map_err(|error| match error {
+            ttrpc::Error::RpcStatus(status) => anyhow!("{}", status.message),
+            error => anyhow!("{method}: {error}"),
+        })?;
+        Ok((response.payload, started.elapsed().as_secs_f64() * 1e3))
+    }
 }

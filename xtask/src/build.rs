@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 use guest_kernel::{BuildOptions, Flavour};
+use rootfs_builder::bootstrap::Bootstrap;
 use rootfs_builder::image::Image;
 use rootfs_builder::{debian, initramfs, layer};
 
@@ -18,10 +19,15 @@ use crate::progress::Step;
 const HOST_PACKAGES: &[&str] = &["rvm-shim", "rvm-vmm", "rvmctl"];
 /// The agent is linked statically: the guest has no libraries.
 const AGENT_PACKAGE: &str = "rvm-agent";
-const AGENT_TARGET: &str = "x86_64-unknown-linux-gnu";
+/// So is the probe: it is all a container's root holds.
+const PROBE_PACKAGE: &str = "rvm-probe";
+const STATIC_TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// What [`busybox_image`] is called once imported.
 pub const BUSYBOX_NAME: &str = "docker.io/library/busybox:latest";
+
+/// What [`debian_image`] is called once imported.
+pub const DEBIAN_NAME: &str = "docker.io/library/debian-services:latest";
 
 /// How the programs are compiled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,7 +68,7 @@ pub fn artifacts(profile: Profile) -> Result<Artifacts> {
     packages::ensure(&[Purpose::Build, Purpose::GuestKernel])?;
     let binaries = target_dir().join(profile.as_str());
     cargo_build("Compiling the host's programs", profile, HOST_PACKAGES, |_| {})?;
-    let agent = agent(profile)?;
+    let agent = static_program("Compiling the agent", AGENT_PACKAGE, profile)?;
     let initramfs = target_dir().join("rvm").join(profile.as_str()).join("initramfs.cpio");
     let content = initramfs::build(&fs::read(&agent).with_context(|| format!("read {}", agent.display()))?)?;
     write_if_changed(&initramfs, &content)?;
@@ -93,9 +99,35 @@ pub fn kernel(flavour: Flavour) -> Result<guest_kernel::Kernel> {
 /// A busybox image as an OCI archive for `ctr images import`; its reference is [`BUSYBOX_NAME`].
 pub fn busybox_image() -> Result<PathBuf> {
     let path = target_dir().join("rvm").join("busybox.oci.tar");
-    let archive = Image::new(BUSYBOX_NAME, vec![layer::busybox(&busybox()?)?]).archive()?;
+    let archive = Image::new(BUSYBOX_NAME, vec![layer::busybox(&busybox()?)?])?.archive()?;
     write_if_changed(&path, &archive)?;
     Ok(path)
+}
+
+/// A Debian with programs people run, as an OCI archive for `ctr images import`; its reference is
+/// [`DEBIAN_NAME`]. Made once, which takes minutes and the network.
+pub fn debian_image() -> Result<PathBuf> {
+    packages::ensure(&[Purpose::DebianImage])?;
+    let text = |items: &[&str]| items.iter().map(|&item| item.to_owned()).collect();
+    let bootstrap = Bootstrap {
+        release: "bookworm".into(),
+        packages: text(&["nginx-light", "postgresql", "postgresql-contrib", "python3"]),
+        // Documentation, and a compiler that PostgreSQL loads for large queries only: the
+        // archive has to fit into the devhost's memory twice.
+        excluded: text(&[
+            "/usr/share/doc/*",
+            "/usr/share/man/*",
+            "/usr/share/locale/*",
+            "/usr/share/info/*",
+            "/usr/lib/x86_64-linux-gnu/libLLVM*",
+            "/usr/lib/llvm-*",
+            "/usr/lib/postgresql/*/lib/bitcode/*",
+        ]),
+    };
+    let step = Step::start("Debian image");
+    let image = bootstrap.image(DEBIAN_NAME, &cache_dir()?.join("images"))?;
+    step.done("");
+    Ok(image)
 }
 
 /// Debian's statically linked busybox, not installed.
@@ -191,17 +223,22 @@ pub fn cargo_build(
     Ok(())
 }
 
-/// Compiles the agent. Returns its path.
-fn agent(profile: Profile) -> Result<PathBuf> {
+/// Compiles the program that looks at a container from inside. Returns its path.
+pub fn probe() -> Result<PathBuf> {
+    static_program("Compiling the probe", PROBE_PACKAGE, Profile::Fast)
+}
+
+/// Compiles a program that needs nothing of the root it runs in. Returns its path.
+fn static_program(name: &str, package: &str, profile: Profile) -> Result<PathBuf> {
     // Naming the target keeps the flags away from build scripts and procedural macros.
     let mut flags = std::env::var("RUSTFLAGS").unwrap_or_default();
     flags.push_str(" -C target-feature=+crt-static");
     let target_dir = target_dir().join("agent");
-    cargo_build("Compiling the agent", profile, &[AGENT_PACKAGE], |command| {
-        command.env("RUSTFLAGS", flags.trim()).args(["--target", AGENT_TARGET]);
+    cargo_build(name, profile, &[package], |command| {
+        command.env("RUSTFLAGS", flags.trim()).args(["--target", STATIC_TARGET]);
         command.arg("--target-dir").arg(&target_dir);
     })?;
-    Ok(target_dir.join(AGENT_TARGET).join(profile.as_str()).join("rvm-agent"))
+    Ok(target_dir.join(STATIC_TARGET).join(profile.as_str()).join(package))
 }
 
 /// How many crates go into `packages`.

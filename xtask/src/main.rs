@@ -9,6 +9,7 @@ mod fstest;
 mod host;
 mod install;
 mod packages;
+mod parity;
 mod progress;
 mod test;
 
@@ -28,6 +29,8 @@ enum Command {
     Demo(demo::Args),
     /// Formatting, lints, unit tests, then the end-to-end tests.
     Test(test::Args),
+    /// The same bundles under runc and under rvm: what containers see differently.
+    Parity(parity::Args),
     /// Run a command on a software-emulated machine that has KVM.
     Devhost(devhost::Args),
     /// Measure, side by side with peers.
@@ -42,6 +45,7 @@ fn main() -> Result<()> {
     match Cli::parse().command {
         Command::Demo(args) => demo::run(args),
         Command::Test(args) => test::run(args),
+        Command::Parity(args) => parity::run(args),
         Command::Devhost(args) => devhost::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Fstest(args) => fstest::run(args),

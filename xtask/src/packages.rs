@@ -16,6 +16,8 @@ pub enum Purpose {
     GuestKernel,
     /// Run containers with a private containerd: demo and end-to-end tests.
     Containers,
+    /// Make an image of a whole Debian.
+    DebianImage,
     /// Start the software-emulated machine.
     Devhost,
     /// Measure side by side with peers.
@@ -32,6 +34,7 @@ impl Purpose {
             Self::Build => &["gcc", "libc6-dev"],
             Self::GuestKernel => guest_kernel::BUILD_PACKAGES,
             Self::Containers => &["containerd", "e2fsprogs", "runc", "util-linux"],
+            Self::DebianImage => rootfs_builder::bootstrap::PACKAGES,
             Self::Devhost => &["kmod", "qemu-system-x86", "xz-utils", "zstd"],
             Self::Bench => &["qemu-system-x86"],
             Self::FileSystemTests => &["libacl1-dev"],

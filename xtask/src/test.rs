@@ -10,6 +10,7 @@ use crate::build::{self, Profile};
 use crate::devhost;
 use crate::e2e::{self, Output, Prepared};
 use crate::host::Host;
+use crate::parity;
 
 /// Arguments of `cargo xtask test`.
 #[derive(clap::Args)]
@@ -36,6 +37,9 @@ struct Part {
 /// Module of the cases for a KVM that cannot run a kernel.
 const RING0: &str = "ring0::";
 
+/// Module of the cases in a whole Debian, which takes a while to make.
+const DEBIAN: &str = "debian";
+
 /// Runs `cargo xtask test`: every part, also after one has failed.
 pub fn run(args: Args) -> Result<()> {
     let mut parts = Vec::new();
@@ -48,15 +52,19 @@ pub fn run(args: Args) -> Result<()> {
     }
     let mut prepared = None;
     part(&mut parts, "build", || {
-        let everything = Prepared::new(Profile::Fast)?;
+        let mut everything = Prepared::new(Profile::Fast)?;
         let cases = cases()?;
         let place = everything.host.to_string();
-        prepared = Some((everything, cases));
+        if args.filter.is_empty() || args.filter.iter().any(|filter| filter.contains(DEBIAN)) {
+            everything.set("RVM_TEST_DEBIAN_IMAGE", build::debian_image()?);
+        }
+        prepared = Some((everything, cases, build::probe()?));
         Ok(place)
     });
-    if let Some((mut prepared, cases)) = prepared {
+    if let Some((mut prepared, cases, probe)) = prepared {
         prepared.set("RUST_BACKTRACE", "0");
         prepared.cgroups = args.cgroups;
+        prepared.set(parity::PROBE_ENV, probe);
         if let Some(release) = &args.containerd {
             let cache = build::debian_cache_dir()?;
             let unpacked = rootfs_builder::debian::fetch_from(release, "containerd", &cache)?;

@@ -1,13 +1,13 @@
 //! `cargo xtask bench boot`.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use guest_kernel::Flavour;
 use rootfs_builder::initramfs;
-use serde_json::{Value, json};
+use serde_json::json;
 
-use super::{report, tiny_init};
+use super::{report, result, tiny_init};
 use crate::build::{self, Profile};
-use crate::e2e::{self, Output, Prepared};
+use crate::e2e::{self, Prepared};
 use crate::packages::{self, Purpose};
 
 /// Arguments of `cargo xtask bench boot`.
@@ -20,9 +20,6 @@ pub struct Args {
     #[arg(long, default_value_t = 10)]
     runs: u32,
 }
-
-/// What the program's result line starts with.
-const MARK: &str = "@result ";
 
 /// Runs `cargo xtask bench boot`.
 pub fn run(args: Args) -> Result<()> {
@@ -49,18 +46,4 @@ pub fn run(args: Args) -> Result<()> {
         println!("{}", report::text(&all));
     }
     Ok(())
-}
-
-/// Runs a part of the program; its result is one line, everything else is passed on.
-fn result(part: &str, run: impl FnOnce(Output<'_>) -> Result<i32>) -> Result<Value> {
-    let mut found = None;
-    let code = run(Output::Lines(&mut |line| match line.strip_prefix(MARK) {
-        Some(json) => found = Some(json.to_owned()),
-        None => eprintln!("{line}"),
-    }))?;
-    if code != 0 {
-        bail!("rvm-bench {part} failed with exit code {code}");
-    }
-    let json = found.with_context(|| format!("rvm-bench {part} gave no result"))?;
-    serde_json::from_str(&json).with_context(|| format!("rvm-bench {part} gave {json:?}"))
 }

@@ -1,12 +1,15 @@
-//! The part of `cargo xtask bench boot` that runs where KVM is.
+//! The part of `cargo xtask bench` that runs where KVM is.
 //!
 //! Prints what it does on stderr, and on stdout one line [`MARK`]` {JSON}`.
 //!
 //! * `rvm-bench boot`: start times side by side with QEMU's `microvm`, returns
 //!   to user space, memory. Needs a KVM that runs kernels.
+//! * `rvm-bench container`: a container's start and an added process, side by
+//!   side with runc. Needs the same.
 //! * `rvm-bench first-run`: the monitor's exec to its first `KVM_RUN`. Any KVM.
 
 mod boot;
+mod container;
 mod counters;
 mod memory;
 mod monitor;
@@ -53,8 +56,9 @@ fn run() -> Result<Value> {
             result["memory"] = memory::measure(stage)?;
             Ok(result)
         }
+        Some("container") => container::measure(stage, runs),
         Some("first-run") => monitor::first_run(&stage, runs),
-        other => bail!("boot or first-run, not {other:?}"),
+        other => bail!("boot, container or first-run, not {other:?}"),
     }
 }
 

@@ -1,0 +1,233 @@
+//! Programs people run, in a whole Debian: each case starts one container and
+//! works in it by `ctr task exec`.
+
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use rvm_tests::{
+    case,
+    ctr::{Ctr, Run},
+    job::{Finished, Input},
+    scale,
+    world::World,
+};
+
+/// Its OCI archive, which `cargo xtask test` makes and names.
+const IMAGE_ENV: &str = "RVM_TEST_DEBIAN_IMAGE";
+const IMAGE: &str = "docker.io/library/debian-services:latest";
+
+/// A running Debian.
+struct Debian<'a> {
+    world: &'a World,
+    ctr: Ctr,
+    run: Run,
+}
+
+impl<'a> Debian<'a> {
+    fn start(world: &'a World) -> Result<Self> {
+        let ctr = world.ctr();
+        if !ctr.list(&["images", "ls", "-q"]).iter().any(|name| name == IMAGE) {
+            let archive = std::env::var(IMAGE_ENV).with_context(|| format!("{IMAGE_ENV} is not set"))?;
+            timed("importing the image", || {
+                ctr.run(&["images", "import", &archive], scale::container() * 4)?.success().map(drop)
+            })?;
+        }
+        let run = ctr.container("debian").with_image(IMAGE).detached();
+        timed("starting the container", || run.run(&["sleep", "infinity"])?.success().map(drop))?;
+        Ok(Self { world, ctr, run })
+    }
+
+    /// A shell script as root.
+    fn script(&self, what: &str, script: &str) -> Result<Finished> {
+        self.exec(what, &[], script)
+    }
+
+    fn exec(&self, what: &str, options: &[&str], script: &str) -> Result<Finished> {
+        timed(what, || {
+            let args = ["sh", "-ec", script];
+            let job = self.ctr.exec(&self.run.id, options, &args, Input::Nothing)?;
+            job.finish(scale::container() * 4)?.success()
+        })
+    }
+
+    fn end(self) -> Result<()> {
+        self.ctr.run(&["task", "kill", "-s", "SIGKILL", &self.run.id], scale::command())?.success()?;
+        self.world.events(|events| events.wait_for("/tasks/exit", &self.run.id, scale::container()))?;
+        self.ctr.remove(&self.run.id)
+    }
+}
+
+fn timed<T>(what: &str, act: impl FnOnce() -> Result<T>) -> Result<T> {
+    let started = Instant::now();
+    let result = act().with_context(|| what.to_owned());
+    println!("{:>7} ms  {what}", started.elapsed().as_millis());
+    result
+}
+
+#[test]
+fn nginx_serves() {
+    case(|world| {
+        let debian = Debian::start(world)?;
+        debian.script(
+            "writing the page",
+            "seq 1 10000 > /var/www/html/numbers; ip link set lo up 2>/dev/null || true",
+        )?;
+        debian.script("starting nginx", "nginx")?;
+        let request = "python3 -c \"
+import urllib.request
+page = urllib.request.urlopen('http://127.0.0.1/numbers').read()
+assert page == b''.join(b'%d\\n' % n for n in range(1, 10001)), len(page)
+missing = None
+try: urllib.request.urlopen('http://127.0.0.1/missing')
+except urllib.error.HTTPError as error: missing = error.code
+assert missing == 404, missing
+print('served', len(page))\"";
+        let served = debian.script("a request", request)?;
+        ensure!(served.text() == "served 48894\n", "{served}");
+        let workers = debian.script("its processes", "ls /proc/*/exe -l 2>/dev/null | grep -c nginx")?;
+        ensure!(workers.text().trim().parse::<u32>()? >= 2, "a master and a worker: {workers}");
+        debian.script("stopping nginx", "nginx -s quit")?;
+        debian.end()
+    });
+}
+
+#[test]
+fn apt_installs_a_package_file() {
+    case(|world| {
+        let debian = Debian::start(world)?;
+        let build = "mkdir -p /tmp/p/DEBIAN /tmp/p/usr/bin /tmp/p/etc
+printf '#!/bin/sh\\necho from the package\\n' > /tmp/p/usr/bin/packaged
+chmod 755 /tmp/p/usr/bin/packaged
+echo setting > /tmp/p/etc/packaged.conf
+printf 'Package: packaged\\nVersion: 1.0\\nArchitecture: all\\nMaintainer: nobody <nobody@example.org>\\nDepends: python3\\nDescription: a package of the test\\n' > /tmp/p/DEBIAN/control
+echo /etc/packaged.conf > /tmp/p/DEBIAN/conffiles
+printf '#!/bin/sh\\nset -e\\nadduser --system --quiet --no-create-home packaged\\nchown packaged /etc/packaged.conf\\n' > /tmp/p/DEBIAN/postinst
+chmod 755 /tmp/p/DEBIAN/postinst
+dpkg-deb --quiet --build --root-owner-group /tmp/p /tmp/packaged.deb";
+        debian.script("building the package", build)?;
+        debian.script(
+            "apt-get install",
+            "DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends /tmp/packaged.deb",
+        )?;
+        let seen = debian.script(
+            "running it",
+            "packaged; stat -c %U /etc/packaged.conf; dpkg -s packaged | grep Status",
+        )?;
+        ensure!(seen.text() == "from the package\npackaged\nStatus: install ok installed\n", "{seen}");
+        debian.script("apt-get purge", "DEBIAN_FRONTEND=noninteractive apt-get purge -y -q packaged")?;
+        let gone = debian
+            .script("it is gone", "ls /usr/bin/packaged /etc/packaged.conf 2>&1 | grep -c 'No such file'")?;
+        ensure!(gone.text() == "2\n", "{gone}");
+        debian.end()
+    });
+}
+
+#[test]
+fn postgresql_passes_pgbench() {
+    case(|world| {
+        let debian = Debian::start(world)?;
+        let as_postgres = |what: &str, script: &str| {
+            let script = format!("export PATH=$PATH:$(echo /usr/lib/postgresql/*/bin); cd /tmp; {script}");
+            debian.exec(what, &["--user", "postgres"], &script)
+        };
+        as_postgres("initdb", "initdb --no-sync -D /tmp/db >/tmp/initdb.log")?;
+        // Its own shared memory, semaphores and sockets are what is tried here, and fsync.
+        as_postgres(
+            "starting the server",
+            "pg_ctl -D /tmp/db -l /tmp/log -w -t 120 -o '-k /tmp' start >/dev/null",
+        )?;
+        as_postgres("pgbench -i", "pgbench -h /tmp -i -q -s 1 postgres")?;
+        let run = as_postgres("pgbench", "pgbench -h /tmp -n -c 4 -j 2 -t 25 postgres")?;
+        ensure!(run.text().contains("number of transactions actually processed: 100/100"), "{run}");
+        println!("{}", run.text());
+        let sums = as_postgres(
+            "what it left",
+            "psql -h /tmp -Atc 'select count(*) from pgbench_accounts; select count(*) from pgbench_history; \
+             select (select sum(abalance) from pgbench_accounts) = (select sum(delta) from pgbench_history)' postgres",
+        )?;
+        ensure!(sums.text() == "100000\n100\nt\n", "{sums}");
+        as_postgres("stopping the server", "pg_ctl -D /tmp/db -w -t 120 stop >/dev/null")?;
+        debian.end()
+    });
+}
+
+#[test]
+fn python_os_socket_multiprocessing() {
+    case(|world| {
+        let debian = Debian::start(world)?;
+        let program = r#"cat > /tmp/smoke.py <<'END'
+import fcntl, mmap, multiprocessing, os, pwd, select, signal, socket, subprocess, tempfile, threading, time
+
+def square(number):
+    return number * number
+
+def child(connection, lock, value):
+    with lock:
+        value.value += os.getpid() != 0
+    connection.send(os.getpid())
+
+if __name__ == "__main__":
+    # os
+    assert os.getpid() != 1 and os.path.exists("/proc/1/status")
+    assert pwd.getpwuid(os.getuid()).pw_name == "root"
+    with tempfile.TemporaryDirectory() as directory:
+        path = os.path.join(directory, "file")
+        with open(path, "wb") as file:
+            file.write(b"x" * 10000)
+            file.flush()
+            os.fsync(file.fileno())
+            fcntl.flock(file, fcntl.LOCK_EX)
+        with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+            memory[:5] = b"hello"
+            memory.flush()
+        assert open(path, "rb").read(6) == b"hellox"
+        os.rename(path, path + "2")
+        os.link(path + "2", path)
+        os.symlink("file", path + "3")
+        assert os.stat(path + "3").st_nlink == 2 and os.readlink(path + "3") == "file"
+        assert sorted(os.listdir(directory)) == ["file", "file2", "file3"]
+    assert subprocess.run(["sh", "-c", "exit 7"]).returncode == 7
+    received = []
+    signal.signal(signal.SIGUSR1, lambda number, frame: received.append(number))
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert received == [signal.SIGUSR1]
+    # socket
+    server = socket.create_server(("127.0.0.1", 0))
+    def serve():
+        connection, _ = server.accept()
+        with connection:
+            while data := connection.recv(65536):
+                connection.sendall(data)
+    threading.Thread(target=serve, daemon=True).start()
+    with socket.create_connection(server.getsockname()) as client:
+        sent = os.urandom(300000)
+        threading.Thread(target=lambda: (client.sendall(sent), client.shutdown(socket.SHUT_WR))).start()
+        back = b""
+        while data := client.recv(65536):
+            back += data
+    assert back == sent
+    left, right = socket.socketpair()
+    socket.send_fds(left, [b"fd"], [0])
+    assert len(socket.recv_fds(right, 10, 1)[1]) == 1
+    poller = select.epoll()
+    poller.register(right, select.EPOLLIN)
+    left.send(b"now")
+    assert poller.poll(5)
+    # multiprocessing
+    with multiprocessing.Pool(4) as pool:
+        assert pool.map(square, range(100)) == [n * n for n in range(100)]
+    lock, value = multiprocessing.Lock(), multiprocessing.Value("i", 0)
+    pipes = [multiprocessing.Pipe() for _ in range(4)]
+    children = [multiprocessing.Process(target=child, args=(pipe[1], lock, value)) for pipe in pipes]
+    for process in children: process.start()
+    pids = {pipe[0].recv() for pipe in pipes}
+    for process in children: process.join()
+    assert len(pids) == 4 and value.value == 4
+    print("smoke ok", multiprocessing.cpu_count() > 0)
+END
+python3 /tmp/smoke.py"#;
+        let smoke = debian.script("python", program)?;
+        ensure!(smoke.text() == "smoke ok True\n", "{smoke}");
+        debian.end()
+    });
+}

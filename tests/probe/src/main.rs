@@ -1,0 +1,104 @@
+//! What a container is, as the process in it sees it, as lines `key = value`.
+//!
+//! The parity suite runs it in the same bundle under runc and under rvm and
+//! compares. It is static and small: it is the container's first process.
+//!
+//! * `rvm-probe [SECTION]...` prints the sections named, all of them by default.
+//! * `rvm-probe hold` waits for ever.
+//! * `rvm-probe hook NAME FILE` appends what an OCI hook sees to a file.
+//! * `rvm-probe output BYTES` writes bytes that a reader can tell from any others.
+//! * `rvm-probe capabilities` prints what this program's own mode and file
+//!   capabilities made of its caller's identity.
+
+// The standard library's start-up ignores SIGPIPE and opens /dev/null in place
+// of closed streams: both are things to be seen.
+#![no_main]
+
+mod attempts;
+mod calls;
+mod files;
+mod hook;
+mod kernel;
+mod mounts;
+mod out;
+mod process;
+mod terminal;
+
+use std::{
+    ffi::{c_char, c_int},
+    fs::File,
+    io::Write,
+    os::fd::AsFd,
+};
+
+use out::Out;
+
+type Section = fn(&mut Out);
+
+const SECTIONS: [(&str, Section); 7] = [
+    // First: it sees the process as it was started.
+    ("process", process::print),
+    ("terminal", terminal::print),
+    ("kernel", kernel::print),
+    ("mounts", mounts::print),
+    ("files", files::print),
+    // Last: what succeeds here changes the container.
+    ("attempts", attempts::print),
+    ("masked", files::print_masked),
+];
+
+/// What `ld` calls; the arguments come from the standard library.
+#[unsafe(no_mangle)]
+pub extern "C" fn main(_argc: c_int, _argv: *const *const c_char) -> c_int {
+    let args: Vec<String> =
+        std::env::args_os().skip(1).map(|arg| arg.to_string_lossy().into_owned()).collect();
+    let words: Vec<&str> = args.iter().map(String::as_str).collect();
+    let mut out = Out::default();
+    match words.as_slice() {
+        ["hold"] => loop {
+            calls::pause();
+        },
+        ["hook", name, file] => return hook::record(name, file),
+        ["output", bytes] => return output(bytes.parse().unwrap_or(0)),
+        ["capabilities"] => {
+            process::identity(&mut out);
+            out.flush();
+        }
+        names => {
+            for (name, section) in SECTIONS {
+                if names.is_empty() || names.contains(&name) {
+                    section(&mut out);
+                    out.flush();
+                }
+            }
+            // A run that ends before this line has not shown everything.
+            Out::line("probe = complete");
+        }
+    }
+    0
+}
+
+/// Words of 8 bytes, each from the one before (xorshift64), on standard output.
+/// Returns the exit code.
+fn output(mut bytes: usize) -> c_int {
+    // Without the line buffer of the library's own.
+    let Ok(stdout) = std::io::stdout().as_fd().try_clone_to_owned() else { return 1 };
+    let mut stdout = File::from(stdout);
+    let mut state = 1u64;
+    let mut block = Vec::with_capacity(64 << 10);
+    while bytes > 0 {
+        block.clear();
+        while block.len() < block.capacity() {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            block.extend_from_slice(&state.to_le_bytes());
+        }
+        block.truncate(bytes);
+        if stdout.write_all(&block).is_err() {
+            return 1;
+        }
+        bytes -= block.len();
+    }
+    0
+}

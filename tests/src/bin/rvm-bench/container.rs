@@ -1,0 +1,193 @@
+//! A container's start and an added process, side by side with runc.
+//!
+//! Rounds of one run each in turn, so that what slows the machine for a while
+//! slows both.
+
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use rvm_tests::{
+    ctr::{Ctr, Run},
+    job::Input,
+    sandbox::Sandbox,
+    scale,
+    stage::{RUNTIME, Stage},
+    task::Shim,
+    timeline,
+    world::World,
+};
+use serde_json::{Value, json};
+
+use crate::median;
+
+/// What rvm is compared with.
+const RUNC: &str = "io.containerd.runc.v2";
+/// Names of what [`Shim::exec`] times.
+const CALLS: [&str; 4] = ["Exec", "Start", "Wait", "Delete"];
+
+/// One runtime's times in milliseconds.
+#[derive(Default)]
+struct Times {
+    /// `ctr run --rm` of `true`.
+    start: Vec<f64>,
+    /// `ctr task exec` of `true`.
+    exec: Vec<f64>,
+    /// The shim's part of an exec, by call.
+    calls: Vec<[f64; 4]>,
+}
+
+/// Everything timed.
+pub fn measure(stage: Stage, runs: usize) -> Result<Value> {
+    let world = World::new(stage)?;
+    let result = timed(&world, runs);
+    if result.is_err() {
+        eprintln!("containerd's log ends with:\n{}", world.log_tail(0, 20));
+    }
+    for killed in world.sweep() {
+        eprintln!("left behind: {killed}");
+    }
+    result
+}
+
+fn timed(world: &World, runs: usize) -> Result<Value> {
+    let ctrs = [world.ctr().under(RUNC), world.ctr().under(RUNTIME)];
+    let mut times = [Times::default(), Times::default()];
+    let mut client = Vec::new();
+
+    // The first round fills caches and is not counted.
+    for round in 0..=runs {
+        let mut took = [0.0; 2];
+        for (ctr, took) in ctrs.iter().zip(&mut took) {
+            *took = ms(|| ctr.container("bench").run(&["/bin/true"])?.success().map(drop))?;
+        }
+        let version = ms(|| ctrs[0].run(&["version"], scale::command())?.success().map(drop))?;
+        eprintln!("start, round {round}: runc {:.0} ms, rvm {:.0} ms", took[0], took[1]);
+        if round > 0 {
+            times[0].start.push(took[0]);
+            times[1].start.push(took[1]);
+            client.push(version);
+        }
+    }
+    let steps = steps(world, &ctrs[1], runs)?;
+
+    let holders: Vec<Run> = ctrs.iter().map(|ctr| ctr.container("held").detached()).collect();
+    for holder in &holders {
+        holder.run(&["sleep", "100000"])?.success()?;
+    }
+    for round in 0..=runs {
+        let mut took = [0.0; 2];
+        for ((ctr, holder), took) in ctrs.iter().zip(&holders).zip(&mut took) {
+            *took = ms(|| {
+                let job = ctr.exec(&holder.id, &[], &["/bin/true"], Input::Nothing)?;
+                job.finish(scale::container())?.success().map(drop)
+            })?;
+        }
+        eprintln!("exec, round {round}: runc {:.0} ms, rvm {:.0} ms", took[0], took[1]);
+        for ((times, holder), took) in times.iter_mut().zip(&holders).zip(took) {
+            let process = json!({ "args": ["/bin/true"], "cwd": "/", "env": ["PATH=/bin"] });
+            let executed = Shim::of(&holder.id)?.exec(&format!("timed-{round}"), &process, world.dir())?;
+            if round > 0 {
+                times.exec.push(took);
+                times.calls.push(executed.calls_ms);
+            }
+        }
+    }
+    for (ctr, holder) in ctrs.iter().zip(&holders) {
+        stop(world, ctr, holder)?;
+    }
+    Ok(result(&times, &client, &steps, runs))
+}
+
+fn result(times: &[Times; 2], client: &[f64], steps: &[(String, f64)], runs: usize) -> Value {
+    let [runc, rvm] = times;
+    let (start, exec) = (median(&rvm.start), median(&rvm.exec));
+    let calls = |times: &Times| -> Vec<f64> {
+        (0..CALLS.len()).map(|n| median(&times.calls.iter().map(|all| all[n]).collect::<Vec<_>>())).collect()
+    };
+    let by_name = |values: &[f64]| -> Value {
+        CALLS
+            .iter()
+            .zip(values)
+            .map(|(name, ms)| ((*name).to_owned(), json!(ms)))
+            .collect::<serde_json::Map<_, _>>()
+            .into()
+    };
+    let (runc_calls, rvm_calls) = (calls(runc), calls(rvm));
+
+    // Where the time goes: the shim's own steps, and what is around them.
+    let shim_total = steps.iter().map(|step| step.1).sum::<f64>();
+    let mut start_parts = steps.to_vec();
+    start_parts.push(("ctr and containerd, exit and removal".to_owned(), start - shim_total));
+    let mut exec_parts: Vec<(String, f64)> =
+        CALLS.iter().zip(&rvm_calls).map(|(name, ms)| (format!("shim: {name}"), *ms)).collect();
+    exec_parts.push(("ctr and containerd".to_owned(), exec - rvm_calls.iter().sum::<f64>()));
+
+    json!({
+        "ratios": {
+            "rvm/runc, start": start / median(&runc.start),
+            "rvm/runc, exec": exec / median(&runc.exec),
+        },
+        "medians_ms": {
+            "start": { "rvm": start, "runc": median(&runc.start) },
+            "exec": { "rvm": exec, "runc": median(&runc.exec) },
+            "exec, the shim's calls": { "rvm": by_name(&rvm_calls), "runc": by_name(&runc_calls) },
+            "ctr version": median(client),
+        },
+        "runs_ms": {
+            "start": { "rvm": rvm.start, "runc": runc.start },
+            "exec": { "rvm": rvm.exec, "runc": runc.exec },
+        },
+        "parts_ms": { "start": start_parts, "exec": exec_parts },
+        "largest_parts": { "start": largest(&start_parts), "exec": largest(&exec_parts) },
+        "conditions": {
+            "runs": runs,
+            "guest": "vCPUs and memory as the configuration's defaults say",
+            "start": "ctr run --rm of /bin/true in the busybox image, from ctr's start to its end",
+            "exec": "ctr task exec of /bin/true in a running container, from ctr's start to its end",
+            "parts": "rvm's steps are medians of as many ctr run --detach",
+            "host_kernel": std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim(),
+            "devhost": std::env::var_os(rvm_tests::host::DEVHOST_ENV).is_some(),
+        },
+    })
+}
+
+/// The three largest parts, the largest first.
+fn largest(parts: &[(String, f64)]) -> Vec<(String, f64)> {
+    let mut sorted = parts.to_vec();
+    sorted.sort_by(|a, b| b.1.total_cmp(&a.1));
+    sorted.truncate(3);
+    sorted
+}
+
+/// How long each step of a start takes, in order: medians of starts of their own,
+/// since the record of one goes with its container.
+fn steps(world: &World, ctr: &Ctr, runs: usize) -> Result<Vec<(String, f64)>> {
+    let mut all = Vec::new();
+    for _ in 0..runs {
+        let run = ctr.container("steps").detached();
+        run.run(&["sleep", "100000"])?.success()?;
+        all.push(timeline::of(&Sandbox::find(world.stage(), &run.id)?)?);
+        stop(world, ctr, &run)?;
+    }
+    let names = all.first().context("no runs")?;
+    let step = |n: usize| {
+        let took = all.iter().filter_map(|steps| {
+            let before = n.checked_sub(1).and_then(|n| steps.get(n)).map_or(0.0, |step| step.ms);
+            Some(steps.get(n)?.ms - before)
+        });
+        median(&took.collect::<Vec<_>>())
+    };
+    Ok(names.iter().enumerate().map(|(n, named)| (named.name.clone(), step(n))).collect())
+}
+
+fn stop(world: &World, ctr: &Ctr, run: &Run) -> Result<()> {
+    ctr.run(&["task", "kill", "-s", "SIGKILL", &run.id], scale::command())?.success()?;
+    world.events(|events| events.wait_for("/tasks/exit", &run.id, scale::container()))?;
+    ctr.remove(&run.id)
+}
+
+fn ms(act: impl FnOnce() -> Result<()>) -> Result<f64> {
+    let started = Instant::now();
+    act()?;
+    Ok(started.elapsed().as_secs_f64() * 1e3)
+}

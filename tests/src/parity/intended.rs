@@ -1,0 +1,139 @@
+//! The differences that are meant: a table of `docs/specification.md`.
+//!
+//! A row is `| keys | under runc | under rvm | reason |`, keys and values in
+//! backticks, several keys separated by commas. `*` stands for anything. A key
+//! with a slash names a bundle as well.
+
+use anyhow::{Context, Result, ensure};
+
+use super::compare::Difference;
+
+/// The section of the document.
+const HEADING: &str = "## Intended differences from runc";
+
+const DOCUMENT: &str = include_str!("../../../docs/specification.md");
+
+/// One row.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Intended {
+    /// Patterns of keys.
+    pub keys: Vec<String>,
+    /// Pattern of the value under runc.
+    pub runc: String,
+    /// Pattern of the value under rvm.
+    pub rvm: String,
+    /// Why.
+    pub reason: String,
+}
+
+impl Intended {
+    /// Whether the difference is this one.
+    pub fn covers(&self, difference: &Difference) -> bool {
+        let (_, without_bundle) = difference.key.split_once('/').unwrap_or(("", &difference.key));
+        let key = |pattern: &String| {
+            let bundled = pattern
+                .split_once('/')
+                .is_some_and(|(bundle, _)| !bundle.contains('.') && !bundle.is_empty());
+            matches(pattern, if bundled { &difference.key } else { without_bundle })
+        };
+        self.keys.iter().any(key)
+            && matches(&self.runc, &difference.runc)
+            && matches(&self.rvm, &difference.rvm)
+    }
+}
+
+/// The document's rows.
+///
+/// # Errors
+/// Names the row that is not as described above.
+pub fn table() -> Result<Vec<Intended>> {
+    parse(DOCUMENT)
+}
+
+fn parse(document: &str) -> Result<Vec<Intended>> {
+    let (_, section) =
+        document.split_once(HEADING).with_context(|| format!("the document has no section {HEADING:?}"))?;
+    let section = section.split_once("\n## ").map_or(section, |(section, _)| section);
+    let rows = section.lines().filter(|line| line.starts_with('|')).skip(2);
+    rows.map(|line| row(line).with_context(|| format!("row {line:?}"))).collect()
+}
+
+fn row(line: &str) -> Result<Intended> {
+    let cells: Vec<&str> = line.trim().trim_matches('|').split('|').map(str::trim).collect();
+    ensure!(cells.len() == 4, "{} cells, not keys, runc, rvm, reason", cells.len());
+    let keys = quoted(cells[0]);
+    ensure!(!keys.is_empty(), "no key in backticks");
+    let value = |cell: &str| -> Result<String> {
+        let values = quoted(cell);
+        ensure!(values.len() == 1, "{cell:?} is not one value in backticks");
+        Ok(values[0].clone())
+    };
+    ensure!(cells[3].len() > 10, "a reason is missing");
+    Ok(Intended { keys, runc: value(cells[1])?, rvm: value(cells[2])?, reason: cells[3].to_owned() })
+}
+
+/// What stands in backticks.
+fn quoted(cell: &str) -> Vec<String> {
+    cell.split('`').skip(1).step_by(2).map(str::to_owned).collect()
+}
+
+/// Whether `text` is `pattern`, in which `*` stands for anything.
+fn matches(pattern: &str, text: &str) -> bool {
+    let mut parts = pattern.split('*');
+    let Some(mut rest) = parts.next().and_then(|first| text.strip_prefix(first)) else { return false };
+    let parts: Vec<&str> = parts.collect();
+    let Some((last, middle)) = parts.split_last() else { return rest.is_empty() };
+    for part in middle {
+        match rest.find(part) {
+            Some(at) => rest = &rest[at + part.len()..],
+            None => return false,
+        }
+    }
+    rest.ends_with(last)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_documents_table_is_readable() -> Result<()> {
+        let table = table()?;
+        assert!(!table.is_empty());
+        for intended in &table {
+            // Everything under every name excuses whatever happens.
+            assert!(intended.keys.iter().all(|key| key.trim_matches('*').len() > 3), "{intended:?}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn patterns() {
+        for (pattern, text, expected) in [
+            ("a", "a", true),
+            ("a", "ab", false),
+            ("*", "", true),
+            ("a*c", "abc", true),
+            ("a*c", "ac", true),
+            ("a*c", "acd", false),
+            ("*b*", "abc", true),
+            ("*ab", "abab", true),
+            ("x*", "abc", false),
+            ("a*b*c", "a-b-c", true),
+            ("a*b*c", "a-c", false),
+        ] {
+            assert_eq!(matches(pattern, text), expected, "{pattern} {text}");
+        }
+    }
+
+    #[test]
+    fn rows_that_are_wrong_are_named() {
+        let document =
+            |row: &str| format!("x\n{HEADING}\n\n| a | b | c | d |\n| - | - | - | - |\n{row}\n\n## Next\n");
+        let good = parse(&document("| `a.*`, `b` | `1` | `*` | a kernel of its own |")).expect("a good row");
+        assert_eq!(good[0].keys, ["a.*", "b"]);
+        for row in ["| `a` | `1` | `2` |", "| a | `1` | `2` | a long reason |", "| `a` | `1` | `2` | |"] {
+            assert!(parse(&document(row)).is_err(), "{row}");
+        }
+    }
+}

@@ -1,0 +1,76 @@
+//! The same bundles under runc and under rvm, what a program in them sees
+//! compared line by line.
+//!
+//! * [`place`]: one bundle under one runtime: its files, its specification, its run.
+//! * [`bundles`]: the bundles.
+//! * [`compare`]: lines side by side, and what of them is wrong.
+//! * [`intended`]: the differences `docs/specification.md` gives reasons for.
+//!
+//! What is compared is printed by `tests/probe`.
+
+pub mod bundles;
+pub mod compare;
+pub mod intended;
+pub mod place;
+
+use std::{path::PathBuf, time::Instant};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::{stage, world::World};
+use bundles::Bundle;
+use compare::{Lines, Report};
+use place::Place;
+
+/// The probe, linked statically.
+pub const PROBE_ENV: &str = "RVM_TEST_PROBE";
+/// Only bundles whose names contain one of these words, separated by spaces.
+pub const ONLY_ENV: &str = "RVM_PARITY_ONLY";
+
+/// runc's runtime name.
+const RUNC: &str = "io.containerd.runc.v2";
+
+/// Runs every bundle under both runtimes and compares.
+///
+/// # Errors
+/// When something beside the containers fails.
+pub fn run(world: &World) -> Result<Report> {
+    let probe: PathBuf = std::env::var_os(PROBE_ENV)
+        .map(PathBuf::from)
+        .with_context(|| format!("{PROBE_ENV} is not set; `cargo xtask parity` and `test` set it"))?;
+    ensure!(probe.is_file(), "{PROBE_ENV}: {} is not a file", probe.display());
+    let only = std::env::var(ONLY_ENV).unwrap_or_default();
+    let only: Vec<&str> = only.split_whitespace().collect();
+    let mut report = Report::new(intended::table()?);
+    for bundle in bundles::ALL {
+        if !only.is_empty() && !only.iter().any(|word| bundle.name.contains(word)) {
+            continue;
+        }
+        let started = Instant::now();
+        let runc = lines(world, bundle, RUNC, &probe)?;
+        let after_runc = started.elapsed();
+        let rvm = lines(world, bundle, stage::RUNTIME, &probe)?;
+        report.compare(bundle.name, &runc, &rvm);
+        eprintln!(
+            "parity: {:<16} {:>4} lines under runc in {} ms, {:>4} under rvm in {} ms",
+            bundle.name,
+            runc.len(),
+            after_runc.as_millis(),
+            rvm.len(),
+            (started.elapsed() - after_runc).as_millis()
+        );
+    }
+    ensure!(report.checks() > 0, "no bundle is named like {only:?}");
+    Ok(report)
+}
+
+/// What the probe printed. A container that cannot be run is one line that says so.
+fn lines(world: &World, bundle: &Bundle, runtime: &str, probe: &std::path::Path) -> Result<Lines> {
+    let place = Place::new(world, bundle.name, runtime, probe)?;
+    let result = (bundle.run)(&place);
+    place.remove()?;
+    Ok(match result {
+        Ok(text) => compare::parse(&text),
+        Err(error) => Lines::from([("run".to_owned(), format!("{error:#}"))]),
+    })
+}

@@ -1,0 +1,109 @@
+//! `cargo xtask bench container`.
+
+use std::fmt::Write;
+
+use anyhow::Result;
+use serde_json::{Value, json};
+
+use super::result;
+use crate::build::Profile;
+use crate::e2e::{self, Prepared};
+
+/// Arguments of `cargo xtask bench container`.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Print one JSON object on standard output, and nothing else there.
+    #[arg(long)]
+    json: bool,
+    /// Runs of each kind; medians are reported.
+    #[arg(long, default_value_t = 10)]
+    runs: u32,
+    /// Measure what tests run instead of what is installed: builds in a fraction of the time.
+    #[arg(long)]
+    fast: bool,
+}
+
+/// Ratios and what each may be at most.
+const AIMS: [(&str, f64); 2] = [("rvm/runc, start", 2.0), ("rvm/runc, exec", 1.2)];
+
+/// Runs `cargo xtask bench container`.
+pub fn run(args: Args) -> Result<()> {
+    let profile = if args.fast { Profile::Fast } else { Profile::Release };
+    let mut prepared = Prepared::new(profile)?;
+    let program = e2e::program("rvm-bench", Profile::Fast)?;
+    prepared.set("RVM_BENCH_RUNS", args.runs.to_string());
+    eprintln!("{}", prepared.host);
+    let mut all =
+        result("container", |output| prepared.run_with_kvm(&program, &["container".to_owned()], output))?;
+    all["conditions"]["where"] = json!(prepared.host.to_string());
+    all["conditions"]["profile"] = json!(profile.as_str());
+    if args.json {
+        println!("{}", serde_json::to_string(&all)?);
+    } else {
+        print!("{}", text(&all));
+    }
+    Ok(())
+}
+
+/// The result for people.
+fn text(result: &Value) -> String {
+    let conditions = &result["conditions"];
+    let mut text = format!(
+        "{}\nMedians of {} runs in turn, host kernel {}, profile {}.\n\n",
+        conditions["where"].as_str().unwrap_or_default(),
+        conditions["runs"],
+        conditions["host_kernel"].as_str().unwrap_or_default(),
+        conditions["profile"].as_str().unwrap_or_default(),
+    );
+    for (name, aim) in AIMS {
+        let ratio = result["ratios"][name].as_f64().unwrap_or(f64::NAN);
+        let verdict = if ratio <= aim { "ok    " } else { "MISSED" };
+        let _ = writeln!(text, "{verdict} {name:<24} {ratio:>6.2}  (aim: at most {aim})");
+    }
+    for what in ["start", "exec"] {
+        let medians = &result["medians_ms"][what];
+        let _ = writeln!(
+            text,
+            "\n{what}: rvm {:.0} ms, runc {:.0} ms",
+            ms(&medians["rvm"]),
+            ms(&medians["runc"])
+        );
+        for part in parts(&result["parts_ms"][what]) {
+            let _ = writeln!(text, "   {:<44} {:>8.1}", part.0, part.1);
+        }
+        let largest: Vec<String> = parts(&result["largest_parts"][what])
+            .iter()
+            .map(|(name, ms)| format!("{name} {ms:.1}"))
+            .collect();
+        let _ = writeln!(text, "   the three largest parts: {}", largest.join(", "));
+    }
+    let calls = &result["medians_ms"]["exec, the shim's calls"];
+    let _ = writeln!(text, "\nThe shim's calls of an exec: rvm {}, runc {}", calls["rvm"], calls["runc"]);
+    let _ = writeln!(text, "ctr version, for scale: {:.0} ms", ms(&result["medians_ms"]["ctr version"]));
+    text
+}
+
+fn parts(list: &Value) -> Vec<(String, f64)> {
+    let part = |part: &Value| (part[0].as_str().unwrap_or_default().to_owned(), ms(&part[1]));
+    list.as_array().map(|parts| parts.iter().map(part).collect()).unwrap_or_default()
+}
+
+fn ms(value: &Value) -> f64 {
+    value.as_f64().unwrap_or(f64::NAN)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn aims_and_largest_parts_are_named() {
+        let text = text(&json!({
+            "ratios": { "rvm/runc, start": 2.5, "rvm/runc, exec": 1.0 },
+            "largest_parts": { "start": [["kernel", 900.0], ["layers", 30.5]] },
+        }));
+        assert!(text.lines().any(|line| line.starts_with("MISSED rvm/runc, start")), "{text}");
+        assert!(text.lines().any(|line| line.starts_with("ok     rvm/runc, exec")), "{text}");
+        assert!(text.contains("largest parts: kernel 900.0, layers 30.5"), "{text}");
+    }
+}
