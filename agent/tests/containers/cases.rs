@@ -12,6 +12,7 @@ use crate::{
     fixture::{Machine, container, mount_of, program, read_all, read_until, shell, within, write_all},
     hooks::*,
     isolation::*,
+    lifecycle::*,
     limits::*,
 };
 
@@ -71,6 +72,10 @@ cases![
     standard_output_can_be_opened_again,
     closing_stdin,
     many_added_processes_leak_nothing,
+    signals_as_for_any_init,
+    orphans_are_collected,
+    an_added_process_without_its_caller,
+    processes_in_the_guests_pid_namespace,
     devices_are_filtered,
     a_paused_container_stands_still,
     a_paused_container_can_be_killed,
@@ -575,30 +580,5 @@ async fn closing_stdin(machine: &Machine) {
     machine.sandbox.close_stdin(&running.process).unwrap();
     let output = running.finish().await;
     assert_eq!((output.code, output.stdout.as_str()), (0, "before"));
-    running.delete().await.unwrap();
-}
-
-async fn many_added_processes_leak_nothing(machine: &Machine) {
-    let running = machine.create(container("many", program(&["sleep", "1000"]))).await.unwrap();
-    running.start().await.unwrap();
-    let run = async |n: usize| {
-        let exec = format!("e{n}");
-        let mut added = machine.create_exec("many", &exec, shell("echo hi")).unwrap();
-        added.start().await.unwrap();
-        assert_eq!(added.finish().await.stdout, "hi\n");
-        added.delete().await.unwrap();
-    };
-    run(0).await;
-    // The last connection's task may still be about to end.
-    tokio::time::sleep(Duration::from_millis(50)).await;
-    let descriptors = || fs::read_dir("/proc/self/fd").unwrap().count();
-    let before = descriptors();
-    for n in 1..=200 {
-        run(n).await;
-    }
-    tokio::time::sleep(Duration::from_millis(50)).await;
-    assert_eq!(descriptors(), before);
-    machine.sandbox.signal_process(&signal("many", libc::SIGKILL, false)).unwrap();
-    running.wait().await;
     running.delete().await.unwrap();
 }

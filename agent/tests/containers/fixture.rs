@@ -35,6 +35,9 @@ const DEFAULT_CAPABILITIES: u64 = 0xa804_25fb;
 /// A mount namespace with a cgroup hierarchy, a share and room for the scratch.
 pub fn prepare_machine() {
     unshare(CloneFlags::CLONE_NEWNS).expect("a mount namespace");
+    // As of PID 1, orphans become children of this process.
+    // SAFETY: takes an integer.
+    assert_eq!(unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) }, 0, "a subreaper");
     let none = None::<&str>;
     mount(none, "/", none, MsFlags::MS_PRIVATE | MsFlags::MS_REC, none).expect("a private mount namespace");
     // The image: this machine's own root file system, without what is mounted on it.

@@ -12,6 +12,7 @@ mod confinement;
 mod fixture;
 mod hooks;
 mod isolation;
+mod lifecycle;
 mod limits;
 mod mounts;
 
