@@ -12,6 +12,7 @@ mod exec_robust;
 mod failures;
 mod limits;
 mod parity;
+mod process;
 mod ring0;
 mod rootfs;
 mod run;
