@@ -199,7 +199,8 @@ fn conditions(at: &str, args: &[oci::LinuxSeccompArg]) -> Result<Vec<Condition>,
             Operator::ScmpCmpEq => Comparison::MaskedEqual(u64::MAX, value),
             Operator::ScmpCmpGe => Comparison::GreaterOrEqual(value),
             Operator::ScmpCmpGt => Comparison::Greater(value),
-            Operator::ScmpCmpMaskedEq => Comparison::MaskedEqual(value, arg.value_two().unwrap_or(0)),
+            // What the mask leaves out is left out of the value too.
+            Operator::ScmpCmpMaskedEq => Comparison::MaskedEqual(value, arg.value_two().unwrap_or(0) & value),
         };
         Ok(Condition { argument: arg.index() as u32, comparison })
     };

@@ -163,7 +163,7 @@ impl Reading {
                 "SCMP_CMP_EQ" => given == value,
                 "SCMP_CMP_GE" => given >= value,
                 "SCMP_CMP_GT" => given > value,
-                "SCMP_CMP_MASKED_EQ" => given & value == second,
+                "SCMP_CMP_MASKED_EQ" => given & value == second & value,
                 other => panic!("{other}"),
             }
         };
