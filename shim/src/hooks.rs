@@ -329,3 +329,123 @@ fn follow(reader: PipeReader, output: Arc<Mutex<Vec<u8>>>) -> io::Result<tokio::
         }
     }))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Hooks of a container in `dir`, each a shell script.
+    fn hooks(dir: &Path, of: impl FnOnce(&mut HostHooks)) -> Hooks {
+        let mut hooks = HostHooks::default();
+        of(&mut hooks);
+        let state = serde_json::json!({"ociVersion": "1.0.2", "id": "web", "bundle": dir, "annotations": {}});
+        Hooks { hooks, state, bundle: dir.to_owned() }
+    }
+
+    fn script(field: &str, text: &str) -> Hook {
+        Hook {
+            field: field.into(),
+            path: "/bin/sh".into(),
+            args: ["sh", "-c", text].map(str::to_owned).to_vec(),
+            env: Some(vec!["PATH=/usr/bin:/bin".into(), "COLOUR=red=blue".into()]),
+            timeout_s: None,
+        }
+    }
+
+    #[tokio::test]
+    async fn hooks_are_told_the_state_and_run_in_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let hooks = hooks(dir.path(), |hooks| {
+            hooks.prestart.push(script("p", "cat > one; echo $COLOUR $0 $# >> order"));
+            hooks.create_runtime.push(script("c", "echo two >> order"));
+            hooks.poststop.push(script("s", "cat > three; exit 1"));
+            hooks.poststop.push(script("s", "echo four >> order"));
+        });
+        hooks.before_create(77).await.unwrap();
+        assert!(dir.path().join(DUE_FILE).exists());
+        hooks.after_start(77).await.unwrap();
+        hooks.after_stop().await;
+        assert!(!dir.path().join(DUE_FILE).exists());
+        let read = |name: &str| fs::read_to_string(dir.path().join(name)).unwrap();
+        assert_eq!(read("order"), "red=blue sh 0\ntwo\nfour\n");
+        let state = |name: &str| serde_json::from_str::<serde_json::Value>(&read(name)).unwrap();
+        assert_eq!((&state("one")["status"], &state("one")["pid"]), (&"creating".into(), &77.into()));
+        assert_eq!((&state("three")["status"], state("three").get("pid")), (&"stopped".into(), None));
+        assert_eq!(state("one")["id"], "web");
+    }
+
+    #[tokio::test]
+    async fn the_first_failure_is_the_last_hook() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = |hook: Hook| async {
+            let hooks = hooks(dir.path(), |hooks| hooks.prestart = vec![hook, script("next", "touch next")]);
+            hooks.before_create(1).await.unwrap_err().to_string()
+        };
+        let failing = script("hooks.prestart[0]", "echo out; echo err >&2; exit 3");
+        assert_eq!(error(failing).await, "hooks.prestart[0]: /bin/sh ended with code 3: out; err");
+        let silent = script("h", "kill -9 $$");
+        assert_eq!(error(silent).await, "h: /bin/sh was killed by signal 9");
+        let missing = Hook { path: "/no/such".into(), ..script("h", "") };
+        assert_eq!(error(missing).await, "h: /no/such: No such file or directory (os error 2)");
+        assert!(!dir.path().join("next").exists());
+    }
+
+    #[tokio::test]
+    async fn much_output_or_somebody_who_holds_it_open_delays_nobody() {
+        let dir = tempfile::tempdir().unwrap();
+        let noisy = script(
+            "h",
+            "sleep 30 & echo $! > pid; head -c 1000000 /dev/zero | tr '\\0' x; echo; echo end; exit 1",
+        );
+        let hooks = hooks(dir.path(), |hooks| hooks.prestart.push(noisy));
+        let error =
+            timeout(Duration::from_secs(20), hooks.before_create(1)).await.unwrap().unwrap_err().to_string();
+        assert!(error.ends_with("; end") && error.len() < 2 * MAX_OUTPUT, "{}", error.len());
+        let pid = fs::read_to_string(dir.path().join("pid")).unwrap().trim().parse().unwrap();
+        nix::sys::signal::kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+    }
+
+    #[tokio::test]
+    async fn time_is_limited_for_all_of_a_hook() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut hook = script("h", "sleep 1000 & echo $! > pid; echo here; wait");
+        hook.timeout_s = Some(1);
+        let hooks = hooks(dir.path(), |hooks| hooks.prestart.push(hook));
+        let error = hooks.before_create(1).await.unwrap_err().to_string();
+        assert_eq!(error, "h.timeout: /bin/sh did not end within 1 s: here");
+        assert_gone(dir.path());
+    }
+
+    #[tokio::test]
+    async fn a_hook_nobody_waits_for_ends() {
+        let dir = tempfile::tempdir().unwrap();
+        let waiting = script("h", "sleep 1000 & echo $! > pid; wait");
+        let hooks = hooks(dir.path(), |hooks| hooks.prestart.push(waiting));
+        let started = async {
+            while !fs::read_to_string(dir.path().join("pid")).is_ok_and(|pid| pid.ends_with('\n')) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::select! {
+            result = hooks.before_create(1) => panic!("{result:?}"),
+            () = started => {}
+        }
+        assert_gone(dir.path());
+    }
+
+    /// The process whose number a hook has written down has been killed; whoever
+    /// adopts it may not have waited for it yet.
+    fn assert_gone(dir: &Path) {
+        let pid = fs::read_to_string(dir.join("pid")).unwrap();
+        for _ in 0..200 {
+            let stat = fs::read_to_string(format!("/proc/{}/stat", pid.trim())).unwrap_or_default();
+            match stat.rsplit_once(") ") {
+                Some((_, rest)) if !rest.starts_with(['Z', 'X']) => {
+                    std::thread::sleep(Duration::from_millis(10))
+                }
+                _ => return,
+            }
+        }
+        panic!("{pid} is still there");
+    }
+}

@@ -11,6 +11,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use rvm_tests::{
+    bundle::spec,
     case,
     job::{self, Finished, Input},
     scale,
@@ -51,30 +52,7 @@ fn without(at: &'static str, words: &'static [&'static str], runc: Runc) -> Brok
 
 /// A container that runs `true`.
 fn good(rootfs: &Path) -> Value {
-    json!({
-        "ociVersion": "1.0.2",
-        "process": {
-            "user": {"uid": 0, "gid": 0},
-            "args": ["/bin/true", "argument"],
-            "env": ["PATH=/bin"],
-            "cwd": "/",
-            "capabilities": {"bounding": ["CAP_KILL"], "effective": ["CAP_KILL"], "permitted": ["CAP_KILL"]},
-            "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 1024, "soft": 512}],
-            "noNewPrivileges": true
-        },
-        "root": {"path": rootfs},
-        "hostname": "web",
-        "mounts": [
-            {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid"]},
-            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"]}
-        ],
-        "linux": {
-            "namespaces": [
-                {"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "network"}
-            ],
-            "resources": {"devices": [{"allow": false, "access": "rwm"}]}
-        }
-    })
+    spec(rootfs, &["/bin/true", "argument"])
 }
 
 fn of_the_process() -> Vec<Broken> {

@@ -17,6 +17,8 @@
 //!
 //! The cases are libtest functions in `e2e/`; `cargo xtask test` runs them.
 
+pub mod bundle;
+pub mod bundle;
 pub mod case;
 pub mod config;
 pub mod ctr;
