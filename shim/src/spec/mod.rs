@@ -159,6 +159,10 @@ fn from_json<T: DeserializeOwned>(what: &str, json: &[u8]) -> Result<T, SpecErro
         field: error.path().to_string(),
         source: error.into_inner(),
     };
+    // An array would be taken for a structure with the fields in order.
+    if json.trim_ascii_start().first().is_some_and(|first| *first == b'[') {
+        return Err(SpecError::field(what, "must be a JSON object, is an array"));
+    }
     if json.windows(SCHEDULER_FLAG.len()).any(|text| text == SCHEDULER_FLAG.as_bytes()) {
         let mut document: Value =
             serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_slice(json))
