@@ -296,13 +296,18 @@ fn of_the_rest() -> Vec<Broken> {
 fn of_the_guest() -> Vec<Broken> {
     vec![
         broken("/mounts/1/options/0", json!("nosuchoption"), &["mounts[1]", "/dev", "nosuchoption"], Refuses),
-        broken("/mounts/1/type", json!("nosuchfs"), &["/dev", "nosuchfs"], Refuses),
+        broken("/mounts/1/type", json!("nosuchfs"), &["mounts[1]", "/dev", "nosuchfs"], Refuses),
         broken("/linux/sysctl", json!({"kernel.no_such_thing": "1"}), &["kernel.no_such_thing"], Refuses),
         // Through a symlink of the root file system, /proc itself would be covered.
-        broken("/mounts/1/destination", json!("/to-proc/sys"), &["/to-proc/sys"], Refuses),
-        broken("/mounts/1/destination", json!("/loop/x"), &["/loop/x"], Refuses),
+        broken("/mounts/1/destination", json!("/to-proc/sys"), &["mounts[1]", "/to-proc/sys"], Refuses),
+        broken("/mounts/1/destination", json!("/loop/x"), &["mounts[1]", "/loop/x"], Refuses),
         broken("/process/args", json!(["/bin/no-such-program"]), &["/bin/no-such-program"], Refuses),
-        broken("/linux/resources/memory", json!({"limit": 4096}), &["memory"], Refuses),
+        broken(
+            "/linux/resources/memory",
+            json!({"limit": 4096}),
+            &["linux.resources.memory.limit", "too low"],
+            Refuses,
+        ),
         broken(
             "/hooks",
             json!({"prestart": [{"path": "/no/such/hook"}]}),

@@ -135,7 +135,13 @@ impl Container {
             exit = reaper.watch(pid);
             Ok(child)
         });
-        let ready = ready.await;
+        let ready = ready.await.map_err(|error| match self.cgroup.oom_kills() {
+            0 => error,
+            _ => StepError::Refused(
+                "linux.resources.memory.limit: is too low: there was no memory to create the container"
+                    .into(),
+            ),
+        });
         // Only now is it known whose end that of the container is.
         tokio::spawn(Arc::clone(self).end_with_first(exit));
         ready

@@ -308,14 +308,20 @@ pub struct Unfinished(Vec<OwnedFd>);
 /// What each bind mount shows, in the mounts' order. Takes the guest's root,
 /// whoever the container's root is.
 pub fn open_sources(mounts: &[Mount]) -> StepResult<Vec<Option<OwnedFd>>> {
-    mounts.iter().map(Mount::open_source).collect()
+    let open = |(n, mount): (usize, &Mount)| mount.open_source().map_err(|error| named(n, &error));
+    mounts.iter().enumerate().map(open).collect()
+}
+
+/// The error with the field it is about.
+fn named(n: usize, error: &StepError) -> StepError {
+    StepError::Refused(format!("mounts[{n}]: {error}"))
 }
 
 /// Makes all mounts, in order, of what [`open_sources`] returned for them.
 pub fn make_all(mounts: &[Mount], sources: Vec<Option<OwnedFd>>, root: &Root) -> StepResult<Unfinished> {
     let mut unfinished = Vec::new();
-    for (mount, source) in mounts.iter().zip(sources) {
-        unfinished.extend(mount.make(source, root)?);
+    for (n, (mount, source)) in mounts.iter().zip(sources).enumerate() {
+        unfinished.extend(mount.make(source, root).map_err(|error| named(n, &error))?);
     }
     Ok(Unfinished(unfinished))
 }
