@@ -65,6 +65,8 @@ pub fn begin(ends: &ChildEnds, keep: &[RawFd]) -> StepResult<()> {
 /// What all processes of a container have in common.
 #[derive(Debug, Default)]
 pub struct Common {
+    /// The container's id.
+    pub container_id: String,
     /// The filter each of them gets.
     pub filter: Option<Filter>,
     /// For personality(2).

@@ -29,6 +29,7 @@ use super::{
     devices::{self, Device},
     exec,
     hooks::{self, Hooks},
+    keyring,
     mounts::{self, Mount},
     namespaces::{Namespaces, born_in},
     paths::Root,
@@ -58,9 +59,10 @@ pub struct Plan {
 }
 
 /// What takes the guest's root to make, ready to be put in place by whoever is
-/// the container's.
+/// the container's; none where that is the same.
+#[derive(Default)]
 struct Parts {
-    sources: Vec<Option<OwnedFd>>,
+    sources: Option<Vec<Option<OwnedFd>>>,
     devices: Option<Vec<OwnedFd>>,
 }
 
@@ -105,7 +107,8 @@ impl Plan {
         let layer = storage.layer(&request.container_id)?;
         let rootfs = Rootfs::new(&request, lower, layer)?;
         let ids = namespaces.user.as_ref().map(|user| user.ids.clone());
-        let common = Arc::new(Common { filter, personality: request.personality, ids });
+        let container_id = request.container_id.clone();
+        let common = Arc::new(Common { container_id, filter, personality: request.personality, ids });
         Ok(Self { request, namespaces, rootfs, mounts, devices, limits, common })
     }
 
@@ -163,8 +166,7 @@ impl Plan {
         self.namespaces.make_time()?;
         self.namespaces.enter_time()?;
         let root = self.rootfs.mount()?;
-        let parts = Parts { sources: mounts::open_sources(&self.mounts)?, devices: None };
-        self.complete(root, parts, channel, ends)
+        self.complete(root, Parts::default(), channel, ends)
     }
 
     /// In the first of two children: prepares everything for the second, which
@@ -181,7 +183,7 @@ impl Plan {
         self.rootfs.mount()?;
         let place = Path::new(rootfs::MOUNT_POINT);
         let devices = devices::make_elsewhere(&self.devices, place)?;
-        let parts = Parts { sources: mounts::open_sources(&self.mounts)?, devices: Some(devices) };
+        let parts = Parts { sources: Some(mounts::open_sources(&self.mounts)?), devices: Some(devices) };
 
         attributes::raise_limits(&self.request.process)?;
         let born_into = self.namespaces.children_pid()?;
@@ -234,6 +236,8 @@ impl Plan {
         ends: &ChildEnds,
     ) -> StepResult<GivenUp> {
         let process = &*self.request.process;
+        let ring = keyring::join_session(&self.request.container_id)?;
+        keyring::open_to(ring, self.namespaces.user.is_some())?;
         self.set_names()?;
         sysctl::apply(&self.request.sysctl)?;
 

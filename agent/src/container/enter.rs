@@ -10,6 +10,7 @@ use super::{
     cgroup::{Cgroup, cgroup_of},
     channel,
     child::{self, Common, GivenUp},
+    keyring,
     namespaces::{born_in, enter_all_of},
     terminal, user, userns,
 };
@@ -71,6 +72,7 @@ fn added_process(
     if common.ids.is_some() {
         userns::become_root()?;
     }
+    keyring::join_session(&common.container_id)?;
     if process.terminal {
         let terminal = terminal::open_controlling()?;
         channel.terminal(terminal.master.as_fd())?;

@@ -13,6 +13,7 @@ pub mod devices;
 pub mod enter;
 pub mod exec;
 pub mod hooks;
+pub mod keyring;
 pub mod mounts;
 pub mod namespaces;
 pub mod paths;

@@ -231,10 +231,10 @@ pub async fn statistics(machine: &Machine) {
 pub async fn the_hierarchy_as_seen_inside(machine: &Machine) {
     let look =
         "cat /proc/self/cgroup; cd /sys/fs/cgroup; stat -f -c %T .; touch x 2>/dev/null || echo read-only";
-    let output = machine.run("own", &format!("{look}; cat cgroup.procs | wc -l | tr -d ' '")).await;
+    let output = machine.run("own", &format!("{look}; grep -c . cgroup.procs")).await;
     let lines: Vec<&str> = output.stdout.lines().filter(|line| !line.contains(":name=")).collect();
     assert!(lines.contains(&"0::/"), "{output:?}");
-    assert_eq!(&lines[lines.len() - 3..], ["cgroup2fs", "read-only", "4"], "{output:?}");
+    assert_eq!(&lines[lines.len() - 3..], ["cgroup2fs", "read-only", "2"], "{output:?}");
 
     // Without a namespace of its own it sees the guest's hierarchy, as with runc.
     let path = container("guests", shell("")).cgroup_path;

@@ -8,6 +8,11 @@ use rvm_protocol::agent::{Capabilities, ConsoleSize, IoPriority, Process, Rlimit
 use super::{SpecError, absolute_path, labels, resources::list, scheduling, text};
 use crate::config::Compat;
 
+/// Resources Linux limits (`RLIM_NLIMITS`).
+const RESOURCES: u32 = 16;
+/// Linux's default for fs.nr_open, above which nobody may raise RLIMIT_NOFILE.
+const GUEST_NR_OPEN: u64 = 1 << 20;
+
 /// Capabilities by number (capabilities(7), linux/capability.h).
 const CAPABILITIES: [&str; 41] = [
     "CHOWN",
@@ -98,7 +103,7 @@ pub(super) fn translate(
         // As with runc, a process whose spec names no capabilities has none.
         capabilities: Some(process.capabilities().as_ref().map(capabilities).unwrap_or_default()).into(),
         no_new_privileges: process.no_new_privileges().unwrap_or(false),
-        rlimits: rlimits(at, process.rlimits().as_deref().unwrap_or_default())?,
+        rlimits: with_inherited(rlimits(at, process.rlimits().as_deref().unwrap_or_default())?),
         oom_score_adj: oom_score_adj(at, process.oom_score_adj())?,
         io_priority: process.io_priority().as_ref().map(|io| io_priority(at, io)).transpose()?.into(),
         scheduler: process
@@ -197,6 +202,24 @@ fn rlimits(at: &str, limits: &[oci::PosixRlimit]) -> Result<Vec<Rlimit>, SpecErr
         out.push(Rlimit { resource, soft: limit.soft(), hard: limit.hard(), ..Default::default() });
     }
     Ok(out)
+}
+
+/// Limits the spec does not name are those of whoever starts the container, as
+/// with runc: an operator sets them for containerd's service.
+fn with_inherited(mut limits: Vec<Rlimit>) -> Vec<Rlimit> {
+    let named: BTreeSet<u32> = limits.iter().map(|limit| limit.resource).collect();
+    for resource in (0..RESOURCES).filter(|resource| !named.contains(resource)) {
+        let mut own = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        // SAFETY: `own` is a valid rlimit for the call to fill in.
+        if unsafe { libc::getrlimit(resource, &raw mut own) } != 0 {
+            continue;
+        }
+        // The host may allow more open files than the guest's kernel does.
+        let most = if resource == libc::RLIMIT_NOFILE { GUEST_NR_OPEN } else { u64::MAX };
+        let (soft, hard) = (own.rlim_cur.min(most), own.rlim_max.min(most));
+        limits.push(Rlimit { resource, soft, hard, ..Default::default() });
+    }
+    limits
 }
 
 fn rlimit_number(kind: PosixRlimitType) -> u32 {

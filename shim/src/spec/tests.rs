@@ -706,6 +706,22 @@ fn every_capability_has_its_own_number() {
 }
 
 #[test]
+fn limits_that_are_not_named_are_inherited() {
+    let process = load(&ctr_spec()).unwrap().container.process;
+    let limit = |resource| process.rlimits.iter().find(|limit| limit.resource == resource).unwrap();
+    assert_eq!(process.rlimits.len(), 16);
+    assert_eq!((limit(libc::RLIMIT_NOFILE).soft, limit(libc::RLIMIT_NOFILE).hard), (512, 1024));
+    let mut own = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: `own` is a valid rlimit for the call to fill in.
+    assert_eq!(unsafe { libc::getrlimit(libc::RLIMIT_SIGPENDING, &raw mut own) }, 0);
+    let pending = limit(libc::RLIMIT_SIGPENDING);
+    assert_eq!((pending.soft, pending.hard), (own.rlim_cur, own.rlim_max));
+    let (exec, _) = exec_process(br#"{"user": {}, "args": ["ls"], "cwd": "/"}"#, &Compat::default()).unwrap();
+    let files = exec.rlimits.iter().find(|limit| limit.resource == libc::RLIMIT_NOFILE).unwrap();
+    assert!(files.hard <= 1 << 20, "what the guest's kernel allows: {}", files.hard);
+}
+
+#[test]
 fn an_exec_is_a_process() {
     let (process, _) =
         exec_process(br#"{"user": {"uid": 7}, "args": ["ls"], "cwd": "/"}"#, &Compat::default()).unwrap();

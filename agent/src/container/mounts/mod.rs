@@ -55,6 +55,8 @@ pub struct Mount {
 enum Kind {
     /// A file system of its own.
     New { fs_type: String, source: String },
+    /// The file system on a block device.
+    Block { fs_type: String, source: String },
     /// A place of the guest, seen at a second place.
     Bind { source: PathBuf, recursive: bool },
     /// What is mounted there already, with other flags; and where `whole`, with
@@ -121,7 +123,10 @@ impl Mount {
             }
             None => {
                 let device = BlockDevice::with_serial(&mount.block_serial)?;
-                Kind::New { fs_type: mount.type_.clone(), source: device.path.to_string_lossy().into_owned() }
+                Kind::Block {
+                    fs_type: mount.type_.clone(),
+                    source: device.path.to_string_lossy().into_owned(),
+                }
             }
         };
         if options.copy_up && mount.type_ != "tmpfs" {
@@ -148,15 +153,23 @@ impl Mount {
     fn make(&self, source: Option<OwnedFd>, root: &Root) -> StepResult<Option<OwnedFd>> {
         match (&self.kind, source) {
             (Kind::New { fs_type, source }, _) => self.make_new(root, fs_type, source),
-            (Kind::Bind { .. }, Some(mount)) => self.put(root, &mount).map(|()| None),
             (Kind::Remount { whole }, _) => self.remount(root, *whole).map(|()| None),
-            (Kind::Bind { .. }, None) => Err(StepError::Refused(format!("{}: no source", self.describe()))),
+            (Kind::Bind { .. } | Kind::Block { .. }, Some(mount)) => self.put(root, &mount).map(|()| None),
+            (Kind::Bind { .. } | Kind::Block { .. }, None) => refused(|| self.describe(), "it has no source"),
         }
     }
 
-    /// A mount of what a bind mount shows, with its attributes, at no place yet.
+    /// A mount at no place yet of what takes the guest's root: what a bind mount
+    /// shows, with its attributes, and the file system of a block device.
     fn open_source(&self) -> StepResult<Option<OwnedFd>> {
-        let Kind::Bind { source, recursive } = &self.kind else { return Ok(None) };
+        let (source, recursive) = match &self.kind {
+            Kind::Bind { source, recursive } => (source, recursive),
+            Kind::Block { fs_type, source } => {
+                let context = FsContext::new(fs_type).step(|| self.describe())?;
+                return self.configure(&context, source, None, false).map(Some);
+            }
+            Kind::New { .. } | Kind::Remount { .. } => return Ok(None),
+        };
         let mount = clone_tree(AT_FDCWD, source, *recursive).step(|| self.describe())?;
         for (attributes, recursive) in [(self.options.attributes, false), (self.options.recursive, true)] {
             if !attributes.is_empty() {
@@ -168,7 +181,9 @@ impl Mount {
 
     fn describe(&self) -> String {
         match &self.kind {
-            Kind::New { fs_type, .. } => format!("mount {fs_type:?} at {:?}", self.destination),
+            Kind::New { fs_type, .. } | Kind::Block { fs_type, .. } => {
+                format!("mount {fs_type:?} at {:?}", self.destination)
+            }
             Kind::Bind { source, .. } => format!("bind mount {source:?} at {:?}", self.destination),
             Kind::Remount { .. } => format!("remount {:?}", self.destination),
         }
@@ -189,14 +204,35 @@ impl Mount {
         }
         let target = place.fd;
         let context = FsContext::new(fs_type).step(describe)?;
-        let fail = |errno: Errno| complaint(&context, describe, errno);
         let later = fs_type == "tmpfs" && self.options.read_only();
+        let mode = match fs_type {
+            // The directory it covers lends it its mode, unless the spec names one.
+            "tmpfs" => Some(fstat(&target).step(describe)?.st_mode & 0o7777),
+            _ => None,
+        };
+        let mount = self.configure(&context, source, mode, later)?;
+        if self.options.copy_up {
+            copy_up::copy(&target, &mount).step(|| format!("copy up into {:?}", self.destination))?;
+        }
+        attach(&mount, &target).step(describe)?;
+        self.propagate(&mount)?;
+        Ok(later.then_some(mount))
+    }
+
+    /// A mount of the file system with the options, but for the one to be
+    /// read-only where that comes `later`.
+    fn configure(
+        &self,
+        context: &FsContext,
+        source: &str,
+        mode: Option<u32>,
+        later: bool,
+    ) -> StepResult<OwnedFd> {
+        let fail = |errno: Errno| complaint(context, || self.describe(), errno);
         if !source.is_empty() {
             context.set("source", Some(source)).map_err(fail)?;
         }
-        if fs_type == "tmpfs" {
-            // The directory it covers lends it its mode, unless the spec names one.
-            let mode = fstat(&target).step(describe)?.st_mode & 0o7777;
+        if let Some(mode) = mode {
             context.set("mode", Some(&format!("{mode:o}"))).map_err(fail)?;
         }
         for (key, value) in &self.options.data {
@@ -209,13 +245,7 @@ impl Mount {
         if later {
             set &= !libc::MOUNT_ATTR_RDONLY;
         }
-        let mount = context.mount(set).map_err(fail)?;
-        if self.options.copy_up {
-            copy_up::copy(&target, &mount).step(|| format!("copy up into {:?}", self.destination))?;
-        }
-        attach(&mount, &target).step(describe)?;
-        self.propagate(&mount)?;
-        Ok(later.then_some(mount))
+        context.mount(set).map_err(fail)
     }
 
     fn put(&self, root: &Root, mount: &OwnedFd) -> StepResult<()> {
@@ -305,23 +335,26 @@ fn complaint(context: &FsContext, describe: impl Fn() -> String, errno: Errno) -
 #[derive(Debug)]
 pub struct Unfinished(Vec<OwnedFd>);
 
-/// What each bind mount shows, in the mounts' order. Takes the guest's root,
-/// whoever the container's root is.
+/// What takes the guest's root to open, in the mounts' order.
 pub fn open_sources(mounts: &[Mount]) -> StepResult<Vec<Option<OwnedFd>>> {
-    let open = |(n, mount): (usize, &Mount)| mount.open_source().map_err(|error| named(n, &error));
-    mounts.iter().enumerate().map(open).collect()
+    mounts.iter().map(Mount::open_source).collect()
 }
 
-/// The error with the field it is about.
-fn named(n: usize, error: &StepError) -> StepError {
-    StepError::Refused(format!("mounts[{n}]: {error}"))
-}
-
-/// Makes all mounts, in order, of what [`open_sources`] returned for them.
-pub fn make_all(mounts: &[Mount], sources: Vec<Option<OwnedFd>>, root: &Root) -> StepResult<Unfinished> {
+/// Makes all mounts, in order, of what [`open_sources`] returned for them, or
+/// else of what is opened now.
+pub fn make_all(
+    mounts: &[Mount],
+    sources: Option<Vec<Option<OwnedFd>>>,
+    root: &Root,
+) -> StepResult<Unfinished> {
     let mut unfinished = Vec::new();
-    for (n, (mount, source)) in mounts.iter().zip(sources).enumerate() {
-        unfinished.extend(mount.make(source, root).map_err(|error| named(n, &error))?);
+    let mut sources = sources.map(Vec::into_iter);
+    for mount in mounts {
+        let source = match &mut sources {
+            Some(sources) => sources.next().flatten(),
+            None => mount.open_source()?,
+        };
+        unfinished.extend(mount.make(source, root)?);
     }
     Ok(Unfinished(unfinished))
 }
