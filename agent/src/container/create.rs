@@ -75,7 +75,7 @@ pub fn check_process(field: &str, process: &agent::Process) -> Result<(), Error>
 
 impl Plan {
     /// Checks a request. Makes nothing but the container's writable layer.
-    pub fn new(request: agent::CreateContainerRequest, storage: &mut Storage) -> Result<Self, Error> {
+    pub fn new(mut request: agent::CreateContainerRequest, storage: &mut Storage) -> Result<Self, Error> {
         check_process("process", &request.process)?;
         cgroup::check(&request.cgroup_path)?;
         rootfs::check(&request)?;
@@ -97,12 +97,15 @@ impl Plan {
             mounts = mounts.into_iter().map(Mount::in_the_guests_cgroup_namespace).collect();
         }
         let devices = request.devices.iter().enumerate();
-        let devices = devices.map(|(i, device)| Device::plan(i, device)).collect::<Result<_, _>>()?;
-        let devices = devices::all(devices);
-        let limits = match request.resources.as_ref() {
-            Some(resources) => Limits::plan("resources", resources, storage)?.with_devices()?,
+        let devices = devices.map(|(i, device)| Device::plan(i, device)).collect::<Result<Vec<_>, _>>()?;
+        let limits = match request.resources.as_mut() {
+            Some(resources) => {
+                devices::renumber(&mut resources.device_rules, &request.devices, &devices);
+                Limits::plan("resources", resources, storage)?.with_devices()?
+            }
             None => Limits::default(),
         };
+        let devices = devices::all(devices);
         let lower = storage.share_path(&request.rootfs.share_path);
         let layer = storage.layer(&request.container_id)?;
         let rootfs = Rootfs::new(&request, lower, layer)?;

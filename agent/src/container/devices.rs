@@ -10,7 +10,7 @@ use nix::{
     errno::Errno,
     fcntl::AtFlags,
     mount::{MntFlags, umount2},
-    sys::stat::{Mode, SFlag, makedev, mknodat},
+    sys::stat::{Mode, SFlag, major, makedev, minor, mknodat},
     unistd::{Gid, Uid, UnlinkatFlags, fchownat, symlinkat, unlinkat},
 };
 use rvm_protocol::agent;
@@ -179,6 +179,21 @@ pub fn make_all(devices: &[Device], elsewhere: Option<&[OwnedFd]>, root: &Root) 
     link("pts/ptmx", "ptmx")
 }
 
+/// Turns the rules that are about the host's numbers of the devices `asked` for
+/// into rules about the guest's: `planned`, in the same order.
+pub fn renumber(rules: &mut [agent::DeviceRule], asked: &[agent::Device], planned: &[Device]) {
+    for rule in rules.iter_mut().filter(|rule| rule.type_ == "b") {
+        let meant = asked.iter().zip(planned).find(|(asked, _)| {
+            !asked.block_serial.is_empty()
+                && (rule.major, rule.minor) == (Some(asked.major), Some(asked.minor))
+        });
+        if let Some((_, device)) = meant {
+            rule.major = u32::try_from(major(device.number)).ok();
+            rule.minor = u32::try_from(minor(device.number)).ok();
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -207,5 +222,32 @@ mod tests {
             Device::plan(1, &device("dev/x", "c", 0)).unwrap_err().to_string(),
             "devices[1].path: \"dev/x\" must be an absolute path"
         );
+    }
+
+    #[test]
+    fn rules_follow_their_devices() {
+        let asked = |minor, serial: &str| agent::Device {
+            major: 254,
+            minor,
+            block_serial: serial.into(),
+            ..device("/dev/x", "b", 0)
+        };
+        let planned = |minor| Device { kind: SFlag::S_IFBLK, ..Device::default("/dev/x", 254, minor) };
+        let rule = |kind: &str, minor| agent::DeviceRule {
+            type_: kind.into(),
+            major: Some(254),
+            minor,
+            ..Default::default()
+        };
+        // What is one's number on the host is the other's in the guest.
+        let mut rules =
+            [rule("b", Some(0)), rule("b", Some(1)), rule("b", None), rule("c", Some(0)), rule("b", Some(2))];
+        renumber(
+            &mut rules,
+            &[asked(0, "s0"), asked(1, "s1"), asked(2, "")],
+            &[planned(1), planned(0), planned(9)],
+        );
+        let minors = rules.map(|rule| rule.minor);
+        assert_eq!(minors, [Some(1), Some(0), None, Some(0), Some(2)]);
     }
 }
