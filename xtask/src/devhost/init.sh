@@ -144,7 +144,8 @@ run_command() {
         (while read -r word rows columns; do
             [ "$word" = size ] && stty -F /dev/hvc0 rows "$rows" cols "$columns"
         done) <&3 &
-        setsid -c /bin/sh $stage/run/command </dev/hvc0 >/dev/hvc0 2>&1 3<&- &
+        # One open file for reading and writing, as terminals have: programs read from their standard error.
+        setsid -c /bin/sh $stage/run/command <>/dev/hvc0 >&0 2>&0 3<&- &
         wait $!
         code=$?
         stty -F /dev/hvc0 sane # waits until its output has left
