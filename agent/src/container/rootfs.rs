@@ -202,8 +202,8 @@ fn mask(root: &Root, path: &Path) -> nix::Result<()> {
     let Some(target) = existing(root.find(path))? else { return Ok(()) };
     let cover = if kind(&target)? == SFlag::S_IFDIR {
         let tmpfs = FsContext::new("tmpfs")?;
-        tmpfs.set("nr_blocks", Some("1"))?;
-        tmpfs.set("nr_inodes", Some("1"))?;
+        tmpfs.set("source", Some("tmpfs"))?;
+        tmpfs.set("ro", None)?;
         tmpfs.mount(libc::MOUNT_ATTR_RDONLY)?
     } else {
         // One that an image brought instead would mask nothing.

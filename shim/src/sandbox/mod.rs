@@ -438,13 +438,20 @@ fn disk_config(disk: &HostDisk) -> DiskConfig {
     DiskConfig { serial: disk.serial(), path: disk.path.clone(), readonly: disk.readonly }
 }
 
+/// The host's name: what a new UTS namespace on it would begin with. A container
+/// whose specification names none keeps it, as under runc.
+fn host_name() -> Option<String> {
+    let name = nix::unistd::gethostname().ok()?.into_string().ok()?;
+    (!name.is_empty() && name.len() <= MAX_HOSTNAME_LEN).then_some(name)
+}
+
 fn set_up_request(config: &Config, id: &str) -> SetUpSandboxRequest {
     let backing = match config.scratch {
         config::Scratch::Tmpfs { size_bytes } => Backing::TmpfsBytes(size_bytes),
         config::Scratch::Block { .. } => Backing::BlockSerial(SCRATCH_SERIAL.into()),
     };
     SetUpSandboxRequest {
-        hostname: id.chars().take(MAX_HOSTNAME_LEN).collect(),
+        hostname: host_name().unwrap_or_else(|| id.chars().take(MAX_HOSTNAME_LEN).collect()),
         share_tag: SHARE_TAG.into(),
         scratch: Some(Scratch { backing: Some(backing), ..Default::default() }).into(),
         ..Default::default()

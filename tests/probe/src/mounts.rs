@@ -9,7 +9,6 @@ pub fn print(out: &mut Out) {
     out.section("mount");
     let text = read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let mut seen: HashMap<String, u32> = HashMap::new();
-    let mut order = Vec::new();
     for line in text.lines() {
         let Some((head, tail)) = line.split_once(" - ") else { continue };
         let head: Vec<&str> = head.split(' ').collect();
@@ -40,9 +39,7 @@ pub fn print(out: &mut Out) {
         if kind == "tmpfs" {
             out.put(format_args!("{name}.size"), size(point));
         }
-        order.push(name);
     }
-    out.put("order", order.join(" "));
     out.section("");
 }
 
