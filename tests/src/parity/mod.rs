@@ -50,7 +50,12 @@ pub fn run(world: &World) -> Result<Report> {
         let runc = lines(world, bundle, RUNC, &probe)?;
         let after_runc = started.elapsed();
         let rvm = lines(world, bundle, stage::RUNTIME, &probe)?;
+        let known = report.wrong().len();
         report.compare(bundle.name, &runc, &rvm);
+        // At once: a run may be ended before its report.
+        for difference in &report.wrong()[known..] {
+            eprintln!("wrong: {difference}");
+        }
         eprintln!(
             "parity: {:<16} {:>4} lines under runc in {} ms, {:>4} under rvm in {} ms",
             bundle.name,
