@@ -134,7 +134,18 @@ impl Write {
                 format!("{} {period}", now.split_whitespace().next().unwrap_or("max")).into()
             }
         };
-        files::write(cgroup.dir(), &self.file, &value).map_err(|error| self.refused(&value, &error))
+        match files::write(cgroup.dir(), &self.file, &value) {
+            // CRI allows none of every size its host has; of one that the guest
+            // does not have none can be used.
+            Err(error)
+                if error.kind() == ErrorKind::NotFound
+                    && value == "0"
+                    && self.file.starts_with("hugetlb.") =>
+            {
+                Ok(())
+            }
+            result => result.map_err(|error| self.refused(&value, &error)),
+        }
     }
 
     fn refused(&self, value: &str, error: &std::io::Error) -> Error {
@@ -281,6 +292,19 @@ mod tests {
             ]
         );
         assert!(plan(&Resources::default()).unwrap().writes.is_empty());
+    }
+
+    #[test]
+    fn huge_pages_the_guest_does_not_have_can_be_forbidden_and_not_granted() {
+        let dir = tempfile::tempdir().unwrap();
+        let cgroup = cgroup(dir.path(), &[]);
+        let apply = |limit| {
+            let limits = vec![HugepageLimit { page_size: "1GB".into(), limit, ..Default::default() }];
+            plan(&Resources { hugepage_limits: limits, ..Default::default() }).unwrap().apply(&cgroup)
+        };
+        apply(0).unwrap();
+        let error = apply(1 << 30).unwrap_err().to_string();
+        assert!(error.ends_with("no cgroup file \"hugetlb.1GB.max\""), "{error}");
     }
 
     #[test]
