@@ -1,7 +1,7 @@
 //! Seccomp: what the guest's kernel does with the filters made of profiles. The
 //! same cases hold under runc.
 
-use anyhow::{Result, ensure};
+use anyhow::ensure;
 use rvm_tests::{case, job::Input, scale};
 use serde_json::json;
 

@@ -186,13 +186,13 @@ fn a_volume_with_other_owners() {
                 "-c",
                 "stat -c '%u:%g' /v/root /v/seven; echo x > /v/new && chown 1007:2008 /v/new && stat -c '%u:%g' /v/new"
             ]);
-            spec["mounts"].as_array_mut().map(|mounts| {
+            if let Some(mounts) = spec["mounts"].as_array_mut() {
                 mounts.push(serde_json::json!({
                     "destination": "/v", "type": "bind", "source": dir, "options": ["rbind", "rw", "idmap"],
                     "uidMappings": [{"containerID": 0, "hostID": 1000, "size": 100}, {"containerID": 100, "hostID": 0, "size": 1}],
                     "gidMappings": [{"containerID": 0, "hostID": 2000, "size": 100}, {"containerID": 100, "hostID": 0, "size": 1}],
                 }));
-            });
+            }
             let path = world.write_file("spec.json", spec.to_string())?;
             let finished = ctr.container("idmap").with(&["--config", &path]).run(&[]);
             std::fs::remove_file(path)?;
