@@ -244,18 +244,20 @@ fn device_rule(
             format!("must be of the letters r, w and m, is {access:?}"),
         ));
     }
-    if kind == "b"
-        && let (Some(major), Some(minor)) = (major, minor)
-        && block_device(devices, major.into(), minor.into()).is_none()
-    {
-        return Ok(None);
-    }
+    let block_serial = match (kind, major, minor) {
+        ("b", Some(major), Some(minor)) => match block_device(devices, major.into(), minor.into()) {
+            Some(device) => device.block_serial.clone(),
+            None => return Ok(None),
+        },
+        _ => String::new(),
+    };
     Ok(Some(DeviceRule {
         allow: rule.allow(),
         type_: kind.into(),
         major,
         minor,
         access: access.into(),
+        block_serial,
         ..Default::default()
     }))
 }

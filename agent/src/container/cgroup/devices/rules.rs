@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use rvm_protocol::agent::DeviceRule;
 
-use crate::error::Error;
+use crate::{error::Error, storage::BlockDevice};
 
 /// A set of `BPF_DEVCG_ACC_*`.
 pub type Access = u32;
@@ -80,7 +80,14 @@ impl Rules {
                     return Err(Error::invalid(field(".type"), reason));
                 }
             };
-            let devices = Devices { kind, major: rule.major, minor: rule.minor };
+            let devices = match rule.block_serial.as_str() {
+                "" => Devices { kind, major: rule.major, minor: rule.minor },
+                serial => {
+                    let device = BlockDevice::with_serial(serial)
+                        .map_err(|error| Error::invalid(field(".block_serial"), error.to_string()))?;
+                    Devices { kind, major: Some(device.major), minor: Some(device.minor) }
+                }
+            };
             rules.apply(rule.allow, devices, access).map_err(|reason| Error::invalid(field(""), reason))?;
         }
         for (kind, major, minor, access) in DEFAULT {
@@ -182,6 +189,10 @@ pub mod tests {
             (vec![rule(true, "c", 1, 1, "")], "r[0].access: \"\" must be one or more of \"rwm\""),
             (vec![rule(true, "c", 1, 1, "rx")], "r[0].access: \"rx\" must be one or more of \"rwm\""),
             (vec![rule(true, "p", 1, 1, "r")], "r[0].type: \"p\" must be \"a\", \"b\" or \"c\""),
+            (
+                vec![DeviceRule { block_serial: "none".into(), ..rule(true, "b", 8, 0, "r") }],
+                "r[0].block_serial: no block device has the serial \"none\"",
+            ),
             (
                 vec![rule(true, "b", -1, -1, "rw"), rule(false, "b", 8, 0, "w")],
                 "r[1]: cannot forbid a part of what an earlier rule allows for all numbers; put it as rules that need no hole",
