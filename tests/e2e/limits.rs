@@ -126,7 +126,9 @@ fn a_fork_bomb() {
 #[test]
 fn a_disk_by_rate() {
     case(|world| {
-        world.set_config(&world.config().text("scratch", "backing", "block").set("scratch", "size_mib", "64"))?;
+        world.set_config(
+            &world.config().text("scratch", "backing", "block").set("scratch", "size_mib", "64"),
+        )?;
         let script = "t() { cut -d' ' -f1 /proc/uptime | tr -d .; }; \
              s=$(t); dd if=/dev/zero of=/big bs=1M count=12 conv=fsync 2>/dev/null; e=$(t); echo $((e - s))";
         let device = json!([{"major": 8, "minor": 0, "rate": 3 * MIB}]);
