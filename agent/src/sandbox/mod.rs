@@ -18,7 +18,7 @@ use crate::{
         create::{Plan, check_process},
         process::Process,
     },
-    error::{Error, StepError, check_id},
+    error::{Error, check_id},
     init::reaper::{Exit, Reaper},
     io::Attachment,
     storage::Storage,
@@ -114,12 +114,7 @@ impl Sandbox {
                 }
             }
         };
-        if let Err(mut error) = container.ready(preparing, &self.reaper).await {
-            if container.oom_kills() > 0 {
-                // In runc's words.
-                let reason = "container init was OOM-killed (memory limit too low?)";
-                error = StepError::Refused(reason.into());
-            }
+        if let Err(error) = container.ready(preparing, &self.reaper).await {
             // What the client asked for failed with the first error, not with
             // one that comes after it.
             if let Err(error) = self.remove(&id, &container).await {
