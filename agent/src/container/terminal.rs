@@ -18,12 +18,15 @@ use crate::{
     sys::mount::{attach, clone_tree},
 };
 
+/// The kernel's own, which 64-bit programs get with every open; libc's is 0.
+const O_LARGEFILE: i32 = 0o100_000;
+
 /// Both sides of a terminal.
 #[derive(Debug)]
 pub struct Terminal {
     /// For the agent; non-blocking.
     pub master: OwnedFd,
-    /// For the process.
+    /// For the process, which has it as its standard streams; not closed by `execve`.
     pub slave: OwnedFd,
 }
 
@@ -41,7 +44,9 @@ pub fn open_controlling() -> StepResult<Terminal> {
     // SAFETY: TIOCSPTLCK reads an int.
     let result = unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSPTLCK, &raw const unlock) };
     Errno::result(result).step(step)?;
-    let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
+    // The ioctl takes the flags as they are, and so the program sees them: those
+    // an ordinary open leaves. Whoever gets the descriptor closes it in time.
+    let flags = libc::O_RDWR | libc::O_NOCTTY | O_LARGEFILE;
     // SAFETY: TIOCGPTPEER takes open flags and returns a new descriptor.
     let result = unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, flags) };
     let slave = Errno::result(result).step(step)?;

@@ -95,11 +95,17 @@ pub async fn user_namespace(machine: &Machine) {
         format!("33\n34\n{}\nhi\nCapBnd:\t00000000a80425fb\n", link(&outside.to_string()).display());
     assert_eq!(output.stdout, expected, "{}", output.stderr);
 
-    let terminal = Process { terminal: true, ..shell("tty; stat -c %u $(tty); stty size") };
+    let terminal = Process {
+        terminal: true,
+        ..shell("tty; stat -c %u $(tty); grep flags /proc/self/fdinfo/0; ls /proc/self/fd | wc -l; stty size")
+    };
     let mut added = machine.create_exec("userns", "t", terminal).unwrap();
     let mut terminal = added.terminal.take().unwrap();
     added.start().await.unwrap();
-    assert_eq!(read_until(&mut terminal, "91\r\n").await, "ok\n/dev/pts/0\r\n0\r\n17 91\r\n");
+    assert_eq!(
+        read_until(&mut terminal, "91\r\n").await,
+        "ok\n/dev/pts/0\r\n0\r\nflags:\t0100002\r\n4\r\n17 91\r\n"
+    );
     added.wait().await;
 
     let stranger = User { uid: 70_000, ..Default::default() };

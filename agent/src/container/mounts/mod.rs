@@ -337,7 +337,13 @@ pub struct Unfinished(Vec<OwnedFd>);
 
 /// What takes the guest's root to open, in the mounts' order.
 pub fn open_sources(mounts: &[Mount]) -> StepResult<Vec<Option<OwnedFd>>> {
-    mounts.iter().map(Mount::open_source).collect()
+    let open = |(n, mount): (usize, &Mount)| mount.open_source().map_err(|error| named(n, &error));
+    mounts.iter().enumerate().map(open).collect()
+}
+
+/// The error with the field it is about.
+fn named(n: usize, error: &StepError) -> StepError {
+    StepError::Refused(format!("mounts[{n}]: {error}"))
 }
 
 /// Makes all mounts, in order, of what [`open_sources`] returned for them, or
@@ -349,12 +355,13 @@ pub fn make_all(
 ) -> StepResult<Unfinished> {
     let mut unfinished = Vec::new();
     let mut sources = sources.map(Vec::into_iter);
-    for mount in mounts {
+    for (n, mount) in mounts.iter().enumerate() {
         let source = match &mut sources {
-            Some(sources) => sources.next().flatten(),
-            None => mount.open_source()?,
+            Some(sources) => Ok(sources.next().flatten()),
+            None => mount.open_source(),
         };
-        unfinished.extend(mount.make(source, root)?);
+        let made = source.and_then(|source| mount.make(source, root));
+        unfinished.extend(made.map_err(|error| named(n, &error))?);
     }
     Ok(Unfinished(unfinished))
 }
