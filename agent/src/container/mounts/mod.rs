@@ -193,6 +193,13 @@ impl Mount {
     /// later mounts may need directories in it.
     fn make_new(&self, root: &Root, fs_type: &str, source: &str) -> StepResult<Option<OwnedFd>> {
         let describe = || self.describe();
+        // The directory it covers lends a tmpfs its mode, unless the spec names
+        // one; a directory that is made for it, below, does not.
+        let covered = (fs_type == "tmpfs").then(|| root.find(&self.destination).ok()).flatten();
+        let mode = match covered {
+            Some(covered) => Some(fstat(&covered).step(describe)?.st_mode & 0o7777),
+            None => None,
+        };
         let place = self.place(root, SFlag::S_IFDIR, describe)?;
         if matches!(fs_type, "proc" | "sysfs") {
             // A link in an image must not lead what follows to other files.
@@ -205,11 +212,6 @@ impl Mount {
         let target = place.fd;
         let context = FsContext::new(fs_type).step(describe)?;
         let later = fs_type == "tmpfs" && self.options.read_only();
-        let mode = match fs_type {
-            // The directory it covers lends it its mode, unless the spec names one.
-            "tmpfs" => Some(fstat(&target).step(describe)?.st_mode & 0o7777),
-            _ => None,
-        };
         let mount = self.configure(&context, source, mode, later)?;
         if self.options.copy_up {
             copy_up::copy(&target, &mount).step(|| format!("copy up into {:?}", self.destination))?;
