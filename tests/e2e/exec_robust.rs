@@ -205,7 +205,8 @@ fn two_hundred_in_a_row_leave_nothing() {
         let run = sleeper(world)?;
         let sandbox = Sandbox::find(world.stage(), &run.id)?;
         let process = json!({
-            "args": ["/bin/sh", "-c", "echo to be read; true | true; exit 3"], "cwd": "/", "env": ["PATH=/bin"]
+            "args": ["/bin/sh", "-c", "echo to be read; true | true; exit 3"], "cwd": "/", "env": ["PATH=/bin"],
+            "user": { "uid": 0, "gid": 0 },
         });
         let mut number = 0;
         let mut execs = |count: u32| -> Result<()> {

@@ -26,7 +26,7 @@ use crate::scale;
 /// An added process that has ended.
 #[derive(Clone, Debug)]
 pub struct Executed {
-    /// What it wrote to standard output.
+    /// What it wrote to standard output and error.
     pub output: String,
     /// Its exit code.
     pub code: u32,
@@ -56,7 +56,7 @@ impl Shim {
         Ok(Self { client, container: container.to_owned() })
     }
 
-    /// Runs a process to its end. `dir` takes its FIFO.
+    /// Runs a process to its end. `dir` takes the FIFO of its output.
     ///
     /// # Errors
     /// When the shim refuses, or it does not end in time.
@@ -114,10 +114,13 @@ impl Shim {
             ..Any::default()
         };
         let (id, exec_id) = (self.container.clone(), exec_id.to_owned());
+        let terminal = process["terminal"].as_bool().unwrap_or(false);
         let exec = ExecProcessRequest {
             id: id.clone(),
             exec_id: exec_id.clone(),
-            terminal: process["terminal"].as_bool().unwrap_or(false),
+            terminal,
+            // containerd's own shim wants both where there is no terminal.
+            stderr: if terminal { String::new() } else { fifo.to_string_lossy().into_owned() },
             stdout: fifo.to_string_lossy().into_owned(),
             spec: Some(spec).into(),
             ..Default::default()

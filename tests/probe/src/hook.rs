@@ -7,10 +7,10 @@ use std::{
 
 use crate::out::Out;
 
-/// Appends it to `file`. Returns the exit code.
-pub fn record(name: &str, file: &str) -> i32 {
+/// Appends it to `file`; a hook's input, which ends, as well. Returns the exit code.
+pub fn record(name: &str, file: &str, input: bool) -> i32 {
     let mut state = String::new();
-    let read = std::io::stdin().read_to_string(&mut state);
+    let read = if input { std::io::stdin().read_to_string(&mut state) } else { Ok(0) };
     let mut out = Out::default();
     out.section(name);
     out.put("args", std::env::args().collect::<Vec<_>>().join(" "));

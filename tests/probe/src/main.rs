@@ -6,6 +6,7 @@
 //! * `rvm-probe [SECTION]...` prints the sections named, all of them by default.
 //! * `rvm-probe hold` waits for ever.
 //! * `rvm-probe hook NAME FILE` appends what an OCI hook sees to a file.
+//! * `rvm-probe seen NAME FILE` does the same for a process that is no hook.
 //! * `rvm-probe output BYTES` writes bytes that a reader can tell from any others.
 //! * `rvm-probe capabilities` prints what this program's own mode and file
 //!   capabilities made of its caller's identity.
@@ -58,7 +59,8 @@ pub extern "C" fn main(_argc: c_int, _argv: *const *const c_char) -> c_int {
         ["hold"] => loop {
             calls::pause();
         },
-        ["hook", name, file] => return hook::record(name, file),
+        ["hook", name, file] => return hook::record(name, file, true),
+        ["seen", name, file] => return hook::record(name, file, false),
         ["output", bytes] => return output(bytes.parse().unwrap_or(0)),
         ["capabilities"] => {
             process::identity(&mut out);

@@ -238,7 +238,7 @@ fn user_namespace(place: &Place<'_>) -> Result<String> {
 
 /// Each kind of hook writes down what it sees, and the program that it ran.
 fn hooks(place: &Place<'_>) -> Result<String> {
-    let mut spec = place.spec(&["hook", "process", "/out/seen"])?;
+    let mut spec = place.spec(&["seen", "process", "/out/seen"])?;
     push(
         &mut spec["mounts"],
         json!({ "destination": "/out", "type": "bind", "source": place.path("out"), "options": ["rbind", "rw"] }),
@@ -321,7 +321,7 @@ fn execs(place: &Place<'_>) -> Result<String> {
         Ok(executed.output)
     };
     let args = json!([PROBE, "process", "terminal"]);
-    let plain = json!({ "args": args, "cwd": "/", "env": ["PATH=/bin"] });
+    let plain = json!({ "args": args, "cwd": "/", "env": ["PATH=/bin"], "user": { "uid": 0, "gid": 0 } });
     let with = |changes: Value| {
         let mut process = plain.clone();
         if let (Some(process), Value::Object(changes)) = (process.as_object_mut(), changes) {

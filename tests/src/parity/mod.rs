@@ -73,6 +73,10 @@ pub fn run(world: &World) -> Result<Report> {
 fn lines(world: &World, bundle: &Bundle, runtime: &str, probe: &std::path::Path) -> Result<Lines> {
     let place = Place::new(world, bundle.name, runtime, probe)?;
     let result = (bundle.run)(&place);
+    if result.is_err() {
+        // Its container may still be there, and the next one has its name.
+        world.sweep();
+    }
     place.remove()?;
     Ok(match result {
         Ok(text) => compare::parse(&text),
