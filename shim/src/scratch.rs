@@ -12,6 +12,7 @@
 //! docs/decisions/0410.
 
 use std::{
+    ffi::OsString,
     fs::{self, DirBuilder, File, OpenOptions},
     io,
     os::{
@@ -29,6 +30,8 @@ use nix::{
 
 use crate::rootfs::{Layer, snapshot_dir};
 
+/// The program that makes file systems (e2fsprogs).
+pub const MKFS: &str = "mkfs.ext4";
 /// Its name beside the snapshot's directories, and in the sandbox's.
 pub const FILE_NAME: &str = "rvm-scratch.ext4";
 
@@ -61,7 +64,7 @@ pub enum ScratchError {
         source: io::Error,
     },
     /// No file system can be made.
-    #[error("scratch.backing = \"block\": mkfs.ext4 (package e2fsprogs): {0}")]
+    #[error("scratch.backing: \"block\" needs mkfs.ext4 (package e2fsprogs), \"tmpfs\" does not: {0}")]
     MakeFileSystem(String),
 }
 
@@ -127,16 +130,13 @@ fn make_template(path: &Path, size_bytes: u64) -> Result<(), ScratchError> {
 
 fn make_file_system(path: &Path, size_bytes: u64) -> Result<(), ScratchError> {
     create_file(path).and_then(|file| file.set_len(size_bytes)).map_err(failed(path))?;
-    // containerd's PATH may lack the administrator's directories.
-    let mut search = std::env::var_os("PATH").unwrap_or_default();
-    search.push(":/usr/local/sbin:/usr/sbin:/sbin");
-    let mut command = Command::new("mkfs.ext4");
+    let mut command = Command::new(MKFS);
     command
         .args(["-q", "-F", "-b", "4096", "-I", "256", "-i", "16384", "-m", "0", "-O", FEATURES])
         // The file is all zeroes: nothing has to be written to make it so.
         .args(["-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner=0:0"])
         .arg(path)
-        .env("PATH", search)
+        .env("PATH", search_path())
         .env("MKE2FS_CONFIG", "/dev/null")
         .stdin(Stdio::null());
     let output = command.output().map_err(|error| ScratchError::MakeFileSystem(error.to_string()))?;
@@ -146,6 +146,14 @@ fn make_file_system(path: &Path, size_bytes: u64) -> Result<(), ScratchError> {
     let text = String::from_utf8_lossy(&output.stderr);
     let said: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
     Err(ScratchError::MakeFileSystem(format!("{}: {}", output.status, said.join("; "))))
+}
+
+/// Where [`MKFS`] is looked for: containerd's `PATH` may lack the administrator's
+/// directories.
+pub fn search_path() -> OsString {
+    let mut path = std::env::var_os("PATH").unwrap_or_default();
+    path.push(":/usr/local/sbin:/usr/sbin:/sbin");
+    path
 }
 
 fn create_file(path: &Path) -> io::Result<File> {

@@ -84,6 +84,7 @@ impl Report {
                     files::monitor(&config.host.monitor),
                     files::kernel(&config.guest.kernel),
                     files::initramfs(&config.guest.initramfs),
+                    path::file_system_maker(&config.scratch),
                 ]);
             }
             Err(error) => {

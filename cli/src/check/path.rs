@@ -8,6 +8,8 @@ use std::{
     path::PathBuf,
 };
 
+use rvm_shim::{config::Scratch, scratch};
+
 use super::Check;
 
 const SHIM: &str = "containerd-shim-rvm-v2";
@@ -48,6 +50,22 @@ pub(super) fn shim_on_containerds_path() -> Check {
             let detail = format!("no containerd runs; a service would find no {SHIM} on PATH={SERVICE_PATH}");
             Check::optional(name, detail, remedy())
         }
+    }
+}
+
+/// Whether file systems for writable layers can be made, where they are wanted.
+pub(super) fn file_system_maker(scratch: &Scratch) -> Check {
+    let name = "scratch";
+    match (scratch, look_up(&scratch::search_path(), scratch::MKFS)) {
+        (Scratch::Tmpfs { .. }, _) => Check::ok(name, "in the guest's memory (tmpfs)"),
+        (Scratch::Block { .. }, Some(found)) => {
+            Check::ok(name, format!("on block devices made by {}", found.display()))
+        }
+        (Scratch::Block { .. }, None) => Check::missing(
+            name,
+            format!("no {} for scratch.backing = \"block\"", scratch::MKFS),
+            "install e2fsprogs, or set scratch.backing to \"tmpfs\"",
+        ),
     }
 }
 

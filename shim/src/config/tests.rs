@@ -16,7 +16,7 @@ fn defaults_are_what_the_documented_file_says() {
     assert_eq!(Config::parse(DOCUMENTED, "documented").unwrap(), defaults);
     assert_eq!(defaults.guest.vcpus, 1);
     assert_eq!(defaults.guest.boot_timeout, Duration::from_secs(60));
-    assert_eq!(defaults.scratch, Scratch::Tmpfs { size_bytes: 0 });
+    assert_eq!(defaults.scratch, Scratch::Block { size_bytes: 10 << 30 });
     assert_eq!(defaults.host.state_dir, Path::new("/run/rvm"));
     assert_eq!(defaults.log_level, log::LevelFilter::Info);
 }
@@ -77,8 +77,8 @@ fn a_users_file_changes_what_it_names() {
     assert_eq!(config.guest.cmdline(), format!("{DEFAULT_CMDLINE} loglevel=7 dyndbg=\"file a.c +p\""));
     assert_eq!(config.scratch, Scratch::Block { size_bytes: 1 << 30 });
     assert!(config.compat.ignore_labels && !defaults.compat.ignore_labels);
-    let block = Config::parse("[scratch]\nbacking = 'block'\n", "config.toml").unwrap();
-    assert_eq!(block.scratch, Scratch::Block { size_bytes: 10 << 30 });
+    let tmpfs = Config::parse("[scratch]\nbacking = 'tmpfs'\n", "config.toml").unwrap();
+    assert_eq!(tmpfs.scratch, Scratch::Tmpfs { size_bytes: 0 });
     assert_eq!(config.log_level, log::LevelFilter::Debug);
     assert_eq!(config.guest.kernel, defaults.guest.kernel);
     assert_eq!(config.host, defaults.host);
