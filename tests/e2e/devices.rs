@@ -61,6 +61,7 @@ fn a_block_device_that_is_not_there() {
         let spec = ctr.run(&["oci", "spec"], scale::command())?.success()?;
         let mut spec: serde_json::Value = serde_json::from_slice(&spec.stdout)?;
         spec["root"]["path"] = world.rootfs()?.to_string_lossy().into_owned().into();
+        spec["process"]["args"] = serde_json::json!(["/bin/true"]);
         spec["linux"]["devices"] =
             serde_json::json!([{"path": "/dev/x", "type": "b", "major": 240, "minor": 77}]);
         let path = world.write_file("spec.json", spec.to_string())?;

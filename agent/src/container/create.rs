@@ -224,7 +224,8 @@ impl Plan {
     }
 
     fn begin(&self, channel: &channel::Child, ends: &ChildEnds) -> StepResult<()> {
-        let keep: Vec<RawFd> = self.namespaces.descriptors().chain([channel.as_fd().as_raw_fd()]).collect();
+        let own = self.mounts.iter().filter_map(Mount::descriptor).chain([channel.as_fd().as_raw_fd()]);
+        let keep: Vec<RawFd> = self.namespaces.descriptors().chain(own).collect();
         child::begin(ends, &keep)?;
         user::apply_oom_score(&self.request.process)?;
         self.namespaces.join()

@@ -8,6 +8,8 @@
 //! * `rvm-probe hook NAME FILE` appends what an OCI hook sees to a file.
 //! * `rvm-probe seen NAME FILE` does the same for a process that is no hook.
 //! * `rvm-probe output BYTES` writes bytes that a reader can tell from any others.
+//! * `rvm-probe volume FILE` makes the file and prints how locks and shared
+//!   mappings of it behave.
 //! * `rvm-probe capabilities` prints what this program's own mode and file
 //!   capabilities made of its caller's identity.
 
@@ -24,6 +26,7 @@ mod mounts;
 mod out;
 mod process;
 mod terminal;
+mod volume;
 
 use std::{
     ffi::{c_char, c_int},
@@ -62,6 +65,7 @@ pub extern "C" fn main(_argc: c_int, _argv: *const *const c_char) -> c_int {
         ["hook", name, file] => return hook::record(name, file, true),
         ["seen", name, file] => return hook::record(name, file, false),
         ["output", bytes] => return output(bytes.parse().unwrap_or(0)),
+        ["volume", file] => volume::print(file),
         ["capabilities"] => {
             process::identity(&mut out);
             out.flush();

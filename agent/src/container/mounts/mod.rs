@@ -4,7 +4,7 @@ mod copy_up;
 mod options;
 
 use std::{
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, OwnedFd, RawFd},
     path::{Path, PathBuf},
 };
 
@@ -55,8 +55,9 @@ pub struct Mount {
 enum Kind {
     /// A file system of its own.
     New { fs_type: String, source: String },
-    /// The file system on a block device.
-    Block { fs_type: String, source: String },
+    /// The file system on a block device, mounted at no place yet: by the agent,
+    /// whom neither device rules nor a user namespace keep from it.
+    Block { fs_type: String, mount: OwnedFd },
     /// A place of the guest, seen at a second place.
     Bind { source: PathBuf, recursive: bool },
     /// What is mounted there already, with other flags; and where `whole`, with
@@ -122,11 +123,13 @@ impl Mount {
                 Kind::New { fs_type: fs_type.to_owned(), source: mount.source.clone() }
             }
             None => {
-                let device = BlockDevice::with_serial(&mount.block_serial)?;
-                Kind::Block {
-                    fs_type: mount.type_.clone(),
-                    source: device.path.to_string_lossy().into_owned(),
-                }
+                let source = BlockDevice::with_serial(&mount.block_serial)?.path;
+                let fs_type = mount.type_.clone();
+                let kind = Kind::New { fs_type: fs_type.clone(), source: String::new() };
+                let planned = Self { destination, kind, options };
+                let context = FsContext::new(&fs_type).step(|| planned.describe())?;
+                let mount = planned.configure(&context, &source.to_string_lossy(), None, false)?;
+                return Ok(Self { kind: Kind::Block { fs_type, mount }, ..planned });
             }
         };
         if options.copy_up && mount.type_ != "tmpfs" {
@@ -145,6 +148,14 @@ impl Mount {
         self
     }
 
+    /// The descriptor the child needs, if any.
+    pub fn descriptor(&self) -> Option<RawFd> {
+        match &self.kind {
+            Kind::Block { mount, .. } => Some(mount.as_raw_fd()),
+            _ => None,
+        }
+    }
+
     /// Whether this mount brings a `/dev` that is complete already.
     pub fn brings_devices(&self) -> bool {
         self.destination == Path::new("/dev") && matches!(self.kind, Kind::Bind { .. })
@@ -154,22 +165,15 @@ impl Mount {
         match (&self.kind, source) {
             (Kind::New { fs_type, source }, _) => self.make_new(root, fs_type, source),
             (Kind::Remount { whole }, _) => self.remount(root, *whole).map(|()| None),
-            (Kind::Bind { .. } | Kind::Block { .. }, Some(mount)) => self.put(root, &mount).map(|()| None),
-            (Kind::Bind { .. } | Kind::Block { .. }, None) => refused(|| self.describe(), "it has no source"),
+            (Kind::Block { mount, .. }, _) => self.put(root, mount).map(|()| None),
+            (Kind::Bind { .. }, Some(mount)) => self.put(root, &mount).map(|()| None),
+            (Kind::Bind { .. }, None) => refused(|| self.describe(), "it has no source"),
         }
     }
 
-    /// A mount at no place yet of what takes the guest's root: what a bind mount
-    /// shows, with its attributes, and the file system of a block device.
+    /// A mount of what a bind mount shows, with its attributes, at no place yet.
     fn open_source(&self) -> StepResult<Option<OwnedFd>> {
-        let (source, recursive) = match &self.kind {
-            Kind::Bind { source, recursive } => (source, recursive),
-            Kind::Block { fs_type, source } => {
-                let context = FsContext::new(fs_type).step(|| self.describe())?;
-                return self.configure(&context, source, None, false).map(Some);
-            }
-            Kind::New { .. } | Kind::Remount { .. } => return Ok(None),
-        };
+        let Kind::Bind { source, recursive } = &self.kind else { return Ok(None) };
         let mount = clone_tree(AT_FDCWD, source, *recursive).step(|| self.describe())?;
         for (attributes, recursive) in [(self.options.attributes, false), (self.options.recursive, true)] {
             if !attributes.is_empty() {

@@ -23,7 +23,7 @@ const PLACES: [(&str, &str); 2] = [("root file system", "/fst"), ("volume", "/v/
 /// Users whose rights pjdfstest tries, as the busybox image names them; the
 /// sleeps are longer than an ext4 time stamp's grain (a tick).
 const PJDFSTEST_CONFIG: &str = "\
-[features]\nposix_fallocate = {}\nutimensat = {}\nutime_now = {}\nstat_st_ctime = {}\n\
+[features]\nposix_fallocate = {}\nutimensat = {}\nutime_now = {}\nrename_ctime = {}\n\
 [settings]\nnaptime = 0.02\n\
 [dummy_auth]\nentries = [[\"nobody\", \"nogroup\"], [\"user\", \"user\"]]\n";
 

@@ -1,0 +1,81 @@
+//! Locks and shared mappings of one file.
+
+use std::{
+    fs::File,
+    io::Result,
+    os::{fd::AsRawFd, unix::fs::FileExt},
+};
+
+use crate::{
+    calls::{Shown, address_mut, call},
+    out::Out,
+};
+
+const PAGE: usize = 4096;
+
+/// Makes `path` and prints what a second description of it is allowed while the
+/// first has locked it, and what is read of a page another mapping has written.
+pub fn print(path: &str) {
+    if let Err(error) = try_print(path) {
+        Out::line(&format!("error = {error}"));
+    }
+    Out::line("volume = complete");
+}
+
+fn try_print(path: &str) -> Result<()> {
+    let open = || File::options().read(true).write(true).create(true).truncate(false).open(path);
+    let (first, second) = (open()?, open()?);
+    first.set_len(2 * PAGE as u64)?;
+    let flock = |file: &File, how: i32| {
+        Shown(call(libc::SYS_flock, [file.as_raw_fd() as usize, (how | libc::LOCK_NB) as usize]))
+    };
+    Out::line(&format!("flock = {}", flock(&first, libc::LOCK_EX)));
+    Out::line(&format!("flock again = {}", flock(&second, libc::LOCK_EX)));
+    Out::line(&format!("flock shared = {}", flock(&second, libc::LOCK_SH)));
+    Out::line(&format!("unlock = {}", flock(&first, libc::LOCK_UN)));
+    Out::line(&format!("flock freed = {}", flock(&second, libc::LOCK_EX)));
+
+    // struct flock: l_type and l_whence are shorts, then start, length and pid.
+    let own = |file: &File, kind: i32, start: u64| {
+        let mut lock = [kind as u64, start, 100, 0];
+        let command = libc::F_OFD_SETLK as usize;
+        Shown(call(libc::SYS_fcntl, [file.as_raw_fd() as usize, command, address_mut(&mut lock)]))
+    };
+    Out::line(&format!("range = {}", own(&first, libc::F_WRLCK, 0)));
+    Out::line(&format!("range again = {}", own(&second, libc::F_RDLCK, 50)));
+    Out::line(&format!("range beside = {}", own(&second, libc::F_WRLCK, 100)));
+
+    // SAFETY: a new mapping of a file of two pages that stays open.
+    let page = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            2 * PAGE,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_SHARED,
+            first.as_raw_fd(),
+            0,
+        )
+    };
+    if page == libc::MAP_FAILED {
+        return Err(std::io::Error::last_os_error());
+    }
+    let page = page.cast::<u8>();
+    // SAFETY: within the mapping.
+    let second_page = unsafe { page.add(PAGE) };
+    // SAFETY: mapped, and nothing else of this process touches it.
+    unsafe { second_page.write_volatile(b'm') };
+    let mut seen = [0];
+    second.read_exact_at(&mut seen, PAGE as u64)?;
+    Out::line(&format!("mapped then read = {}", seen[0] as char));
+    second.write_all_at(b"w", 1)?;
+    // SAFETY: within the mapping.
+    let second_byte = unsafe { page.add(1) };
+    // SAFETY: as above.
+    let seen = unsafe { second_byte.read_volatile() };
+    Out::line(&format!("written then mapped = {}", seen as char));
+    Out::line(&format!(
+        "msync = {}",
+        Shown(call(libc::SYS_msync, [page as usize, 2 * PAGE, libc::MS_SYNC as usize]))
+    ));
+    Ok(())
+}
