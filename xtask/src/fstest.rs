@@ -16,7 +16,7 @@ pub struct Args {
     /// Run pjdfstest's tests whose names contain one of these; all otherwise.
     patterns: Vec<String>,
     /// Operations of each run of fsx.
-    #[arg(long, default_value_t = 2000)]
+    #[arg(long, default_value_t = 1000)]
     operations: u32,
 }
 
