@@ -22,7 +22,7 @@ fn with_loop(test: impl FnOnce(&World, &str, &str) -> Result<()>) {
 #[test]
 fn a_block_device_is_given_to_a_container() {
     with_loop(|world, device, file| {
-        shell(&format!("printf host > {file}"))?;
+        shell(&format!("printf host | dd of={device} conv=notrunc,fsync 2>&1"))?;
         let run = world.ctr().container("device").with(&["--device", device]);
         let script = format!(
             "test -b {device} && head -c 4 {device}; echo; \
