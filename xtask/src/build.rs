@@ -119,6 +119,8 @@ pub fn debian_image() -> Result<PathBuf> {
             "/usr/share/man/*",
             "/usr/share/locale/*",
             "/usr/share/info/*",
+            "/usr/share/i18n/*",
+            "/usr/lib/x86_64-linux-gnu/libz3*",
             "/usr/lib/x86_64-linux-gnu/libLLVM*",
             "/usr/lib/llvm-*",
             "/usr/lib/postgresql/*/lib/bitcode/*",
