@@ -17,10 +17,13 @@ use crate::progress::Step;
 
 /// The host's programs, by cargo package.
 const HOST_PACKAGES: &[&str] = &["rvm-shim", "rvm-vmm", "rvmctl"];
-/// The agent is linked statically: the guest has no libraries.
+/// The guest's program.
 const AGENT_PACKAGE: &str = "rvm-agent";
-/// So is the probe: it is all a container's root holds.
+/// All that the root of a container of the parity suite holds.
 const PROBE_PACKAGE: &str = "rvm-probe";
+/// All of them are linked statically: guest and probe have no libraries, and on
+/// the host shim and monitor are started for every container, where a dynamic
+/// linker is a good part of the time until they do something of use.
 const STATIC_TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// What [`busybox_image`] is called once imported.
@@ -66,9 +69,9 @@ pub struct Artifacts {
 /// Builds everything in `profile`; quick when nothing changed.
 pub fn artifacts(profile: Profile) -> Result<Artifacts> {
     packages::ensure(&[Purpose::Build, Purpose::GuestKernel])?;
-    let binaries = target_dir().join(profile.as_str());
-    cargo_build("Compiling the host's programs", profile, HOST_PACKAGES, |_| {})?;
-    let agent = static_program("Compiling the agent", AGENT_PACKAGE, profile)?;
+    let binaries = static_build("Compiling the host's programs", profile, HOST_PACKAGES)?;
+    // By itself, so that it gets no features of libraries that only the others use.
+    let agent = static_build("Compiling the agent", profile, &[AGENT_PACKAGE])?.join(AGENT_PACKAGE);
     let initramfs = target_dir().join("rvm").join(profile.as_str()).join("initramfs.cpio");
     let content = initramfs::build(&fs::read(&agent).with_context(|| format!("read {}", agent.display()))?)?;
     write_if_changed(&initramfs, &content)?;
@@ -87,7 +90,8 @@ pub fn kernel(flavour: Flavour) -> Result<guest_kernel::Kernel> {
     let step = Step::start(format!("Guest kernel ({})", flavour.as_str()));
     let kernel = guest_kernel::build(&BuildOptions {
         cache_dir: cache_dir()?,
-        jobs: std::thread::available_parallelism().map_or(1, usize::from),
+        // make's own work between two compilers leaves a processor idle otherwise.
+        jobs: 2 * std::thread::available_parallelism().map_or(1, usize::from),
         flavour,
         refresh: false,
         progress: &|doing, fraction| step.at(fraction, doing.as_str()),
@@ -227,20 +231,20 @@ pub fn cargo_build(
 
 /// Compiles the program that looks at a container from inside. Returns its path.
 pub fn probe() -> Result<PathBuf> {
-    static_program("Compiling the probe", PROBE_PACKAGE, Profile::Fast)
+    Ok(static_build("Compiling the probe", Profile::Fast, &[PROBE_PACKAGE])?.join(PROBE_PACKAGE))
 }
 
-/// Compiles a program that needs nothing of the root it runs in. Returns its path.
-fn static_program(name: &str, package: &str, profile: Profile) -> Result<PathBuf> {
+/// Compiles packages' programs, linked statically. Returns the directory they are in.
+fn static_build(name: &str, profile: Profile, packages: &[&str]) -> Result<PathBuf> {
     // Naming the target keeps the flags away from build scripts and procedural macros.
     let mut flags = std::env::var("RUSTFLAGS").unwrap_or_default();
     flags.push_str(" -C target-feature=+crt-static");
-    let target_dir = target_dir().join("agent");
-    cargo_build(name, profile, &[package], |command| {
+    let target_dir = target_dir().join("static");
+    cargo_build(name, profile, packages, |command| {
         command.env("RUSTFLAGS", flags.trim()).args(["--target", STATIC_TARGET]);
         command.arg("--target-dir").arg(&target_dir);
     })?;
-    Ok(target_dir.join(STATIC_TARGET).join(profile.as_str()).join(package))
+    Ok(target_dir.join(STATIC_TARGET).join(profile.as_str()))
 }
 
 /// How many crates go into `packages`.
