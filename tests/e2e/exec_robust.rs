@@ -20,7 +20,7 @@ use serde_json::json;
 
 /// How many MiB are read; unset: [`OUTPUT_MIB`].
 const OUTPUT_ENV: &str = "RVM_TEST_OUTPUT_MIB";
-const OUTPUT_MIB: u64 = 64;
+const OUTPUT_MIB: u64 = 16;
 
 /// A container that runs until it is killed, with the probe in `/probe`.
 fn sleeper(world: &World) -> Result<Run> {
