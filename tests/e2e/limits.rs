@@ -219,7 +219,7 @@ fn limits_change_both_ways() {
         ensure!(bomb.text().is_empty() && bomb.errors().contains("can't fork"), "{bomb}");
         let takes = |mib: u64| format!("dd if=/dev/zero of=/dev/null bs={mib}M count=1 2>&1; echo $?");
         let killed = exec(&ctr, id, &takes(40))?;
-        ensure!(killed.text().contains("137"), "{killed}");
+        ensure!(killed.text().contains("137") || killed.code() == 137, "{killed}");
         ensure!(count(world, id, "/tasks/oom")? == 1, "one kill, one event");
 
         Shim::of(id)?.update(&json!({"pids": {"limit": 100}, "memory": {"limit": 64 * MIB}}))?;
@@ -231,7 +231,9 @@ fn limits_change_both_ways() {
 
         Shim::of(id)?.update(&json!({"pids": {"limit": 12}, "memory": {"limit": 24 * MIB}}))?;
         ensure!(exec(&ctr, id, forks)?.errors().contains("can't fork"));
-        ensure!(exec(&ctr, id, &takes(40))?.text().contains("137"));
+        // The kernel may take the shell for the larger one.
+        let killed = exec(&ctr, id, &takes(40))?;
+        ensure!(killed.text().contains("137") || killed.code() == 137, "{killed}");
         ensure!(count(world, id, "/tasks/oom")? == 2, "two kills, two events");
 
         let wrong = json!({"pids": {"limit": 50}, "unified": {"memory.nonsense": "1"}});
