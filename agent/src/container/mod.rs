@@ -159,8 +159,9 @@ impl Container {
         }
     }
 
-    /// Registers a process to be added.
-    pub fn add(&self, exec_id: &str, spec: agent::Process) -> Result<(), Error> {
+    /// Registers a process to be added. One that names no capabilities has those
+    /// of the first process.
+    pub fn add(&self, exec_id: &str, mut spec: agent::Process) -> Result<(), Error> {
         if self.first.exited().is_some() {
             return Err(Error::Precondition(format!("container {:?} has stopped", self.id)));
         }
@@ -169,6 +170,9 @@ impl Container {
         }
         if let Some(ids) = &self.common.ids {
             ids.check_user("process.user", &spec.user)?;
+        }
+        if spec.capabilities.is_none() {
+            spec.capabilities = self.first.spec.capabilities.clone();
         }
         let (streams, ends) = Streams::new(&spec)?;
         let process = Arc::new(Process::new(spec, streams));

@@ -100,8 +100,8 @@ pub(super) fn translate(
             ..Default::default()
         })
         .into(),
-        // As with runc, a process whose spec names no capabilities has none.
-        capabilities: Some(process.capabilities().as_ref().map(capabilities).unwrap_or_default()).into(),
+        // Left out, an exec has those of its container and a first process none, as with runc.
+        capabilities: process.capabilities().as_ref().map(capabilities).into(),
         no_new_privileges: process.no_new_privileges().unwrap_or(false),
         rlimits: with_inherited(rlimits(at, process.rlimits().as_deref().unwrap_or_default())?),
         oom_score_adj: oom_score_adj(at, process.oom_score_adj())?,

@@ -29,7 +29,11 @@ pub struct Intended {
 impl Intended {
     /// Whether the difference is this one.
     pub fn covers(&self, difference: &Difference) -> bool {
-        let (_, without_bundle) = difference.key.split_once('/').unwrap_or(("", &difference.key));
+        let (bundle, mut without_bundle) = difference.key.split_once('/').unwrap_or(("", &difference.key));
+        // The bundle of execs has one name more, the exec's.
+        if let ("exec", Some((_, key))) = (bundle, without_bundle.split_once('.')) {
+            without_bundle = key;
+        }
         let key = |pattern: &String| {
             let bundled = pattern
                 .split_once('/')
