@@ -303,7 +303,7 @@ fn execs(place: &Place<'_>) -> Result<String> {
     let mut text = String::new();
     let mut add = |name: &str, output: &str| {
         for line in output.lines() {
-            text += &format!("{name}.{line}\n");
+            text += &format!("{name}/{line}\n");
         }
     };
     let sections = [PROBE, "process", "terminal", "kernel", "mounts", "attempts"];

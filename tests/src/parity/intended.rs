@@ -29,20 +29,26 @@ pub struct Intended {
 impl Intended {
     /// Whether the difference is this one.
     pub fn covers(&self, difference: &Difference) -> bool {
-        let (bundle, mut without_bundle) = difference.key.split_once('/').unwrap_or(("", &difference.key));
-        // The bundle of execs has one name more, the exec's.
-        if let ("exec", Some((_, key))) = (bundle, without_bundle.split_once('.')) {
-            without_bundle = key;
-        }
         let key = |pattern: &String| {
-            let bundled = pattern
-                .split_once('/')
-                .is_some_and(|(bundle, _)| !bundle.contains('.') && !bundle.is_empty());
-            matches(pattern, if bundled { &difference.key } else { without_bundle })
+            matches(pattern, if names_bundle(pattern) { &difference.key } else { line(&difference.key) })
         };
         self.keys.iter().any(key)
             && matches(&self.runc, &difference.runc)
             && matches(&self.rvm, &difference.rvm)
+    }
+}
+
+/// Whether a key or pattern begins with a bundle's name: lines' keys have a dot
+/// before any slash.
+fn names_bundle(key: &str) -> bool {
+    key.split_once('/').is_some_and(|(first, _)| !first.is_empty() && !first.contains('.'))
+}
+
+/// A key without its bundle, and without the process of a bundle that has several.
+fn line(key: &str) -> &str {
+    match key.split_once('/') {
+        Some((_, rest)) if names_bundle(key) => line(rest),
+        _ => key,
     }
 }
 
@@ -109,6 +115,13 @@ mod tests {
             assert!(intended.keys.iter().all(|key| key.trim_matches('*').len() > 3), "{intended:?}");
         }
         Ok(())
+    }
+
+    #[test]
+    fn keys_with_and_without_a_bundle() {
+        assert_eq!(line("exec/user/mount./dev/pts.type"), "mount./dev/pts.type");
+        assert_eq!(line("hooks/order"), "order");
+        assert!(names_bundle("exec/*/status.Pid") && !names_bundle("mount./dev/*"));
     }
 
     #[test]
