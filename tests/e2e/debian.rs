@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use rvm_tests::{
-    case,
+    case_with,
     ctr::{Ctr, Run},
     job::{Finished, Input},
     scale,
@@ -15,6 +15,22 @@ use rvm_tests::{
 /// Its OCI archive, which `cargo xtask test` makes and names.
 const IMAGE_ENV: &str = "RVM_TEST_DEBIAN_IMAGE";
 const IMAGE: &str = "docker.io/library/debian-services:latest";
+
+/// Runs a case with the image, which stays for the next one.
+fn case(test: impl FnOnce(&World) -> Result<()>) {
+    case_with(import, test);
+}
+
+fn import(world: &World) -> Result<()> {
+    let ctr = world.ctr();
+    if ctr.list(&["images", "ls", "-q"]).iter().any(|name| name == IMAGE) {
+        return Ok(());
+    }
+    let archive = std::env::var(IMAGE_ENV).with_context(|| format!("{IMAGE_ENV} is not set"))?;
+    timed("importing the image", || {
+        ctr.run(&["images", "import", &archive], scale::container() * 4)?.success().map(drop)
+    })
+}
 
 /// A running Debian.
 struct Debian<'a> {
@@ -26,12 +42,6 @@ struct Debian<'a> {
 impl<'a> Debian<'a> {
     fn start(world: &'a World) -> Result<Self> {
         let ctr = world.ctr();
-        if !ctr.list(&["images", "ls", "-q"]).iter().any(|name| name == IMAGE) {
-            let archive = std::env::var(IMAGE_ENV).with_context(|| format!("{IMAGE_ENV} is not set"))?;
-            timed("importing the image", || {
-                ctr.run(&["images", "import", &archive], scale::container() * 4)?.success().map(drop)
-            })?;
-        }
         let run = ctr.container("debian").with_image(IMAGE).detached();
         timed("starting the container", || run.run(&["sleep", "infinity"])?.success().map(drop))?;
         Ok(Self { world, ctr, run })

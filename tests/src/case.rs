@@ -21,6 +21,15 @@ static WORLD: Mutex<Option<Result<World, String>>> = Mutex::new(None);
 /// # Panics
 /// When the case fails, or leaves something on the host.
 pub fn case(test: impl FnOnce(&World) -> Result<()>) {
+    case_with(|_| Ok(()), test);
+}
+
+/// Runs one case after `prepare`, which makes what several cases share and may
+/// leave it behind.
+///
+/// # Panics
+/// When the preparation or the case fails, or the case leaves something on the host.
+pub fn case_with(prepare: impl FnOnce(&World) -> Result<()>, test: impl FnOnce(&World) -> Result<()>) {
     let mut slot = WORLD.lock().unwrap_or_else(PoisonError::into_inner);
     let world = slot.get_or_insert_with(|| {
         Stage::from_env().and_then(World::new).map_err(|error| format!("no world to test in: {error:#}"))
@@ -29,17 +38,22 @@ pub fn case(test: impl FnOnce(&World) -> Result<()>) {
         Ok(world) => world,
         Err(error) => panic!("{error}"),
     };
-    if let Err(error) = run(world, test) {
+    if let Err(error) = run(world, prepare, test) {
         // The lock is released first: a poisoned world would fail every later case.
         drop(slot);
         panic!("{error}");
     }
 }
 
-fn run(world: &World, test: impl FnOnce(&World) -> Result<()>) -> Result<(), String> {
+fn run(
+    world: &World,
+    prepare: impl FnOnce(&World) -> Result<()>,
+    test: impl FnOnce(&World) -> Result<()>,
+) -> Result<(), String> {
     let fail = |error: anyhow::Error| format!("{error:#}");
     world.enter().map_err(fail)?;
     world.set_config(&world.config()).map_err(fail)?;
+    prepare(world).map_err(fail)?;
     let before = world.host();
     let log = world.log_length();
     let started = Instant::now();

@@ -33,4 +33,4 @@ pub mod task;
 pub mod timeline;
 pub mod world;
 
-pub use case::case;
+pub use case::{case, case_with};
