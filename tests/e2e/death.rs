@@ -2,19 +2,20 @@
 
 use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
-use rvm_tests::{case, ctr::Run, job::Input, sandbox::Sandbox, scale, world::World};
+use rvm_tests::{
+    case,
+    ctr::{Run, remove_clients_fifos},
+    job::Input,
+    sandbox::Sandbox,
+    scale,
+    world::World,
+};
 
 fn detached(world: &World, prefix: &str) -> Result<(Run, Sandbox)> {
     let run = world.ctr().container(prefix).detached();
     run.run(&["sleep", "100000"])?.success()?;
     let sandbox = Sandbox::find(world.stage(), &run.id)?;
     Ok((run, sandbox))
-}
-
-/// A client's FIFOs are its own to remove, which `ctr` does with the task: not
-/// when it was killed, nor when containerd has dropped the task with its shim.
-fn remove_clients_fifos() -> Result<()> {
-    rvm_tests::world::shell("rm -rf /run/containerd/fifo/*").map(drop)
 }
 
 #[test]

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
 use rvm_tests::{
     case,
-    ctr::Run,
+    ctr::{Run, remove_clients_fifos},
     host::{Process, sandbox_processes},
     job::Input,
     parity::PROBE_ENV,
@@ -144,7 +144,8 @@ fn outlives_its_caller() {
             ensure!(Instant::now() < until, "its exit was never published");
         }
         ensure!(ended()?.len() == 1, "its exit was published {} times", ended()?.len());
-        kill_and_remove(world, &run)
+        kill_and_remove(world, &run)?;
+        remove_clients_fifos()
     });
 }
 

@@ -34,6 +34,15 @@ pub struct Run {
     remove: bool,
 }
 
+/// A client's FIFOs are its own to remove, which `ctr` does with the task: not
+/// when it was killed, nor when containerd has dropped the task with its shim.
+///
+/// # Errors
+/// When they cannot be removed.
+pub fn remove_clients_fifos() -> Result<()> {
+    crate::world::shell("rm -rf /run/containerd/fifo/*").map(drop)
+}
+
 /// An id no other container of this process has.
 pub fn unique_id(prefix: &str) -> String {
     static NEXT: AtomicU32 = AtomicU32::new(1);
