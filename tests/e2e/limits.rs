@@ -140,12 +140,20 @@ fn a_disk_by_rate() {
         let limits = json!({"blockIO": {"throttleWriteBpsDevice": device}});
         // Centiseconds for 12 MiB.
         let took = |finished: Finished| -> Result<u64> { Ok(finished.success()?.text().trim().parse()?) };
-        let free = took(world.ctr().container("free").shell(script)?)?;
+        // A busy machine is slow for a while; what it can do is its best.
+        let mut free = u64::MAX;
+        for _ in 0..3 {
+            free = free.min(took(world.ctr().container("free").shell(script)?)?);
+            if free < 300 {
+                break;
+            }
+        }
         let throttled = took(limited(world, false, "rate", script, &limits)?.1)?;
         println!("12 MiB in {free} cs without a limit, in {throttled} cs with 3 MiB/s");
         ensure!(free < 300, "too slow a machine to see a limit: {free}");
-        ensure!((360..600).contains(&throttled), "{throttled}");
-        world.set_config(&world.config())?;
+        // 400 by the rate alone, and what the machine itself takes on top.
+        ensure!((360..600 + 2 * free).contains(&throttled), "{throttled}");
+        world.set_config(&world.config().text("scratch", "backing", "tmpfs").set("scratch", "size_mib", "0"))?;
         let (_, refused) = limited(world, false, "rate", script, &limits)?;
         ensure!(refused.code() != 0 && refused.errors().contains("scratch is in memory"), "{refused}");
         Ok(())
