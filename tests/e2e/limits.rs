@@ -153,7 +153,9 @@ fn a_disk_by_rate() {
         ensure!(free < 300, "too slow a machine to see a limit: {free}");
         // 400 by the rate alone, and what the machine itself takes on top.
         ensure!((360..600 + 2 * free).contains(&throttled), "{throttled}");
-        world.set_config(&world.config().text("scratch", "backing", "tmpfs").set("scratch", "size_mib", "0"))?;
+        world.set_config(
+            &world.config().text("scratch", "backing", "tmpfs").set("scratch", "size_mib", "0"),
+        )?;
         let (_, refused) = limited(world, false, "rate", script, &limits)?;
         ensure!(refused.code() != 0 && refused.errors().contains("scratch is in memory"), "{refused}");
         Ok(())

@@ -21,7 +21,7 @@ use crate::packages::{self, Purpose};
 const CPUS: u32 = 1;
 
 /// How long a program may take in the devhost; a person at a terminal may take longer.
-const LIMIT: Duration = Duration::from_secs(40 * 60);
+const LIMIT: Duration = Duration::from_secs(50 * 60);
 
 /// Ready to run.
 pub struct Prepared {
