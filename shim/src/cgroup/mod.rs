@@ -75,10 +75,18 @@ pub struct HostCgroup {
 pub struct Paths(Vec<PathBuf>);
 
 impl HostCgroup {
-    /// Makes the cgroup `path` (absolute, without "..") in each of `hierarchies`,
-    /// with `ceiling` set. On an error nothing is left.
-    pub fn create(hierarchies: Hierarchies, path: &str, ceiling: &Ceiling) -> Result<Self, CgroupError> {
-        let relative = PathBuf::from(path.trim_start_matches('/'));
+    /// Makes the cgroup `path` (absolute, without "..") of the sandbox `id` in
+    /// each of `hierarchies`, with `ceiling` set. On an error nothing is left.
+    pub fn create(
+        hierarchies: Hierarchies,
+        path: &str,
+        id: &str,
+        ceiling: &Ceiling,
+    ) -> Result<Self, CgroupError> {
+        let mut relative = PathBuf::from(path.trim_start_matches('/'));
+        if hierarchies.v2().is_some_and(|hierarchy| is_inner(&hierarchy.root.join(&relative))) {
+            relative.push(id);
+        }
         let mut made = Self { paths: Paths::default(), hierarchies, relative, procs: Vec::new() };
         for hierarchy in &made.hierarchies.all {
             let dir = hierarchy.root.join(&made.relative);
@@ -185,6 +193,12 @@ fn make_once(hierarchy: &hierarchy::Hierarchy, relative: &Path) -> Result<(), (P
     Ok(())
 }
 
+/// Whether a cgroup of v2 has given controllers to those below it: it takes no
+/// processes then (cgroups(7), "no internal processes").
+fn is_inner(dir: &Path) -> bool {
+    fs::read_to_string(dir.join("cgroup.subtree_control")).is_ok_and(|list| !list.trim().is_empty())
+}
+
 fn mark(dir: &Path) {
     let Ok(path) = CString::new(dir.as_os_str().as_bytes()) else { return };
     let (value, name) = (b"1", MADE_BY_US.as_ptr());
@@ -199,4 +213,19 @@ fn is_made_by_us(dir: &Path) -> bool {
     let Ok(path) = CString::new(dir.as_os_str().as_bytes()) else { return false };
     // SAFETY: both are C strings; with a length of 0 nothing is written.
     unsafe { libc::getxattr(path.as_ptr(), MADE_BY_US.as_ptr(), std::ptr::null_mut(), 0) >= 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cgroup_with_controllers_below_it_takes_no_processes() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(!is_inner(dir.path()));
+        for (list, inner) in [("\n", false), ("cpu memory\n", true)] {
+            fs::write(dir.path().join("cgroup.subtree_control"), list).unwrap();
+            assert_eq!(is_inner(dir.path()), inner);
+        }
+    }
 }

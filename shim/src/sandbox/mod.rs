@@ -188,6 +188,7 @@ impl Sandbox {
         let cgroup = HostCgroup::create(
             Hierarchies::of_host()?,
             &bundle.container.cgroup_path,
+            id,
             &Ceiling::of(resources, size.memory_mib),
         )?;
         let mut owned = Owned {
