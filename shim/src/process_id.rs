@@ -36,13 +36,21 @@ impl ProcessId {
         Self::of(std::process::id())
     }
 
-    /// Whether it still runs.
+    /// Whether it still runs. One whose first thread has ended does not, though
+    /// others of its threads may.
     pub fn is_alive(self) -> bool {
         let Ok(stat) = fs::read_to_string(format!("/proc/{}/stat", self.pid)) else { return false };
         start_ticks(&stat) == Some(self.start_ticks) && state(&stat) != Some('Z')
     }
 
-    /// Sends `signal` if it still runs, and waits at most `limit` for its end.
+    /// Whether the pid is still its own, as it is until it has been waited for.
+    fn has_its_pid(self) -> bool {
+        fs::read_to_string(format!("/proc/{}/stat", self.pid))
+            .is_ok_and(|stat| start_ticks(&stat) == Some(self.start_ticks))
+    }
+
+    /// Sends `signal` if any of its threads still runs, and waits at most `limit`
+    /// for the end of the last.
     pub fn kill_and_wait(self, signal: Signal, limit: Duration) -> io::Result<()> {
         // The descriptor first, the check second: what it refers to is the
         // process that was checked.
@@ -51,7 +59,7 @@ impl ProcessId {
             Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
             Err(error) => return Err(error),
         };
-        if !self.is_alive() {
+        if !self.has_its_pid() {
             return Ok(());
         }
         pidfd_send_signal(&pidfd, signal)?;

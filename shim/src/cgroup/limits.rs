@@ -16,7 +16,7 @@ const MONITOR_BYTES: u64 = 64 << 20;
 /// Shortest quota the kernel takes, in microseconds (kernel/sched/core.c).
 const MIN_QUOTA_US: i64 = 1000;
 /// The kernel's default period, in microseconds.
-const DEFAULT_PERIOD_US: u64 = 100_000;
+pub const DEFAULT_PERIOD_US: u64 = 100_000;
 
 /// Limits of a machine; what is `None` is left as it is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

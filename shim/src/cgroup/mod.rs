@@ -13,13 +13,12 @@ use std::{
     fs, io,
     os::unix::ffi::OsStrExt,
     path::{Component, Path, PathBuf},
-    time::{Duration, Instant},
 };
 
 use serde::{Deserialize, Serialize};
 
 pub use hierarchy::Hierarchies;
-pub use limits::Ceiling;
+pub use limits::{Ceiling, DEFAULT_PERIOD_US};
 
 /// Extended attribute of the directories made here: whoever removes the last
 /// sandbox below one may remove it, and no other.
@@ -150,7 +149,7 @@ impl Paths {
     /// are empty. It is fine that they are gone.
     pub fn remove(&self) {
         for dir in &self.0 {
-            match remove_dir(dir) {
+            match fs::remove_dir(dir) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
                     log::warn!("{} stays: {error}", dir.display());
                     continue;
@@ -162,22 +161,6 @@ impl Paths {
                     break;
                 }
             }
-        }
-    }
-}
-
-/// Removes a cgroup whose processes have been killed: a thread of one may still
-/// be on its way out, and v1 has nothing to wait on for its end.
-fn remove_dir(dir: &Path) -> io::Result<()> {
-    const LIMIT: Duration = Duration::from_secs(5);
-    const PAUSE: Duration = Duration::from_millis(2);
-    let until = Instant::now() + LIMIT;
-    loop {
-        match fs::remove_dir(dir) {
-            Err(error) if error.kind() == io::ErrorKind::ResourceBusy && Instant::now() < until => {
-                std::thread::sleep(PAUSE);
-            }
-            result => return result,
         }
     }
 }

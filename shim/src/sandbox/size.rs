@@ -3,7 +3,7 @@
 
 use rvm_protocol::agent::Resources;
 
-use crate::config::Guest;
+use crate::{cgroup::DEFAULT_PERIOD_US, config::Guest};
 
 /// What kernel and agent use, in MiB: their text and data, and what a running
 /// container costs the kernel outside its own memory limit.
@@ -84,7 +84,6 @@ fn vcpus(resources: &Resources, guest: &Guest, host: HostSize) -> u8 {
 }
 
 fn quota_cpus(resources: &Resources) -> Option<u64> {
-    const DEFAULT_PERIOD_US: u64 = 100_000;
     let quota = u64::try_from(resources.cpu_quota_us?).ok().filter(|quota| *quota > 0)?;
     let period = resources.cpu_period_us.filter(|period| *period > 0).unwrap_or(DEFAULT_PERIOD_US);
     Some(quota.div_ceil(period))
