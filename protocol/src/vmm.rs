@@ -112,6 +112,12 @@ pub enum Request {
     Stop,
     /// Reads the counters.
     Metrics,
+    /// Plugs a virtio-blk device into the running machine. The guest finds it
+    /// when it scans its PCI bus again.
+    AddDisk {
+        /// The device; its serial is none of those that are there.
+        disk: DiskConfig,
+    },
 }
 
 /// The answer to a [`Request`].

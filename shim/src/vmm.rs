@@ -15,7 +15,7 @@ use std::{
 };
 
 use nix::sched::{CloneFlags, unshare};
-use rvm_protocol::vmm::{Metrics, Request, Response, VmConfig};
+use rvm_protocol::vmm::{DiskConfig, Metrics, Request, Response, VmConfig};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, unix::AsyncFd},
     net::{UnixStream, unix::pipe},
@@ -253,6 +253,14 @@ pub async fn metrics(dir: &File) -> Result<Metrics, MonitorError> {
     match request(dir, &Request::Metrics).await? {
         Response::Metrics(metrics) => Ok(metrics),
         other => Err(MonitorError::Refused(format!("answers metrics with {other:?}"))),
+    }
+}
+
+/// Plugs a disk into the running machine.
+pub async fn add_disk(dir: &File, disk: DiskConfig) -> Result<(), MonitorError> {
+    match request(dir, &Request::AddDisk { disk }).await? {
+        Response::Ok => Ok(()),
+        other => Err(MonitorError::Refused(format!("answers add_disk with {other:?}"))),
     }
 }
 

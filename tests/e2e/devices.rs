@@ -55,6 +55,25 @@ fn a_file_system_on_a_block_device_is_mounted() {
 }
 
 #[test]
+fn one_container_at_a_time_writes_to_a_block_device() {
+    with_loop(|world, device, _| {
+        let holder = world.ctr().container("holder").with(&["--device", device]).detached();
+        holder.run(&["sleep", "100000"])?.success()?;
+        let second = world.ctr().container("second").with(&["--device", device]).run(&["true"])?;
+        if world.stage().is_rvm() {
+            // Two kernels with caches of their own would destroy what is on it.
+            let errors = second.errors();
+            let named =
+                errors.contains("linux.devices[0]: ") && errors.contains("in use by another virtual machine");
+            ensure!(second.code() != 0 && named, "{second}");
+        } else {
+            second.success()?;
+        }
+        world.end(&holder.id)
+    });
+}
+
+#[test]
 fn a_block_device_that_is_not_there() {
     case(|world| {
         let ctr = world.ctr();

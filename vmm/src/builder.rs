@@ -27,7 +27,7 @@ use crate::kvm::{Host, KvmError, Vm};
 use crate::machine::Machine;
 use crate::memory::{self, MemoryError};
 use crate::pci::host_bridge::HostBridge;
-use crate::pci::virtio::function::{FunctionError, VirtioFunction};
+use crate::pci::virtio::function::{self, FunctionError};
 use crate::pci::{BusFull, CONFIG_ADDRESS_PORT, PciBus};
 use crate::timeline::Timeline;
 use crate::vcpu::{BootEntry, Vcpu, VcpuError};
@@ -118,9 +118,7 @@ fn build_on(
     let pci = PciBus::default();
     pci.add::<BuildError>(|_| Ok(Box::new(HostBridge::new())))?;
     for device in virtio_devices(&config)? {
-        pci.add::<BuildError>(|slot| {
-            Ok(Box::new(VirtioFunction::new(device, memory.clone(), Arc::clone(vm), slot)?))
-        })?;
+        function::attach(&pci, device, memory, vm)?;
     }
     let serial = serial_console(&config, vm)?;
     timeline.reached("devices_attached");

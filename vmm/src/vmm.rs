@@ -5,15 +5,17 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
-use rvm_protocol::vmm::{ExitCounts, Metrics, Request, Response};
+use rvm_protocol::vmm::{DiskConfig, ExitCounts, Metrics, Request, Response};
 use thiserror::Error;
 use vm_memory::{GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::control::{ControlServer, Served};
+use crate::devices::virtio::blk::{Blk, BlkError};
 use crate::kvm::Vm;
 use crate::machine::Machine;
 use crate::memory;
+use crate::pci::virtio::function::{self, FunctionError};
 use crate::timeline::Timeline;
 use crate::vcpu::Vcpu;
 use crate::vcpu::exits::End;
@@ -37,6 +39,15 @@ pub enum RunError {
         #[source]
         source: io::Error,
     },
+}
+
+/// Why a device was not plugged in.
+#[derive(Debug, Error)]
+enum PlugError {
+    #[error(transparent)]
+    Disk(#[from] BlkError),
+    #[error("PCI")]
+    Pci(#[from] FunctionError),
 }
 
 /// Everything built, nothing running yet.
@@ -117,7 +128,18 @@ impl Owner<'_> {
                 Ok(metrics) => Response::Metrics(metrics),
                 Err(e) => Response::Error { message: format!("guest memory cannot be counted: {e}") },
             },
+            Request::AddDisk { disk } => match self.add_disk(&disk) {
+                Ok(()) => Response::Ok,
+                Err(e) => Response::Error { message: chain(&e) },
+            },
         }
+    }
+
+    fn add_disk(&self, config: &DiskConfig) -> Result<(), PlugError> {
+        let disk = Box::new(Blk::new(config)?);
+        let slot = function::attach(&self.machine.pci, disk, self.memory, &self.machine.vm)?;
+        log::info!("disk {} plugged into slot {slot}", config.serial);
+        Ok(())
     }
 
     fn metrics(&self) -> io::Result<Metrics> {
@@ -130,6 +152,12 @@ impl Owner<'_> {
             memory_resident_bytes: memory::resident_bytes(self.memory)?,
         })
     }
+}
+
+/// An error and what caused it, in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
 impl Drop for Owner<'_> {

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use rvm_protocol::vmm::{Metrics, Request, Response, exit_code};
+use rvm_protocol::vmm::{DiskConfig, Metrics, Request, Response, exit_code};
 use rvm_vmm::kvm::probe;
 
 const LOAD_ADDRESS: u64 = 0x100_0000;
@@ -205,6 +205,38 @@ fn owner_can_pause_resume_measure_and_stop() {
     let output = finish(child);
     assert_eq!(output.status.code(), Some(exit_code::OK), "{}", stderr(&output));
     assert_eq!(sandbox.left(), [""; 0]);
+}
+
+/// Reads the vendor of the PCI function in slot 3, behind bridge, rng and vsock, until there is one.
+const WAIT_FOR_SLOT_3: &[u8] = &[
+    0x66, 0xba, 0xf8, 0x0c, // mov dx, 0xcf8
+    0xb8, 0x00, 0x18, 0x00, 0x80, // mov eax, enable | 3 << 11
+    0xef, // out dx, eax
+    0x66, 0xba, 0xfc, 0x0c, // mov dx, 0xcfc
+    0xed, // in eax, dx
+    0x83, 0xf8, 0xff, // cmp eax, -1
+    0x74, 0xec, // je to the first
+];
+
+#[test]
+fn a_disk_is_plugged_into_the_running_machine() {
+    let sandbox = Sandbox::new(&[WAIT_FOR_SLOT_3, &print("found\n"), RESET, HANG].concat());
+    let (child, mut control) = sandbox.start();
+    control.metrics_of_running();
+    let disk =
+        |path: PathBuf| Request::AddDisk { disk: DiskConfig { serial: "s".into(), path, readonly: true } };
+    match control.ask(disk(sandbox.path("missing"))) {
+        Response::Error { message } => {
+            assert!(message.contains("missing\" cannot be opened: No such"), "{message}")
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(std::fs::read_to_string(sandbox.path("console.log")).unwrap(), "");
+    std::fs::write(sandbox.path("disk"), [0; 512]).unwrap();
+    assert_eq!(control.ask(disk(sandbox.path("disk"))), Response::Ok);
+    let output = finish(child);
+    assert_eq!(output.status.code(), Some(exit_code::OK), "{}", stderr(&output));
+    assert_eq!(std::fs::read_to_string(sandbox.path("console.log")).unwrap(), "found\n");
 }
 
 #[test]

@@ -8,6 +8,9 @@ use std::{
 use crate::error::{Step, StepError, StepResult};
 
 const SYS_BLOCK: &str = "/sys/block";
+/// Written to, the kernel looks for functions it does not know yet and has their
+/// drivers at work when the write returns.
+const PCI_RESCAN: &str = "/sys/bus/pci/rescan";
 
 /// A virtio-blk device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,12 +24,19 @@ pub struct BlockDevice {
 }
 
 impl BlockDevice {
-    /// The device whose driver reports `serial`.
+    /// The device whose driver reports `serial`. One that was plugged in while
+    /// the guest ran is not known before the bus is scanned again.
     pub fn with_serial(serial: &str) -> StepResult<Self> {
-        Self::find(Path::new(SYS_BLOCK), serial)
+        let sys_block = Path::new(SYS_BLOCK);
+        if let Some(known) = Self::find(sys_block, serial)? {
+            return Ok(known);
+        }
+        fs::write(PCI_RESCAN, "1").step(|| "scan the PCI bus again".to_owned())?;
+        Self::find(sys_block, serial)?
+            .ok_or_else(|| StepError::Refused(format!("no block device has the serial {serial:?}")))
     }
 
-    fn find(sys_block: &Path, serial: &str) -> StepResult<Self> {
+    fn find(sys_block: &Path, serial: &str) -> StepResult<Option<Self>> {
         let entries = fs::read_dir(sys_block).step(|| format!("list {sys_block:?}"))?;
         for entry in entries.flatten() {
             // Only virtio-blk has this attribute.
@@ -38,10 +48,10 @@ impl BlockDevice {
                 .step(|| format!("read the number of block device {serial:?}"))?;
             let number = number.trim_end().split_once(':');
             if let Some((Ok(major), Ok(minor))) = number.map(|(a, b)| (a.parse(), b.parse())) {
-                return Ok(Self { path: Path::new("/dev").join(entry.file_name()), major, minor });
+                return Ok(Some(Self { path: Path::new("/dev").join(entry.file_name()), major, minor }));
             }
         }
-        Err(StepError::Refused(format!("no block device has the serial {serial:?}")))
+        Ok(None)
     }
 }
 
@@ -61,8 +71,7 @@ mod tests {
             }
         }
         let found = BlockDevice::find(sys.path(), "rvm-scratch").unwrap();
-        assert_eq!(found, BlockDevice { path: "/dev/vdb".into(), major: 254, minor: 16 });
-        let error = BlockDevice::find(sys.path(), "rvm").unwrap_err().to_string();
-        assert_eq!(error, "no block device has the serial \"rvm\"");
+        assert_eq!(found, Some(BlockDevice { path: "/dev/vdb".into(), major: 254, minor: 16 }));
+        assert_eq!(BlockDevice::find(sys.path(), "rvm").unwrap(), None);
     }
 }

@@ -101,6 +101,15 @@ pub enum SandboxError {
     /// Its monitor was not started.
     #[error(transparent)]
     Monitor(#[from] MonitorError),
+    /// A block device of the host, which its monitor was not given.
+    #[error("{field}: {source}")]
+    Disk {
+        /// The field of the specification that asks for it.
+        field: String,
+        /// Why not.
+        #[source]
+        source: MonitorError,
+    },
     /// Its sockets.
     #[error(transparent)]
     Vsock(#[from] VsockError),
@@ -223,6 +232,12 @@ impl Sandbox {
         let boot = async {
             wait_ready(ready).await?;
             timeline.mark("agent ready");
+            // They are found when the container asks for them.
+            for disk in &bundle.disks {
+                vmm::add_disk(owned.dir.fd(), disk_config(disk))
+                    .await
+                    .map_err(|source| SandboxError::Disk { field: disk.field.clone(), source })?;
+            }
             let agent = Agent::connect(&vsock).await?;
             agent.set_up_sandbox(set_up_request(config, id)).await?;
             timeline.mark("sandbox set up");
@@ -431,7 +446,7 @@ fn vm_config(config: &Config, size: Size, id: &str, bundle: &Bundle, scratch: Op
             // Layers never change; what the host shares with others does.
             cache: if bundle.volumes.is_empty() { CachePolicy::Always } else { CachePolicy::Auto },
         }],
-        disks: scratch.into_iter().chain(bundle.disks.iter().map(disk_config)).collect(),
+        disks: scratch.into_iter().collect(),
     }
 }
 

@@ -25,7 +25,7 @@ use crate::kvm::Vm;
 use crate::kvm::irq::IrqError;
 use crate::pci::config::{ConfigSpace, Identity};
 use crate::pci::msix::{self, Msix, MsixState};
-use crate::pci::{BusFull, PciFunction, bar_address};
+use crate::pci::{BusFull, PciBus, PciFunction, bar_address};
 
 /// Why a device cannot be put on the bus.
 #[derive(Debug, Error)]
@@ -74,6 +74,17 @@ const STRUCTURE_PCI: u8 = 5;
 const CAPABILITY_BAR: usize = 4;
 /// Offset of the data behind the PCI configuration access capability.
 const PCI_DATA: usize = 16;
+
+/// Puts `device` into the bus's lowest free slot and returns the slot. A guest
+/// that runs already finds it when it scans the bus again.
+pub fn attach(
+    bus: &PciBus,
+    device: Box<dyn VirtioDevice>,
+    memory: &GuestMemoryMmap,
+    vm: &Arc<Vm>,
+) -> Result<usize, FunctionError> {
+    bus.add(|slot| Ok(Box::new(VirtioFunction::new(device, memory.clone(), Arc::clone(vm), slot)?)))
+}
 
 /// What a function needs to be as it was.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

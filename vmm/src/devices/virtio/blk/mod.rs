@@ -54,10 +54,10 @@ pub const SERIAL_BYTES: usize = 20;
 #[derive(Debug, Error)]
 pub enum BlkError {
     /// The configured serial is empty or too long.
-    #[error("disks: serial {0:?} must have 1 to {SERIAL_BYTES} bytes of printable ASCII")]
+    #[error("serial {0:?} must have 1 to {SERIAL_BYTES} bytes of printable ASCII")]
     Serial(String),
     /// The disk could not be opened or measured.
-    #[error("disks: path {path:?} cannot be opened{}", if *.readonly { "" } else { " for writing" })]
+    #[error("path {path:?} cannot be opened{}", if *.readonly { "" } else { " for writing" })]
     Open {
         /// The configured path.
         path: PathBuf,
@@ -68,13 +68,13 @@ pub enum BlkError {
         source: io::Error,
     },
     /// The path leads to something else.
-    #[error("disks: path {0:?} must be a regular file or a block device")]
+    #[error("path {0:?} must be a regular file or a block device")]
     NotADisk(PathBuf),
     /// Another monitor writes to it.
-    #[error("disks: path {0:?} is in use by another virtual machine")]
+    #[error("path {0:?} is in use by another virtual machine")]
     InUse(PathBuf),
     /// There is no room for a single sector.
-    #[error("disks: path {path:?} has {bytes} bytes; a disk needs at least {SECTOR_BYTES}")]
+    #[error("path {path:?} has {bytes} bytes; a disk needs at least {SECTOR_BYTES}")]
     TooSmall {
         /// The configured path.
         path: PathBuf,
@@ -82,7 +82,7 @@ pub enum BlkError {
         bytes: u64,
     },
     /// A snapshot was taken with a disk of another size.
-    #[error("disks: path {path:?} has {sectors} sectors, the snapshot's disk had {expected}")]
+    #[error("path {path:?} has {sectors} sectors, the snapshot's disk had {expected}")]
     Resized {
         /// The configured path.
         path: PathBuf,

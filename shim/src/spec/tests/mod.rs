@@ -1,6 +1,11 @@
+//! What specifications become, and what is refused.
+
+mod namespaces;
+mod process;
+mod resources;
+
 use std::path::Path;
 
-use oci_spec::runtime::Capability;
 use rvm_protocol::agent::{CreateContainerRequest, Namespace, NamespaceType, Resources};
 use serde_json::{Value, json};
 
@@ -346,211 +351,6 @@ fn what_is_not_done_is_refused_by_name() {
 }
 
 #[test]
-fn labels_are_ignored_where_the_configuration_says_so() {
-    let error = error_with("/process/apparmorProfile", json!("docker-default"));
-    for hint in
-        ["\"docker-default\"", "--security-opt apparmor=unconfined", "ignore_labels = true", "[compat]"]
-    {
-        assert!(error.contains(hint), "{error}");
-    }
-    let spec = changed("/process/apparmorProfile", json!("docker-default"));
-    let bundle = load_with(&spec, Compat { ignore_labels: true }).unwrap();
-    assert_eq!(bundle.not_applied, ["process.apparmorProfile"]);
-    for none in ["", "unconfined"] {
-        let spec = changed("/process/apparmorProfile", json!(none));
-        assert!(load(&spec).unwrap().not_applied.is_empty());
-    }
-}
-
-fn resources(value: Value) -> Resources {
-    let mut spec = ctr_spec();
-    spec["linux"]["resources"] = value;
-    load(&spec).unwrap().container.resources.unwrap()
-}
-
-#[test]
-fn limits_are_converted_as_runc_does() {
-    let given = resources(json!({
-        "memory": {"limit": 1000, "reservation": 500, "swap": 1500},
-        "cpu": {"shares": 1024, "quota": 50000, "period": 100000, "burst": 10, "idle": 1, "cpus": "0-1", "mems": "0"},
-        "pids": {"limit": 100},
-        "blockIO": {"weight": 500},
-        "hugepageLimits": [{"pageSize": "2MB", "limit": 4194304}],
-        "unified": {"memory.high": "1000"}
-    }));
-    assert_eq!(
-        (given.memory_max, given.memory_low, given.memory_swap_max),
-        (Some(1000), Some(500), Some(500))
-    );
-    assert_eq!(
-        (given.cpu_weight, given.cpu_quota_us, given.cpu_period_us),
-        (Some(39), Some(50000), Some(100000))
-    );
-    assert_eq!((given.cpu_burst_us, given.cpu_idle), (Some(10), Some(true)));
-    assert_eq!((given.cpus.as_str(), given.mems.as_str()), ("0-1", "0"));
-    assert_eq!((given.pids_max, given.io_weight), (Some(100), Some(4950)));
-    assert_eq!(
-        (given.hugepage_limits[0].page_size.as_str(), given.hugepage_limits[0].limit),
-        ("2MB", 4194304)
-    );
-    assert_eq!(given.unified["memory.high"], "1000");
-
-    let unset = resources(json!({
-        "memory": {"limit": 0, "reservation": 0, "swap": 0}, "cpu": {"shares": 0, "quota": 0, "period": 0},
-        "pids": {"limit": 0}, "blockIO": {"weight": 0}
-    }));
-    let nothing = Resources { device_rules: unset.device_rules.clone(), ..Default::default() };
-    assert_eq!(unset, nothing);
-
-    let unlimited = resources(json!({"memory": {"limit": -1}, "cpu": {"quota": -1}, "pids": {"limit": -1}}));
-    assert_eq!((unlimited.memory_max, unlimited.memory_swap_max), (Some(-1), Some(-1)));
-    assert_eq!((unlimited.cpu_quota_us, unlimited.pids_max), (Some(-1), Some(-1)));
-
-    for (shares, weight) in [(1, 1), (2, 1), (262_144, 10_000), (u64::MAX, 10_000)] {
-        assert_eq!(resources(json!({"cpu": {"shares": shares}})).cpu_weight, Some(weight));
-    }
-    for (weight, converted) in [(10, 1), (1000, 10_000)] {
-        assert_eq!(resources(json!({"blockIO": {"weight": weight}})).io_weight, Some(converted));
-    }
-    let no_swap = resources(json!({"memory": {"limit": 1000, "swap": 1000}}));
-    assert_eq!(no_swap.memory_swap_max, Some(0));
-}
-
-#[test]
-fn what_only_cgroup_v1_has_is_listed() {
-    let mut spec = ctr_spec();
-    spec["linux"]["resources"] = json!({
-        "memory": {"kernel": 1, "kernelTCP": 1, "swappiness": 10, "disableOOMKiller": true},
-        "cpu": {"realtimeRuntime": 1, "realtimePeriod": 1}, "network": {"classID": 1}
-    });
-    let not_applied = load(&spec).unwrap().not_applied;
-    let fields = [
-        "memory.kernel",
-        "memory.kernelTCP",
-        "memory.swappiness",
-        "memory.disableOOMKiller",
-        "cpu.realtimeRuntime",
-        "cpu.realtimePeriod",
-        "network",
-    ];
-    assert_eq!(not_applied, fields.map(|field| format!("linux.resources.{field}")));
-}
-
-#[test]
-fn several_throttles_of_one_device_are_one_limit() {
-    let limits = resources(json!({"blockIO": {
-        "throttleReadBpsDevice": [{"major": 8, "minor": 0, "rate": 100}, {"major": 9, "minor": 0, "rate": 50}],
-        "throttleWriteIOPSDevice": [{"major": 8, "minor": 0, "rate": 7}],
-        "weightDevice": [{"major": 8, "minor": 0, "weight": 10}]
-    }}))
-    .io_limits;
-    assert_eq!(limits.len(), 1);
-    assert_eq!((limits[0].serial.as_str(), limits[0].read_bps, limits[0].write_bps), ("", Some(50), None));
-    assert_eq!((limits[0].write_iops, limits[0].weight), (Some(7), Some(1)));
-}
-
-#[test]
-fn device_rules_are_in_the_guests_terms() {
-    let rules = resources(json!({"devices": [
-        {"allow": false, "access": "rwm"},
-        {"allow": true, "type": "c", "major": 10, "minor": 229, "access": "rw"},
-        {"allow": true, "type": "b", "major": 8, "minor": 0, "access": "rw"},
-        {"allow": true, "type": "b", "major": 8, "minor": -1, "access": "r"}
-    ]}))
-    .device_rules;
-    let text: Vec<_> = rules
-        .iter()
-        .map(|rule| {
-            let number = |number: Option<u32>| number.map_or("*".into(), |number| number.to_string());
-            let verb = if rule.allow { "allow" } else { "deny" };
-            format!("{verb} {} {}:{} {}", rule.type_, number(rule.major), number(rule.minor), rule.access)
-        })
-        .collect();
-    assert_eq!(
-        text,
-        ["deny a *:* rwm", "allow c 10:229 rw", "allow b 8:* r"],
-        "the disk of the host is not the guest's"
-    );
-    // What every container may use besides, the agent knows.
-    assert!(resources(json!({})).device_rules.is_empty());
-}
-
-#[test]
-fn updates_change_what_they_name() {
-    let (update, not_applied) =
-        super::resources(br#"{"memory": {"limit": 1000, "swappiness": 1}, "devices": []}"#, &[]).unwrap();
-    assert_eq!(update, Resources { memory_max: Some(1000), ..Default::default() });
-    assert_eq!(not_applied, ["resources.memory.swappiness"]);
-    let error = super::resources(br#"{"cpu": {"quota": "half"}}"#, &[]).unwrap_err().to_string();
-    assert!(error.starts_with("update: cpu.quota: invalid type"), "{error}");
-    let error = super::resources(br#"{"pids": {"limit": -7}}"#, &[]).unwrap_err().to_string();
-    assert_eq!(error, "resources.pids.limit: must be positive, or -1 for no limit, is -7");
-}
-
-fn with_namespace(namespace: Value) -> Value {
-    let mut spec = ctr_spec();
-    spec["linux"]["namespaces"].as_array_mut().unwrap().push(namespace);
-    spec
-}
-
-#[test]
-fn user_namespaces_come_with_their_mappings() {
-    let mut spec = with_namespace(json!({"type": "user"}));
-    let error = load(&spec).unwrap_err();
-    assert!(error.starts_with("linux.uidMappings: must map id 0"), "{error}");
-    spec["linux"]["uidMappings"] = json!([{"hostID": 1000, "containerID": 0, "size": 10}]);
-    spec["linux"]["gidMappings"] = json!([{"hostID": 2000, "containerID": 0, "size": 11}]);
-    let container = load(&spec).unwrap().container;
-    assert_eq!((container.uid_mappings[0].host_id, container.gid_mappings[0].size), (1000, 11));
-    spec["process"]["user"]["additionalGids"] = json!([10, 11]);
-    assert_eq!(
-        load(&spec).unwrap_err(),
-        "process.user.additionalGids[1]: 11 is not mapped by linux.gidMappings"
-    );
-    spec["process"]["user"]["uid"] = json!(10);
-    assert_eq!(load(&spec).unwrap_err(), "process.user.uid: 10 is not mapped by linux.uidMappings");
-}
-
-#[test]
-fn time_namespaces_come_with_their_offsets() {
-    let mut spec = with_namespace(json!({"type": "time"}));
-    spec["linux"]["timeOffsets"] = json!({"monotonic": {"secs": -5, "nanosecs": 7}, "boottime": {"secs": 9}});
-    let offsets = load(&spec).unwrap().container.time_offsets;
-    assert_eq!((offsets[0].clock.as_str(), offsets[0].secs), ("boottime", 9));
-    assert_eq!((offsets[1].clock.as_str(), offsets[1].secs, offsets[1].nanosecs), ("monotonic", -5, 7));
-}
-
-#[test]
-fn namespaces_of_processes_in_the_guest_can_be_joined() {
-    let pid = crate::container::GUEST_PIDS_FROM + 42;
-    let container =
-        request_with("/linux/namespaces/1", json!({"type": "ipc", "path": format!("/proc/{pid}/ns/ipc")}));
-    let joined =
-        Namespace { type_: NamespaceType::IPC.into(), path: "/proc/42/ns/ipc".into(), ..Default::default() };
-    assert_eq!(container.namespaces[1], joined);
-    let error =
-        error_with("/linux/namespaces/1", json!({"type": "ipc", "path": format!("/proc/{pid}/ns/net")}));
-    assert!(error.contains("must end in /ns/ipc"), "{error}");
-}
-
-#[test]
-fn how_a_process_is_scheduled_goes_through() {
-    let container = request_with(
-        "/process/scheduler",
-        json!({"policy": "SCHED_DEADLINE", "runtime": 1, "deadline": 2, "period": 3,
-            "flags": ["SCHED_FLAG_RESET_ON_FORK", "SCHED_FLAG_DL_OVERRUN", "SCHED_FLAG_RECLAIM"]}),
-    );
-    let scheduler = &container.process.scheduler;
-    assert_eq!((scheduler.policy, scheduler.flags), (6, 7));
-    assert_eq!((scheduler.runtime, scheduler.deadline, scheduler.period), (1, 2, 3));
-    let io = request_with("/process/ioPriority", json!({"class": "IOPRIO_CLASS_IDLE", "priority": 4}));
-    assert_eq!((io.process.io_priority.class, io.process.io_priority.priority), (3, 4));
-    let affinity = request_with("/process/execCPUAffinity", json!({"initial": "0-1", "final": "1"}));
-    assert_eq!((affinity.process.initial_cpus.as_str(), affinity.process.final_cpus.as_str()), ("0-1", "1"));
-    assert_eq!(request_with("/linux/personality", json!({"domain": "LINUX32"})).personality, Some(8));
-}
-
-#[test]
 fn hooks_go_where_they_run() {
     let mut spec = ctr_spec();
     spec["annotations"] = json!({"a": "b"});
@@ -593,14 +393,6 @@ fn hooks_go_where_they_run() {
 }
 
 #[test]
-fn a_host_network_is_refused() {
-    let mut spec = ctr_spec();
-    spec["linux"]["namespaces"] = json!([{"type": "mount"}, {"type": "pid"}]);
-    let error = load(&spec).unwrap_err();
-    assert!(error.starts_with("linux.namespaces: not supported: without a \"network\""), "{error}");
-}
-
-#[test]
 fn broken_json_is_named_where_it_breaks() {
     let error = error_with("/process/args/2", json!(3));
     assert!(error.starts_with("config.json: process.args[2]: invalid type: integer `3`"), "{error}");
@@ -615,33 +407,6 @@ fn broken_json_is_named_where_it_breaks() {
 }
 
 #[test]
-fn seccomp_profiles_are_compiled() {
-    let container = request_with(
-        "/linux/seccomp",
-        json!({"defaultAction": "SCMP_ACT_ERRNO", "flags": ["SECCOMP_FILTER_FLAG_LOG"],
-            "syscalls": [{"names": ["read"], "action": "SCMP_ACT_ALLOW"}]}),
-    );
-    assert!(container.seccomp.program.len() >= 32 && container.seccomp.program.len().is_multiple_of(8));
-    assert_eq!(container.seccomp.flags, 2);
-    assert!(load(&ctr_spec()).unwrap().container.seccomp.is_none());
-}
-
-#[test]
-fn systemd_style_cgroups_become_paths() {
-    for (given, expected) in [
-        ("system.slice:docker:abc", "/system.slice/docker-abc.scope"),
-        (":cri:abc", "/system.slice/cri-abc.scope"),
-        ("kubepods/pod1/abc", "/kubepods/pod1/abc"),
-        ("/", "/web"),
-        ("", "/web"),
-    ] {
-        let mut spec = ctr_spec();
-        spec["linux"]["cgroupsPath"] = json!(given);
-        assert_eq!(load(&spec).unwrap().container.cgroup_path, expected);
-    }
-}
-
-#[test]
 fn devices_every_kernel_has_are_passed_on() {
     let mut spec = ctr_spec();
     spec["linux"]["devices"] =
@@ -652,84 +417,6 @@ fn devices_every_kernel_has_are_passed_on() {
         (device.path.as_str(), device.major, device.minor, device.file_mode),
         ("/dev/net/tun", 10, 200, 438)
     );
-}
-
-#[test]
-fn every_capability_has_its_own_number() {
-    use Capability::*;
-    let all = [
-        AuditControl,
-        AuditRead,
-        AuditWrite,
-        BlockSuspend,
-        Bpf,
-        CheckpointRestore,
-        Chown,
-        DacOverride,
-        DacReadSearch,
-        Fowner,
-        Fsetid,
-        IpcLock,
-        IpcOwner,
-        Kill,
-        Lease,
-        LinuxImmutable,
-        MacAdmin,
-        MacOverride,
-        Mknod,
-        NetAdmin,
-        NetBindService,
-        NetBroadcast,
-        NetRaw,
-        Perfmon,
-        Setgid,
-        Setfcap,
-        Setpcap,
-        Setuid,
-        SysAdmin,
-        SysBoot,
-        SysChroot,
-        SysModule,
-        SysNice,
-        SysPacct,
-        SysPtrace,
-        SysRawio,
-        SysResource,
-        SysTime,
-        SysTtyConfig,
-        Syslog,
-        WakeAlarm,
-    ];
-    let mask = all.iter().fold(0, |mask, capability| mask | process::bit(*capability));
-    assert_eq!(mask, (1 << 41) - 1);
-    assert_eq!(process::bit(SysAdmin), 1 << 21);
-}
-
-#[test]
-fn limits_that_are_not_named_are_inherited() {
-    let process = load(&ctr_spec()).unwrap().container.process;
-    let limit = |resource| process.rlimits.iter().find(|limit| limit.resource == resource).unwrap();
-    assert_eq!(process.rlimits.len(), 16);
-    assert_eq!((limit(libc::RLIMIT_NOFILE).soft, limit(libc::RLIMIT_NOFILE).hard), (512, 1024));
-    let mut own = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: `own` is a valid rlimit for the call to fill in.
-    assert_eq!(unsafe { libc::getrlimit(libc::RLIMIT_SIGPENDING, &raw mut own) }, 0);
-    let pending = limit(libc::RLIMIT_SIGPENDING);
-    assert_eq!((pending.soft, pending.hard), (own.rlim_cur, own.rlim_max));
-    let (exec, _) = exec_process(br#"{"user": {}, "args": ["ls"], "cwd": "/"}"#, &Compat::default()).unwrap();
-    let files = exec.rlimits.iter().find(|limit| limit.resource == libc::RLIMIT_NOFILE).unwrap();
-    assert!(files.hard <= 1 << 20, "what the guest's kernel allows: {}", files.hard);
-}
-
-#[test]
-fn an_exec_is_a_process() {
-    let (process, _) =
-        exec_process(br#"{"user": {"uid": 7}, "args": ["ls"], "cwd": "/"}"#, &Compat::default()).unwrap();
-    assert_eq!((process.args.len(), process.user.uid, process.capabilities.bounding), (1, 7, 0));
-    let error = exec_process(br#"{"user": {}, "args": ["ls"], "cwd": "tmp"}"#, &Compat::default())
-        .unwrap_err()
-        .to_string();
-    assert_eq!(error, "process.cwd: must be an absolute path, is \"tmp\"");
 }
 
 #[test]

@@ -1,0 +1,57 @@
+//! `linux.namespaces` and what belongs to one.
+
+use super::*;
+
+fn with_namespace(namespace: Value) -> Value {
+    let mut spec = ctr_spec();
+    spec["linux"]["namespaces"].as_array_mut().unwrap().push(namespace);
+    spec
+}
+
+#[test]
+fn user_namespaces_come_with_their_mappings() {
+    let mut spec = with_namespace(json!({"type": "user"}));
+    let error = load(&spec).unwrap_err();
+    assert!(error.starts_with("linux.uidMappings: must map id 0"), "{error}");
+    spec["linux"]["uidMappings"] = json!([{"hostID": 1000, "containerID": 0, "size": 10}]);
+    spec["linux"]["gidMappings"] = json!([{"hostID": 2000, "containerID": 0, "size": 11}]);
+    let container = load(&spec).unwrap().container;
+    assert_eq!((container.uid_mappings[0].host_id, container.gid_mappings[0].size), (1000, 11));
+    spec["process"]["user"]["additionalGids"] = json!([10, 11]);
+    assert_eq!(
+        load(&spec).unwrap_err(),
+        "process.user.additionalGids[1]: 11 is not mapped by linux.gidMappings"
+    );
+    spec["process"]["user"]["uid"] = json!(10);
+    assert_eq!(load(&spec).unwrap_err(), "process.user.uid: 10 is not mapped by linux.uidMappings");
+}
+
+#[test]
+fn time_namespaces_come_with_their_offsets() {
+    let mut spec = with_namespace(json!({"type": "time"}));
+    spec["linux"]["timeOffsets"] = json!({"monotonic": {"secs": -5, "nanosecs": 7}, "boottime": {"secs": 9}});
+    let offsets = load(&spec).unwrap().container.time_offsets;
+    assert_eq!((offsets[0].clock.as_str(), offsets[0].secs), ("boottime", 9));
+    assert_eq!((offsets[1].clock.as_str(), offsets[1].secs, offsets[1].nanosecs), ("monotonic", -5, 7));
+}
+
+#[test]
+fn namespaces_of_processes_in_the_guest_can_be_joined() {
+    let pid = crate::container::GUEST_PIDS_FROM + 42;
+    let container =
+        request_with("/linux/namespaces/1", json!({"type": "ipc", "path": format!("/proc/{pid}/ns/ipc")}));
+    let joined =
+        Namespace { type_: NamespaceType::IPC.into(), path: "/proc/42/ns/ipc".into(), ..Default::default() };
+    assert_eq!(container.namespaces[1], joined);
+    let error =
+        error_with("/linux/namespaces/1", json!({"type": "ipc", "path": format!("/proc/{pid}/ns/net")}));
+    assert!(error.contains("must end in /ns/ipc"), "{error}");
+}
+
+#[test]
+fn a_host_network_is_refused() {
+    let mut spec = ctr_spec();
+    spec["linux"]["namespaces"] = json!([{"type": "mount"}, {"type": "pid"}]);
+    let error = load(&spec).unwrap_err();
+    assert!(error.starts_with("linux.namespaces: not supported: without a \"network\""), "{error}");
+}
