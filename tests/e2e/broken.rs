@@ -2,20 +2,15 @@
 //! and leaves nothing behind. Under runc the same table shows that nothing is
 //! refused that runc accepts.
 
-use std::{
-    os::unix::fs::symlink,
-    path::{Path, PathBuf},
-    process::Command,
-    time::Duration,
-};
+use std::{os::unix::fs::symlink, path::Path, time::Duration};
 
 use anyhow::{Context, Result, bail, ensure};
 use rvm_tests::{
-    bundle::spec,
+    bundle::{Bundle, spec},
     case,
-    job::{self, Finished, Input},
+    job::Finished,
     scale,
-    world::{World, shell},
+    world::World,
 };
 use serde_json::{Value, json};
 
@@ -323,43 +318,13 @@ fn of_the_guest() -> Vec<Broken> {
     ]
 }
 
-/// A bundle of the image's root file system with traps in it.
-struct Bundle {
-    dir: PathBuf,
-    rootfs: PathBuf,
-}
-
-impl Bundle {
-    fn new(world: &World) -> Result<Self> {
-        let dir = world.dir().join("broken");
-        let rootfs = dir.join("rootfs");
-        std::fs::create_dir_all(&dir)?;
-        shell(&format!("cp -a {} {}", world.rootfs()?.display(), rootfs.display()))?;
-        symlink("/proc", rootfs.join("to-proc"))?;
-        symlink("loop", rootfs.join("loop"))?;
-        symlink("../../../../../../../../run/rvm-tests/outside", rootfs.join("out"))?;
-        Ok(Self { dir, rootfs })
-    }
-
-    fn run(&self, world: &World, config: &[u8]) -> Result<Finished> {
-        std::fs::write(self.dir.join("config.json"), config)?;
-        let dir = self.dir.to_string_lossy();
-        let command = if world.stage().is_rvm() {
-            world.rvmctl(&["run", "--bundle", &dir])
-        } else {
-            let mut runc = Command::new("runc");
-            runc.args(["--root", "/run/rvm-tests/runc", "run", "--bundle", &dir, "broken"]);
-            runc
-        };
-        job::run(command, Input::Nothing, scale::container())
-    }
-}
-
-impl Drop for Bundle {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.dir);
-        let _ = std::fs::remove_dir_all("/run/rvm-tests/runc");
-    }
+/// A bundle with traps in its root file system.
+fn trapped(world: &World) -> Result<Bundle> {
+    let bundle = Bundle::new(world)?;
+    symlink("/proc", bundle.rootfs().join("to-proc"))?;
+    symlink("loop", bundle.rootfs().join("loop"))?;
+    symlink("../../../../../../../../run/rvm-tests/outside", bundle.rootfs().join("out"))?;
+    Ok(bundle)
 }
 
 /// The good specification with one thing wrong.
@@ -380,10 +345,10 @@ fn spoil(mut spec: Value, broken: &Broken) -> Result<Value> {
 
 /// Tries every specification and reports all that are not as they should be.
 fn check(world: &World, table: &[Broken], limit: Duration) -> Result<()> {
-    let bundle = Bundle::new(world)?;
+    let bundle = trapped(world)?;
     let mut wrong = Vec::new();
     for broken in table {
-        let spec = spoil(good(&bundle.rootfs), broken)?;
+        let spec = spoil(good(bundle.rootfs()), broken)?;
         let finished = bundle.run(world, &serde_json::to_vec(&spec)?)?;
         let what = format!("{} = {}", broken.at, broken.value.as_ref().unwrap_or(&Value::Null));
         println!("{what}\n    {:.2} s: {}", finished.took.as_secs_f64(), finished.errors().trim());
@@ -449,10 +414,10 @@ fn what_the_guest_finds() {
 #[test]
 fn unbroken() {
     case(|world| {
-        let bundle = Bundle::new(world)?;
-        bundle.run(world, &serde_json::to_vec(&good(&bundle.rootfs))?)?.success()?;
+        let bundle = trapped(world)?;
+        bundle.run(world, &serde_json::to_vec(&good(bundle.rootfs()))?)?.success()?;
         // A symlink that points out of the root file system is followed inside it.
-        let mut spec = good(&bundle.rootfs);
+        let mut spec = good(bundle.rootfs());
         spec["mounts"].as_array_mut().context("no mounts")?.push(
             json!({"destination": "/out/x", "type": "tmpfs", "source": "tmpfs", "options": ["size=64k"]}),
         );
@@ -466,8 +431,8 @@ fn unbroken() {
 #[test]
 fn no_document_at_all() {
     case(|world| {
-        let bundle = Bundle::new(world)?;
-        let good = serde_json::to_vec(&good(&bundle.rootfs))?;
+        let bundle = trapped(world)?;
+        let good = serde_json::to_vec(&good(bundle.rootfs()))?;
         for config in
             [&b""[..], b"not json", b"[]", b"null", &good[..good.len() / 2], &[0xff; 100], &[b'['; 100_000]]
         {

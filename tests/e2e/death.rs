@@ -156,9 +156,7 @@ fn client_killed() {
         job.signal(Signal::SIGKILL)?;
         job.finish(scale::command())?;
         ensure!(ctr.task_state(&run.id).as_deref() == Some("RUNNING"), "{:?}", ctr.list(&["task", "ls"]));
-        ctr.run(&["task", "kill", "-s", "SIGKILL", &run.id], scale::command())?.success()?;
-        world.events(|events| events.wait_for("/tasks/exit", &run.id, scale::container()))?;
-        ctr.remove(&run.id)?;
+        world.end(&run.id)?;
         remove_clients_fifos()
     });
 }

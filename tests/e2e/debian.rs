@@ -61,9 +61,7 @@ impl<'a> Debian<'a> {
     }
 
     fn end(self) -> Result<()> {
-        self.ctr.run(&["task", "kill", "-s", "SIGKILL", &self.run.id], scale::command())?.success()?;
-        self.world.events(|events| events.wait_for("/tasks/exit", &self.run.id, scale::container()))?;
-        self.ctr.remove(&self.run.id)
+        self.world.end(&self.run.id)
     }
 }
 

@@ -10,13 +10,6 @@ fn sleeper(world: &World) -> Result<Run> {
     Ok(run)
 }
 
-fn kill_and_remove(world: &World, run: &Run) -> Result<()> {
-    let ctr = world.ctr();
-    ctr.run(&["task", "kill", "-s", "SIGKILL", &run.id], scale::command())?.success()?;
-    world.events(|events| events.wait_for("/tasks/exit", &run.id, scale::container()))?;
-    ctr.remove(&run.id)
-}
-
 #[test]
 fn exec_streams_codes_terminal_and_cwd() {
     case(|world| {
@@ -50,7 +43,7 @@ fn exec_streams_codes_terminal_and_cwd() {
         terminal.write(b"exit 5\n")?;
         terminal.finish(scale::container())?.exited(5)?;
 
-        kill_and_remove(world, &run)
+        world.end(&run.id)
     });
 }
 
@@ -73,7 +66,7 @@ fn twenty_execs_at_once() {
             let finished = job.finish(scale::container() * 4)?.exited(n as i32)?;
             ensure!(finished.stdout == vec![b'a'; 5000], "{finished}");
         }
-        kill_and_remove(world, &run)
+        world.end(&run.id)
     });
 }
 

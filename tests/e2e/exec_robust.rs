@@ -31,13 +31,6 @@ fn sleeper(world: &World) -> Result<Run> {
     Ok(run)
 }
 
-fn kill_and_remove(world: &World, run: &Run) -> Result<()> {
-    let ctr = world.ctr();
-    ctr.run(&["task", "kill", "-s", "SIGKILL", &run.id], scale::command())?.success()?;
-    world.events(|events| events.wait_for("/tasks/exit", &run.id, scale::container()))?;
-    ctr.remove(&run.id)
-}
-
 /// The probe's `output`: 8 bytes at a time, each word from the one before
 /// (xorshift64), so that a lost, repeated or swapped byte shows.
 struct Expected {
@@ -88,7 +81,7 @@ fn much_output_is_whole() {
         let status = child.wait()?;
         let took = started.elapsed().as_secs_f64();
         println!("{mib} MiB in {took:.1} s, {:.1} MiB/s", mib as f64 / took);
-        kill_and_remove(world, &run)?;
+        world.end(&run.id)?;
         if let Err(error) = read {
             bail!("not what was written: {error}");
         }
@@ -108,7 +101,7 @@ fn input_ends_and_output_goes_on() {
         job.close_input();
         let finished = job.finish(scale::container())?.exited(4)?;
         ensure!(finished.text() == "100000\ninput has ended\nno more\n1\n2\n3\n", "{finished}");
-        kill_and_remove(world, &run)
+        world.end(&run.id)
     });
 }
 
@@ -144,7 +137,7 @@ fn outlives_its_caller() {
             ensure!(Instant::now() < until, "its exit was never published");
         }
         ensure!(ended()?.len() == 1, "its exit was published {} times", ended()?.len());
-        kill_and_remove(world, &run)?;
+        world.end(&run.id)?;
         remove_clients_fifos()
     });
 }
@@ -175,7 +168,7 @@ fn as_other_users() {
         }
         let unknown = id("nosuchuser")?;
         ensure!(unknown.code() != 0, "{unknown}");
-        kill_and_remove(world, &run)
+        world.end(&run.id)
     });
 }
 
@@ -242,6 +235,6 @@ fn two_hundred_in_a_row_leave_nothing() {
         }
         ensure!(!leaks(&after), "before: {before:?}\nafter:  {after:?}");
         println!("{after:?}");
-        kill_and_remove(world, &run)
+        world.end(&run.id)
     });
 }

@@ -51,14 +51,6 @@ fn exec(ctr: &Ctr, id: &str, script: &str) -> Result<Finished> {
     ctr.exec(id, &[], &["sh", "-c", script], Input::Nothing)?.finish(scale::container())
 }
 
-/// Ends a detached container.
-fn end(world: &World, id: &str) -> Result<()> {
-    let ctr = world.ctr();
-    ctr.run(&["task", "kill", "-s", "SIGKILL", id], scale::command())?.success()?;
-    world.events(|events| events.wait_for("/tasks/exit", id, scale::container()))?;
-    ctr.remove(id)
-}
-
 fn count(world: &World, id: &str, topic: &str) -> Result<usize> {
     world.events(|events| {
         events.marker(scale::command())?;
@@ -68,8 +60,11 @@ fn count(world: &World, id: &str, topic: &str) -> Result<usize> {
 
 /// Measures what share of a processor the container gets, five times for two seconds: on a busy machine the guest's
 /// processor is away for tenths of one, in which nothing is used or what is used is charged to who ran before.
-const SHARE: &str = "read() { u=$(sed -n 's/usage_usec //p' /sys/fs/cgroup/cpu.stat); t=$(cut -d' ' -f1 /proc/uptime | tr -d .); }; \
-     for n in 1 2 3 4 5; do read; u0=$u; t0=$t; sleep 2; read; echo $(( (u - u0) / ((t - t0) * 10) )); done";
+/// Both numbers are read by the shell itself, and each interval begins where the one before it ended: a program
+/// started between the two readings waits for the quota, once for longer than the other time.
+const SHARE: &str = "read_both() { while read -r k v; do [ $k = usage_usec ] && u=$v; done < /sys/fs/cgroup/cpu.stat; \
+     read -r t rest < /proc/uptime; t=${t%.*}${t#*.}; }; \
+     read_both; for n in 1 2 3 4 5; do u0=$u; t0=$t; sleep 2; read_both; echo $(( (u - u0) / ((t - t0) * 10) )); done";
 
 /// The median of them in thousandths of a processor is the share `wanted`, within a tenth.
 fn share_of(finished: &Finished, wanted: i32) -> Result<()> {
@@ -251,7 +246,7 @@ fn limits_change_both_ways() {
         ensure!(wrong.to_string().contains("unified[\"memory.nonsense\"]"), "{wrong}");
         ensure!(exec(&ctr, id, "cat /sys/fs/cgroup/pids.max")?.text() == "12\n", "half of an update is left");
         ensure!(ctr.task_state(id).as_deref() == Some("RUNNING"));
-        end(world, id)
+        world.end(id)
     });
 }
 
@@ -289,6 +284,6 @@ fn statistics() {
         ensure!(table.text().contains("memory.usage"), "{table}");
         let processes = ctr.run(&["task", "ps", id], scale::command())?.success()?;
         ensure!(processes.text().lines().count() == 4, "{processes}");
-        end(world, id)
+        world.end(id)
     });
 }

@@ -4,13 +4,12 @@
 //! Bundles of our own: `ctr` knows few of these fields, and drops what it does
 //! not know.
 
-use std::{path::PathBuf, process::Command};
-
 use anyhow::{Context, Result, ensure};
 use rvm_tests::{
+    bundle::Bundle,
     case,
     ctr::Run,
-    job::{self, Finished, Input},
+    job::{Finished, Input},
     scale,
     world::{World, shell},
 };
@@ -19,54 +18,18 @@ use serde_json::{Value, json};
 /// Where a container's users begin on the outside.
 const FIRST: u32 = 100_000;
 
-/// A bundle with a copy of the image's root file system.
-struct Bundle {
-    dir: PathBuf,
-    rootfs: String,
+/// What `ctr` writes, for a shell script in a bundle.
+fn script_spec(world: &World, bundle: &Bundle, script: &str) -> Result<Value> {
+    let spec = world.ctr().run(&["oci", "spec"], scale::command())?.success()?;
+    let mut spec: Value = serde_json::from_slice(&spec.stdout)?;
+    spec["root"] = json!({"path": bundle.rootfs(), "readonly": false});
+    spec["process"]["env"] = json!(["PATH=/bin:/usr/bin:/sbin:/usr/sbin"]);
+    spec["process"]["args"] = json!(["sh", "-c", script]);
+    Ok(spec)
 }
 
-impl Bundle {
-    /// `owner`: user and group of every file.
-    fn new(world: &World, owner: Option<u32>) -> Result<Self> {
-        let dir = world.dir().join("bundle");
-        let rootfs = dir.join("rootfs").to_string_lossy().into_owned();
-        std::fs::create_dir_all(&dir)?;
-        shell(&format!("cp -a {} {rootfs}", world.rootfs()?.display()))?;
-        if let Some(owner) = owner {
-            shell(&format!("chown -hR {owner}:{owner} {rootfs}"))?;
-        }
-        Ok(Self { dir, rootfs })
-    }
-
-    /// What `ctr` writes, for a shell script.
-    fn spec(&self, world: &World, script: &str) -> Result<Value> {
-        let spec = world.ctr().run(&["oci", "spec"], scale::command())?.success()?;
-        let mut spec: Value = serde_json::from_slice(&spec.stdout)?;
-        spec["root"] = json!({"path": self.rootfs, "readonly": false});
-        spec["process"]["env"] = json!(["PATH=/bin:/usr/bin:/sbin:/usr/sbin"]);
-        spec["process"]["args"] = json!(["sh", "-c", script]);
-        Ok(spec)
-    }
-
-    fn run(&self, world: &World, spec: &Value) -> Result<Finished> {
-        std::fs::write(self.dir.join("config.json"), spec.to_string())?;
-        let dir = self.dir.to_string_lossy();
-        let command = if world.stage().is_rvm() {
-            world.rvmctl(&["run", "--bundle", &dir])
-        } else {
-            let mut runc = Command::new("runc");
-            runc.args(["--root", "/run/rvm-tests/runc", "run", "--bundle", &dir, "process"]);
-            runc
-        };
-        job::run(command, Input::Nothing, scale::container())
-    }
-}
-
-impl Drop for Bundle {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.dir);
-        let _ = std::fs::remove_dir_all("/run/rvm-tests/runc");
-    }
+fn run(world: &World, bundle: &Bundle, spec: &Value) -> Result<Finished> {
+    bundle.run(world, spec.to_string().as_bytes())
 }
 
 fn add_namespace(spec: &mut Value, kind: &str) -> Result<()> {
@@ -86,7 +49,7 @@ fn in_user_namespace(spec: &mut Value) -> Result<()> {
 #[test]
 fn user_namespace() {
     case(|world| {
-        let bundle = Bundle::new(world, Some(FIRST))?;
+        let bundle = Bundle::new(world)?.owned_by(FIRST)?;
         let script = "tr -s ' ' < /proc/self/uid_map; id -u; id -G; hostname; echo $$; \
                       touch /etc/mine && stat -c '%u %a' /etc/mine /etc /dev /dev/pts /dev/null; \
                       head -c 3 /dev/zero | wc -c; echo gone > /dev/null; echo again > /dev/stdout; \
@@ -95,7 +58,7 @@ fn user_namespace() {
                       mount -t tmpfs none /mnt 2>/dev/null || echo no mount; \
                       mknod /dev/kmem c 1 2 2>/dev/null || echo no node; \
                       chown 70000 /etc/mine 2>/dev/null || echo no such user";
-        let mut spec = bundle.spec(world, script)?;
+        let mut spec = script_spec(world, &bundle, script)?;
         in_user_namespace(&mut spec)?;
         spec["hostname"] = "mapped".into();
         let cgroup = json!({
@@ -106,17 +69,18 @@ fn user_namespace() {
         spec["process"]["oomScoreAdj"] = (-77).into();
         spec["process"]["rlimits"] = json!([{"type": "RLIMIT_NOFILE", "soft": 1000, "hard": 1_000_000}]);
         spec["linux"]["sysctl"] = json!({"net.ipv4.ip_unprivileged_port_start": "80"});
-        let finished = bundle.run(world, &spec)?.success()?;
+        let finished = run(world, &bundle, &spec)?.success()?;
         let expected = " 0 100000 65536\n0\n0 7\nmapped\n1\n0 644\n0 755\n0 755\n0 755\n65534 666\n\
                         3\nagain\n1000000\n-77\n80\nproc\nsys\ndev/mqueue\nsys/fs/cgroup\n\
                         no mount\nno node\nno such user\n";
         ensure!(finished.text() == expected, "{finished}");
-        let outside = shell(&format!("stat -c %u {}/etc/mine || echo not on the host", bundle.rootfs))?;
+        let outside =
+            shell(&format!("stat -c %u {}/etc/mine || echo not on the host", bundle.rootfs().display()))?;
         println!("on the host: {outside}");
 
         // Who is not mapped cannot be.
         spec["process"]["user"]["uid"] = 70_000.into();
-        let refused = bundle.run(world, &spec)?;
+        let refused = run(world, &bundle, &spec)?;
         ensure!(refused.code() != 0, "{refused}");
         if world.stage().is_rvm() {
             ensure!(refused.errors().contains("process.user.uid"), "{refused}");
@@ -128,8 +92,8 @@ fn user_namespace() {
 #[test]
 fn exec_and_terminal_in_a_user_namespace() {
     case(|world| {
-        let bundle = Bundle::new(world, Some(FIRST))?;
-        let mut spec = bundle.spec(world, "sleep 100000")?;
+        let bundle = Bundle::new(world)?.owned_by(FIRST)?;
+        let mut spec = script_spec(world, &bundle, "sleep 100000")?;
         in_user_namespace(&mut spec)?;
         let path = world.write_file("userns.json", spec.to_string())?;
         let ctr = world.ctr();
@@ -147,9 +111,7 @@ fn exec_and_terminal_in_a_user_namespace() {
         let text = finished.text();
         let words: Vec<&str> = text.split_whitespace().collect();
         ensure!(words == ["33", "33"], "{finished}");
-        ctr.run(&["task", "kill", "-s", "SIGKILL", &run.id], scale::command())?.success()?;
-        world.events(|events| events.wait_for("/tasks/exit", &run.id, scale::container()))?;
-        ctr.remove(&run.id)?;
+        world.end(&run.id)?;
         std::fs::remove_file(path)?;
         Ok(())
     });
@@ -159,11 +121,11 @@ fn exec_and_terminal_in_a_user_namespace() {
 #[test]
 fn attributes() {
     case(|world| {
-        let bundle = Bundle::new(world, None)?;
+        let bundle = Bundle::new(world)?;
         let script = "uname -m; umask; cat /proc/self/oom_score_adj; ulimit -Sn; ulimit -Hn; touch /made; stat -c %a /made; \
                       awk '{print $19, $41}' /proc/self/stat; ionice -p $$; cat /proc/sys/kernel/domainname; \
                       cut -d. -f1 /proc/uptime; readlink /proc/self/ns/time";
-        let mut spec = bundle.spec(world, script)?;
+        let mut spec = script_spec(world, &bundle, script)?;
         spec["process"]["user"] = json!({"uid": 0, "gid": 0, "umask": 0o027});
         spec["process"]["oomScoreAdj"] = (-500).into();
         spec["process"]["rlimits"] = json!([{"type": "RLIMIT_NOFILE", "soft": 2000, "hard": 1_000_000}]);
@@ -176,7 +138,7 @@ fn attributes() {
             add_namespace(&mut spec, "time")?;
             spec["linux"]["timeOffsets"] = json!({"boottime": {"secs": 1_000_000_000, "nanosecs": 5}});
         }
-        let finished = bundle.run(world, &spec)?.success()?;
+        let finished = run(world, &bundle, &spec)?.success()?;
         let text = finished.text();
         let lines: Vec<&str> = text.lines().collect();
         ensure!(lines[..6] == ["i686", "0027", "-500", "2000", "1000000", "640"], "{finished}");
@@ -193,10 +155,10 @@ fn attributes() {
 #[test]
 fn seccomp() {
     case(|world| {
-        let bundle = Bundle::new(world, None)?;
+        let bundle = Bundle::new(world)?;
         let script = "mkdir /x; chmod 700 /etc 2>/dev/null; echo $?; grep -E '^(Seccomp|NoNewPrivs):' /proc/self/status";
         for no_new_privileges in [true, false] {
-            let mut spec = bundle.spec(world, script)?;
+            let mut spec = script_spec(world, &bundle, script)?;
             spec["process"]["noNewPrivileges"] = no_new_privileges.into();
             spec["linux"]["seccomp"] = json!({
                 "defaultAction": "SCMP_ACT_ALLOW",
@@ -211,7 +173,7 @@ fn seccomp() {
                     }
                 ]
             });
-            let finished = bundle.run(world, &spec)?.success()?;
+            let finished = run(world, &bundle, &spec)?.success()?;
             let expected = format!("1\nNoNewPrivs:\t{}\nSeccomp:\t2\n", u8::from(no_new_privileges));
             ensure!(finished.text() == expected, "{finished}");
             ensure!(finished.errors().contains("No medium found"), "{finished}");
@@ -227,22 +189,22 @@ fn hooks_in_the_container() {
         if !world.stage().is_rvm() {
             return Ok(());
         }
-        let bundle = Bundle::new(world, None)?;
+        let bundle = Bundle::new(world)?;
         let hook = |script: &str, timeout| json!({"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/bin"], "timeout": timeout});
-        let mut spec = bundle.spec(world, "cat /create; echo; cat /tmp/start; echo; cat /order")?;
+        let mut spec = script_spec(world, &bundle, "cat /create; echo; cat /tmp/start; echo; cat /order")?;
         spec["annotations"] = json!({"colour": "dark \"blue\""});
         spec["hooks"] = json!({
             "createContainer": [hook("cat > /create; echo create > /order; chmod 666 /order", 20)],
             "startContainer": [hook("cat > /tmp/start; echo start >> /order", 20)],
         });
-        let finished = bundle.run(world, &spec)?.success()?;
+        let finished = run(world, &bundle, &spec)?.success()?;
         let text = finished.text();
         let lines: Vec<&str> = text.lines().collect();
         ensure!(lines[2..] == ["create", "start"], "{finished}");
         for (line, status) in [(lines[0], "creating"), (lines[1], "created")] {
             let state: Value = serde_json::from_str(line)?;
             ensure!(state["status"] == status && state["pid"] == 1, "{state}");
-            ensure!(state["bundle"] == bundle.dir.to_string_lossy().as_ref(), "{state}");
+            ensure!(state["bundle"] == bundle.dir().to_string_lossy().as_ref(), "{state}");
             ensure!(state["annotations"]["colour"] == "dark \"blue\"", "{state}");
         }
 
@@ -252,7 +214,7 @@ fn hooks_in_the_container() {
             ("startContainer", "exit 3", 20, "exit status 3"),
         ] {
             spec["hooks"] = json!({kind: [hook(script, timeout)]});
-            let failed = bundle.run(world, &spec)?;
+            let failed = run(world, &bundle, &spec)?;
             ensure!(failed.code() != 0 && failed.errors().contains(words), "{failed}");
             ensure!(failed.errors().contains(kind), "{failed}");
         }

@@ -255,9 +255,7 @@ fn events_in_order() {
         let run = ctr.container("events").detached();
         run.run(&["sleep", "1000"])?.success()?;
         ctr.exec(&run.id, &[], &["true"], Input::Nothing)?.finish(scale::container())?.success()?;
-        ctr.run(&["task", "kill", "-s", "SIGKILL", &run.id], scale::command())?.success()?;
-        world.events(|events| events.wait_for("/tasks/exit", &run.id, scale::container()))?;
-        ctr.remove(&run.id)?;
+        world.end(&run.id)?;
         let events = world.events(|events| {
             events.marker(scale::command())?;
             events.of(&run.id)

@@ -143,9 +143,7 @@ fn ps_logs_and_metrics() {
         let unknown = rvmctl(world, &["logs", "no-such-sandbox"])?.exited(1)?;
         ensure!(unknown.errors().contains("no-such-sandbox"), "{unknown}");
 
-        ctr.run(&["task", "kill", "-s", "SIGKILL", &run.id], scale::command())?.success()?;
-        world.events(|events| events.wait_for("/tasks/exit", &run.id, scale::container()))?;
-        ctr.remove(&run.id)?;
+        world.end(&run.id)?;
         let after = rvmctl(world, &["ps"])?.success()?;
         ensure!(!after.text().contains(&run.id), "{after}");
         Ok(())

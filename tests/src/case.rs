@@ -62,6 +62,9 @@ fn run(
         Err(anyhow!("{}", text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("panicked")))
     });
     let took = started.elapsed();
+    if !world.stage().is_rvm() {
+        host::remove_runcs_parent();
+    }
     let outcome = result.map_err(fail).and_then(|()| {
         before
             .wait_until_same(scale::seconds(5.0), || world.host())

@@ -227,6 +227,17 @@ fn sockets(items: &mut BTreeSet<String>, whole: bool) {
     }
 }
 
+/// Removes the cgroup above those of the namespace's containers: runc makes it and leaves it.
+/// rvm removes what it made, and that it did could not be seen with runc's there.
+pub fn remove_runcs_parent() {
+    let root = Path::new("/sys/fs/cgroup");
+    let hierarchies = names("/sys/fs/cgroup").into_iter().map(|name| root.join(name).join("default"));
+    for dir in hierarchies.chain([root.join("default")]) {
+        // Most hierarchies have none; one with a container in it stays, and is reported.
+        let _ = std::fs::remove_dir(dir);
+    }
+}
+
 fn cgroups(items: &mut BTreeSet<String>, dir: &Path, whole: bool, depth: usize) {
     for entry in read_dir(dir).into_iter().flatten().flatten() {
         if depth < 16 && entry.file_type().is_ok_and(|kind| kind.is_dir()) {

@@ -7,7 +7,7 @@
 //! * [`world`]: a mount namespace with its own `/run` and a containerd in it.
 //! * [`config`]: rvm's configuration file.
 //! * [`ctr`]: `ctr` commands.
-//! * [`bundle`]: a specification for what `ctr` has no option for.
+//! * [`bundle`]: specifications and bundles for what `ctr` has no option for.
 //! * [`events`]: what containerd published.
 //! * [`sandbox`]: the host side of one running sandbox.
 //! * [`task`]: one shim's Task API.

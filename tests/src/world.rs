@@ -133,6 +133,17 @@ impl World {
         look(events.as_mut().context("containerd is not running")?)
     }
 
+    /// Ends a detached container: its process is killed, its exit is published, its task deleted.
+    ///
+    /// # Errors
+    /// When one of them does not happen.
+    pub fn end(&self, id: &str) -> Result<()> {
+        let ctr = self.ctr();
+        ctr.run(&["task", "kill", "-s", "SIGKILL", id], scale::command())?.success()?;
+        self.events(|events| events.wait_for("/tasks/exit", id, scale::container()))?;
+        ctr.remove(id)
+    }
+
     /// Path of the configuration containerd's shims read.
     pub fn config_path(&self) -> PathBuf {
         self.dir().join("config.toml")

@@ -17,7 +17,7 @@ use std::{path::PathBuf, time::Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use crate::{stage, world::World};
+use crate::{host, stage, world::World};
 use bundles::Bundle;
 use compare::{Lines, Report};
 use place::Place;
@@ -78,6 +78,9 @@ fn lines(world: &World, bundle: &Bundle, runtime: &str, probe: &std::path::Path)
         world.sweep();
     }
     place.remove()?;
+    if runtime == RUNC {
+        host::remove_runcs_parent();
+    }
     Ok(match result {
         Ok(text) => compare::parse(&text),
         Err(error) => Lines::from([("run".to_owned(), format!("{error:#}"))]),
