@@ -87,6 +87,10 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
 }
 
+/// Where a `fuse_entry_out` has the mode and the device number.
+const ENTRY_MODE: usize = 100;
+const ENTRY_RDEV: usize = 116;
+
 fn read_body(handle: u64, offset: u64, size: u32) -> Vec<u8> {
     [handle.to_le_bytes().as_slice(), &offset.to_le_bytes(), &words(&[size, 0, 0, 0, 0, 0])].concat()
 }
@@ -371,7 +375,13 @@ fn what_means_something_to_the_host_is_not_the_guests_to_make() {
     let mut set = |attribute: &str| {
         client.call(SETXATTR, file, &[words(&[1, 0]), name(attribute), b"x".to_vec()].concat()).0
     };
-    for refused in ["trusted.overlay.opaque", "security.selinux", "security.ima", "system.nfs4_acl"] {
+    for refused in [
+        "trusted.overlay.opaque",
+        "trusted.rvm.device",
+        "security.selinux",
+        "security.ima",
+        "system.nfs4_acl",
+    ] {
         assert_eq!(set(refused), libc::EPERM, "{refused}");
     }
     let marks = [words(&[100, 0]), name("trusted.overlay.opaque")].concat();
@@ -391,13 +401,36 @@ fn what_means_something_to_the_host_is_not_the_guests_to_make() {
         assert_eq!(client.call(REMOVEXATTR, file, &name("user.a")).0, 0);
     }
 
-    let mut make = |mode: u32, device: u32, file: &str| {
+    let make = |client: &mut Client, mode: u32, device: u32, file: &str| {
         client.call(MKNOD, ROOT, &[words(&[mode | 0o644, device, 0, 0]), name(file)].concat()).0
     };
-    assert_eq!(make(libc::S_IFCHR, 0x103, "null"), libc::EPERM);
-    assert_eq!(make(libc::S_IFBLK, 0x800, "sda"), libc::EPERM);
-    assert_eq!(make(libc::S_IFBLK, 0, "zero"), libc::EPERM);
-    assert_eq!(make(libc::S_IFIFO, 0, "fifo"), 0);
+    // A device is one to the guest only. 0/0 is none: overlayfs marks deletions by it.
+    for (kind, number, file) in [
+        (libc::S_IFCHR, 0x103, "null"),
+        (libc::S_IFBLK, 0x800, "sda"),
+        (libc::S_IFBLK, 0, "zero"),
+        (libc::S_IFCHR, 0, "whiteout"),
+    ] {
+        let error = make(&mut client, kind, number, file);
+        if error != 0 && file != "whiteout" {
+            // No trusted attributes for this user, or on this file system: nothing is left.
+            assert!(error == libc::EPERM && !client.path(file).exists(), "{file}: {error}");
+            continue;
+        }
+        assert_eq!(error, 0, "{file}");
+        let on_host = fs::symlink_metadata(client.path(file)).unwrap();
+        assert!(on_host.file_type().is_char_device() && on_host.rdev() == 0, "{file}");
+        let (error, entry) = client.call(LOOKUP, ROOT, &name(file));
+        assert_eq!((error, u32_at(&entry, ENTRY_MODE) & libc::S_IFMT), (0, kind), "{file}");
+        assert_eq!(u32_at(&entry, ENTRY_RDEV), number, "{file}");
+        let node = u64_at(&entry, 0);
+        assert_eq!(client.open(node, libc::O_RDONLY), Err(libc::ENXIO));
+        let attribute = [words(&[100, 0]), name("trusted.rvm.device")].concat();
+        assert_eq!(client.call(GETXATTR, node, &attribute).0, libc::ENODATA);
+        let (_, names) = client.call(LISTXATTR, node, &words(&[1000, 0]));
+        assert!(!names.windows(11).any(|window| window == b"trusted.rvm"));
+    }
+    assert_eq!(make(&mut client, libc::S_IFIFO, 0, "fifo"), 0);
     assert!(fs::metadata(client.path("fifo")).unwrap().file_type().is_fifo());
     // Opening it would wait for the other end.
     let fifo = client.lookup(ROOT, "fifo").unwrap();

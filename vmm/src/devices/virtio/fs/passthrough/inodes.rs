@@ -14,8 +14,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use fuse_backend_rs::api::filesystem::ROOT_ID;
 
-use super::Policy;
 use super::sys::{self, Fd, FileHandle, Stat};
+use super::{Policy, nodes};
 
 /// What tells one file from another.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -173,7 +173,8 @@ impl Inodes {
             }
         }
         let fd = sys::open_at(dir, name, libc::O_PATH, 0)?;
-        let stat = sys::stat(fd.as_fd(), c"")?;
+        let mut stat = sys::stat(fd.as_fd(), c"")?;
+        nodes::restore(fd.as_fd(), &mut stat.attr);
         let mount = match stat.mount == parent.mount.id {
             true => Arc::clone(&parent.mount),
             false => self.mount(fd.as_fd(), &stat)?,

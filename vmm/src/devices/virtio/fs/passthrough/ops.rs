@@ -17,6 +17,7 @@ use fuse_backend_rs::api::filesystem::{
 
 use super::files::{Dirent, OpenFile};
 use super::inodes::Inode;
+use super::nodes;
 use super::sys::{self, ActingFor, Lent};
 use super::{MAX_DIR_BYTES, MAX_IO_BYTES, MAX_XATTR_BYTES, Passthrough, component};
 
@@ -54,7 +55,9 @@ fn kill_privileges(fd: BorrowedFd<'_>) -> io::Result<()> {
 
 impl Passthrough {
     fn attributes(&self, inode: &Inode) -> io::Result<(libc::stat64, Duration)> {
-        let stat = sys::stat(inode.path_fd()?.as_fd(), c"")?;
+        let path = inode.path_fd()?;
+        let mut stat = sys::stat(path.as_fd(), c"")?;
+        nodes::restore(path.as_fd(), &mut stat.attr);
         Ok((stat.attr, self.timeout(inode.is_immutable())))
     }
 
@@ -197,13 +200,10 @@ impl FileSystem for Passthrough {
         umask: u32,
     ) -> io::Result<Entry> {
         self.change()?;
-        // A device node would give users of the host what the guest's root
-        // wants them to have. 0/0 is no device: overlayfs marks deletions by it.
-        let device = matches!(mode & libc::S_IFMT, libc::S_IFBLK | libc::S_IFCHR);
-        if device && (rdev != 0 || mode & libc::S_IFMT == libc::S_IFBLK) {
-            return errno(libc::EPERM);
-        }
-        self.make(ctx, parent, name, umask, |dir| sys::mknod(dir, name, mode, 0))
+        self.make(ctx, parent, name, umask, |dir| match nodes::is_device(mode, rdev) {
+            true => nodes::make(dir, name, mode, rdev),
+            false => sys::mknod(dir, name, mode, 0),
+        })
     }
 
     fn mkdir(&self, ctx: &Context, parent: u64, name: &CStr, mode: u32, umask: u32) -> io::Result<Entry> {
@@ -423,7 +423,14 @@ impl FileSystem for Passthrough {
         if size > MAX_DIR_BYTES {
             return errno(libc::EINVAL);
         }
-        self.read_dir(inode, handle, offset, &mut |_, entry| Ok(add_entry(dir_entry(&entry))? > 0))
+        self.read_dir(inode, handle, offset, &mut |_, entry| {
+            let mut added = dir_entry(&entry);
+            if added.type_ == u32::from(libc::DT_CHR) {
+                // It may stand for another type.
+                added.type_ = libc::DT_UNKNOWN.into();
+            }
+            Ok(add_entry(added)? > 0)
+        })
     }
 
     fn readdirplus(
@@ -444,7 +451,11 @@ impl FileSystem for Passthrough {
             // has vanished meanwhile it finds out itself.
             let found =
                 component(entry.name).and_then(|name| self.find(&parent, dir, name)).unwrap_or_default();
-            let added = add_entry(dir_entry(&entry), found);
+            let mut added = dir_entry(&entry);
+            if found.inode != 0 {
+                added.type_ = (found.attr.st_mode & libc::S_IFMT) >> 12;
+            }
+            let added = add_entry(added, found);
             if found.inode != 0 && !matches!(added, Ok(1..)) {
                 self.inodes.forget([(found.inode, 1)]);
             }
@@ -455,7 +466,8 @@ impl FileSystem for Passthrough {
     fn getxattr(&self, _ctx: &Context, inode: u64, name: &CStr, size: u32) -> io::Result<GetxattrReply> {
         // Marks of the host's overlays are not for the guest's, which asks for
         // one with every file it looks up.
-        if name.to_bytes().starts_with(b"trusted.overlay.") {
+        let bytes = name.to_bytes();
+        if bytes.starts_with(b"trusted.overlay.") || bytes.starts_with(nodes::PREFIX) {
             return errno(libc::ENODATA);
         }
         let inode = self.inodes.get(inode)?;
@@ -476,6 +488,7 @@ impl FileSystem for Passthrough {
             return Ok(ListxattrReply::Count(len as u32));
         }
         names.truncate(len);
+        nodes::hide(&mut names);
         Ok(ListxattrReply::Names(names))
     }
 
