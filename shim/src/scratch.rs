@@ -21,12 +21,14 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    thread::JoinHandle,
 };
 
 use nix::{
     errno::Errno,
     unistd::{Whence, lseek},
 };
+use tokio::sync::oneshot;
 
 use crate::rootfs::{Layer, snapshot_dir};
 
@@ -66,21 +68,68 @@ pub enum ScratchError {
     /// No file system can be made.
     #[error("scratch.backing: \"block\" needs mkfs.ext4 (package e2fsprogs), \"tmpfs\" does not: {0}")]
     MakeFileSystem(String),
+    /// The thread that prepares it.
+    #[error("scratch: its thread: {0}")]
+    Thread(#[source] io::Error),
 }
 
 fn failed(path: &Path) -> impl Fn(io::Error) -> ScratchError {
     |source| ScratchError::File { path: path.to_owned(), source }
 }
 
-/// The scratch file for a container with these `layers`: the one from before, or
-/// a new one of `size_bytes`. Templates are kept in `cache_dir`.
-pub fn prepare(
-    size_bytes: u64,
-    cache_dir: &Path,
-    layers: &[Layer],
-    sandbox_dir: &Path,
-) -> Result<PathBuf, ScratchError> {
-    let path = snapshot_dir(layers).unwrap_or_else(|| sandbox_dir.to_owned()).join(FILE_NAME);
+/// A scratch file that is being prepared on a thread of its own, while the guest
+/// boots. Dropping it waits for the thread, so that nothing is written where
+/// everything has been removed.
+#[derive(Debug)]
+pub struct Preparation {
+    thread: Option<JoinHandle<()>>,
+    file: oneshot::Receiver<Result<PathBuf, ScratchError>>,
+}
+
+impl Preparation {
+    /// Begins with the scratch file for a container with these `layers`: the one
+    /// from before, or a new one of `size_bytes`. Templates are kept in
+    /// `cache_dir`; `done` is called at the end.
+    pub fn start(
+        size_bytes: u64,
+        cache_dir: &Path,
+        layers: &[Layer],
+        sandbox_dir: &Path,
+        done: impl FnOnce() + Send + 'static,
+    ) -> Result<Self, ScratchError> {
+        let (cache_dir, sandbox_dir) = (cache_dir.to_owned(), sandbox_dir.to_owned());
+        let snapshot = snapshot_dir(layers);
+        let (sender, file) = oneshot::channel();
+        let prepare = move || {
+            let dir = snapshot.unwrap_or(sandbox_dir);
+            let prepared = prepare(size_bytes, &cache_dir, &dir);
+            done();
+            // Nobody waits for it any more.
+            let _ = sender.send(prepared);
+        };
+        let thread = std::thread::Builder::new().name("scratch".into()).spawn(prepare);
+        Ok(Self { thread: Some(thread.map_err(ScratchError::Thread)?), file })
+    }
+
+    /// The file, when it is ready; to be called once.
+    pub async fn finished(&mut self) -> Result<PathBuf, ScratchError> {
+        let ended = || Err(ScratchError::Thread(io::Error::other("it ended before its time")));
+        (&mut self.file).await.unwrap_or_else(|_| ended())
+    }
+}
+
+impl Drop for Preparation {
+    fn drop(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            // What it panicked with is on standard error.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The scratch file in `dir`.
+fn prepare(size_bytes: u64, cache_dir: &Path, dir: &Path) -> Result<PathBuf, ScratchError> {
+    let path = dir.join(FILE_NAME);
     if is_file_system(&path) {
         return Ok(path);
     }
@@ -227,13 +276,19 @@ mod tests {
         }
     }
 
+    fn prepare_for(size: u64, cache: &Path, layers: &[Layer], dir: &Path) -> Result<PathBuf, ScratchError> {
+        let mut preparation = Preparation::start(size, cache, layers, dir, || ())?;
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(preparation.finished())
+    }
+
     #[test]
     fn lives_beside_the_snapshot_and_is_kept() {
         let root = tempfile::tempdir().unwrap();
         let (cache, snapshot) = (root.path().join("cache/rvm"), root.path().join("42"));
         fs::create_dir(&snapshot).unwrap();
         let layers = [overlay(&snapshot)];
-        let path = prepare(64 << 20, &cache, &layers, root.path()).unwrap();
+        let path = prepare_for(64 << 20, &cache, &layers, root.path()).unwrap();
         assert_eq!(path, snapshot.join(FILE_NAME));
         let found = fs::metadata(&path).unwrap();
         assert_eq!((found.len(), found.mode() & 0o777), (64 << 20, 0o600));
@@ -243,7 +298,7 @@ mod tests {
 
         // The next start finds what the last one left, whatever size is configured now.
         File::options().write(true).open(&path).unwrap().write_all_at(b"kept", 1 << 20).unwrap();
-        assert_eq!(prepare(128 << 20, &cache, &layers, root.path()).unwrap(), path);
+        assert_eq!(prepare_for(128 << 20, &cache, &layers, root.path()).unwrap(), path);
         let mut kept = [0; 4];
         File::open(&path).unwrap().read_exact_at(&mut kept, 1 << 20).unwrap();
         assert_eq!(&kept, b"kept");
@@ -253,14 +308,14 @@ mod tests {
     fn a_file_that_never_reached_the_disk_is_replaced() {
         let root = tempfile::tempdir().unwrap();
         fs::write(root.path().join(FILE_NAME), [0; 4096]).unwrap();
-        let path = prepare(64 << 20, &root.path().join("cache"), &[], root.path()).unwrap();
+        let path = prepare(64 << 20, &root.path().join("cache"), root.path()).unwrap();
         assert!(is_file_system(&path) && fs::metadata(path).unwrap().len() == 64 << 20);
     }
 
     #[test]
     fn the_copy_is_a_sound_file_system() {
         let root = tempfile::tempdir().unwrap();
-        let path = prepare(10 << 30, &root.path().join("cache"), &[], root.path()).unwrap();
+        let path = prepare(10 << 30, &root.path().join("cache"), root.path()).unwrap();
         let checked = Command::new("/usr/sbin/e2fsck").args(["-f", "-n"]).arg(&path).output().unwrap();
         assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stdout));
     }
@@ -269,7 +324,7 @@ mod tests {
     fn errors_name_the_file() {
         let root = tempfile::tempdir().unwrap();
         let missing = root.path().join("missing");
-        let error = prepare(64 << 20, &root.path().join("cache"), &[], &missing).unwrap_err().to_string();
+        let error = prepare_for(64 << 20, &root.path().join("cache"), &[], &missing).unwrap_err().to_string();
         assert!(error.starts_with("scratch: ") && error.contains("No such file"), "{error}");
     }
 }

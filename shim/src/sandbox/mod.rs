@@ -33,9 +33,9 @@ use crate::{
     config::{self, Config},
     process_id::ProcessId,
     rootfs::Layer,
-    scratch::{self, ScratchError},
+    scratch::{Preparation, ScratchError},
     share::{Share, ShareError},
-    spec::{Bundle, HostDisk},
+    spec::Bundle,
     state::{Phase, State},
     timeline::Timeline,
     vmm::{self, Exited, Monitor, MonitorError},
@@ -210,17 +210,17 @@ impl Sandbox {
         timeline.mark("rootfs mounted");
 
         let path = owned.dir.path().to_owned();
-        let scratch = match config.scratch {
+        let mut scratch = match config.scratch {
             config::Scratch::Tmpfs { .. } => None,
             config::Scratch::Block { size_bytes } => {
-                let file = scratch::prepare(size_bytes, &config.host.cache_dir, layers, &path)?;
-                timeline.mark("scratch ready");
-                Some(file)
+                let noted = timeline.clone();
+                let done = move || noted.mark("scratch ready");
+                Some(Preparation::start(size_bytes, &config.host.cache_dir, layers, &path, done)?)
             }
         };
         let vsock = Vsock::new(owned.dir.fd().clone());
         let ready = vsock.listen(READY_PORT)?;
-        vmm::write_config(&path, &vm_config(config, size, id, bundle, scratch.as_deref()))
+        vmm::write_config(&path, &vm_config(config, size, id, bundle))
             .map_err(|source| SandboxError::Directory { path: path.clone(), source })?;
         let spawned = timeline.elapsed();
         let monitor = Monitor::spawn(&config.host.monitor, &path, &owned.cgroup)?;
@@ -232,11 +232,14 @@ impl Sandbox {
         let boot = async {
             wait_ready(ready).await?;
             timeline.mark("agent ready");
-            // They are found when the container asks for them.
-            for disk in &bundle.disks {
-                vmm::add_disk(owned.dir.fd(), disk_config(disk))
-                    .await
-                    .map_err(|source| SandboxError::Disk { field: disk.field.clone(), source })?;
+            let scratch = match &mut scratch {
+                Some(scratch) => Some(scratch.finished().await?),
+                None => None,
+            };
+            // The guest finds them when it is told to use them.
+            for (field, disk) in disks(bundle, scratch) {
+                let plugged = vmm::add_disk(owned.dir.fd(), disk).await;
+                plugged.map_err(|source| SandboxError::Disk { field, source })?;
             }
             let agent = Agent::connect(&vsock).await?;
             agent.set_up_sandbox(set_up_request(config, id)).await?;
@@ -267,7 +270,7 @@ impl Sandbox {
             spawned,
             dir: owned.dir.fd().clone(),
             size,
-            must_flush: scratch.is_some()
+            must_flush: matches!(config.scratch, config::Scratch::Block { .. })
                 || bundle.volumes.iter().any(|volume| !volume.readonly)
                 || bundle.disks.iter().any(|disk| !disk.readonly),
             console,
@@ -420,12 +423,7 @@ fn first_state(
     Ok(state)
 }
 
-fn vm_config(config: &Config, size: Size, id: &str, bundle: &Bundle, scratch: Option<&Path>) -> VmConfig {
-    let scratch = scratch.map(|file| DiskConfig {
-        serial: SCRATCH_SERIAL.into(),
-        path: file.to_owned(),
-        readonly: false,
-    });
+fn vm_config(config: &Config, size: Size, id: &str, bundle: &Bundle) -> VmConfig {
     VmConfig {
         id: id.into(),
         vcpus: size.vcpus,
@@ -446,12 +444,20 @@ fn vm_config(config: &Config, size: Size, id: &str, bundle: &Bundle, scratch: Op
             // Layers never change; what the host shares with others does.
             cache: if bundle.volumes.is_empty() { CachePolicy::Always } else { CachePolicy::Auto },
         }],
-        disks: scratch.into_iter().collect(),
+        disks: Vec::new(),
     }
 }
 
-fn disk_config(disk: &HostDisk) -> DiskConfig {
-    DiskConfig { serial: disk.serial(), path: disk.path.clone(), readonly: disk.readonly }
+/// What is plugged in when the agent has answered, with the field that asked for it.
+fn disks(bundle: &Bundle, scratch: Option<PathBuf>) -> impl Iterator<Item = (String, DiskConfig)> {
+    let scratch = scratch.map(|path| {
+        ("scratch".to_owned(), DiskConfig { serial: SCRATCH_SERIAL.into(), path, readonly: false })
+    });
+    let of_host = bundle.disks.iter().map(|disk| {
+        let config = DiskConfig { serial: disk.serial(), path: disk.path.clone(), readonly: disk.readonly };
+        (disk.field.clone(), config)
+    });
+    scratch.into_iter().chain(of_host)
 }
 
 /// The host's name: what a new UTS namespace on it would begin with. A container
