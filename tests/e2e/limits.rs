@@ -89,6 +89,48 @@ fn a_processor_by_quota() {
     });
 }
 
+/// Processor time a container's process has used, on the host: under rvm that is its machine's.
+fn processor_ticks(ctr: &Ctr, id: &str) -> Result<u64> {
+    let tasks = ctr.list(&["task", "ls"]);
+    let pid = tasks.iter().find_map(|task| task.strip_prefix(id)?.split_whitespace().next());
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.context("no such task")?))?;
+    // utime and stime, the 14th and 15th field; the second may have spaces in it.
+    let after_name = stat.rsplit_once(')').context("no name in stat")?.1;
+    let times: Vec<u64> =
+        after_name.split_whitespace().skip(11).take(2).map(str::parse).collect::<Result<_, _>>()?;
+    Ok(times.iter().sum())
+}
+
+#[test]
+fn one_processor_is_shared_by_weight() {
+    case(|world| {
+        let ctr = world.ctr();
+        let weights = [("light", 512), ("heavy", 2048)];
+        let runs = weights
+            .iter()
+            .map(|(name, shares)| {
+                let cpu = json!({"cpu": {"shares": shares, "cpus": "0"}});
+                let (run, started) = limited(world, true, name, "while :; do :; done", &cpu)?;
+                started.success()?;
+                Ok(run)
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let ticks = || runs.iter().map(|run| processor_ticks(&ctr, &run.id)).collect::<Result<Vec<_>>>();
+        let before = ticks()?;
+        std::thread::sleep(std::time::Duration::from_secs(8));
+        let after = ticks()?;
+        let used: Vec<f64> =
+            before.iter().zip(&after).map(|(before, after)| (after - before) as f64).collect();
+        println!("{used:?} ticks with shares of 512 and 2048");
+        for run in &runs {
+            world.end(&run.id)?;
+        }
+        let ratio = used[1] / used[0].max(1.0);
+        ensure!((3.2..5.0).contains(&ratio), "{ratio} instead of 4");
+        Ok(())
+    });
+}
+
 #[test]
 fn memory_that_runs_out() {
     case(|world| {
