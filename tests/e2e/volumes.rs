@@ -68,6 +68,34 @@ impl Shell {
     }
 }
 
+/// They work in the guest, and are nothing on the host that anybody could open.
+#[test]
+fn device_nodes_are_the_guests_own() {
+    case(|world| {
+        let volume = Volume::new(world, "volume")?;
+        let run = world.ctr().container("nodes").with(&["--mount", &bind(&volume.0, "/v", "rbind:rw")]);
+        let script = "mknod -m 640 /v/null c 1 3 && mknod /v/disk b 8 16 && mv /v/disk /v/moved && \
+                      stat -c '%F %a %t:%T' /v/null /v/moved && echo lost > /v/null && cat /v/null && \
+                      cat /v/moved; ls /v";
+        let finished = run.shell(script)?.success()?;
+        ensure!(
+            finished.text() == "character special file 640 1:3\nblock special file 644 8:10\nmoved\nnull\n"
+                && finished.errors().contains("/v/moved"),
+            "{finished}"
+        );
+        // The next container finds what the first one made.
+        let again = run.shell("stat -c '%F %t:%T' /v/moved; echo lost > /v/null && rm /v/null")?.success()?;
+        ensure!(again.text() == "block special file 8:10\n", "{again}");
+        let on_host = shell(&format!("cd {} && stat -c '%F %t:%T' *", volume.0.display()))?;
+        let expected = match world.stage().is_rvm() {
+            true => "character special file 0:0\n",
+            false => "block special file 8:10\n",
+        };
+        ensure!(on_host == expected, "{on_host}");
+        Ok(())
+    });
+}
+
 #[test]
 fn changes_are_seen_on_both_sides() {
     case(|world| {
