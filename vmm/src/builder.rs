@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use thiserror::Error;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use crate::arch::cpuid::{self, Topology};
 use crate::arch::{layout, mptable};
@@ -25,7 +25,7 @@ use crate::kvm::irq::IrqError;
 use crate::kvm::probe::{self, ProbeError};
 use crate::kvm::{Host, KvmError, Vm};
 use crate::machine::Machine;
-use crate::memory::{self, MemoryError};
+use crate::memory::{self, GuestRam, MemoryError};
 use crate::pci::host_bridge::HostBridge;
 use crate::pci::virtio::function::{self, FunctionError};
 use crate::pci::{BusFull, CONFIG_ADDRESS_PORT, PciBus};
@@ -109,7 +109,7 @@ fn build_on(
     config: CheckedConfig,
     host: &Host,
     vm: &Arc<Vm>,
-    memory: &GuestMemoryMmap,
+    memory: &GuestRam,
     timeline: &Timeline,
 ) -> Result<Built, BuildError> {
     let boot = load_guest(&config, memory)?;
@@ -142,7 +142,7 @@ fn build_on(
 }
 
 /// Puts kernel, initramfs, parameters and tables into memory.
-fn load_guest(config: &CheckedConfig, memory: &GuestMemoryMmap) -> Result<BootEntry, BuildError> {
+fn load_guest(config: &CheckedConfig, memory: &GuestRam) -> Result<BootEntry, BuildError> {
     let size = config.vm.memory_mib << 20;
     let low_memory = size.min(layout::HOLE_START);
     let kernel = kernel::load(memory, &config.kernel, low_memory)

@@ -7,14 +7,14 @@ use std::sync::Arc;
 
 use rvm_protocol::vmm::{DiskConfig, ExitCounts, Metrics, Request, Response};
 use thiserror::Error;
-use vm_memory::{GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{GuestMemory, GuestMemoryRegion};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::control::{ControlServer, Served};
 use crate::devices::virtio::blk::{Blk, BlkError};
 use crate::kvm::Vm;
 use crate::machine::Machine;
-use crate::memory;
+use crate::memory::{self, GuestRam};
 use crate::pci::virtio::function::{self, FunctionError};
 use crate::timeline::Timeline;
 use crate::vcpu::Vcpu;
@@ -55,7 +55,7 @@ pub struct Vmm {
     /// The VM.
     pub vm: Arc<Vm>,
     /// Its memory; outlives the vCPUs.
-    pub memory: GuestMemoryMmap,
+    pub memory: GuestRam,
     /// Its devices.
     pub machine: Arc<Machine>,
     /// Its vCPUs.
@@ -102,7 +102,7 @@ impl Vmm {
 struct Owner<'a> {
     threads: Vec<VcpuThread>,
     machine: &'a Machine,
-    memory: &'a GuestMemoryMmap,
+    memory: &'a GuestRam,
     timeline: &'a Timeline,
 }
 

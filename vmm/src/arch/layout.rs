@@ -14,6 +14,7 @@
 //! 0xfec0_0000  I/O APIC          0xfee0_0000  local APICs
 //! 0xfffb_c000  pages KVM needs on Intel
 //! 0x1_0000_0000  the rest of memory
+//!         ...    memory that is plugged in while the machine runs
 //! ```
 
 /// Size of a page.
@@ -45,6 +46,14 @@ pub const HOLE_START: u64 = 0xc000_0000;
 /// End of the hole.
 pub const HOLE_END: u64 = 1 << 32;
 
+/// Linux adds and removes memory in blocks of this size, aligned to it ...
+pub const MEMORY_BLOCK: u64 = 128 << 20;
+/// ... and where the memory it started with ends at this address or above, in
+/// blocks of up to [`LARGE_MEMORY_BLOCK`] (`probe_memory_block_size`).
+const LARGE_BLOCKS_FROM: u64 = 64 << 30;
+/// See [`LARGE_BLOCKS_FROM`].
+const LARGE_MEMORY_BLOCK: u64 = 2 << 30;
+
 /// Start of the window for PCI memory BARs.
 pub const PCI_WINDOW_START: u64 = HOLE_START;
 /// End of the window for PCI memory BARs.
@@ -64,3 +73,36 @@ pub const SERIAL_PORT: u16 = 0x3f8;
 pub const SERIAL_GSI: u32 = 4;
 /// Pins of the I/O APIC; message-signalled interrupts use the numbers after them.
 pub const IOAPIC_PINS: u32 = 24;
+
+/// The largest blocks a guest that starts with `boot` bytes may add memory in.
+pub fn memory_block(boot: u64) -> u64 {
+    if end_of_memory(boot) < LARGE_BLOCKS_FROM { MEMORY_BLOCK } else { LARGE_MEMORY_BLOCK }
+}
+
+/// Where memory of a machine that starts with `boot` bytes is plugged in, and
+/// how much of `bytes` that is in whole blocks; `None` where it is not even one.
+pub fn hotplug_region(boot: u64, bytes: u64) -> Option<(u64, u64)> {
+    let block = memory_block(boot);
+    let start = end_of_memory(boot).max(HOLE_END).next_multiple_of(block);
+    let len = bytes - bytes % block;
+    (len > 0).then_some((start, len))
+}
+
+fn end_of_memory(boot: u64) -> u64 {
+    if boot <= HOLE_START { boot } else { HOLE_END + (boot - HOLE_START) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_plugged_in_behind_all_else_in_whole_blocks() {
+        const GIB: u64 = 1 << 30;
+        assert_eq!(hotplug_region(GIB / 2, 4 * GIB), Some((4 * GIB, 4 * GIB)));
+        assert_eq!(hotplug_region(GIB / 2, GIB - 1), Some((4 * GIB, GIB - MEMORY_BLOCK)));
+        assert_eq!(hotplug_region(4 * GIB + 4096, GIB), Some((5 * GIB + MEMORY_BLOCK, GIB)));
+        assert_eq!(hotplug_region(63 * GIB, 3 * GIB), Some((64 * GIB, 2 * GIB)), "blocks of 2 GiB");
+        assert_eq!(hotplug_region(GIB, MEMORY_BLOCK - 1), None);
+    }
+}

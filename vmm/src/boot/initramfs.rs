@@ -5,10 +5,9 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 use thiserror::Error;
-use vm_memory::GuestMemoryMmap;
 
 use crate::arch::layout::PAGE_SIZE;
-use crate::memory::{self, MemoryError};
+use crate::memory::{self, GuestRam, MemoryError};
 
 /// Why the initramfs could not be loaded.
 #[derive(Debug, Error)]
@@ -46,7 +45,7 @@ pub struct LoadedInitramfs {
 
 /// Maps `file` to the end of low memory (`low_memory` bytes), above `kernel_end`.
 pub fn load(
-    memory: &GuestMemoryMmap,
+    memory: &GuestRam,
     file: &File,
     kernel_end: u64,
     low_memory: u64,

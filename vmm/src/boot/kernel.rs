@@ -3,11 +3,10 @@
 use std::fs::File;
 
 use thiserror::Error;
-use vm_memory::GuestMemoryMmap;
 
 use super::elf::{self, ElfError};
 use crate::arch::layout::{BOOT_MAPPED_END, HIGH_RAM_START};
-use crate::memory::{self, MemoryError};
+use crate::memory::{self, GuestRam, MemoryError};
 
 /// Why the kernel could not be loaded.
 #[derive(Debug, Error)]
@@ -47,7 +46,7 @@ pub struct LoadedKernel {
 /// `low_memory` is the size of the memory below the hole.
 ///
 /// Zero-initialised data needs no work: new guest memory is zero.
-pub fn load(memory: &GuestMemoryMmap, file: &File, low_memory: u64) -> Result<LoadedKernel, KernelError> {
+pub fn load(memory: &GuestRam, file: &File, low_memory: u64) -> Result<LoadedKernel, KernelError> {
     let image = elf::parse(file)?;
     let (low, high) = (HIGH_RAM_START, low_memory.min(BOOT_MAPPED_END));
     let mut kernel_end = low;

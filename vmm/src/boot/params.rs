@@ -4,14 +4,14 @@
 //! (Linux, `Documentation/arch/x86/zero-page.rst` and `boot.rst`).
 
 use thiserror::Error;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::initramfs::LoadedInitramfs;
 use crate::arch::layout::{
     BOOT_PARAMS_START, CMDLINE_MAX_SIZE, CMDLINE_START, GDT_START, HIGH_RAM_START, LOW_RAM_END, PAGE_SIZE,
     PAGE_TABLES_START,
 };
-use crate::memory;
+use crate::memory::{self, GuestRam};
 
 /// Why the boot parameters could not be written.
 #[derive(Debug, Error)]
@@ -66,7 +66,7 @@ pub fn full_cmdline(configured: &str) -> String {
 
 /// Writes the command line and `boot_params` for `memory_size` bytes of memory.
 pub fn write_boot_params(
-    memory: &GuestMemoryMmap,
+    memory: &GuestRam,
     memory_size: u64,
     cmdline: &str,
     initramfs: Option<LoadedInitramfs>,
@@ -116,7 +116,7 @@ fn ram_map(memory_size: u64) -> Vec<(u64, u64)> {
 
 /// Page tables that map the first GiB to itself with 2 MiB pages; returns the
 /// address of the PML4.
-pub fn write_page_tables(memory: &GuestMemoryMmap) -> Result<u64, ParamsError> {
+pub fn write_page_tables(memory: &GuestRam) -> Result<u64, ParamsError> {
     const PRESENT_WRITABLE: u64 = 0b11;
     const LARGE: u64 = 1 << 7;
     let (pml4, pdpt, pd) =
@@ -136,7 +136,7 @@ pub fn write_page_tables(memory: &GuestMemoryMmap) -> Result<u64, ParamsError> {
 pub const GDT: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
 
 /// Writes the GDT the vCPU starts with.
-pub fn write_gdt(memory: &GuestMemoryMmap) -> Result<(), ParamsError> {
+pub fn write_gdt(memory: &GuestRam) -> Result<(), ParamsError> {
     for (i, entry) in GDT.iter().enumerate() {
         memory.write_obj(*entry, GuestAddress(GDT_START + 8 * i as u64))?;
     }

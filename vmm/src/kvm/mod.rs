@@ -14,11 +14,13 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use thiserror::Error;
-use vm_memory::{GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::GuestMemoryRegion;
 use vmm_sys_util::errno;
 
 use crate::arch::layout::{KVM_IDENTITY_MAP_START, KVM_TSS_START};
 use crate::arch::vendor::Vendor;
+use crate::memory::GuestRam;
+use crate::memory::ram::Region;
 use coalesced::PostedWrites;
 use irq::IrqRoutes;
 
@@ -227,24 +229,31 @@ impl Vm {
         self.fd.unregister_coalesced_mmio(IoEventAddress::Mmio(range.start), size).map_err(request)
     }
 
-    /// Gives the VM its memory, a slot for each region.
-    pub fn set_memory(&self, memory: &GuestMemoryMmap) -> Result<(), KvmError> {
-        for (slot, region) in memory.iter().enumerate() {
-            let region = kvm_userspace_memory_region {
-                slot: slot as u32,
-                flags: 0,
-                guest_phys_addr: region.start_addr().0,
-                memory_size: region.len(),
-                userspace_addr: region.as_ptr() as u64,
-            };
-            // SAFETY: the range is the region's own mapping. KVM takes its pages
-            // through that mapping, so a region that were unmapped too early
-            // would give the guest EFAULT, not someone else's memory; the
-            // monitor keeps the memory until the vCPUs have stopped.
-            unsafe { self.fd.set_user_memory_region(region) }
-                .map_err(KvmError::request("KVM_SET_USER_MEMORY_REGION"))?;
+    /// Gives the VM the memory it starts with, a slot for each region.
+    pub fn set_memory(&self, memory: &GuestRam) -> Result<(), KvmError> {
+        for (slot, region) in memory.boot_regions().iter().enumerate() {
+            self.add_memory(slot as u32, region, 0..region.len())?;
         }
         Ok(())
+    }
+
+    /// Gives the VM the bytes `range` of `region` as its slot number `slot`,
+    /// which must be free.
+    pub fn add_memory(&self, slot: u32, region: &Region, range: Range<u64>) -> Result<(), KvmError> {
+        assert!(range.start < range.end && range.end <= region.mapped(), "not a part of the region");
+        let memory = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: region.start_addr().0 + range.start,
+            memory_size: range.end - range.start,
+            userspace_addr: region.as_ptr() as u64 + range.start,
+        };
+        // SAFETY: the range is within the region's own mapping. KVM takes its
+        // pages through that mapping, so a region that were unmapped too early
+        // would give the guest EFAULT, not someone else's memory; the monitor
+        // keeps the memory until the vCPUs have stopped.
+        unsafe { self.fd.set_user_memory_region(memory) }
+            .map_err(KvmError::request("KVM_SET_USER_MEMORY_REGION"))
     }
 }
 

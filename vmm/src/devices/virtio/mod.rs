@@ -27,8 +27,9 @@ use std::sync::Arc;
 
 use thiserror::Error;
 use virtio_queue::Queue;
-use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
+
+use crate::memory::GuestRam;
 
 /// Raises one of a device's interrupts in the guest.
 pub trait Interrupt: Send + Sync {
@@ -50,7 +51,7 @@ pub struct ActiveQueue {
 /// What a device receives on DRIVER_OK.
 pub struct Activation {
     /// Guest memory.
-    pub memory: GuestMemoryMmap,
+    pub memory: GuestRam,
     /// The device's queues in order; queues the driver left disabled are `None`.
     pub queues: Vec<Option<ActiveQueue>>,
     /// The features both sides agreed on.

@@ -10,11 +10,12 @@ use std::sync::Arc;
 use thiserror::Error;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestMemory, GuestMemoryMmap, VolatileSlice};
+use vm_memory::{Bytes, GuestMemory, VolatileSlice};
 use vmm_sys_util::epoll::{Epoll, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{ActiveQueue, Interrupt, worker};
+use crate::memory::GuestRam;
 
 /// Most pieces of guest memory one request may consist of; what Linux takes in
 /// one `preadv`/`pwritev` (`UIO_MAXIOV`).
@@ -76,8 +77,8 @@ impl Ring {
     /// The next request, if there is one.
     pub fn pop<'m>(
         &mut self,
-        memory: &'m GuestMemoryMmap,
-    ) -> Result<Option<DescriptorChain<&'m GuestMemoryMmap>>, RingError> {
+        memory: &'m GuestRam,
+    ) -> Result<Option<DescriptorChain<&'m GuestRam>>, RingError> {
         Ok(self.queue.iter(memory)?.next())
     }
 
@@ -87,12 +88,12 @@ impl Ring {
     }
 
     /// Returns a request to the driver, `len` bytes of it written.
-    pub fn push(&mut self, memory: &GuestMemoryMmap, head: u16, len: u32) -> Result<(), RingError> {
+    pub fn push(&mut self, memory: &GuestRam, head: u16, len: u32) -> Result<(), RingError> {
         Ok(self.queue.add_used(memory, head, len)?)
     }
 
     /// Interrupts the driver if it asked for that since the last call.
-    pub fn notify(&mut self, memory: &GuestMemoryMmap) -> Result<(), RingError> {
+    pub fn notify(&mut self, memory: &GuestRam) -> Result<(), RingError> {
         if self.queue.needs_notification(memory)? {
             self.interrupt.trigger().map_err(RingError::Interrupt)?;
         }
@@ -100,12 +101,12 @@ impl Ring {
     }
 
     /// Asks for a kick on the next request; true if one has come in already.
-    pub fn arm(&mut self, memory: &GuestMemoryMmap) -> Result<bool, RingError> {
+    pub fn arm(&mut self, memory: &GuestRam) -> Result<bool, RingError> {
         Ok(self.queue.enable_notification(memory)?)
     }
 
     /// Asks for no more kicks while the device looks at the ring anyway.
-    pub fn disarm(&mut self, memory: &GuestMemoryMmap) -> Result<(), RingError> {
+    pub fn disarm(&mut self, memory: &GuestRam) -> Result<(), RingError> {
         Ok(self.queue.disable_notification(memory)?)
     }
 
@@ -114,8 +115,8 @@ impl Ring {
     /// meanwhile, is seen in the worker's next round.
     pub fn serve<'m>(
         &mut self,
-        memory: &'m GuestMemoryMmap,
-        mut answer: impl FnMut(DescriptorChain<&'m GuestMemoryMmap>) -> u32,
+        memory: &'m GuestRam,
+        mut answer: impl FnMut(DescriptorChain<&'m GuestRam>) -> u32,
     ) -> Result<(), RingError> {
         self.disarm(memory)?;
         for _ in 0..self.size() {
@@ -147,8 +148,8 @@ pub struct GuestBuffers<'m> {
 impl<'m> GuestBuffers<'m> {
     /// The device-readable and the device-writable buffers of a request.
     pub fn from_chain(
-        memory: &'m GuestMemoryMmap,
-        chain: DescriptorChain<&'m GuestMemoryMmap>,
+        memory: &'m GuestRam,
+        chain: DescriptorChain<&'m GuestRam>,
     ) -> Result<(Self, Self), ChainError> {
         let (mut readable, mut writable) = (Self::default(), Self::default());
         let mut unfinished = true;
@@ -286,13 +287,13 @@ mod tests {
     const WRITE: u16 = VRING_DESC_F_WRITE as u16;
     const NEXT: u16 = VRING_DESC_F_NEXT as u16;
 
-    fn memory() -> GuestMemoryMmap {
+    fn memory() -> GuestRam {
         // Two regions that touch: a buffer may lie across them.
-        GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x8000), (GuestAddress(0x8000), 0x8000)]).unwrap()
+        GuestRam::from_ranges(&[(GuestAddress(0), 0x8000), (GuestAddress(0x8000), 0x8000)])
     }
 
     fn parse<'m>(
-        memory: &'m GuestMemoryMmap,
+        memory: &'m GuestRam,
         descriptors: &[(u64, u32, u16, u16)],
     ) -> Result<(GuestBuffers<'m>, GuestBuffers<'m>), ChainError> {
         let mock = MockSplitQueue::new(memory, 16);

@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::desc::{RawDescriptor, split::Descriptor};
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{Activation, ActiveQueue, Interrupt};
+use crate::memory::GuestRam;
 
 /// Device-writable buffer.
 pub const WRITE: u16 = VRING_DESC_F_WRITE as u16;
@@ -57,13 +58,13 @@ impl Side {
 
 /// The driver's side of a device's queues.
 pub struct TestQueue {
-    pub memory: GuestMemoryMmap,
+    pub memory: GuestRam,
     sides: Vec<Side>,
 }
 
 impl TestQueue {
     pub fn new() -> Self {
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
+        let memory = GuestRam::from_ranges(&[(GuestAddress(0), MEMORY)]);
         Self { memory, sides: Vec::new() }
     }
 

@@ -11,7 +11,7 @@ use thiserror::Error;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestMemory};
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -23,6 +23,7 @@ use super::{
 use crate::devices::virtio::{ActivateError, Activation, ActiveQueue, Interrupt, VirtioDevice};
 use crate::kvm::Vm;
 use crate::kvm::irq::IrqError;
+use crate::memory::GuestRam;
 use crate::pci::config::{ConfigSpace, Identity};
 use crate::pci::msix::{self, Msix, MsixState};
 use crate::pci::{BusFull, PciBus, PciFunction, bar_address};
@@ -80,7 +81,7 @@ const PCI_DATA: usize = 16;
 pub fn attach(
     bus: &PciBus,
     device: Box<dyn VirtioDevice>,
-    memory: &GuestMemoryMmap,
+    memory: &GuestRam,
     vm: &Arc<Vm>,
 ) -> Result<usize, FunctionError> {
     bus.add(|slot| Ok(Box::new(VirtioFunction::new(device, memory.clone(), Arc::clone(vm), slot)?)))
@@ -102,7 +103,7 @@ pub struct FunctionState {
 /// A virtio device behind its transport.
 pub struct VirtioFunction {
     device: Box<dyn VirtioDevice>,
-    memory: GuestMemoryMmap,
+    memory: GuestRam,
     vm: Arc<Vm>,
     config: ConfigSpace,
     msix_control: usize,
@@ -122,7 +123,7 @@ impl VirtioFunction {
     /// Puts `device` behind a transport for `slot`.
     pub fn new(
         device: Box<dyn VirtioDevice>,
-        memory: GuestMemoryMmap,
+        memory: GuestRam,
         vm: Arc<Vm>,
         slot: usize,
     ) -> Result<Self, FunctionError> {
@@ -484,7 +485,7 @@ fn new_eventfd() -> Result<EventFd, StartError> {
 
 /// The queue as the driver set it up, where its rings lie in guest memory and
 /// are aligned.
-fn checked_queue(setup: &QueueSetup, maximum: u16, features: u64, memory: &GuestMemoryMmap) -> Option<Queue> {
+fn checked_queue(setup: &QueueSetup, maximum: u16, features: u64, memory: &GuestRam) -> Option<Queue> {
     let size = usize::from(setup.size);
     // 2.7: descriptors of 16 bytes; rings of 2 and 8 bytes per entry, with flags,
     // index and event index.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use kvm_bindings::{kvm_regs, kvm_segment};
 use rvm_protocol::vmm::ExitCounts;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::function::VirtioFunction;
@@ -15,7 +15,7 @@ use crate::devices::legacy::serial::Serial;
 use crate::devices::virtio::rng::Rng;
 use crate::kvm::Host;
 use crate::machine::Machine;
-use crate::memory;
+use crate::memory::{self, GuestRam};
 use crate::pci::{CONFIG_ADDRESS_PORT, CONFIG_DATA_PORT, PciBus, bar_address};
 use crate::vcpu::Vcpu;
 use crate::vcpu::exits::{End, ExitCounters, Next, run_once};
@@ -28,7 +28,7 @@ const CODE: u64 = 0x5000;
 
 struct Guest {
     machine: Machine,
-    memory: GuestMemoryMmap,
+    memory: GuestRam,
     vcpu: Vcpu,
     counters: ExitCounters,
     bar: u64,

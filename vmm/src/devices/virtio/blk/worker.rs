@@ -3,7 +3,6 @@
 use std::io;
 use std::sync::Arc;
 
-use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::{Epoll, EpollEvent};
 
 use super::disk::Disk;
@@ -11,9 +10,10 @@ use super::request::execute;
 use super::{BlkError, SERIAL_BYTES};
 use crate::devices::virtio::ring::{GuestBuffers, Ring};
 use crate::devices::virtio::worker::Handler;
+use crate::memory::GuestRam;
 
 pub(super) struct BlkWorker {
-    pub(super) memory: GuestMemoryMmap,
+    pub(super) memory: GuestRam,
     pub(super) ring: Ring,
     pub(super) disk: Arc<Disk>,
     pub(super) serial: [u8; SERIAL_BYTES],

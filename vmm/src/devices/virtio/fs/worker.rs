@@ -9,18 +9,19 @@ use fuse_backend_rs::abi::fuse_abi::{InHeader, OutHeader};
 use fuse_backend_rs::api::server::Server;
 use fuse_backend_rs::transport::{Reader, VirtioFsWriter, Writer};
 use virtio_queue::DescriptorChain;
-use vm_memory::{ByteValued, GuestMemoryMmap};
+use vm_memory::ByteValued;
 use vmm_sys_util::epoll::{Epoll, EpollEvent};
 
 use super::FsError;
 use super::passthrough::Passthrough;
 use crate::devices::virtio::ring::Ring;
 use crate::devices::virtio::worker::Handler;
+use crate::memory::GuestRam;
 
 pub(super) type FuseServer = Server<Arc<Passthrough>>;
 
 pub(super) struct FsWorker {
-    pub(super) memory: GuestMemoryMmap,
+    pub(super) memory: GuestRam,
     pub(super) rings: Vec<Ring>,
     pub(super) server: Arc<FuseServer>,
     pub(super) tree: Arc<Passthrough>,
@@ -52,7 +53,7 @@ impl Handler for FsWorker {
 }
 
 /// Answers one request; returns the bytes of the answer, 0 for none.
-fn answer(server: &FuseServer, memory: &GuestMemoryMmap, chain: DescriptorChain<&GuestMemoryMmap>) -> u32 {
+fn answer(server: &FuseServer, memory: &GuestRam, chain: DescriptorChain<&GuestRam>) -> u32 {
     let served = (|| {
         let reader = Reader::from_descriptor_chain(memory, chain.clone()).ok()?;
         let writer = VirtioFsWriter::new(memory, chain.clone()).ok()?;
@@ -64,7 +65,7 @@ fn answer(server: &FuseServer, memory: &GuestMemoryMmap, chain: DescriptorChain<
 
 /// Answers a request that could not be decoded, if it has a header and room for
 /// an answer: a driver must not take what lies in its buffer for one.
-fn refuse(memory: &GuestMemoryMmap, chain: DescriptorChain<&GuestMemoryMmap>) -> Option<usize> {
+fn refuse(memory: &GuestRam, chain: DescriptorChain<&GuestRam>) -> Option<usize> {
     let request: InHeader = Reader::from_descriptor_chain(memory, chain.clone()).ok()?.read_obj().ok()?;
     let len = size_of::<OutHeader>();
     let header = OutHeader { len: len as u32, error: -libc::EINVAL, unique: request.unique };

@@ -2,20 +2,20 @@
 
 use std::io;
 
-use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::{Epoll, EpollEvent};
 
 use super::{MAX_REQUEST_BYTES, RngError};
 use crate::devices::virtio::ring::{GuestBuffers, Ring};
 use crate::devices::virtio::worker::Handler;
+use crate::memory::GuestRam;
 
 pub(super) struct RngWorker {
-    memory: GuestMemoryMmap,
+    memory: GuestRam,
     ring: Ring,
 }
 
 impl RngWorker {
-    pub(super) fn new(memory: GuestMemoryMmap, ring: Ring) -> Self {
+    pub(super) fn new(memory: GuestRam, ring: Ring) -> Self {
         Self { memory, ring }
     }
 }

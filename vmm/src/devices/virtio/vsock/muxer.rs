@@ -7,7 +7,6 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::{Epoll, EventSet};
 
 use super::connection::{ARRIVALS, Connection, Key, Phase, Verdict};
@@ -15,6 +14,7 @@ use super::packet::{HEADER_BYTES, Header, Op, TYPE_STREAM};
 use super::{HOST_CID, HOST_PORTS, MAX_CONNECTIONS, MAX_LINE_BYTES, MAX_REFUSALS};
 use crate::devices::virtio::ring::{GuestBuffers, MAX_PIECES, Ring, RingError};
 use crate::devices::virtio::worker::add;
+use crate::memory::GuestRam;
 
 /// How far the rx ring could be served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -284,7 +284,7 @@ impl Muxer {
 
     /// Fills the guest's buffers, at most a ring full: first refusals, then the
     /// connections in turn.
-    pub(super) fn send(&mut self, ring: &mut Ring, memory: &GuestMemoryMmap) -> Result<Progress, RingError> {
+    pub(super) fn send(&mut self, ring: &mut Ring, memory: &GuestRam) -> Result<Progress, RingError> {
         for _ in 0..ring.size() {
             if self.refusals.is_empty() && self.due.is_empty() {
                 return Ok(Progress::Idle);
@@ -304,7 +304,7 @@ impl Muxer {
         token: u64,
         first: RxBuffer<'_>,
         ring: &mut Ring,
-        memory: &GuestMemoryMmap,
+        memory: &GuestRam,
     ) -> Result<(), RingError> {
         let Some(connection) = self.connections.get_mut(&token) else {
             ring.unpop(1);
@@ -358,7 +358,7 @@ struct RxBuffer<'m> {
 
 impl<'m> RxBuffer<'m> {
     /// Takes the next one; the inner error is a buffer of no use, by its head.
-    fn pop(ring: &mut Ring, memory: &'m GuestMemoryMmap) -> Result<Option<Result<Self, u16>>, RingError> {
+    fn pop(ring: &mut Ring, memory: &'m GuestRam) -> Result<Option<Result<Self, u16>>, RingError> {
         let Some(chain) = ring.pop(memory)? else { return Ok(None) };
         let head = chain.head_index();
         Ok(Some(match GuestBuffers::from_chain(memory, chain) {
@@ -371,14 +371,14 @@ impl<'m> RxBuffer<'m> {
     }
 
     /// Returns it to the guest with `header`, its data being in place.
-    fn send(mut self, ring: &mut Ring, memory: &GuestMemoryMmap, header: &Header) -> Result<(), RingError> {
+    fn send(mut self, ring: &mut Ring, memory: &GuestRam, header: &Header) -> Result<(), RingError> {
         self.header.write(&header.encode());
         ring.push(memory, self.head, HEADER_BYTES as u32 + header.len)
     }
 }
 
 /// The next buffer of use; those of no use are returned empty.
-fn next_buffer<'m>(ring: &mut Ring, memory: &'m GuestMemoryMmap) -> Result<Option<RxBuffer<'m>>, RingError> {
+fn next_buffer<'m>(ring: &mut Ring, memory: &'m GuestRam) -> Result<Option<RxBuffer<'m>>, RingError> {
     loop {
         match RxBuffer::pop(ring, memory)? {
             None => return Ok(None),
@@ -393,7 +393,7 @@ fn more_buffers<'m>(
     first: RxBuffer<'m>,
     burst: usize,
     ring: &mut Ring,
-    memory: &'m GuestMemoryMmap,
+    memory: &'m GuestRam,
 ) -> Result<Vec<RxBuffer<'m>>, RingError> {
     let mut pieces = first.data.pieces();
     let mut buffers = vec![first];

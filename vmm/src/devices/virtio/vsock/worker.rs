@@ -4,7 +4,6 @@ use std::io;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
-use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::{Epoll, EpollEvent, EventSet};
 
 use super::VsockError;
@@ -12,6 +11,7 @@ use super::muxer::{Muxer, Progress};
 use super::packet::{HEADER_BYTES, Header};
 use crate::devices::virtio::ring::{GuestBuffers, Ring, RingError};
 use crate::devices::virtio::worker::{Handler, add};
+use crate::memory::GuestRam;
 
 const RX: u64 = 0;
 const TX: u64 = 1;
@@ -20,7 +20,7 @@ const LISTENER: u64 = 2;
 pub(super) const FIRST_CONNECTION: u64 = 3;
 
 pub(super) struct VsockWorker {
-    pub(super) memory: GuestMemoryMmap,
+    pub(super) memory: GuestRam,
     pub(super) rx: Ring,
     pub(super) tx: Ring,
     pub(super) listener: Arc<UnixListener>,

@@ -2,7 +2,10 @@
 //!
 //! One memfd, mapped shared: its pages are allocated when the guest first
 //! touches them, and other processes (vhost-user) can be given the descriptor.
-//! Files can be mapped over parts of it ([`map_file`]).
+//! Files can be mapped over parts of it ([`map_file`]). Behind what the machine
+//! starts with lies what it can be given while it runs ([`ram`]).
+
+pub mod ram;
 
 use std::fs::File;
 use std::io;
@@ -13,11 +16,11 @@ use std::sync::Arc;
 use thiserror::Error;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
-    Bytes, FileOffset, GuestAddress, GuestMemory, GuestMemoryError, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionMmap,
+    Bytes, FileOffset, GuestAddress, GuestMemory, GuestMemoryError, GuestMemoryRegion, GuestRegionMmap,
 };
 
-use crate::arch::layout::{HOLE_END, HOLE_START, PAGE_SIZE};
+use crate::arch::layout::{self, HOLE_END, HOLE_START, PAGE_SIZE};
+pub use ram::GuestRam;
 
 /// Why guest memory could not be made or filled.
 #[derive(Debug, Error)]
@@ -34,9 +37,6 @@ pub enum MemoryError {
     /// The memfd could not be mapped.
     #[error("guest memory could not be mapped")]
     Map(#[source] vm_memory::mmap::MmapRegionError),
-    /// The regions do not form an address space.
-    #[error("guest memory regions do not fit together")]
-    Regions(#[source] vm_memory::GuestRegionCollectionError),
     /// A range lies outside guest memory.
     #[error("guest addresses {start:#x} to {end:#x} are not in guest memory")]
     OutOfRange {
@@ -63,23 +63,31 @@ pub fn ranges(size: u64) -> Vec<(u64, u64)> {
 }
 
 /// Creates `size` bytes (whole pages) of guest memory.
-pub fn create(size: u64) -> Result<GuestMemoryMmap, MemoryError> {
-    let file = Arc::new(create_memfd(size).map_err(|source| MemoryError::Memfd { size, source })?);
+pub fn create(size: u64) -> Result<GuestRam, MemoryError> {
+    create_growing(size, 0)
+}
+
+/// Creates `size` bytes (whole pages) of guest memory, and behind it a region of
+/// up to `more` bytes that nobody can use before it is granted.
+pub fn create_growing(size: u64, more: u64) -> Result<GuestRam, MemoryError> {
+    let growing = layout::hotplug_region(size, more);
+    let total = size + growing.map_or(0, |(_, len)| len);
+    let file = Arc::new(create_memfd(total).map_err(|source| MemoryError::Memfd { size: total, source })?);
     let mut offset = 0;
-    let mut regions = Vec::new();
-    for (start, len) in ranges(size) {
+    let mut map = |(start, len): (u64, u64)| {
         let mapping = MmapRegionBuilder::new(len as usize)
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
             .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
             .with_file_offset(FileOffset::from_arc(Arc::clone(&file), offset))
             .build()
             .map_err(MemoryError::Map)?;
-        let region = GuestRegionMmap::new(mapping, GuestAddress(start))
-            .ok_or(MemoryError::OutOfRange { start, end: u64::MAX })?;
-        regions.push(region);
         offset += len;
-    }
-    GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Regions)
+        GuestRegionMmap::new(mapping, GuestAddress(start))
+            .ok_or(MemoryError::OutOfRange { start, end: u64::MAX })
+    };
+    let boot = ranges(size).into_iter().map(&mut map).collect::<Result<_, _>>()?;
+    let growing = growing.map(&mut map).transpose()?;
+    Ok(GuestRam::new(boot, growing))
 }
 
 fn create_memfd(size: u64) -> io::Result<File> {
@@ -110,7 +118,7 @@ fn create_memfd(size: u64) -> io::Result<File> {
 /// is read. Everything else in the touched pages is left as it was. The caller
 /// has checked that the file has the bytes; it must not shrink afterwards.
 pub fn map_file(
-    memory: &GuestMemoryMmap,
+    memory: &GuestRam,
     start: u64,
     file: &File,
     offset: u64,
@@ -135,7 +143,7 @@ pub fn map_file(
 
 /// Reads `len` bytes of `file` at `offset` to guest address `start`.
 fn read_file(
-    memory: &GuestMemoryMmap,
+    memory: &GuestRam,
     mut start: u64,
     file: &File,
     mut offset: u64,
@@ -153,13 +161,7 @@ fn read_file(
 }
 
 /// Maps whole pages; the range must be inside one region.
-fn map_pages(
-    memory: &GuestMemoryMmap,
-    start: u64,
-    file: &File,
-    offset: u64,
-    len: u64,
-) -> Result<(), MemoryError> {
+fn map_pages(memory: &GuestRam, start: u64, file: &File, offset: u64, len: u64) -> Result<(), MemoryError> {
     let out_of_range = || MemoryError::OutOfRange { start, end: start.saturating_add(len) };
     let region = memory.find_region(GuestAddress(start)).ok_or_else(out_of_range)?;
     let in_region = start - region.start_addr().0;
@@ -190,9 +192,9 @@ fn map_pages(
 
 /// Bytes of guest memory resident in this process: pages of the memfd, and pages
 /// of mapped files whether shared or already copied.
-pub fn resident_bytes(memory: &GuestMemoryMmap) -> io::Result<u64> {
+pub fn resident_bytes(memory: &GuestRam) -> io::Result<u64> {
     let ranges: Vec<(u64, u64)> =
-        memory.iter().map(|r| (r.as_ptr() as u64, r.as_ptr() as u64 + r.len())).collect();
+        memory.iter().map(|r| (r.as_ptr() as u64, r.as_ptr() as u64 + r.mapped())).collect();
     let smaps = std::fs::read_to_string("/proc/self/smaps")?;
     let mut inside = false;
     let mut kib = 0;
@@ -224,6 +226,19 @@ mod tests {
         let memory = create(4 << 30).unwrap();
         memory.write_obj(7u64, GuestAddress(HOLE_END + (1 << 30) - 8)).unwrap();
         assert!(memory.write_obj(7u64, GuestAddress(HOLE_START)).is_err());
+    }
+
+    #[test]
+    fn a_region_to_grow_into_costs_nothing_until_it_is_used() {
+        // More than this machine has.
+        let memory = create_growing(64 << 20, 1 << 40).unwrap();
+        let region = memory.growing().unwrap();
+        assert_eq!((region.start_addr().0, region.mapped()), (HOLE_END, 1 << 40));
+        assert_eq!(region.file_offset().unwrap().start(), 64 << 20);
+        memory.grant(1 << 30);
+        memory.write_obj(7u64, GuestAddress(HOLE_END + (1 << 30) - 8)).unwrap();
+        assert_eq!(resident_bytes(&memory).unwrap(), PAGE_SIZE);
+        assert!(create_growing(64 << 20, 1 << 20).unwrap().growing().is_none(), "less than a block");
     }
 
     /// A file of `pages` pages and a half, each byte telling its page.

@@ -1,0 +1,191 @@
+//! Guest memory as the monitor reaches it: what the machine started with, and a
+//! region behind that into which it can grow.
+//!
+//! The whole region is there from the start, mapped and never touched, which
+//! costs a mapping; but it is as long as what was granted of it, and to ask for
+//! more is to ask for an address outside of memory. So a guest cannot have a
+//! device write where the guest itself may not. A grant is never taken back
+//! while the machine runs: what was found inside once stays inside.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use vm_memory::bitmap::BS;
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemory, GuestMemoryError, GuestMemoryRegion, GuestMemoryRegionBytes,
+    GuestRegionMmap, MemoryRegionAddress, VolatileSlice,
+};
+
+/// One mapping, of which the first bytes are guest memory.
+#[derive(Debug)]
+pub struct Region {
+    mapping: GuestRegionMmap,
+    granted: AtomicU64,
+}
+
+/// All of guest memory; clones are the same memory.
+#[derive(Clone, Debug)]
+pub struct GuestRam {
+    /// Sorted, apart from each other; the one that grows is the last.
+    regions: Arc<[Region]>,
+    boot_regions: usize,
+}
+
+impl Region {
+    /// Where the mapping starts in this process.
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.mapping.as_ptr()
+    }
+
+    /// Bytes of the mapping, granted or not.
+    pub fn mapped(&self) -> u64 {
+        self.mapping.len()
+    }
+}
+
+impl GuestMemoryRegion for Region {
+    type B = ();
+
+    fn len(&self) -> u64 {
+        self.granted.load(Ordering::Acquire)
+    }
+
+    fn start_addr(&self) -> GuestAddress {
+        self.mapping.start_addr()
+    }
+
+    fn last_addr(&self) -> GuestAddress {
+        // Of an empty region nothing uses it: it is never found.
+        GuestAddress(self.start_addr().0.saturating_add(self.len()).saturating_sub(1))
+    }
+
+    fn bitmap(&self) -> BS<'_, ()> {}
+
+    fn get_host_address(&self, offset: MemoryRegionAddress) -> Result<*mut u8, GuestMemoryError> {
+        self.check_address(offset).ok_or(GuestMemoryError::InvalidBackendAddress)?;
+        self.mapping.get_host_address(offset)
+    }
+
+    fn file_offset(&self) -> Option<&FileOffset> {
+        self.mapping.file_offset()
+    }
+
+    fn get_slice(
+        &self,
+        offset: MemoryRegionAddress,
+        count: usize,
+    ) -> Result<VolatileSlice<'_, ()>, GuestMemoryError> {
+        match offset.0.checked_add(count as u64) {
+            Some(end) if end <= self.len() => self.mapping.get_slice(offset, count),
+            _ => Err(GuestMemoryError::InvalidBackendAddress),
+        }
+    }
+}
+
+impl GuestMemoryRegionBytes for Region {}
+
+impl GuestMemory for GuestRam {
+    type R = Region;
+
+    fn num_regions(&self) -> usize {
+        self.regions.len()
+    }
+
+    fn find_region(&self, addr: GuestAddress) -> Option<&Region> {
+        let inside = |region: &&Region| region.to_region_addr(addr).is_some();
+        self.regions.iter().find(inside)
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &Region> {
+        self.regions.iter()
+    }
+}
+
+impl GuestRam {
+    /// Memory of `boot` and, behind it, `growing`, of which nothing is granted.
+    pub(super) fn new(boot: Vec<GuestRegionMmap>, growing: Option<GuestRegionMmap>) -> Self {
+        let boot_regions = boot.len();
+        let whole = |mapping: GuestRegionMmap| {
+            let granted = AtomicU64::new(mapping.len());
+            Region { mapping, granted }
+        };
+        let none = |mapping| Region { mapping, granted: AtomicU64::new(0) };
+        let regions = boot.into_iter().map(whole).chain(growing.map(none)).collect();
+        Self { regions, boot_regions }
+    }
+
+    /// What the machine starts with.
+    pub fn boot_regions(&self) -> &[Region] {
+        self.regions.get(..self.boot_regions).unwrap_or_default()
+    }
+
+    /// The region it can grow into.
+    pub fn growing(&self) -> Option<&Region> {
+        self.regions.get(self.boot_regions)
+    }
+
+    /// Makes the first `bytes` of the region it can grow into guest memory; what
+    /// was granted before stays.
+    pub fn grant(&self, bytes: u64) {
+        if let Some(region) = self.growing() {
+            region.granted.fetch_max(bytes.min(region.mapped()), Ordering::AcqRel);
+        }
+    }
+
+    /// Anonymous memory at these addresses, for tests.
+    #[cfg(test)]
+    pub fn from_ranges(ranges: &[(GuestAddress, usize)]) -> Self {
+        let region = |&(start, len)| GuestRegionMmap::from_range(start, len, None).unwrap();
+        Self::new(ranges.iter().map(region).collect(), None)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::Bytes;
+
+    use super::*;
+
+    const GROWING: u64 = 0x10_0000;
+
+    fn ram() -> GuestRam {
+        let region = |start, len| GuestRegionMmap::from_range(GuestAddress(start), len, None).unwrap();
+        GuestRam::new(
+            vec![region(0, 0x1_0000), region(GROWING - 0x1000, 0x1000)],
+            Some(region(GROWING, 0x4000)),
+        )
+    }
+
+    #[test]
+    fn what_was_not_granted_is_not_memory() {
+        let ram = ram();
+        for address in [GROWING, GROWING + 1, GROWING + 0x3fff] {
+            assert!(ram.find_region(GuestAddress(address)).is_none());
+            assert!(ram.write_obj(1u8, GuestAddress(address)).is_err());
+        }
+        assert!(!ram.check_range(GuestAddress(GROWING - 8), 16));
+        assert!(ram.get_slices(GuestAddress(GROWING - 8), 16).any(|slice| slice.is_err()));
+
+        ram.grant(0x2000);
+        assert!(ram.check_range(GuestAddress(GROWING - 8), 16));
+        ram.write_obj(7u64, GuestAddress(GROWING + 0x1ff8)).unwrap();
+        assert!(ram.write_obj(7u64, GuestAddress(GROWING + 0x1ffc)).is_err(), "across the end");
+        assert!(ram.get_host_address(GuestAddress(GROWING + 0x2000)).is_err());
+
+        ram.grant(0x1000);
+        assert!(ram.check_range(GuestAddress(GROWING), 0x2000), "a grant is not taken back");
+        ram.grant(u64::MAX);
+        assert!(ram.check_range(GuestAddress(GROWING), 0x4000));
+        assert!(!ram.check_range(GuestAddress(GROWING), 0x4001));
+    }
+
+    #[test]
+    fn clones_are_the_same_memory() {
+        let (ram, other) = (ram(), ram().clone());
+        drop(other);
+        let other = ram.clone();
+        ram.grant(0x4000);
+        ram.write_obj(7u64, GuestAddress(GROWING)).unwrap();
+        assert_eq!(other.read_obj::<u64>(GuestAddress(GROWING)).unwrap(), 7);
+    }
+}
