@@ -14,6 +14,7 @@
 
 pub mod blk;
 pub mod fs;
+pub mod mem;
 pub mod ring;
 pub mod rng;
 pub mod vsock;
@@ -92,6 +93,12 @@ pub trait VirtioDevice: Send {
 
     /// Writes the device's configuration space; ignored where read-only.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    /// Another number after each change of the configuration space, so that the
+    /// driver sees that what it read in several pieces does not belong together.
+    fn config_generation(&self) -> u8 {
+        0
+    }
 
     /// Starts serving the queues.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;

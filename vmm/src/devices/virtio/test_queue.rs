@@ -60,20 +60,26 @@ impl Side {
 pub struct TestQueue {
     pub memory: GuestRam,
     sides: Vec<Side>,
+    config: Arc<Bell>,
 }
 
 impl TestQueue {
     pub fn new() -> Self {
         let memory = GuestRam::from_ranges(&[(GuestAddress(0), MEMORY)]);
-        Self { memory, sides: Vec::new() }
+        Self { memory, sides: Vec::new(), config: Arc::new(Bell(EventFd::new(EFD_NONBLOCK).unwrap())) }
     }
 
     /// Sets up `queues` queues as a driver does before DRIVER_OK.
     pub fn activation(&mut self, queues: usize, features: u64) -> Activation {
         self.sides = (0..queues).map(|_| Side::new()).collect();
         let active = (0..queues).map(|index| Some(self.active(index))).collect();
-        let config = Arc::new(Bell(EventFd::new(EFD_NONBLOCK).unwrap()));
-        Activation { memory: self.memory.clone(), queues: active, features, config_interrupt: config }
+        let config_interrupt = Arc::clone(&self.config) as _;
+        Activation { memory: self.memory.clone(), queues: active, features, config_interrupt }
+    }
+
+    /// Whether the device has said, since the last call, that its configuration changed.
+    pub fn config_changed(&self) -> bool {
+        self.config.0.read().is_ok()
     }
 
     fn active(&self, index: usize) -> ActiveQueue {

@@ -95,6 +95,8 @@ pub struct CommonConfig {
     state: TransportState,
     /// The vectors of `state` while it is not saved; interrupts look them up here.
     vectors: Arc<[AtomicU16]>,
+    /// The device's own, which it is asked for.
+    config_generation: u8,
 }
 
 impl CommonConfig {
@@ -107,7 +109,13 @@ impl CommonConfig {
             vector_count,
             state: reset_state(queue_sizes),
             vectors,
+            config_generation: 0,
         }
+    }
+
+    /// Sets what the driver reads next as the device's configuration's generation.
+    pub fn set_config_generation(&mut self, generation: u8) {
+        self.config_generation = generation;
     }
 
     /// Back to what the registers were before the driver came.
@@ -181,8 +189,7 @@ impl CommonConfig {
             (CONFIG_VECTOR, 2) => vector(0).into(),
             (NUM_QUEUES, 2) => state.queues.len() as u64,
             (DEVICE_STATUS, 1) => state.status.into(),
-            // No device here changes its configuration while it is read.
-            (CONFIG_GENERATION, 1) => 0,
+            (CONFIG_GENERATION, 1) => self.config_generation.into(),
             (QUEUE_SELECT, 2) => state.queue_select.into(),
             (QUEUE_SIZE, 2) => queue.map_or(0, |q| q.size).into(),
             (QUEUE_VECTOR, 2) => vector(usize::from(state.queue_select) + 1).into(),

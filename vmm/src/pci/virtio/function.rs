@@ -377,7 +377,10 @@ impl PciFunction for VirtioFunction {
     fn read_memory(&mut self, offset: u64, data: &mut [u8]) {
         data.fill(0);
         match offset {
-            COMMON_OFFSET..ISR_OFFSET => self.common.read(offset, data),
+            COMMON_OFFSET..ISR_OFFSET => {
+                self.common.set_config_generation(self.device.config_generation());
+                self.common.read(offset, data);
+            }
             // Reading acknowledges.
             ISR_OFFSET => {
                 if let Some(byte) = data.first_mut() {
