@@ -22,6 +22,10 @@ pub struct VmConfig {
     pub vcpus: u8,
     /// Guest memory in MiB.
     pub memory_mib: u64,
+    /// How much more can be plugged in while it runs, in MiB, a multiple of 128.
+    /// It costs nothing until it is asked for ([`Request::SetHotplugMemory`]).
+    #[serde(default)]
+    pub hotplug_memory_mib: u64,
     /// Uncompressed ELF kernel (`vmlinux`).
     pub kernel: PathBuf,
     /// Kernel command line as given to the kernel, except what the monitor
@@ -118,6 +122,15 @@ pub enum Request {
         /// The device; its serial is none of those that are there.
         disk: DiskConfig,
     },
+    /// Offers the guest so much memory beside what it started with, or asks for
+    /// what it has above that back. Answered when the guest has been told; it
+    /// takes and gives at its own pace, which [`Metrics::memory_plugged_bytes`]
+    /// tells. The first request plugs a virtio-mem device in, which the guest
+    /// finds when it scans its PCI bus again.
+    SetHotplugMemory {
+        /// MiB, a multiple of 2, at most [`VmConfig::hotplug_memory_mib`].
+        mib: u64,
+    },
 }
 
 /// The answer to a [`Request`].
@@ -142,8 +155,10 @@ pub struct Metrics {
     pub exits: ExitCounts,
     /// Microseconds from the monitor's exec to each step of the start, in order.
     pub start_us: Vec<(String, u64)>,
-    /// Guest memory in bytes.
+    /// Guest memory in bytes, with what was plugged in.
     pub memory_bytes: u64,
+    /// Of that, what the guest has plugged in since it runs.
+    pub memory_plugged_bytes: u64,
     /// Guest memory resident on the host, in bytes.
     pub memory_resident_bytes: u64,
 }

@@ -85,7 +85,7 @@ pub fn build(config: CheckedConfig, any_kvm: bool, timeline: Arc<Timeline>) -> R
     let vm = Arc::new(host.create_vm(config.vm.vcpus)?);
     timeline.reached("vm_created");
 
-    let memory = memory::create(config.vm.memory_mib << 20)?;
+    let memory = memory::create_growing(config.vm.memory_mib << 20, config.vm.hotplug_memory_mib << 20)?;
     // Before KVM takes the memory it waits for all who may still look at the
     // old layout, which can last longer than all the rest; so the rest is done
     // meanwhile.

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use rvm_protocol::vmm::VmConfig;
 use thiserror::Error;
 
-use crate::arch::layout::CMDLINE_MAX_SIZE;
+use crate::arch::layout::{CMDLINE_MAX_SIZE, MEMORY_BLOCK};
 use crate::boot::params;
 use crate::pci::SLOTS;
 
@@ -106,6 +106,13 @@ pub fn check(vm: VmConfig) -> Result<CheckedConfig, ConfigError> {
         let problem = format!("{} given; must be {MIN_MEMORY_MIB} to {MAX_MEMORY_MIB}", vm.memory_mib);
         return wrong("memory_mib", problem);
     }
+    let (hotplug, block) = (vm.hotplug_memory_mib, MEMORY_BLOCK >> 20);
+    let most = MAX_MEMORY_MIB - vm.memory_mib;
+    if hotplug > most || !hotplug.is_multiple_of(block) {
+        let problem =
+            format!("{hotplug} given; must be a multiple of {block} up to {most} beside memory_mib");
+        return wrong("hotplug_memory_mib", problem);
+    }
     let cmdline = params::full_cmdline(&vm.cmdline);
     if !cmdline.bytes().all(|b| b.is_ascii_graphic() || b == b' ') {
         return wrong("cmdline", "must consist of printable ASCII characters".into());
@@ -192,6 +199,9 @@ mod tests {
             ("vcpus", "two".into(), "expected u8"),
             ("memory_mib", 16.into(), "32 to"),
             ("memory_mib", (-1).into(), "u64"),
+            ("hotplug_memory_mib", 2.into(), "multiple of 128"),
+            ("hotplug_memory_mib", (1 << 20).into(), "up to 1048448"),
+            ("hotplug_memory_mib", u64::MAX.into(), "up to"),
             ("kernel", "/nonexistent".into(), "No such file"),
             ("kernel", "/dev/null".into(), "regular file"),
             ("initramfs", "/nonexistent".into(), "No such file"),

@@ -17,6 +17,7 @@ pub mod builder;
 pub mod config;
 pub mod control;
 pub mod devices;
+pub mod hotplug;
 pub mod kvm;
 pub mod logging;
 pub mod machine;

@@ -7,11 +7,12 @@ use std::sync::Arc;
 
 use rvm_protocol::vmm::{DiskConfig, ExitCounts, Metrics, Request, Response};
 use thiserror::Error;
-use vm_memory::{GuestMemory, GuestMemoryRegion};
+use vm_memory::GuestMemoryRegion;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::control::{ControlServer, Served};
 use crate::devices::virtio::blk::{Blk, BlkError};
+use crate::hotplug::Hotplug;
 use crate::kvm::Vm;
 use crate::machine::Machine;
 use crate::memory::{self, GuestRam};
@@ -85,7 +86,9 @@ impl Vmm {
             .collect::<Result<Vec<_>, _>>();
         let result = match threads {
             Ok(threads) => {
-                let owner = Owner { threads, machine: &machine, memory: &memory, timeline: &timeline };
+                let hotplug = Hotplug::new(memory.clone(), Arc::clone(&vm));
+                let owner =
+                    Owner { threads, machine: &machine, memory: &memory, hotplug, timeline: &timeline };
                 listen(events, owner, control, &report)
             }
             Err(e) => Err(RunError::Thread(e)),
@@ -103,11 +106,12 @@ struct Owner<'a> {
     threads: Vec<VcpuThread>,
     machine: &'a Machine,
     memory: &'a GuestRam,
+    hotplug: Hotplug,
     timeline: &'a Timeline,
 }
 
 impl Owner<'_> {
-    fn handle(&self, request: Request, stop: &mut bool) -> Response {
+    fn handle(&mut self, request: Request, stop: &mut bool) -> Response {
         match request {
             Request::Pause => {
                 // All are asked first, so that they stop side by side.
@@ -132,6 +136,10 @@ impl Owner<'_> {
                 Ok(()) => Response::Ok,
                 Err(e) => Response::Error { message: chain(&e) },
             },
+            Request::SetHotplugMemory { mib } => match self.hotplug.request(&self.machine.pci, mib) {
+                Ok(()) => Response::Ok,
+                Err(e) => Response::Error { message: chain(&e) },
+            },
         }
     }
 
@@ -145,10 +153,13 @@ impl Owner<'_> {
     fn metrics(&self) -> io::Result<Metrics> {
         let mut exits = ExitCounts::default();
         self.threads.iter().for_each(|thread| thread.counters().add_to(&mut exits));
+        let boot_bytes: u64 = self.memory.boot_regions().iter().map(GuestMemoryRegion::len).sum();
+        let plugged_bytes = self.hotplug.plugged_bytes();
         Ok(Metrics {
             exits,
             start_us: self.timeline.steps_us(),
-            memory_bytes: self.memory.iter().map(GuestMemoryRegion::len).sum(),
+            memory_bytes: boot_bytes + plugged_bytes,
+            memory_plugged_bytes: plugged_bytes,
             memory_resident_bytes: memory::resident_bytes(self.memory)?,
         })
     }
@@ -169,7 +180,7 @@ impl Drop for Owner<'_> {
 
 fn listen(
     events: Events,
-    owner: Owner<'_>,
+    mut owner: Owner<'_>,
     mut control: Option<ControlServer>,
     report: &EndReport,
 ) -> Result<End, RunError> {

@@ -240,6 +240,37 @@ fn a_disk_is_plugged_into_the_running_machine() {
 }
 
 #[test]
+fn memory_is_plugged_into_the_running_machine() {
+    let code = [WAIT_FOR_SLOT_3, &print("found\n"), HANG].concat();
+    let sandbox = Sandbox::new(&code).set("hotplug_memory_mib", 1024.into());
+    let (child, mut control) = sandbox.start();
+    control.metrics_of_running();
+    let set = |mib| Request::SetHotplugMemory { mib };
+    for mib in [1026, 127, u64::MAX] {
+        match control.ask(set(mib)) {
+            Response::Error { message } => assert!(message.contains("multiple of 2 up to 1024"), "{message}"),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(control.ask(set(0)), Response::Ok);
+    assert_eq!(std::fs::read_to_string(sandbox.path("console.log")).unwrap(), "");
+    assert_eq!(control.ask(set(256)), Response::Ok);
+    let printed = || std::fs::read_to_string(sandbox.path("console.log")).unwrap();
+    let started = Instant::now();
+    while printed() != "found\n" {
+        assert!(started.elapsed() < Duration::from_secs(30), "{:?}", printed());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(control.ask(set(128)), Response::Ok);
+    // It has no driver.
+    let metrics = control.metrics_of_running();
+    assert_eq!((metrics.memory_bytes, metrics.memory_plugged_bytes), (64 << 20, 0));
+    assert_eq!(control.ask(Request::Stop), Response::Ok);
+    assert_eq!(finish(child).status.code(), Some(exit_code::OK));
+    assert_eq!(sandbox.left(), [""; 0]);
+}
+
+#[test]
 fn termination_signal_ends_in_order() {
     let sandbox = Sandbox::new(HANG);
     let (child, mut control) = sandbox.start();

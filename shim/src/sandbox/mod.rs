@@ -428,6 +428,7 @@ fn vm_config(config: &Config, size: Size, id: &str, bundle: &Bundle) -> VmConfig
         id: id.into(),
         vcpus: size.vcpus,
         memory_mib: size.memory_mib,
+        hotplug_memory_mib: 0,
         kernel: config.guest.kernel.clone(),
         cmdline: config.guest.cmdline(),
         initramfs: Some(config.guest.initramfs.clone()),

@@ -49,6 +49,7 @@ impl Monitor {
             id: "bench".into(),
             vcpus: VCPUS,
             memory_mib: MEMORY_MIB,
+            hotplug_memory_mib: 0,
             kernel: stage.kernel(),
             cmdline: DEFAULT_CMDLINE.into(),
             initramfs: Some(stage.initramfs()),
