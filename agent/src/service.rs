@@ -6,8 +6,9 @@ use std::{os::fd::OwnedFd, sync::Arc};
 use async_trait::async_trait;
 use rvm_protocol::agent::{
     Agent, ContainerRef, ContainerStats, CreateContainerRequest, CreateContainerResponse, CreateExecRequest,
-    Empty, ExitStatus, ListProcessesResponse, OomKills, ProcessRef, ResizePtyRequest, SetUpSandboxRequest,
-    SignalProcessRequest, StartProcessResponse, UpdateResourcesRequest, WaitOomRequest, create_agent,
+    Empty, ExitStatus, ListProcessesResponse, OomKills, PluggedMemory, ProcessRef, ResizePtyRequest,
+    SetUpSandboxRequest, SignalProcessRequest, StartProcessResponse, UpdateResourcesRequest,
+    WaitMemoryRequest, WaitOomRequest, create_agent,
 };
 use ttrpc::{
     Code,
@@ -152,6 +153,15 @@ impl Agent for Service {
         request: UpdateResourcesRequest,
     ) -> ttrpc::Result<Empty> {
         answer("UpdateResources", self.sandbox.update_resources(&request).map(|()| Empty::new()))
+    }
+
+    async fn wait_memory(
+        &self,
+        _: &TtrpcContext,
+        request: WaitMemoryRequest,
+    ) -> ttrpc::Result<PluggedMemory> {
+        let plugged = self.sandbox.wait_memory(&request).await;
+        answer("WaitMemory", plugged.map(|bytes| PluggedMemory { bytes, ..Default::default() }))
     }
 
     async fn get_stats(&self, _: &TtrpcContext, container: ContainerRef) -> ttrpc::Result<ContainerStats> {

@@ -1,5 +1,6 @@
 //! The sandbox: what this guest is set up as, and the containers in it.
 
+mod memory;
 mod set_up;
 
 use std::{
@@ -30,6 +31,7 @@ use crate::{
 pub struct Sandbox {
     state: Mutex<State>,
     reaper: Reaper,
+    memory: memory::Memory,
     shutdown: Notify,
 }
 
@@ -216,6 +218,12 @@ impl Sandbox {
         let container = self.container(&request.container_id)?;
         let limits = Limits::plan("resources", &request.resources, self.state().storage()?)?;
         container.update(&limits)
+    }
+
+    /// Waits until so many bytes of memory are plugged in, or no more can be;
+    /// returns how many are.
+    pub async fn wait_memory(&self, request: &agent::WaitMemoryRequest) -> Result<u64, Error> {
+        Ok(self.memory.wait_for(request.plugged_bytes).await?)
     }
 
     /// What a container has used.

@@ -5,12 +5,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::error::{Step, StepError, StepResult};
+use crate::{
+    error::{Step, StepError, StepResult},
+    sys::pci,
+};
 
 const SYS_BLOCK: &str = "/sys/block";
-/// Written to, the kernel looks for functions it does not know yet and has their
-/// drivers at work when the write returns.
-const PCI_RESCAN: &str = "/sys/bus/pci/rescan";
 
 /// A virtio-blk device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,7 +31,7 @@ impl BlockDevice {
         if let Some(known) = Self::find(sys_block, serial)? {
             return Ok(known);
         }
-        fs::write(PCI_RESCAN, "1").step(|| "scan the PCI bus again".to_owned())?;
+        pci::rescan()?;
         Self::find(sys_block, serial)?
             .ok_or_else(|| StepError::Refused(format!("no block device has the serial {serial:?}")))
     }

@@ -2,7 +2,9 @@
 
 pub mod bpf;
 pub mod mount;
+pub mod pci;
 pub mod process;
+pub mod uevent;
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
