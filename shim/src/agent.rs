@@ -6,7 +6,7 @@ use rvm_protocol::{
     agent::{
         AgentClient, ConsoleSize, ContainerRef, ContainerStats, CreateContainerRequest, CreateExecRequest,
         Empty, ExitStatus, Process, ProcessInfo, ProcessRef, ResizePtyRequest, Resources,
-        SetUpSandboxRequest, SignalProcessRequest, UpdateResourcesRequest, WaitOomRequest,
+        SetUpSandboxRequest, SignalProcessRequest, UpdateResourcesRequest, WaitMemoryRequest, WaitOomRequest,
     },
     guest::AGENT_PORT,
 };
@@ -17,6 +17,10 @@ use crate::vsock::{Vsock, VsockError};
 /// How long the agent may take to answer anything but a wait. Nothing it is
 /// asked for takes a second; a guest that needs this long is stuck.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long a guest may take to plug memory in or out. It answers by itself when
+/// nothing comes or goes any more; a TiB in steps of 128 MiB comes in minutes.
+const MEMORY_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// Why the agent did not do what it was asked for.
 #[derive(Debug, thiserror::Error)]
@@ -172,6 +176,13 @@ impl Agent {
         };
         self.client.update_resources(limited(), &request).await?;
         Ok(())
+    }
+
+    /// Waits until `bytes` of memory are plugged in, or no more can be; returns how
+    /// many are.
+    pub async fn wait_memory(&self, bytes: u64) -> Result<u64, AgentError> {
+        let request = WaitMemoryRequest { plugged_bytes: bytes, ..Default::default() };
+        Ok(self.client.wait_memory(context::with_duration(MEMORY_TIMEOUT), &request).await?.bytes)
     }
 
     /// The container's cgroup files and network interfaces.

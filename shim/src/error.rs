@@ -60,6 +60,7 @@ impl Error {
             | Self::Io(IoError::Scheme { .. })
             | Self::Sandbox(
                 SandboxError::Name { .. }
+                | SandboxError::NoRoom { .. }
                 | SandboxError::Share(
                     ShareError::Volume { .. }
                     | ShareError::Useless { .. }

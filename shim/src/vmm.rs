@@ -264,6 +264,14 @@ pub async fn add_disk(dir: &File, disk: DiskConfig) -> Result<(), MonitorError> 
     }
 }
 
+/// Offers the running machine so much memory beside what it started with.
+pub async fn set_hotplug_memory(dir: &File, mib: u64) -> Result<(), MonitorError> {
+    match request(dir, &Request::SetHotplugMemory { mib }).await? {
+        Response::Ok => Ok(()),
+        other => Err(MonitorError::Refused(format!("answers set_hotplug_memory with {other:?}"))),
+    }
+}
+
 /// Writes the monitor's configuration into the sandbox's directory.
 pub fn write_config(dir: &Path, config: &VmConfig) -> io::Result<()> {
     std::fs::write(dir.join(CONFIG_FILE), serde_json::to_vec(config)?)

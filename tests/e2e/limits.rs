@@ -1,7 +1,9 @@
 //! Limits by what they do, not by what their files say; pause, update,
 //! statistics, and what is told of memory that ran out.
 
-use anyhow::{Context, Result, ensure};
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
 use rvm_tests::{
     case,
     ctr::{Ctr, Run},
@@ -292,6 +294,118 @@ fn limits_change_both_ways() {
         ensure!(ctr.task_state(id).as_deref() == Some("RUNNING"));
         world.end(id)
     });
+}
+
+/// Beyond what the machine started with memory is plugged in, and taken out again.
+#[test]
+fn a_limit_beyond_the_machine() {
+    case(|world| {
+        let ctr = world.ctr();
+        let limit = |mib: u64| json!({"memory": {"limit": mib * MIB}});
+        let (run, started) = limited(world, true, "grow", "sleep 100000", &limit(64))?;
+        started.success()?;
+        let id = &run.id;
+        let total = "sed -n 's/MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo";
+        let total =
+            || -> Result<u64> { Ok(exec(&ctr, id, total)?.success()?.text().trim().parse::<u64>()? >> 10) };
+        let takes = |mib: u64| format!("dd if=/dev/zero of=/dev/null bs={mib}M count=1 2>&1; echo $?");
+        let killed = |finished: &Finished| finished.text().contains("137") || finished.code() == 137;
+        let before = total()?;
+        ensure!(before < 512, "a machine of {before} MiB");
+
+        // 24 + 48 for the guest, in blocks of 128.
+        Shim::of(id)?.update(&limit(768))?;
+        let grown = total()?;
+        println!("{before} MiB, then {grown} MiB");
+        ensure!(grown == before + 384, "{before} MiB, then {grown} MiB");
+        let finished = exec(&ctr, id, &takes(600))?.success()?;
+        ensure!(finished.text().ends_with("\n0\n"), "{finished}");
+        ensure!(host_memory_max(id)? == (512 + 384 + 64) * MIB, "{}", host_memory_max(id)?);
+        ensure!(known_memory(id)? == 512 + 384, "{}", known_memory(id)?);
+        // It lies in the new memory first, and devices read it there.
+        let sums = "md5sum /dev/shm/x /y | cut -d' ' -f1";
+        let written =
+            exec(&ctr, id, &format!("head -c 20000000 /dev/urandom | tee /dev/shm/x > /y; sync; {sums}"))?;
+        let written = written.success()?.text();
+
+        let wrong = json!({"memory": {"limit": 1024 * MIB}, "unified": {"memory.nonsense": "1"}});
+        let wrong = Shim::of(id)?.update(&wrong).err().context("it was accepted")?;
+        ensure!(wrong.to_string().contains("unified[\"memory.nonsense\"]"), "{wrong}");
+        ensure!(exec(&ctr, id, "cat /sys/fs/cgroup/memory.max")?.text().trim() == (768 * MIB).to_string());
+        ensure!(host_memory_max(id)? == (512 + 384 + 64) * MIB, "{}", host_memory_max(id)?);
+        let wrong = Shim::of(id)?.update(&limit(1 << 30)).err().context("it was accepted")?.to_string();
+        ensure!(
+            wrong.starts_with("linux.resources.memory.limit: ") && wrong.contains("on this host"),
+            "{wrong}"
+        );
+
+        Shim::of(id)?.update(&limit(64))?;
+        let shrunk = total()?;
+        println!("and {shrunk} MiB in the end");
+        // Kernel data that came to lie in it may keep a part.
+        ensure!(shrunk < grown - 256, "{before} MiB, {grown} MiB, {shrunk} MiB");
+        ensure!(host_memory_max(id)? == (512 + shrunk - before + 64) * MIB, "{}", host_memory_max(id)?);
+        ensure!(known_memory(id)? == 512 + shrunk - before, "{}", known_memory(id)?);
+        let found = exec(&ctr, id, sums)?.success()?.text();
+        ensure!(found == written && found.lines().count() == 2, "{written} became {found}");
+        let finished = exec(&ctr, id, &takes(100))?;
+        ensure!(killed(&finished), "{finished}");
+        ensure!(ctr.task_state(id).as_deref() == Some("RUNNING"));
+
+        // So much that the kernel takes some of it for itself.
+        Shim::of(id)?.update(&limit(2048))?;
+        let grown = total()?;
+        ensure!(grown == before + 1664, "{before} MiB, then {grown} MiB");
+        let again = exec(&ctr, id, &takes(400))?.success()?;
+        ensure!(again.text().ends_with("\n0\n"), "{again}");
+        Shim::of(id)?.update(&limit(500))?;
+        let shrunk = total()?;
+        println!("{grown} MiB, then {shrunk} MiB");
+        ensure!((before + 128..grown - 1024).contains(&shrunk), "{grown} MiB, then {shrunk} MiB");
+        ensure!(host_memory_max(id)? == (512 + shrunk - before + 64) * MIB, "{}", host_memory_max(id)?);
+        world.end(id)
+    });
+}
+
+/// A guest that does not take the memory leaves everything as it was.
+#[test]
+fn a_machine_that_does_not_grow() {
+    case(|world| {
+        let broken = "initcall_blacklist=virtio_mem_driver_init";
+        world.set_config(&world.config().text("guest", "kernel_params", broken))?;
+        let ctr = world.ctr();
+        let (run, started) =
+            limited(world, true, "stuck", "sleep 100000", &json!({"memory": {"limit": 64 * MIB}}))?;
+        started.success()?;
+        let id = &run.id;
+        let wrong = Shim::of(id)?.update(&json!({"memory": {"limit": 768 * MIB}}));
+        let wrong = wrong.err().context("it was accepted")?.to_string();
+        let says = ["linux.resources.memory.limit: ", "has taken 0 MiB of 384 MiB"];
+        ensure!(says.iter().all(|part| wrong.contains(part)), "{wrong}");
+        ensure!(exec(&ctr, id, "cat /sys/fs/cgroup/memory.max")?.text().trim() == (64 * MIB).to_string());
+        ensure!(host_memory_max(id)? == (512 + 64) * MIB, "{}", host_memory_max(id)?);
+        ensure!(known_memory(id)? == 512, "{}", known_memory(id)?);
+        world.end(id)
+    });
+}
+
+/// What the sandbox's state says of its machine, in MiB.
+fn known_memory(id: &str) -> Result<u64> {
+    let state = std::fs::read(Path::new("/run/rvm/default").join(id).join("state.json"))?;
+    let state: Value = serde_json::from_slice(&state)?;
+    state["memory_mib"].as_u64().context("memory_mib")
+}
+
+/// The ceiling the host holds a container's machine to.
+fn host_memory_max(id: &str) -> Result<u64> {
+    for file in ["memory.max", "memory/memory.limit_in_bytes"] {
+        let (hierarchy, name) = file.rsplit_once('/').unwrap_or(("", file));
+        let path = Path::new(CGROUP).join(hierarchy).join("default").join(id).join(name);
+        if path.exists() {
+            return Ok(std::fs::read_to_string(path)?.trim().parse()?);
+        }
+    }
+    bail!("the host has no cgroup of {id}")
 }
 
 #[test]

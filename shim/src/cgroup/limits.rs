@@ -40,7 +40,7 @@ impl Ceiling {
             memory_max: resources
                 .memory_max
                 .filter(limited)
-                .map(|_| (memory_mib << 20).saturating_add(MONITOR_BYTES)),
+                .and_then(|_| Self::memory(memory_mib).memory_max),
             memory_low: resources.memory_low.filter(limited),
             cpu_weight: resources.cpu_weight,
             cpu_quota: resources.cpu_quota_us.map(|quota| {
@@ -50,6 +50,12 @@ impl Ceiling {
             cpus: resources.cpus.clone(),
             mems: resources.mems.clone(),
         }
+    }
+
+    /// For the memory of a machine of `memory_mib` alone.
+    pub fn memory(memory_mib: u64) -> Self {
+        let memory_max = (memory_mib << 20).saturating_add(MONITOR_BYTES);
+        Self { memory_max: Some(memory_max), ..Self::default() }
     }
 
     /// Writes the limits into the cgroup `relative` of each hierarchy.

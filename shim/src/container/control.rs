@@ -69,19 +69,23 @@ impl Container {
             return Err(Error::FailedPrecondition("cannot update a stopped container".into()));
         }
         log_not_applied(&format!("{}/{} update", self.namespace, self.id), &not_applied);
-        let size = self.sandbox.size();
-        if let Some(limit) = resources.memory_max
-            && !size.has_room_for(limit)
-        {
-            return Err(Error::InvalidArgument(format!(
-                "linux.resources.memory.limit: {limit} bytes do not fit into the running machine of {} MiB; \
-                 guest.memory_mib in the configuration, or the limit at the start, makes it larger",
-                size.memory_mib
-            )));
+        let _changing = self.changing.lock().await;
+        let limit = resources.memory_max;
+        // What is inside fits into what is around it all the time: the machine
+        // grows before its container does, and shrinks after it.
+        let before = self.sandbox.wanted_memory();
+        if let Some(limit) = limit {
+            self.sandbox.make_room(limit).await?;
         }
         let of_host = resources.clone();
-        resources.cpus = guest_cpus(&resources.cpus, size.vcpus);
-        self.sandbox.agent().update(&self.id, resources).await?;
+        resources.cpus = guest_cpus(&resources.cpus, self.sandbox.size().vcpus);
+        let updated = self.sandbox.agent().update(&self.id, resources).await;
+        match (&updated, limit) {
+            (Ok(()), Some(limit)) => self.sandbox.give_back(limit).await,
+            (Err(_), _) => self.sandbox.return_to(before).await,
+            (Ok(()), None) => {}
+        }
+        updated?;
         Ok(self.sandbox.update_ceiling(&of_host).map_err(SandboxError::from)?)
     }
 

@@ -6,6 +6,7 @@
 
 mod dir;
 mod failure;
+mod memory;
 mod size;
 
 use std::{
@@ -17,7 +18,7 @@ use std::{
 };
 
 use rvm_protocol::{
-    agent::{Resources, Scratch, SetUpSandboxRequest, scratch::Backing},
+    agent::{Scratch, SetUpSandboxRequest, scratch::Backing},
     guest::{GUEST_CID, READY_PORT, SCRATCH_SERIAL, SHARE_TAG, ready_line},
     vmm::{CachePolicy, DiskConfig, ShareConfig, VmConfig, VsockConfig},
 };
@@ -25,7 +26,9 @@ use tokio::{net::UnixListener, time::timeout};
 
 use dir::SandboxDir;
 pub use dir::clean_up;
-pub use size::{HostSize, Size, guest_cpus};
+pub use memory::GrowError;
+use memory::Memory;
+pub use size::{HostSize, Room, Size, guest_cpus};
 
 use crate::{
     agent::{Agent, AgentError},
@@ -110,6 +113,30 @@ pub enum SandboxError {
         #[source]
         source: MonitorError,
     },
+    /// More memory than it can have.
+    #[error(
+        "linux.resources.memory.limit: {limit} bytes do not fit: the running machine of {boot_mib} MiB can grow to \
+         {most_mib} MiB on this host"
+    )]
+    NoRoom {
+        /// What was asked for.
+        limit: i64,
+        /// What it started with.
+        boot_mib: u64,
+        /// The most it can have.
+        most_mib: u64,
+    },
+    /// It did not grow.
+    #[error(
+        "linux.resources.memory.limit: the running machine was not made larger for {limit} bytes: {source}"
+    )]
+    Grow {
+        /// What was asked for.
+        limit: i64,
+        /// Why not.
+        #[source]
+        source: GrowError,
+    },
     /// Its sockets.
     #[error(transparent)]
     Vsock(#[from] VsockError),
@@ -165,7 +192,8 @@ pub struct Sandbox {
     /// When the monitor was spawned, from the timeline's beginning.
     spawned: Duration,
     dir: Arc<File>,
-    size: Size,
+    vcpus: u8,
+    memory: Memory,
     /// Whether the guest may hold data that belongs on the host.
     must_flush: bool,
     console: PathBuf,
@@ -192,7 +220,9 @@ impl Sandbox {
         let Start { config, namespace, id, bundle, layers, timeline } = start;
         check_config(config)?;
         let resources = &*bundle.container.resources;
-        let size = Size::of(resources, &config.guest, HostSize::read());
+        let host = HostSize::read();
+        let size = Size::of(resources, &config.guest, host);
+        let room = Room::of(size, host);
         let dir = SandboxDir::create(&config.host.state_dir, namespace, id)?;
         let cgroup = HostCgroup::create(
             Hierarchies::of_host()?,
@@ -220,7 +250,7 @@ impl Sandbox {
         };
         let vsock = Vsock::new(owned.dir.fd().clone());
         let ready = vsock.listen(READY_PORT)?;
-        vmm::write_config(&path, &vm_config(config, size, id, bundle))
+        vmm::write_config(&path, &vm_config(config, size.vcpus, room, id, bundle))
             .map_err(|source| SandboxError::Directory { path: path.clone(), source })?;
         let spawned = timeline.elapsed();
         let monitor = Monitor::spawn(&config.host.monitor, &path, &owned.cgroup)?;
@@ -269,7 +299,8 @@ impl Sandbox {
             timeline,
             spawned,
             dir: owned.dir.fd().clone(),
-            size,
+            vcpus: size.vcpus,
+            memory: Memory::new(room, resources),
             must_flush: matches!(config.scratch, config::Scratch::Block { .. })
                 || bundle.volumes.iter().any(|volume| !volume.readonly)
                 || bundle.disks.iter().any(|disk| !disk.readonly),
@@ -291,20 +322,6 @@ impl Sandbox {
     /// The monitor's process id on the host.
     pub fn pid(&self) -> u32 {
         self.monitor.id().pid
-    }
-
-    /// What the machine has.
-    pub fn size(&self) -> Size {
-        self.size
-    }
-
-    /// Holds the machine to other limits on the host; what `resources` leaves
-    /// out stays.
-    pub fn update_ceiling(&self, resources: &Resources) -> Result<(), CgroupError> {
-        match self.owned().as_ref() {
-            Some(owned) => owned.cgroup.update(&Ceiling::of(resources, self.size.memory_mib)),
-            None => Ok(()),
-        }
     }
 
     /// The steps of the start.
@@ -423,12 +440,12 @@ fn first_state(
     Ok(state)
 }
 
-fn vm_config(config: &Config, size: Size, id: &str, bundle: &Bundle) -> VmConfig {
+fn vm_config(config: &Config, vcpus: u8, room: Room, id: &str, bundle: &Bundle) -> VmConfig {
     VmConfig {
         id: id.into(),
-        vcpus: size.vcpus,
-        memory_mib: size.memory_mib,
-        hotplug_memory_mib: 0,
+        vcpus,
+        memory_mib: room.boot_mib,
+        hotplug_memory_mib: room.hotplug_mib,
         kernel: config.guest.kernel.clone(),
         cmdline: config.guest.cmdline(),
         initramfs: Some(config.guest.initramfs.clone()),

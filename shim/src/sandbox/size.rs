@@ -11,6 +11,11 @@ const FIXED_OVERHEAD_MIB: u64 = 48;
 /// The kernel keeps 64 bytes for each page of 4096, and page tables beside.
 const OVERHEAD_PER_MEMORY: u64 = 32;
 
+/// The most memory a monitor gives its machine, in MiB.
+const MAX_MEMORY_MIB: u64 = 1 << 20;
+/// Memory is plugged in by so many MiB: blocks of Linux's.
+const HOTPLUG_STEP_MIB: u64 = 128;
+
 /// What the machine of a sandbox has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Size {
@@ -48,12 +53,32 @@ impl Size {
     pub fn of(resources: &Resources, guest: &Guest, host: HostSize) -> Self {
         Self { vcpus: vcpus(resources, guest, host), memory_mib: memory_mib(resources, guest, host) }
     }
+}
 
-    /// Whether a container may use `limit` bytes in a machine of this size; a
-    /// negative limit is none, and all that there is.
-    pub fn has_room_for(self, limit: i64) -> bool {
-        u64::try_from(limit).is_ok_and(|limit| with_overhead(limit.div_ceil(1 << 20)) <= self.memory_mib)
-            || limit < 0
+/// What a machine's memory may become.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    /// MiB it starts with.
+    pub boot_mib: u64,
+    /// MiB that can be plugged in beside that.
+    pub hotplug_mib: u64,
+}
+
+impl Room {
+    /// All of the host's memory: what the guest does not touch, the host does not
+    /// give.
+    pub fn of(size: Size, host: HostSize) -> Self {
+        let most = host.memory_mib.min(MAX_MEMORY_MIB);
+        let rest = most.saturating_sub(size.memory_mib);
+        Self { boot_mib: size.memory_mib, hotplug_mib: rest - rest % HOTPLUG_STEP_MIB }
+    }
+
+    /// MiB that have to be plugged in so that a container may use `limit` bytes;
+    /// `None` where there is not so much.
+    pub fn plugged_for(self, limit: i64) -> Option<u64> {
+        let limit = u64::try_from(limit).ok()?;
+        let missing = with_overhead(limit.div_ceil(1 << 20)).saturating_sub(self.boot_mib);
+        missing.checked_next_multiple_of(HOTPLUG_STEP_MIB).filter(|plugged| *plugged <= self.hotplug_mib)
     }
 }
 
@@ -141,11 +166,22 @@ mod tests {
     }
 
     #[test]
-    fn a_raised_limit_has_to_fit_into_the_machine() {
-        let machine = Size { vcpus: 1, memory_mib: 512 };
-        assert!(machine.has_room_for(128 << 20) && machine.has_room_for(-1) && machine.has_room_for(0));
-        assert!(machine.has_room_for(450 << 20) && !machine.has_room_for(512 << 20));
-        assert!(!machine.has_room_for(i64::MAX));
+    fn a_raised_limit_is_plugged_in_beside_what_there_is() {
+        let room = |boot_mib| Room::of(Size { vcpus: 1, memory_mib: boot_mib }, HOST);
+        assert_eq!(room(512), Room { boot_mib: 512, hotplug_mib: (16 << 10) - 512 });
+        assert_eq!(room(1000).hotplug_mib, 15_360, "whole blocks");
+        assert_eq!(room(HOST.memory_mib).hotplug_mib, 0);
+        assert_eq!(room(u64::MAX).hotplug_mib, 0);
+        let unknown = HostSize { memory_mib: u64::MAX, ..HOST };
+        assert_eq!(Room::of(Size { vcpus: 1, memory_mib: 512 }, unknown).hotplug_mib, (1 << 20) - 512);
+
+        let room = room(512);
+        for (mib, plugged) in
+            [(0, 0), (64, 0), (450, 0), (451, 128), (512, 128), (1536, 1152), (15_000, 15_104)]
+        {
+            assert_eq!(room.plugged_for(mib << 20), Some(plugged), "{mib}");
+        }
+        assert_eq!([16 << 30, i64::MAX, -1].map(|limit| room.plugged_for(limit)), [None; 3]);
     }
 
     #[test]
