@@ -1,4 +1,4 @@
-//! Memory for the running machine.
+//! Disks and memory for the running machine.
 //!
 //! What the machine can grow by is reserved from the start and belongs to nobody
 //! ([`memory::ram`](crate::memory::ram)). When its owner first asks for more,
@@ -9,10 +9,12 @@
 use std::io;
 use std::sync::Arc;
 
+use rvm_protocol::vmm::DiskConfig;
 use thiserror::Error;
 use vm_memory::GuestMemoryRegion;
 
 use crate::arch::layout;
+use crate::devices::virtio::blk::{Blk, BlkError};
 use crate::devices::virtio::mem::{BLOCK_BYTES, Mem, MemControl};
 use crate::kvm::{KvmError, Vm};
 use crate::memory::GuestRam;
@@ -24,7 +26,7 @@ use crate::pci::virtio::function::{self, FunctionError};
 /// before Linux 5.12.
 const MAX_SLOTS: u64 = 256;
 
-/// Why the machine was not given another size.
+/// Why something was not plugged in.
 #[derive(Debug, Error)]
 pub enum HotplugError {
     /// More than there is room for, or part of a block.
@@ -35,6 +37,9 @@ pub enum HotplugError {
         /// The largest size.
         most: u64,
     },
+    /// The disk cannot be used.
+    #[error(transparent)]
+    Disk(#[from] BlkError),
     /// KVM did not take the memory.
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -50,7 +55,7 @@ pub enum HotplugError {
 pub struct Hotplug {
     memory: GuestRam,
     vm: Arc<Vm>,
-    /// The device, once it was needed.
+    /// The memory device, once it was needed.
     device: Option<MemControl>,
     /// Slots of KVM's given to it.
     slots: u32,
@@ -60,6 +65,14 @@ impl Hotplug {
     /// Nothing yet.
     pub fn new(memory: GuestRam, vm: Arc<Vm>) -> Self {
         Self { memory, vm, device: None, slots: 0 }
+    }
+
+    /// Plugs a disk into `bus`.
+    pub fn add_disk(&self, bus: &PciBus, config: &DiskConfig) -> Result<(), HotplugError> {
+        let disk = Box::new(Blk::new(config)?);
+        let slot = function::attach(bus, disk, &self.memory, &self.vm)?;
+        log::info!("disk {} plugged into slot {slot}", config.serial);
+        Ok(())
     }
 
     /// Bytes the guest has plugged.

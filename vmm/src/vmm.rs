@@ -5,18 +5,16 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
-use rvm_protocol::vmm::{DiskConfig, ExitCounts, Metrics, Request, Response};
+use rvm_protocol::vmm::{ExitCounts, Metrics, Request, Response};
 use thiserror::Error;
 use vm_memory::GuestMemoryRegion;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::control::{ControlServer, Served};
-use crate::devices::virtio::blk::{Blk, BlkError};
-use crate::hotplug::Hotplug;
+use crate::hotplug::{Hotplug, HotplugError};
 use crate::kvm::Vm;
 use crate::machine::Machine;
 use crate::memory::{self, GuestRam};
-use crate::pci::virtio::function::{self, FunctionError};
 use crate::timeline::Timeline;
 use crate::vcpu::Vcpu;
 use crate::vcpu::exits::End;
@@ -40,15 +38,6 @@ pub enum RunError {
         #[source]
         source: io::Error,
     },
-}
-
-/// Why a device was not plugged in.
-#[derive(Debug, Error)]
-enum PlugError {
-    #[error(transparent)]
-    Disk(#[from] BlkError),
-    #[error("PCI")]
-    Pci(#[from] FunctionError),
 }
 
 /// Everything built, nothing running yet.
@@ -132,22 +121,9 @@ impl Owner<'_> {
                 Ok(metrics) => Response::Metrics(metrics),
                 Err(e) => Response::Error { message: format!("guest memory cannot be counted: {e}") },
             },
-            Request::AddDisk { disk } => match self.add_disk(&disk) {
-                Ok(()) => Response::Ok,
-                Err(e) => Response::Error { message: chain(&e) },
-            },
-            Request::SetHotplugMemory { mib } => match self.hotplug.request(&self.machine.pci, mib) {
-                Ok(()) => Response::Ok,
-                Err(e) => Response::Error { message: chain(&e) },
-            },
+            Request::AddDisk { disk } => answer(self.hotplug.add_disk(&self.machine.pci, &disk)),
+            Request::SetHotplugMemory { mib } => answer(self.hotplug.request(&self.machine.pci, mib)),
         }
-    }
-
-    fn add_disk(&self, config: &DiskConfig) -> Result<(), PlugError> {
-        let disk = Box::new(Blk::new(config)?);
-        let slot = function::attach(&self.machine.pci, disk, self.memory, &self.machine.vm)?;
-        log::info!("disk {} plugged into slot {slot}", config.serial);
-        Ok(())
     }
 
     fn metrics(&self) -> io::Result<Metrics> {
@@ -165,10 +141,14 @@ impl Owner<'_> {
     }
 }
 
-/// An error and what caused it, in one line.
-fn chain(error: &dyn std::error::Error) -> String {
+/// What a request to plug something in is answered: an error with what caused
+/// it, in one line.
+fn answer(plugged: Result<(), HotplugError>) -> Response {
+    let Err(error) = plugged else { return Response::Ok };
+    let error: &dyn std::error::Error = &error;
     let causes = std::iter::successors(error.source(), |cause| cause.source());
-    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+    let message = causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"));
+    Response::Error { message }
 }
 
 impl Drop for Owner<'_> {

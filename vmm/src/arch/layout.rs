@@ -74,6 +74,12 @@ pub const SERIAL_GSI: u32 = 4;
 /// Pins of the I/O APIC; message-signalled interrupts use the numbers after them.
 pub const IOAPIC_PINS: u32 = 24;
 
+/// Address ranges `(start, size)` for `size` bytes of memory, leaving the hole
+/// below 4 GiB to devices.
+pub fn ranges(size: u64) -> Vec<(u64, u64)> {
+    if size <= HOLE_START { vec![(0, size)] } else { vec![(0, HOLE_START), (HOLE_END, size - HOLE_START)] }
+}
+
 /// The largest blocks a guest that starts with `boot` bytes may add memory in.
 pub fn memory_block(boot: u64) -> u64 {
     if end_of_memory(boot) < LARGE_BLOCKS_FROM { MEMORY_BLOCK } else { LARGE_MEMORY_BLOCK }
@@ -89,7 +95,7 @@ pub fn hotplug_region(boot: u64, bytes: u64) -> Option<(u64, u64)> {
 }
 
 fn end_of_memory(boot: u64) -> u64 {
-    if boot <= HOLE_START { boot } else { HOLE_END + (boot - HOLE_START) }
+    ranges(boot).last().map_or(0, |(start, size)| start + size)
 }
 
 #[cfg(test)]

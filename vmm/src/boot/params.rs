@@ -9,9 +9,9 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 use super::initramfs::LoadedInitramfs;
 use crate::arch::layout::{
     BOOT_PARAMS_START, CMDLINE_MAX_SIZE, CMDLINE_START, GDT_START, HIGH_RAM_START, LOW_RAM_END, PAGE_SIZE,
-    PAGE_TABLES_START,
+    PAGE_TABLES_START, ranges,
 };
-use crate::memory::{self, GuestRam};
+use crate::memory::GuestRam;
 
 /// Why the boot parameters could not be written.
 #[derive(Debug, Error)]
@@ -107,7 +107,7 @@ pub fn write_boot_params(
 /// from 1 MiB. What lies between holds the MP table and stays reserved.
 fn ram_map(memory_size: u64) -> Vec<(u64, u64)> {
     let mut map = vec![(0, LOW_RAM_END)];
-    for (start, size) in memory::ranges(memory_size) {
+    for (start, size) in ranges(memory_size) {
         let first = start.max(HIGH_RAM_START);
         map.push((first, (start + size).saturating_sub(first)));
     }
@@ -147,6 +147,7 @@ pub fn write_gdt(memory: &GuestRam) -> Result<(), ParamsError> {
 mod tests {
     use super::*;
     use crate::arch::layout::HOLE_END;
+    use crate::memory;
 
     #[test]
     fn memory_map_leaves_out_legacy_area_and_hole() {

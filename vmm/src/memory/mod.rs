@@ -19,7 +19,7 @@ use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemory, GuestMemoryError, GuestMemoryRegion, GuestRegionMmap,
 };
 
-use crate::arch::layout::{self, HOLE_END, HOLE_START, PAGE_SIZE};
+use crate::arch::layout::{self, PAGE_SIZE, ranges};
 pub use ram::GuestRam;
 
 /// Why guest memory could not be made or filled.
@@ -54,12 +54,6 @@ pub enum MemoryError {
     /// A write to guest memory failed.
     #[error("guest memory could not be written")]
     Write(#[source] GuestMemoryError),
-}
-
-/// Address ranges `(start, size)` for `size` bytes of memory, leaving the hole
-/// below 4 GiB to devices.
-pub fn ranges(size: u64) -> Vec<(u64, u64)> {
-    if size <= HOLE_START { vec![(0, size)] } else { vec![(0, HOLE_START), (HOLE_END, size - HOLE_START)] }
 }
 
 /// Creates `size` bytes (whole pages) of guest memory.
@@ -217,6 +211,7 @@ mod tests {
     use std::io::Write;
 
     use super::*;
+    use crate::arch::layout::{HOLE_END, HOLE_START};
 
     #[test]
     fn memory_leaves_the_hole_to_devices() {

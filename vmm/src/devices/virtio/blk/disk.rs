@@ -6,6 +6,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt};
 
 use rvm_protocol::vmm::DiskConfig;
+use vmm_sys_util::fallocate::{FallocateMode, fallocate};
 
 use super::{BlkError, SECTOR_BYTES};
 use crate::devices::virtio::ring::GuestBuffers;
@@ -93,28 +94,23 @@ impl Disk {
 
     /// Gives a range back to the host; it reads as zeroes afterwards.
     pub fn discard(&self, offset: u64, bytes: u64) -> io::Result<()> {
-        self.allocate(libc::FALLOC_FL_PUNCH_HOLE, offset, bytes)
+        self.allocate(FallocateMode::PunchHole, offset, bytes)
     }
 
     /// Zeroes a range, giving it back to the host where `unmap` allows that.
     pub fn write_zeroes(&self, offset: u64, bytes: u64, unmap: bool) -> io::Result<()> {
-        let mode = if unmap { libc::FALLOC_FL_PUNCH_HOLE } else { libc::FALLOC_FL_ZERO_RANGE };
+        let mode = if unmap { FallocateMode::PunchHole } else { FallocateMode::ZeroRange };
         match self.allocate(mode, offset, bytes) {
             Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => self.fill(offset, bytes),
             done => done,
         }
     }
 
-    fn allocate(&self, mode: libc::c_int, offset: u64, bytes: u64) -> io::Result<()> {
+    fn allocate(&self, mode: FallocateMode, offset: u64, bytes: u64) -> io::Result<()> {
         if bytes == 0 {
             return Ok(());
         }
-        let mode = mode | libc::FALLOC_FL_KEEP_SIZE;
-        // SAFETY: fallocate touches no memory of ours.
-        let result = unsafe {
-            libc::fallocate(self.file.as_raw_fd(), mode, offset.cast_signed(), bytes.cast_signed())
-        };
-        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+        Ok(fallocate(&self.file, mode, true, offset, bytes)?)
     }
 
     fn fill(&self, mut offset: u64, bytes: u64) -> io::Result<()> {

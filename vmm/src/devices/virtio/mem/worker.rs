@@ -2,11 +2,11 @@
 
 use std::io;
 use std::ops::Range;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use vm_memory::GuestMemoryRegion;
 use vmm_sys_util::epoll::{Epoll, EpollEvent};
+use vmm_sys_util::fallocate::{FallocateMode, fallocate};
 
 use super::device::Shared;
 use super::request::{Answer, Named, Request};
@@ -104,15 +104,6 @@ fn discard(memory: &GuestRam, range: Range<u64>) -> io::Result<()> {
     if range.is_empty() {
         return Ok(());
     }
-    let number = |value| libc::off_t::try_from(value).map_err(io::Error::other);
-    let start = number(backing.start() + range.start)?;
-    let length = number(range.end - range.start)?;
-    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-    // SAFETY: the descriptor is open. Guest memory is only ever accessed
-    // through volatile accesses: that it reads as zeroes afterwards breaks no
-    // rule of the language's.
-    if unsafe { libc::fallocate(backing.file().as_raw_fd(), mode, start, length) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
+    let (start, length) = (backing.start() + range.start, range.end - range.start);
+    Ok(fallocate(backing.file(), FallocateMode::PunchHole, true, start, length)?)
 }
