@@ -9,7 +9,7 @@ use rvm_tests::stage::Stage;
 use serde_json::{Value, json};
 
 use crate::{
-    MEMORY_MIB, VCPUS, counters, median,
+    MEMORY_MIB, VCPUS, clean, counters, median,
     monitor::{Monitor, step_medians},
     peer::{self, Announcement, Peer},
 };
@@ -32,13 +32,16 @@ pub fn measure(stage: &Stage, trial: &Trial, runs: usize) -> Result<Value> {
     let mut metrics: Vec<Metrics> = Vec::new();
     // The first round fills caches and is not counted.
     for round in 0..=runs {
+        clean::free_memory()?;
         let rvm = Monitor::start(stage)?;
         let a = rvm.ready_ms()?;
         let counted = rvm.metrics()?;
         rvm.stop()?;
+        clean::free_memory()?;
         let qemu = same_peer()?;
         let b = qemu.ready_ms()?;
         qemu.stop()?;
+        clean::free_memory()?;
         let qemu = whole_peer()?;
         let c = qemu.ready_ms()?;
         qemu.stop()?;

@@ -9,6 +9,7 @@
 //! * `rvm-bench first-run`: the monitor's exec to its first `KVM_RUN`. Any KVM.
 
 mod boot;
+mod clean;
 mod container;
 mod counters;
 mod memory;

@@ -65,8 +65,8 @@ impl Smaps {
         Ok(Self::parse(&text, &kernel.to_string_lossy()))
     }
 
-    /// A guest's memory is a memfd, and its kernel is mapped from its file
-    /// (proc_pid_smaps(5)).
+    /// A guest's memory is the only file without a name that is mapped shared, and
+    /// its kernel is mapped from its file (proc_pid_smaps(5)).
     fn parse(text: &str, kernel: &str) -> Self {
         let mut smaps = Self::default();
         let mut guest = false;
@@ -74,7 +74,8 @@ impl Smaps {
             let mut words = line.split_whitespace();
             let first = words.next().unwrap_or_default();
             if first.contains('-') && !first.ends_with(':') {
-                guest = line.contains("/memfd:") || line.ends_with(kernel);
+                let shared = words.next().is_some_and(|permissions| permissions.ends_with('s'));
+                guest = shared && line.ends_with(" (deleted)") || line.ends_with(kernel);
                 continue;
             }
             let kib: u64 = words.next().and_then(|word| word.parse().ok()).unwrap_or(0);
@@ -95,12 +96,15 @@ mod tests {
     #[test]
     fn a_guests_memory_is_not_its_monitors() {
         let text = "\
-7f00-7f10 rw-s 00000000 00:01 7 /memfd:guest (deleted)
+7f00-7f10 rw-s 00000000 00:2a 7 /#7 (deleted)
 Rss:                 900 kB
 Pss:                 900 kB
 7f10-7f20 rw-p 00000000 08:01 8 /usr/share/rvm/vmlinux
 Rss:                  80 kB
 Pss:                  40 kB
+7f20-7f30 rw-s 00000000 00:0e 9 anon_inode:kvm-vcpu:0
+Rss:                   8 kB
+Pss:                   8 kB
 7f30-7f40 rw-p 00000000 00:00 0 [heap]
 Rss:                  12 kB
 Pss:                  10 kB
@@ -108,7 +112,7 @@ VmFlags: rd wr mr mw me ac
 ";
         assert_eq!(
             Smaps::parse(text, "/usr/share/rvm/vmlinux"),
-            Smaps { own_pss_kib: 10, guest_rss_kib: 980 }
+            Smaps { own_pss_kib: 18, guest_rss_kib: 980 }
         );
     }
 }
