@@ -30,14 +30,13 @@ pub const SCRATCH_SERIAL: &str = "rvm-scratch";
 /// Kernel parameters every guest is started with; a user's own come after them.
 /// What the machine itself needs (PCI, memory) is the monitor's to add.
 pub const DEFAULT_CMDLINE: &str = concat!(
-    // Errors and panics go to the console log; every other message would cost an exit per character.
-    "console=ttyS0 quiet ",
+    // Panics and what is worse than an error go to the console log, every other message would cost an exit
+    // per character; the agent adds errors once it is up.
+    "console=ttyS0 loglevel=3 ",
     // A panic ends the machine at once, by the keyboard controller's reset line.
     "reboot=k panic=-1 ",
     // Keep the lock prefixes on one vCPU: to patch them away is to write to pages that all guests share.
     "noreplace-smp ",
-    // Keep the initramfs: to free it is to write to every page of a file that all guests share.
-    "retain_initrd ",
     // KVM vouches for the TSC or the guest uses KVM's clock: no timer twice a second that checks one by the other.
     "tsc=reliable ",
     // Grace periods by interrupt instead of waiting for ticks: mounts and namespaces are made and undone faster.

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 pub struct VmConfig {
     /// Sandbox id, for logs.
     pub id: String,
-    /// Number of vCPUs, 1 to 254.
+    /// Number of vCPUs, 1 to 255.
     pub vcpus: u8,
     /// Guest memory in MiB.
     pub memory_mib: u64,
@@ -26,6 +26,11 @@ pub struct VmConfig {
     /// It costs nothing until it is asked for ([`Request::SetHotplugMemory`]).
     #[serde(default)]
     pub hotplug_memory_mib: u64,
+    /// Whether the host may put pages of 2 MiB behind guest memory, where it has
+    /// some: fewer exits and faster translations, but the guest's first byte in
+    /// each takes all of it.
+    #[serde(default)]
+    pub huge_pages: bool,
     /// Uncompressed ELF kernel (`vmlinux`).
     pub kernel: PathBuf,
     /// Kernel command line as given to the kernel, except what the monitor

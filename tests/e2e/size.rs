@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use rvm_tests::{case, host::Process};
+use rvm_tests::{case, host::Process, sandbox::Sandbox};
 
 /// Where the host's hierarchies are that sandboxes get a cgroup in: the first
 /// field of `/proc/PID/cgroup` is 0 for v2.
@@ -74,5 +74,29 @@ fn limits_make_the_machine_and_its_cgroup() {
         println!("MemTotal {} MiB, charged on the host {} MiB", total >> 10, charged / mib);
         ensure!((1024..1104).contains(&(total >> 10)), "the guest has {total} kB");
         world.ctr().remove(&run.id)
+    });
+}
+
+/// KiB in huge pages of a monitor's mappings that have no name on the host.
+fn huge_kib(monitor: libc::pid_t) -> Result<u64> {
+    let smaps = std::fs::read_to_string(format!("/proc/{monitor}/smaps"))?;
+    let sizes = smaps.lines().filter_map(|line| line.strip_prefix("ShmemPmdMapped:"));
+    sizes.map(|size| Ok(size.trim().trim_end_matches(" kB").parse::<u64>()?)).sum()
+}
+
+#[test]
+fn guest_memory_is_in_huge_pages_unless_the_configuration_says_no() {
+    case(|world| {
+        for (huge, expected) in [("true", 2048..u64::MAX), ("false", 0..1)] {
+            world.set_config(&world.config().set("guest", "huge_pages", huge))?;
+            let run = world.ctr().container("huge").detached();
+            run.run(&["sleep", "1000"])?.success()?;
+            let monitor = Sandbox::find(world.stage(), &run.id)?.monitor.pid;
+            let kib = huge_kib(monitor)?;
+            println!("guest.huge_pages = {huge}: {kib} KiB");
+            ensure!(expected.contains(&kib), "guest.huge_pages = {huge}: {kib} KiB");
+            world.ctr().remove(&run.id)?;
+        }
+        Ok(())
     });
 }

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
+use std::thread::ScopedJoinHandle;
 
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
@@ -25,7 +26,7 @@ use crate::kvm::irq::IrqError;
 use crate::kvm::probe::{self, ProbeError};
 use crate::kvm::{Host, KvmError, Vm};
 use crate::machine::Machine;
-use crate::memory::{self, GuestRam, MemoryError};
+use crate::memory::{self, GuestRam, MemoryError, Shape};
 use crate::pci::host_bridge::HostBridge;
 use crate::pci::virtio::function::{self, FunctionError};
 use crate::pci::{BusFull, CONFIG_ADDRESS_PORT, PciBus};
@@ -85,17 +86,20 @@ pub fn build(config: CheckedConfig, any_kvm: bool, timeline: Arc<Timeline>) -> R
     let vm = Arc::new(host.create_vm(config.vm.vcpus)?);
     timeline.reached("vm_created");
 
-    let memory = memory::create_growing(config.vm.memory_mib << 20, config.vm.hotplug_memory_mib << 20)?;
-    // Before KVM takes the memory it waits for all who may still look at the
-    // old layout, which can last longer than all the rest; so the rest is done
-    // meanwhile.
+    let memory = memory::create_shaped(Shape {
+        boot: config.vm.memory_mib << 20,
+        more: config.vm.hotplug_memory_mib << 20,
+        huge_pages: config.vm.huge_pages,
+    })?;
+    // Before KVM takes the memory, and before it makes a vCPU, it waits for all who
+    // may still look at what was before, which can last longer than all the rest; so
+    // the memory is filled meanwhile.
     std::thread::scope(|scope| {
         let taken = scope.spawn(|| vm.set_memory(&memory));
-        let built = build_on(config, &host, &vm, &memory, &timeline);
-        match taken.join() {
-            Ok(taken) => taken?,
-            Err(panic) => std::panic::resume_unwind(panic),
-        }
+        let loaded = scope.spawn(|| load_guest(&config, &memory));
+        let loaded = || joined(loaded).inspect(|_| timeline.reached("guest_loaded"));
+        let built = build_on(&config, &host, &vm, &memory, loaded, &timeline);
+        joined(taken)?;
         timeline.reached("memory_taken");
         let (machine, vcpus, control) = built?;
         Ok(Vmm { vm: Arc::clone(&vm), memory: memory.clone(), machine, vcpus, control, timeline })
@@ -105,25 +109,29 @@ pub fn build(config: CheckedConfig, any_kvm: bool, timeline: Arc<Timeline>) -> R
 /// What is built on a VM and its memory.
 type Built = (Arc<Machine>, Vec<Vcpu>, Option<ControlServer>);
 
+/// What a thread returned; its panic is ours.
+fn joined<T>(thread: ScopedJoinHandle<'_, T>) -> T {
+    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+/// `loaded` waits until memory holds what the first vCPU is to run.
 fn build_on(
-    config: CheckedConfig,
+    config: &CheckedConfig,
     host: &Host,
     vm: &Arc<Vm>,
     memory: &GuestRam,
+    loaded: impl FnOnce() -> Result<BootEntry, BuildError>,
     timeline: &Timeline,
 ) -> Result<Built, BuildError> {
-    let boot = load_guest(&config, memory)?;
-    timeline.reached("guest_loaded");
-
     let pci = PciBus::default();
     pci.add::<BuildError>(|_| Ok(Box::new(HostBridge::new())))?;
-    for device in virtio_devices(&config)? {
+    for device in virtio_devices(config)? {
         function::attach(&pci, device, memory, vm)?;
     }
-    let serial = serial_console(&config, vm)?;
+    let serial = serial_console(config, vm)?;
     timeline.reached("devices_attached");
 
-    let vcpus = create_vcpus(host, vm, config.vm.vcpus, boot)?;
+    let vcpus = create_vcpus(host, vm, config.vm.vcpus, loaded)?;
     if let Some(vcpu) = vcpus.first().filter(|_| host.can_post_writes()) {
         vm.start_posting(&vcpu.fd)?;
         vm.post_port_writes(CONFIG_ADDRESS_PORT)?;
@@ -131,9 +139,10 @@ fn build_on(
     timeline.reached("vcpus_created");
 
     // Last, so that whoever can connect finds a machine.
-    let control = match config.vm.control_socket {
+    let control = match &config.vm.control_socket {
         Some(path) => {
-            Some(ControlServer::bind(&path).map_err(|source| BuildError::Control { path, source })?)
+            let failed = |source| BuildError::Control { path: path.clone(), source };
+            Some(ControlServer::bind(path).map_err(failed)?)
         }
         None => None,
     };
@@ -193,17 +202,21 @@ fn serial_console(config: &CheckedConfig, vm: &Vm) -> Result<Serial, BuildError>
     Ok(Serial::new(output, interrupt))
 }
 
-fn create_vcpus(host: &Host, vm: &Arc<Vm>, count: u8, boot: BootEntry) -> Result<Vec<Vcpu>, BuildError> {
+fn create_vcpus(
+    host: &Host,
+    vm: &Arc<Vm>,
+    count: u8,
+    loaded: impl FnOnce() -> Result<BootEntry, BuildError>,
+) -> Result<Vec<Vcpu>, BuildError> {
     let supported = host.supported_cpuid()?;
     let tsc_deadline = host.has_tsc_deadline();
-    (0..count)
-        .map(|index| {
-            let topology = Topology { apic_id: index, vcpus: count };
-            let cpuid =
-                cpuid::table(&supported, host.vendor, &topology, tsc_deadline).map_err(VcpuError::from)?;
-            let vcpu = Vcpu::create(vm, index)?;
-            vcpu.configure(&cpuid, (index == 0).then_some(boot))?;
-            Ok(vcpu)
-        })
-        .collect()
+    let vcpus = (0..count).map(|index| Vcpu::create(vm, index)).collect::<Result<Vec<_>, _>>()?;
+    let boot = loaded()?;
+    for (index, vcpu) in (0..count).zip(&vcpus) {
+        let topology = Topology { apic_id: index, vcpus: count };
+        let cpuid =
+            cpuid::table(&supported, host.vendor, &topology, tsc_deadline).map_err(VcpuError::from)?;
+        vcpu.configure(&cpuid, (index == 0).then_some(boot))?;
+    }
+    Ok(vcpus)
 }

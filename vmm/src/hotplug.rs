@@ -137,13 +137,14 @@ mod tests {
     use super::*;
     use crate::arch::layout::MEMORY_BLOCK;
     use crate::kvm::Host;
-    use crate::memory;
+    use crate::memory::{self, Shape};
 
     const GIB: u64 = 1 << 30;
 
     fn hotplug(region: u64) -> (Hotplug, GuestRam) {
         let vm = Arc::new(Host::open().unwrap().create_vm(1).unwrap());
-        let memory = memory::create_growing(64 << 20, region).unwrap();
+        let memory =
+            memory::create_shaped(Shape { boot: 64 << 20, more: region, ..Shape::default() }).unwrap();
         vm.set_memory(&memory).unwrap();
         (Hotplug::new(memory.clone(), vm), memory)
     }

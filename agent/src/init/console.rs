@@ -40,6 +40,22 @@ fn write_line(text: &str) {
     let _ = std::io::stderr().write_all(line.as_bytes());
 }
 
+/// The console level of a guest that boots (`loglevel` of its command line).
+const BOOT_LEVEL: &str = "3";
+/// Errors, and what is worse.
+const ERROR_LEVEL: &str = "4";
+
+/// Lets the kernel's errors onto the console too, as long as nobody has asked for
+/// another level. While it boots they would only be what this CPU cannot do.
+pub fn show_kernel_errors() -> std::io::Result<()> {
+    const LEVELS: &str = "/proc/sys/kernel/printk";
+    let levels = std::fs::read_to_string(LEVELS)?;
+    if levels.split_whitespace().next() == Some(BOOT_LEVEL) {
+        std::fs::write(LEVELS, ERROR_LEVEL)?;
+    }
+    Ok(())
+}
+
 /// Sends log lines to the console and makes a panic reboot the VM.
 pub fn install() {
     let level = std::env::var(LEVEL_VARIABLE).ok();

@@ -49,6 +49,7 @@ pub fn boot() -> Result<Listeners, Error> {
     let announced = start.elapsed();
     mounts::make_root_pivotable()?;
     mounts::mount_kernel_file_systems()?;
+    console::show_kernel_errors().map_err(|source| Error::Io { step: "set the console's level", source })?;
     mounts::make_directories()?;
     loopback::bring_up()?;
     log::info!("announced after {announced:.1?}, up after {:.1?}", start.elapsed());

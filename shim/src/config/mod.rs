@@ -65,6 +65,8 @@ pub struct Guest {
     pub vcpus: u8,
     /// Memory in MiB.
     pub memory_mib: u64,
+    /// Whether the host may put pages of 2 MiB behind it.
+    pub huge_pages: bool,
     /// From the start of the monitor until the agent has to answer.
     pub boot_timeout: Duration,
 }
@@ -199,6 +201,7 @@ impl Config {
                 kernel_params: kernel_params(&table)?,
                 vcpus: table.integer("guest", "vcpus", 1, 255)? as u8,
                 memory_mib: table.integer("guest", "memory_mib", MIN_MEMORY_MIB, MAX_MIB)?,
+                huge_pages: table.boolean("guest", "huge_pages")?,
                 boot_timeout: Duration::from_secs(table.integer("guest", "boot_timeout_s", 1, 3600)?),
             },
             scratch: scratch(&table)?,

@@ -446,6 +446,7 @@ fn vm_config(config: &Config, vcpus: u8, room: Room, id: &str, bundle: &Bundle) 
         vcpus,
         memory_mib: room.boot_mib,
         hotplug_memory_mib: room.hotplug_mib,
+        huge_pages: config.guest.huge_pages,
         kernel: config.guest.kernel.clone(),
         cmdline: config.guest.cmdline(),
         initramfs: Some(config.guest.initramfs.clone()),

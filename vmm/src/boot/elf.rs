@@ -21,6 +21,8 @@ const DATA_LITTLE_ENDIAN: u8 = 1;
 const TYPE_EXECUTABLE: u16 = 2;
 const MACHINE_X86_64: u16 = 62;
 const SEGMENT_LOAD: u32 = 1;
+const SEGMENT_EXECUTABLE: u32 = 1;
+const SEGMENT_WRITABLE: u32 = 2;
 /// Where a bzImage says "HdrS" (Linux boot protocol, real-mode header).
 const BZIMAGE_MAGIC_OFFSET: u64 = 0x202;
 
@@ -68,6 +70,8 @@ pub struct Segment {
     pub address: u64,
     /// How many bytes it occupies; those beyond `file_size` are zero.
     pub memory_size: u64,
+    /// Whether the program writes to it and never runs it.
+    pub data: bool,
 }
 
 /// What to load and where to start it.
@@ -117,6 +121,7 @@ pub fn parse(file: &File) -> Result<ElfImage, ElfError> {
             file_size: fields.u64(32),
             address: fields.u64(24),
             memory_size: fields.u64(40),
+            data: fields.u32(4) & (SEGMENT_WRITABLE | SEGMENT_EXECUTABLE) == SEGMENT_WRITABLE,
         };
         if fields.u32(0) != SEGMENT_LOAD || segment.memory_size == 0 {
             continue;
@@ -187,6 +192,8 @@ pub(crate) mod tests {
         for (i, s) in segments.iter().enumerate() {
             let header = &mut bytes[HEADER_SIZE + i * PROGRAM_HEADER_SIZE..][..PROGRAM_HEADER_SIZE];
             header[..4].copy_from_slice(&SEGMENT_LOAD.to_le_bytes());
+            let flags = if s.data { SEGMENT_WRITABLE } else { SEGMENT_EXECUTABLE };
+            header[4..8].copy_from_slice(&flags.to_le_bytes());
             header[8..16].copy_from_slice(&s.offset.to_le_bytes());
             header[24..32].copy_from_slice(&s.address.to_le_bytes());
             header[32..40].copy_from_slice(&s.file_size.to_le_bytes());
@@ -202,12 +209,13 @@ pub(crate) mod tests {
     }
 
     const TEXT: Segment =
-        Segment { offset: 0x1000, file_size: 0x1800, address: 0x100_0000, memory_size: 0x4000 };
+        Segment { offset: 0x1000, file_size: 0x1800, address: 0x100_0000, memory_size: 0x4000, data: false };
 
     #[test]
     fn reads_entry_and_segments() {
-        let parsed = parse(&file(&image(0x100_0040, &[TEXT], 0x3000))).unwrap();
-        assert_eq!(parsed, ElfImage { entry: 0x100_0040, segments: vec![TEXT] });
+        let data = Segment { address: 0x200_0000, data: true, ..TEXT };
+        let parsed = parse(&file(&image(0x100_0040, &[TEXT, data], 0x3000))).unwrap();
+        assert_eq!(parsed, ElfImage { entry: 0x100_0040, segments: vec![TEXT, data] });
     }
 
     #[test]

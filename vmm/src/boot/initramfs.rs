@@ -1,4 +1,7 @@
-//! Puts the initramfs into guest memory without copying it.
+//! Reads the initramfs into guest memory.
+//!
+//! The guest unpacks it, which is to copy it, and then has the memory for other
+//! things; all of that is cheaper in pages of its own than in the file's.
 
 use std::fs::File;
 use std::io;
@@ -29,7 +32,7 @@ pub enum InitramfsError {
         /// Room above the kernel.
         free: u64,
     },
-    /// It could not be mapped.
+    /// It could not be read into guest memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),
 }
@@ -43,7 +46,7 @@ pub struct LoadedInitramfs {
     pub size: u64,
 }
 
-/// Maps `file` to the end of low memory (`low_memory` bytes), above `kernel_end`.
+/// Reads `file` to the end of low memory (`low_memory` bytes), above `kernel_end`.
 pub fn load(
     memory: &GuestRam,
     file: &File,
@@ -56,7 +59,7 @@ pub fn load(
     let pages = size.checked_next_multiple_of(PAGE_SIZE).filter(|&p| p <= free);
     let Some(pages) = pages else { return Err(InitramfsError::Space { size, free }) };
     let address = low_memory - low_memory % PAGE_SIZE - pages;
-    memory::map_file(memory, address, file, 0, size)?;
+    memory::read_file(memory, address, file, 0, size)?;
     Ok(LoadedInitramfs { address, size })
 }
 

@@ -1,4 +1,4 @@
-//! Puts the kernel into guest memory without copying it.
+//! Puts the kernel into guest memory, copying only its data.
 
 use std::fs::File;
 
@@ -28,7 +28,7 @@ pub enum KernelError {
         /// Address after the last that would be right.
         high: u64,
     },
-    /// A segment could not be mapped.
+    /// A segment could not be mapped or read.
     #[error(transparent)]
     Memory(#[from] MemoryError),
 }
@@ -42,8 +42,11 @@ pub struct LoadedKernel {
     pub end: u64,
 }
 
-/// Maps the segments of the ELF kernel `file` to their physical addresses.
+/// Puts the segments of the ELF kernel `file` to their physical addresses.
 /// `low_memory` is the size of the memory below the hole.
+///
+/// What is run or only read is mapped: until the guest writes to a page, all guests
+/// of a host share it. Data is read, since every page of it is written to.
 ///
 /// Zero-initialised data needs no work: new guest memory is zero.
 pub fn load(memory: &GuestRam, file: &File, low_memory: u64) -> Result<LoadedKernel, KernelError> {
@@ -55,7 +58,8 @@ pub fn load(memory: &GuestRam, file: &File, low_memory: u64) -> Result<LoadedKer
         if start < low || end > high {
             return Err(KernelError::Place { start, end, low, high });
         }
-        memory::map_file(memory, start, file, segment.offset, segment.file_size)?;
+        let load = if segment.data { memory::read_file } else { memory::map_file };
+        load(memory, start, file, segment.offset, segment.file_size)?;
         kernel_end = kernel_end.max(end);
     }
     Ok(LoadedKernel { entry: image.entry, end: kernel_end })
@@ -69,8 +73,8 @@ mod tests {
     use crate::boot::elf::Segment;
     use crate::boot::elf::tests::{file, image};
 
-    fn kernel(address: u64) -> File {
-        let segment = Segment { offset: 0x1000, file_size: 0x1800, address, memory_size: 0x4000 };
+    fn kernel(address: u64, data: bool) -> File {
+        let segment = Segment { offset: 0x1000, file_size: 0x1800, address, memory_size: 0x4000, data };
         let mut bytes = image(address + 0x40, &[segment], 0x3000);
         bytes[0x1000..0x2800].fill(0xaa);
         bytes[0x2800..].fill(0xbb);
@@ -79,23 +83,25 @@ mod tests {
 
     #[test]
     fn segment_is_loaded_and_its_rest_is_zero() {
-        let memory = memory::create(32 << 20).unwrap();
-        let loaded = load(&memory, &kernel(0x100_0000), 32 << 20).unwrap();
-        assert_eq!(loaded, LoadedKernel { entry: 0x100_0040, end: 0x100_4000 });
-        let mut seen = vec![0; 0x4000];
-        memory.read_slice(&mut seen, GuestAddress(0x100_0000)).unwrap();
-        assert!(seen[..0x1800].iter().all(|&b| b == 0xaa));
-        assert!(
-            seen[0x1800..].iter().all(|&b| b == 0),
-            "bytes after the segment must not come from the file"
-        );
+        for data in [false, true] {
+            let memory = memory::create(32 << 20).unwrap();
+            let loaded = load(&memory, &kernel(0x100_0000, data), 32 << 20).unwrap();
+            assert_eq!(loaded, LoadedKernel { entry: 0x100_0040, end: 0x100_4000 });
+            let mut seen = vec![0; 0x4000];
+            memory.read_slice(&mut seen, GuestAddress(0x100_0000)).unwrap();
+            assert!(seen[..0x1800].iter().all(|&b| b == 0xaa));
+            assert!(
+                seen[0x1800..].iter().all(|&b| b == 0),
+                "bytes after the segment must not come from the file"
+            );
+        }
     }
 
     #[test]
     fn kernel_outside_memory_is_refused() {
         let memory = memory::create(32 << 20).unwrap();
         for address in [0, 0xf_f000, (32 << 20) - 0x1000, 4 << 30] {
-            let refused = load(&memory, &kernel(address), 32 << 20);
+            let refused = load(&memory, &kernel(address, false), 32 << 20);
             assert!(matches!(refused, Err(KernelError::Place { .. })), "{address:#x}: {refused:?}");
         }
     }

@@ -1,16 +1,18 @@
 //! Guest memory.
 //!
-//! One memfd, mapped shared: its pages are allocated when the guest first
-//! touches them, and other processes (vhost-user) can be given the descriptor.
+//! One file in memory ([`backing`]), mapped shared: its pages are allocated when
+//! the guest first touches them, and other processes (vhost-user) can be given the
+//! descriptor.
 //! Files can be mapped over parts of it ([`map_file`]). Behind what the machine
 //! starts with lies what it can be given while it runs ([`ram`]).
 
+mod backing;
 pub mod ram;
 
 use std::fs::File;
-use std::io;
-use std::os::fd::{AsRawFd, FromRawFd};
-use std::os::unix::fs::FileExt;
+use std::io::{self, Seek, SeekFrom};
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 
 use thiserror::Error;
@@ -25,16 +27,16 @@ pub use ram::GuestRam;
 /// Why guest memory could not be made or filled.
 #[derive(Debug, Error)]
 pub enum MemoryError {
-    /// The memfd could not be created, sized or sealed.
+    /// The file could not be created, sized or sealed.
     #[error("guest memory of {size} bytes could not be created")]
-    Memfd {
+    Create {
         /// Bytes asked for.
         size: u64,
         /// The system's answer.
         #[source]
         source: io::Error,
     },
-    /// The memfd could not be mapped.
+    /// The file could not be mapped.
     #[error("guest memory could not be mapped")]
     Map(#[source] vm_memory::mmap::MmapRegionError),
     /// A range lies outside guest memory.
@@ -48,25 +50,44 @@ pub enum MemoryError {
     /// A file could not be mapped over guest memory.
     #[error("a file could not be mapped into guest memory")]
     MapFile(#[source] io::Error),
-    /// A file could not be read.
-    #[error("a file could not be read into guest memory")]
+    /// There is no such place in a file.
+    #[error("a file could not be read")]
     ReadFile(#[source] io::Error),
+    /// A file could not be read into guest memory.
+    #[error("a file could not be read into guest memory")]
+    FillFrom(#[source] GuestMemoryError),
     /// A write to guest memory failed.
     #[error("guest memory could not be written")]
     Write(#[source] GuestMemoryError),
 }
 
-/// Creates `size` bytes (whole pages) of guest memory.
-pub fn create(size: u64) -> Result<GuestRam, MemoryError> {
-    create_growing(size, 0)
+/// Linux uses this range last: an idle guest touches 90 of its 1536 pages, so they
+/// are left small.
+const SPARSE: Range<u64> = 2 << 20..8 << 20;
+
+/// How guest memory is to be made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Shape {
+    /// Bytes the machine starts with, whole pages.
+    pub boot: u64,
+    /// Bytes behind that, at most, which nobody can use before they are granted.
+    pub more: u64,
+    /// Whether the host may put pages of 2 MiB behind it.
+    pub huge_pages: bool,
 }
 
-/// Creates `size` bytes (whole pages) of guest memory, and behind it a region of
-/// up to `more` bytes that nobody can use before it is granted.
-pub fn create_growing(size: u64, more: u64) -> Result<GuestRam, MemoryError> {
-    let growing = layout::hotplug_region(size, more);
-    let total = size + growing.map_or(0, |(_, len)| len);
-    let file = Arc::new(create_memfd(total).map_err(|source| MemoryError::Memfd { size: total, source })?);
+/// Creates `size` bytes (whole pages) of guest memory.
+pub fn create(size: u64) -> Result<GuestRam, MemoryError> {
+    create_shaped(Shape { boot: size, ..Shape::default() })
+}
+
+/// Creates guest memory that can grow, and whose pages may be huge.
+pub fn create_shaped(shape: Shape) -> Result<GuestRam, MemoryError> {
+    let growing = layout::hotplug_region(shape.boot, shape.more);
+    let size = shape.boot + growing.map_or(0, |(_, len)| len);
+    let file =
+        backing::create(size, shape.huge_pages).map_err(|source| MemoryError::Create { size, source })?;
+    let file = Arc::new(file);
     let mut offset = 0;
     let mut map = |(start, len): (u64, u64)| {
         let mapping = MmapRegionBuilder::new(len as usize)
@@ -75,33 +96,18 @@ pub fn create_growing(size: u64, more: u64) -> Result<GuestRam, MemoryError> {
             .with_file_offset(FileOffset::from_arc(Arc::clone(&file), offset))
             .build()
             .map_err(MemoryError::Map)?;
+        if shape.huge_pages {
+            backing::advise(&mapping, 0..len, true);
+            let sparse = SPARSE.start.saturating_sub(start)..SPARSE.end.saturating_sub(start).min(len);
+            backing::advise(&mapping, sparse, false);
+        }
         offset += len;
         GuestRegionMmap::new(mapping, GuestAddress(start))
             .ok_or(MemoryError::OutOfRange { start, end: u64::MAX })
     };
-    let boot = ranges(size).into_iter().map(&mut map).collect::<Result<_, _>>()?;
+    let boot = ranges(shape.boot).into_iter().map(&mut map).collect::<Result<_, _>>()?;
     let growing = growing.map(&mut map).transpose()?;
     Ok(GuestRam::new(boot, growing))
-}
-
-fn create_memfd(size: u64) -> io::Result<File> {
-    // SAFETY: the name is a NUL-terminated constant; the result is checked below.
-    let fd = unsafe {
-        libc::memfd_create(c"rvm-guest-memory".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING)
-    };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: `fd` was just returned to us and belongs to nobody else.
-    let file = unsafe { File::from_raw_fd(fd) };
-    file.set_len(size)?;
-    // A memfd that cannot shrink cannot turn an access to guest memory into SIGBUS.
-    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
-    // SAFETY: plain fcntl on a descriptor we own.
-    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(file)
 }
 
 /// Makes `len` bytes of `file` from `offset` appear at guest address `start`.
@@ -135,23 +141,29 @@ pub fn map_file(
     read_file(memory, last_page, file, offset + (last_page - start), end - last_page)
 }
 
-/// Reads `len` bytes of `file` at `offset` to guest address `start`.
-fn read_file(
+/// Reads `len` bytes of `file` at `offset` to guest address `start`; the file's own
+/// position is lost.
+///
+/// For what a guest writes to anyway: a mapping would cost it two faults a page.
+pub fn read_file(
     memory: &GuestRam,
-    mut start: u64,
-    file: &File,
-    mut offset: u64,
-    mut len: u64,
+    start: u64,
+    mut file: &File,
+    offset: u64,
+    len: u64,
 ) -> Result<(), MemoryError> {
-    let mut buffer = vec![0; len.min(1 << 20) as usize];
-    while len > 0 {
-        let part = &mut buffer[..len.min(1 << 20) as usize];
-        file.read_exact_at(part, offset).map_err(MemoryError::ReadFile)?;
-        memory.write_slice(part, GuestAddress(start)).map_err(MemoryError::Write)?;
-        let done = part.len() as u64;
-        (start, offset, len) = (start + done, offset + done, len - done);
+    if len == 0 {
+        return Ok(());
     }
-    Ok(())
+    let out_of_range = || MemoryError::OutOfRange { start, end: start.saturating_add(len) };
+    let count = usize::try_from(len).map_err(|_| out_of_range())?;
+    if !memory.check_range(GuestAddress(start), count) {
+        return Err(out_of_range());
+    }
+    file.seek(SeekFrom::Start(offset)).map_err(MemoryError::ReadFile)?;
+    memory
+        .read_exact_volatile_from(GuestAddress(start), &mut file.as_fd(), count)
+        .map_err(MemoryError::FillFrom)
 }
 
 /// Maps whole pages; the range must be inside one region.
@@ -184,7 +196,7 @@ fn map_pages(memory: &GuestRam, start: u64, file: &File, offset: u64, len: u64) 
     Ok(())
 }
 
-/// Bytes of guest memory resident in this process: pages of the memfd, and pages
+/// Bytes of guest memory resident in this process: pages of its own file, and pages
 /// of mapped files whether shared or already copied.
 pub fn resident_bytes(memory: &GuestRam) -> io::Result<u64> {
     let ranges: Vec<(u64, u64)> =
@@ -209,6 +221,7 @@ pub fn resident_bytes(memory: &GuestRam) -> io::Result<u64> {
 #[cfg(test)]
 mod tests {
     use std::io::Write;
+    use std::os::unix::fs::FileExt;
 
     use super::*;
     use crate::arch::layout::{HOLE_END, HOLE_START};
@@ -226,14 +239,45 @@ mod tests {
     #[test]
     fn a_region_to_grow_into_costs_nothing_until_it_is_used() {
         // More than this machine has.
-        let memory = create_growing(64 << 20, 1 << 40).unwrap();
+        let memory = create_shaped(Shape { boot: 64 << 20, more: 1 << 40, ..Shape::default() }).unwrap();
         let region = memory.growing().unwrap();
         assert_eq!((region.start_addr().0, region.mapped()), (HOLE_END, 1 << 40));
         assert_eq!(region.file_offset().unwrap().start(), 64 << 20);
         memory.grant(1 << 30);
         memory.write_obj(7u64, GuestAddress(HOLE_END + (1 << 30) - 8)).unwrap();
         assert_eq!(resident_bytes(&memory).unwrap(), PAGE_SIZE);
-        assert!(create_growing(64 << 20, 1 << 20).unwrap().growing().is_none(), "less than a block");
+        assert!(
+            create_shaped(Shape { boot: 64 << 20, more: 1 << 20, ..Shape::default() })
+                .unwrap()
+                .growing()
+                .is_none(),
+            "less than a block"
+        );
+    }
+
+    #[test]
+    fn huge_pages_come_where_the_host_has_them() {
+        const HUGE: u64 = 2 << 20;
+        let shape = Shape { boot: 64 << 20, more: 1 << 30, huge_pages: true };
+        let memory = create_shaped(shape).unwrap();
+        memory.grant(shape.more);
+        for start in [SPARSE.end, HOLE_END] {
+            for page in 0..16 {
+                memory.write_obj(page, GuestAddress(start + page * HUGE + page * PAGE_SIZE)).unwrap();
+            }
+            for page in 0..16 {
+                let address = GuestAddress(start + page * HUGE + page * PAGE_SIZE);
+                assert_eq!(memory.read_obj::<u64>(address).unwrap(), page);
+            }
+        }
+        let small = 32 * PAGE_SIZE;
+        let resident = resident_bytes(&memory).unwrap();
+        if backing::has_huge_pages() {
+            // One is enough: how many there are is the host's affair.
+            assert!(resident >= HUGE, "{resident}");
+        } else {
+            assert_eq!(resident, small);
+        }
     }
 
     /// A file of `pages` pages and a half, each byte telling its page.

@@ -50,6 +50,7 @@ impl Monitor {
             vcpus: VCPUS,
             memory_mib: MEMORY_MIB,
             hotplug_memory_mib: 0,
+            huge_pages: true,
             kernel: stage.kernel(),
             cmdline: DEFAULT_CMDLINE.into(),
             initramfs: Some(stage.initramfs()),

@@ -134,7 +134,7 @@ mod tests {
 
     use super::*;
     use crate::devices::virtio::test_queue::{DATA, TestQueue, WRITE};
-    use crate::memory;
+    use crate::memory::{self, Shape};
 
     const REQUEST: u64 = DATA;
     const ANSWER: u64 = DATA + 0x100;
@@ -146,6 +146,7 @@ mod tests {
     const NACK: u16 = 1;
     const ERROR: u16 = 3;
     const MIB: u64 = 1 << 20;
+    const SHAPE: Shape = Shape { boot: 32 * MIB, more: 1 << 30, huge_pages: false };
 
     struct Rig {
         queue: TestQueue,
@@ -157,7 +158,7 @@ mod tests {
     impl Rig {
         /// 256 MiB are usable, 128 asked for.
         fn new() -> Self {
-            let memory = memory::create_growing(32 * MIB, 1 << 30).unwrap();
+            let memory = memory::create_shaped(SHAPE).unwrap();
             memory.grant(256 * MIB);
             let start = memory.growing().unwrap().start_addr().0;
             let mut mem = Mem::new(&memory);

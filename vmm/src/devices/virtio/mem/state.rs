@@ -55,11 +55,12 @@ impl Mem {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory;
+    use crate::memory::{self, Shape};
 
     #[test]
     fn state_survives_a_round_trip_on_the_same_region() {
-        let memory = memory::create_growing(64 << 20, 1 << 30).unwrap();
+        let memory =
+            memory::create_shaped(Shape { boot: 64 << 20, more: 1 << 30, ..Shape::default() }).unwrap();
         let mem = Mem::new(&memory);
         mem.control().request(256 << 20, 128 << 20).unwrap();
         mem.shared.blocks().set(3..9, true);
@@ -68,7 +69,8 @@ mod tests {
         let restored = Mem::restore(&memory, state.clone()).unwrap();
         assert_eq!((restored.save(), restored.control().plugged_bytes()), (state.clone(), 12 << 20));
 
-        let other = memory::create_growing(64 << 20, 2 << 30).unwrap();
+        let other =
+            memory::create_shaped(Shape { boot: 64 << 20, more: 2 << 30, ..Shape::default() }).unwrap();
         assert!(Mem::restore(&other, state.clone()).is_none());
         assert!(Mem::restore(&memory, MemState { usable: 8 << 20, requested: 0, ..state.clone() }).is_none());
         assert!(Mem::restore(&memory, MemState { requested: 512 << 20, ..state }).is_none());

@@ -1,0 +1,109 @@
+//! The file behind guest memory.
+//!
+//! A memfd has pages of 4 KiB unless the host's administrator has set
+//! `/sys/kernel/mm/transparent_hugepage/shmem_enabled`, and every one of them
+//! that a guest touches for the first time is an exit. Where huge pages are
+//! wanted, the file is therefore an unnamed one (`O_TMPFILE`, open(2)) on a
+//! tmpfs of its own, mounted nowhere, with `huge=advise` (tmpfs(5)): what the
+//! monitor advises comes in pages of 2 MiB. It is a memfd in all but its seals.
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::ptr::null;
+
+use vm_memory::MmapRegion;
+
+/// A new unnamed file of `size` bytes in memory, none of which are allocated;
+/// `huge_pages` says whether [`advise`] is to have an effect on its mappings.
+/// Where the host cannot do that (no right to mount, no such kernel), it is an
+/// ordinary memfd.
+pub fn create(size: u64, huge_pages: bool) -> io::Result<File> {
+    if huge_pages {
+        match on_own_tmpfs() {
+            Ok(file) => {
+                file.set_len(size)?;
+                return Ok(file);
+            }
+            Err(error) => log::info!("guest memory has no huge pages: {error}"),
+        }
+    }
+    memfd(size)
+}
+
+/// Asks for huge pages, or for none, behind a range of a mapping of [`create`]'s file.
+pub fn advise(mapping: &MmapRegion, range: Range<u64>, huge: bool) {
+    let advice = if huge { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE };
+    if range.is_empty() || range.end > mapping.size() as u64 {
+        return;
+    }
+    let start = mapping.as_ptr().wrapping_add(range.start as usize);
+    // SAFETY: the range was just checked to be mapped, and an advice changes no contents.
+    if unsafe { libc::madvise(start.cast(), (range.end - range.start) as usize, advice) } < 0 {
+        // A kernel without transparent huge pages.
+        log::info!("guest memory has no huge pages: {}", io::Error::last_os_error());
+    }
+}
+
+fn memfd(size: u64) -> io::Result<File> {
+    // SAFETY: the name is a NUL-terminated constant.
+    let fd = unsafe {
+        libc::memfd_create(c"rvm-guest-memory".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING)
+    };
+    let file = File::from(owned(fd.into())?);
+    file.set_len(size)?;
+    // A memfd that cannot shrink cannot turn an access to guest memory into SIGBUS.
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    // SAFETY: plain fcntl on a descriptor we own.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(file)
+}
+
+fn on_own_tmpfs() -> io::Result<File> {
+    // SAFETY: the name is a NUL-terminated constant.
+    let fs = owned(unsafe { libc::syscall(libc::SYS_fsopen, c"tmpfs".as_ptr(), libc::FSOPEN_CLOEXEC) })?;
+    let set = |key: &CStr, value: &CStr| configure(&fs, libc::FSCONFIG_SET_STRING, Some((key, value)));
+    set(c"huge", c"advise")?;
+    // No limit beside the cgroup's: a tmpfs is otherwise half the host's memory.
+    set(c"size", c"0")?;
+    set(c"mode", c"700")?;
+    configure(&fs, libc::FSCONFIG_CMD_CREATE, None)?;
+    let attributes = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
+    // SAFETY: no pointers are passed.
+    let mount = owned(unsafe {
+        libc::syscall(libc::SYS_fsmount, fs.as_raw_fd(), libc::FSMOUNT_CLOEXEC, attributes)
+    })?;
+    let flags = libc::O_TMPFILE | libc::O_RDWR | libc::O_CLOEXEC;
+    // SAFETY: the path is a NUL-terminated constant.
+    let file = unsafe { libc::openat(mount.as_raw_fd(), c".".as_ptr(), flags, 0o600) };
+    // The file keeps the file system when the mount's descriptor is closed.
+    owned(file.into()).map(File::from)
+}
+
+/// fsconfig(2) with a key and a value, or with neither.
+fn configure(fs: &OwnedFd, command: u32, set: Option<(&CStr, &CStr)>) -> io::Result<()> {
+    let (key, value) = set.map_or((null(), null()), |(key, value)| (key.as_ptr(), value.as_ptr()));
+    // SAFETY: both are null or NUL-terminated strings that outlive the call.
+    let result = unsafe { libc::syscall(libc::SYS_fsconfig, fs.as_raw_fd(), command, key, value, 0) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// The descriptor a system call returned, or its error.
+fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the calls of this module return a new descriptor nobody else owns;
+    // descriptors fit in an int.
+    Ok(unsafe { OwnedFd::from_raw_fd(result as RawFd) })
+}
+
+/// Whether this host and this process's rights allow them.
+#[cfg(test)]
+pub fn has_huge_pages() -> bool {
+    std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists() && on_own_tmpfs().is_ok()
+}
