@@ -27,7 +27,6 @@ use crate::kvm::probe::{self, ProbeError};
 use crate::kvm::{Host, KvmError, Vm};
 use crate::machine::Machine;
 use crate::memory::{self, GuestRam, MemoryError, Shape};
-use crate::pci::host_bridge::HostBridge;
 use crate::pci::virtio::function::{self, FunctionError};
 use crate::pci::{BusFull, CONFIG_ADDRESS_PORT, PciBus};
 use crate::timeline::Timeline;
@@ -124,7 +123,6 @@ fn build_on(
     timeline: &Timeline,
 ) -> Result<Built, BuildError> {
     let pci = PciBus::default();
-    pci.add::<BuildError>(|_| Ok(Box::new(HostBridge::new())))?;
     for device in virtio_devices(config)? {
         function::attach(&pci, device, memory, vm)?;
     }
@@ -198,7 +196,7 @@ fn serial_console(config: &CheckedConfig, vm: &Vm) -> Result<Serial, BuildError>
         ),
         None => None,
     };
-    let interrupt = vm.routes.connect_pin(layout::SERIAL_GSI).map_err(BuildError::Serial)?;
+    let interrupt = vm.routes.connect_line(layout::SERIAL_GSI).map_err(BuildError::Serial)?;
     Ok(Serial::new(output, interrupt))
 }
 

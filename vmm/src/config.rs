@@ -13,17 +13,16 @@ use crate::arch::layout::{CMDLINE_MAX_SIZE, MEMORY_BLOCK};
 use crate::boot::params;
 use crate::pci::SLOTS;
 
-/// Largest number of vCPUs: APIC ids are bytes, one is broadcast and one is the
-/// I/O APIC's in the MP table.
-pub const MAX_VCPUS: u8 = 254;
+/// Largest number of vCPUs: APIC ids in the MP table are bytes, and 255 is broadcast.
+pub const MAX_VCPUS: u8 = 255;
 /// Smallest guest memory, in MiB: kernel, initramfs and a little.
 pub const MIN_MEMORY_MIB: u64 = 32;
 /// Largest guest memory, in MiB: 1 TiB, far below what 46 address bits reach.
 pub const MAX_MEMORY_MIB: u64 = 1 << 20;
 /// Longest path of a Unix socket.
 const MAX_SOCKET_PATH: usize = 107;
-/// Devices beside the host bridge; the entropy device is always there.
-const MAX_DEVICES: usize = SLOTS - 2;
+/// Devices beside the entropy device, which is always there.
+const MAX_DEVICES: usize = SLOTS - 1;
 
 /// What is wrong with a configuration; every message starts with the field.
 #[derive(Debug, Error)]
@@ -193,8 +192,7 @@ mod tests {
     fn every_error_names_its_field() {
         let with = |field: &str, value: serde_json::Value| error(&text(|c| c[field] = value));
         for (field, value, says) in [
-            ("vcpus", 0.into(), "1 to 254"),
-            ("vcpus", 255.into(), "1 to 254"),
+            ("vcpus", 0.into(), "1 to 255"),
             ("vcpus", 1000.into(), "u8"),
             ("vcpus", "two".into(), "expected u8"),
             ("memory_mib", 16.into(), "32 to"),

@@ -58,7 +58,7 @@ const LARGE_MEMORY_BLOCK: u64 = 2 << 30;
 pub const PCI_WINDOW_START: u64 = HOLE_START;
 /// End of the window for PCI memory BARs.
 pub const PCI_WINDOW_END: u64 = IOAPIC_START;
-/// I/O APIC registers.
+/// Registers of KVM's I/O APIC, which the guest is not told of.
 pub const IOAPIC_START: u64 = 0xfec0_0000;
 /// Local APIC registers.
 pub const LAPIC_START: u64 = 0xfee0_0000;
@@ -71,8 +71,8 @@ pub const KVM_TSS_START: u64 = KVM_IDENTITY_MAP_START + PAGE_SIZE;
 pub const SERIAL_PORT: u16 = 0x3f8;
 /// Interrupt line of the serial console.
 pub const SERIAL_GSI: u32 = 4;
-/// Pins of the I/O APIC; message-signalled interrupts use the numbers after them.
-pub const IOAPIC_PINS: u32 = 24;
+/// Lines of the two PICs; message-signalled interrupts use the numbers after them.
+pub const PIC_LINES: u32 = 16;
 
 /// Address ranges `(start, size)` for `size` bytes of memory, leaving the hole
 /// below 4 GiB to devices.

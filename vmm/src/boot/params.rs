@@ -34,7 +34,7 @@ impl From<GuestMemoryError> for ParamsError {
 /// configured command line can still say otherwise.
 ///
 /// `reboot=k`: the only way to end the machine is the keyboard controller's
-/// reset line. `pci=conf1`: configuration ports, no search for a BIOS.
+/// reset line. `pci=conf1`: configuration ports, without a BIOS or a host bridge to vouch for them.
 const MACHINE_CMDLINE: &str = "reboot=k pci=conf1";
 
 const BOOT_PARAMS_SIZE: usize = 4096;

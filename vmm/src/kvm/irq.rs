@@ -1,19 +1,20 @@
-//! The VM's interrupt routes: fixed ones to the I/O APIC's pins, and one per
+//! The VM's interrupt routes: fixed ones to the PICs' lines, and one per
 //! MSI-X vector.
 
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::{
-    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_MAX_IRQ_ROUTES, KvmIrqRouting,
-    kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_irqchip, kvm_irq_routing_msi,
+    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
+    KVM_MAX_IRQ_ROUTES, KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1,
+    kvm_irq_routing_irqchip, kvm_irq_routing_msi,
 };
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::arch::layout::IOAPIC_PINS;
+use crate::arch::layout::PIC_LINES;
 
 /// Why an interrupt could not be set up.
 #[derive(Debug, Error)]
@@ -44,19 +45,19 @@ pub struct MsiMessage {
 /// Routes from interrupt numbers (GSIs) to interrupt controllers.
 pub struct IrqRoutes {
     vm: Arc<VmFd>,
-    /// Routes of the numbers from [`IOAPIC_PINS`] on.
+    /// Routes of the numbers from [`PIC_LINES`] on.
     messages: Mutex<Vec<Option<MsiMessage>>>,
 }
 
 impl IrqRoutes {
-    /// Routes of a new VM, where KVM has already routed the I/O APIC's pins.
+    /// Routes of a new VM, where KVM has already routed the PICs' lines.
     pub fn new(vm: Arc<VmFd>) -> Self {
         Self { vm, messages: Mutex::new(Vec::new()) }
     }
 
-    /// An eventfd that raises the I/O APIC's `pin`.
-    pub fn connect_pin(&self, pin: u32) -> Result<EventFd, IrqError> {
-        self.connect(pin)
+    /// An eventfd that raises the PICs' `line`.
+    pub fn connect_line(&self, line: u32) -> Result<EventFd, IrqError> {
+        self.connect(line)
     }
 
     /// A number for a message-signalled interrupt, not yet routed, and the
@@ -64,11 +65,11 @@ impl IrqRoutes {
     pub fn allocate_msi(&self) -> Result<(u32, EventFd), IrqError> {
         let gsi = {
             let mut messages = self.messages.lock().unwrap_or_else(PoisonError::into_inner);
-            if messages.len() + IOAPIC_PINS as usize >= KVM_MAX_IRQ_ROUTES {
+            if messages.len() + PIC_LINES as usize >= KVM_MAX_IRQ_ROUTES {
                 return Err(IrqError::Exhausted);
             }
             messages.push(None);
-            IOAPIC_PINS + messages.len() as u32 - 1
+            PIC_LINES + messages.len() as u32 - 1
         };
         Ok((gsi, self.connect(gsi)?))
     }
@@ -85,7 +86,7 @@ impl IrqRoutes {
         let mut messages = self.messages.lock().unwrap_or_else(PoisonError::into_inner);
         let mut changed = false;
         for &(gsi, message) in changes {
-            let slot = gsi.checked_sub(IOAPIC_PINS).and_then(|i| messages.get_mut(i as usize));
+            let slot = gsi.checked_sub(PIC_LINES).and_then(|i| messages.get_mut(i as usize));
             let Some(slot) = slot else { return Err(IrqError::Exhausted) };
             changed |= *slot != Some(message);
             *slot = Some(message);
@@ -93,22 +94,22 @@ impl IrqRoutes {
         if !changed {
             return Ok(());
         }
-        let entries: Vec<_> = (0..IOAPIC_PINS)
-            .map(pin_route)
-            .chain(messages.iter().zip(IOAPIC_PINS..).filter_map(|(m, gsi)| m.map(|m| message_route(gsi, m))))
+        let entries: Vec<_> = (0..PIC_LINES)
+            .map(line_route)
+            .chain(messages.iter().zip(PIC_LINES..).filter_map(|(m, gsi)| m.map(|m| message_route(gsi, m))))
             .collect();
         let table = KvmIrqRouting::from_entries(&entries).map_err(|_| IrqError::Exhausted)?;
         self.vm.set_gsi_routing(&table).map_err(|e| IrqError::Kvm("KVM_SET_GSI_ROUTING", e))
     }
 }
 
-fn pin_route(pin: u32) -> kvm_irq_routing_entry {
+fn line_route(line: u32) -> kvm_irq_routing_entry {
+    let (irqchip, pin) =
+        if line < 8 { (KVM_IRQCHIP_PIC_MASTER, line) } else { (KVM_IRQCHIP_PIC_SLAVE, line - 8) };
     kvm_irq_routing_entry {
-        gsi: pin,
+        gsi: line,
         type_: KVM_IRQ_ROUTING_IRQCHIP,
-        u: kvm_irq_routing_entry__bindgen_ty_1 {
-            irqchip: kvm_irq_routing_irqchip { irqchip: KVM_IRQCHIP_IOAPIC, pin },
-        },
+        u: kvm_irq_routing_entry__bindgen_ty_1 { irqchip: kvm_irq_routing_irqchip { irqchip, pin } },
         ..Default::default()
     }
 }
@@ -140,7 +141,7 @@ mod tests {
         let message = MsiMessage { address_low: 0xfee0_0000, address_high: 0, data: 0x41 };
         let (first, _fd1) = vm.routes.allocate_msi().unwrap();
         let (second, _fd2) = vm.routes.allocate_msi().unwrap();
-        assert_eq!((first, second), (IOAPIC_PINS, IOAPIC_PINS + 1));
+        assert_eq!((first, second), (PIC_LINES, PIC_LINES + 1));
         vm.routes.set_messages(&[(first, message), (second, message)]).unwrap();
         assert!(vm.routes.set_messages(&[(second + 1, message)]).is_err());
         assert!(vm.routes.set_messages(&[(0, message)]).is_err());

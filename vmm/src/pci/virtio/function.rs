@@ -137,6 +137,10 @@ impl VirtioFunction {
 
         let mut config = ConfigSpace::new(&identity(device.device_type()));
         config.set_memory_bar(BAR_SIZE, bar_address(slot));
+        // First: Linux looks for it more often than for the others, each time from the start.
+        let body = msix.capability(MSIX_TABLE_OFFSET as u32, MSIX_PENDING_OFFSET as u32);
+        let control = (msix::CONTROL_ENABLE | msix::CONTROL_MASK_ALL).to_le_bytes();
+        let msix_control = config.add_capability(msix::CAPABILITY_ID, &body, &control) + 2;
         let structures = [
             (STRUCTURE_COMMON, COMMON_OFFSET, common::SIZE),
             (STRUCTURE_ISR, ISR_OFFSET, 1),
@@ -158,9 +162,6 @@ impl VirtioFunction {
         writable[CAPABILITY_BAR - 2] = 0xff;
         writable[6..].fill(0xff);
         let pci_access = config.add_capability(VENDOR_CAPABILITY, &access, &writable);
-        let body = msix.capability(MSIX_TABLE_OFFSET as u32, MSIX_PENDING_OFFSET as u32);
-        let control = (msix::CONTROL_ENABLE | msix::CONTROL_MASK_ALL).to_le_bytes();
-        let msix_control = config.add_capability(msix::CAPABILITY_ID, &body, &control) + 2;
 
         Ok(Self {
             device,
