@@ -113,3 +113,16 @@ fn a_block_device_that_is_not_there() {
         Ok(())
     });
 }
+
+/// Everything is allowed in its own machine; what the host has is not there.
+#[test]
+fn a_privileged_container() {
+    case(|world| {
+        let run = world.ctr().container("privileged").with(&["--privileged"]);
+        let script = "mknod /kmsg c 1 11 && dd if=/kmsg bs=8k count=1 2>/dev/null | grep -c ,; \
+                      mkdir /m && mount -t tmpfs none /m && echo mounted; test -e /dev/kvm || echo apart";
+        let finished = run.shell(script)?.success()?;
+        ensure!(finished.text() == "1\nmounted\napart", "{finished}");
+        Ok(())
+    });
+}

@@ -33,14 +33,21 @@ pub(super) fn translate(
         }
         container.sysctl.insert(text(&field, Some(key))?, text(&field, Some(value))?);
     }
-    for (n, device) in linux.devices().iter().flatten().enumerate() {
+    let rules = linux.resources().as_ref().and_then(|resources| resources.devices().as_deref());
+    let rules = rules.unwrap_or_default();
+    // A privileged container is given all the host has, not what it needs.
+    let chosen = !allows_everything(rules);
+    let (devices, left_out): (Vec<_>, Vec<_>) = (linux.devices().iter().flatten().enumerate())
+        .partition(|(_, device)| chosen || is_in_every_kernel(device));
+    if !left_out.is_empty() {
+        not_applied.push("linux.devices".into());
+    }
+    for (n, device) in devices {
         let at = format!("linux.devices[{n}]");
         let mut message = self::device(&at, device)?;
         if message.type_ == "b" {
-            let rules = linux.resources().as_ref().and_then(|resources| resources.devices().as_deref());
             let disk = HostDisk::with_number(&at, message.major, message.minor)?;
-            let readonly =
-                disk.readonly || !disks::may_write(rules.unwrap_or_default(), message.major, message.minor);
+            let readonly = disk.readonly || !disks::may_write(rules, message.major, message.minor);
             message.block_serial = disk.serial();
             disks::add(disks, HostDisk { readonly, ..disk });
         }
@@ -150,6 +157,32 @@ fn cgroup_path(id: &str, path: Option<&Path>) -> Result<String, SpecError> {
     Ok(if out.is_empty() { format!("/{id}") } else { out })
 }
 
+/// Whether the rules end with every device allowed, as those of `--privileged` do.
+fn allows_everything(rules: &[oci::LinuxDeviceCgroup]) -> bool {
+    let all = |number: Option<i64>| number.is_none_or(|number| number < 0);
+    let last = rules.iter().rev().find(|rule| {
+        matches!(rule.typ(), None | Some(LinuxDeviceType::A)) && all(rule.major()) && all(rule.minor())
+    });
+    last.is_some_and(|rule| {
+        let access = rule.access().as_deref().unwrap_or_default();
+        rule.allow() && (access.is_empty() || "rwm".chars().all(|letter| access.contains(letter)))
+    })
+}
+
+/// The host's drivers, and with them its numbers, are not the guest's. What every
+/// kernel has under one number is the same device on both sides: null, zero, full,
+/// random, urandom, tty, ptmx, net/tun, fuse, and pipes.
+fn is_in_every_kernel(device: &oci::LinuxDevice) -> bool {
+    match device.typ() {
+        LinuxDeviceType::P => true,
+        LinuxDeviceType::C | LinuxDeviceType::U => {
+            let number = (device.major(), device.minor());
+            matches!(number, (1, 3 | 5 | 7 | 8 | 9) | (5, 0 | 2) | (10, 200 | 229))
+        }
+        LinuxDeviceType::B | LinuxDeviceType::A => false,
+    }
+}
+
 fn device(at: &str, device: &oci::LinuxDevice) -> Result<Device, SpecError> {
     let kind = match device.typ() {
         LinuxDeviceType::C => "c",
@@ -166,13 +199,8 @@ fn device(at: &str, device: &oci::LinuxDevice) -> Result<Device, SpecError> {
         })
     };
     let path = absolute_path(&format!("{at}.path"), device.path())?;
-    // The host's drivers, and with them its numbers, are not the guest's. What
-    // every kernel has under one number is the same device on both sides: null,
-    // zero, full, random, urandom, tty, ptmx, net/tun, fuse. Block devices become
-    // virtio-blk ones.
-    let everywhere = matches!(kind, "b" | "p")
-        || matches!((device.major(), device.minor()), (1, 3 | 5 | 7 | 8 | 9) | (5, 0 | 2) | (10, 200 | 229));
-    if !everywhere {
+    // Block devices become virtio-blk ones.
+    if kind != "b" && !is_in_every_kernel(device) {
         return Err(SpecError::unsupported(
             at,
             format!("{path} is a character device of the host, whose driver the guest does not have"),

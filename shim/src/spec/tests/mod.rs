@@ -420,6 +420,37 @@ fn devices_every_kernel_has_are_passed_on() {
 }
 
 #[test]
+fn a_privileged_container_does_without_the_devices_of_the_host() {
+    let mut spec = ctr_spec();
+    spec["linux"]["devices"] = json!([
+        {"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232},
+        {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229},
+        {"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}
+    ]);
+    let with_rules = |rules: Value| {
+        let mut spec = spec.clone();
+        spec["linux"]["resources"]["devices"] = rules;
+        load(&spec)
+    };
+    let (all, none) = (json!({"allow": true, "access": "rwm"}), json!({"allow": false, "access": "rwm"}));
+    let one = json!({"allow": true, "type": "c", "major": 1, "minor": 3, "access": "rwm"});
+    for rules in [json!([all]), json!([none, all, one])] {
+        let bundle = with_rules(rules).unwrap();
+        let paths: Vec<_> = bundle.container.devices.iter().map(|device| device.path.as_str()).collect();
+        assert_eq!(paths, ["/dev/fuse"]);
+        assert!(bundle.disks.is_empty());
+        assert_eq!(bundle.not_applied, ["linux.devices"]);
+    }
+    for rules in [json!([all, none]), json!([{"allow": true, "access": "r"}]), json!([one])] {
+        let error = with_rules(rules).unwrap_err();
+        assert!(
+            error.starts_with("linux.devices[0]: not supported: /dev/kvm is a character device"),
+            "{error}"
+        );
+    }
+}
+
+#[test]
 fn idmapped_mounts_have_both_mappings() {
     let mount = |extra: Value| {
         let mut mount =
