@@ -49,7 +49,10 @@ pub fn boot() -> Result<Listeners, Error> {
     let announced = start.elapsed();
     mounts::make_root_pivotable()?;
     mounts::mount_kernel_file_systems()?;
-    console::show_kernel_errors().map_err(|source| Error::Io { step: "set the console's level", source })?;
+    if let Err(error) = console::show_kernel_errors() {
+        // A kernel of the user's own may have no messages.
+        log::warn!("the kernel's errors stay off the console: {error}");
+    }
     mounts::make_directories()?;
     loopback::bring_up()?;
     log::info!("announced after {announced:.1?}, up after {:.1?}", start.elapsed());
