@@ -122,7 +122,7 @@ fn a_privileged_container() {
         let script = "mknod /kmsg c 1 11 && dd if=/kmsg bs=8k count=1 2>/dev/null | grep -c ,; \
                       mkdir /m && mount -t tmpfs none /m && echo mounted; test -e /dev/kvm || echo apart";
         let finished = run.shell(script)?.success()?;
-        ensure!(finished.text() == "1\nmounted\napart", "{finished}");
+        ensure!(finished.text() == "1\nmounted\napart\n", "{finished}");
         Ok(())
     });
 }
