@@ -56,9 +56,6 @@ pub enum MemoryError {
     /// A file could not be read into guest memory.
     #[error("a file could not be read into guest memory")]
     FillFrom(#[source] GuestMemoryError),
-    /// A write to guest memory failed.
-    #[error("guest memory could not be written")]
-    Write(#[source] GuestMemoryError),
 }
 
 /// Linux uses this range last: an idle guest touches 90 of its 1536 pages, so they
