@@ -73,3 +73,14 @@ pub fn install() {
         shutdown::reboot()
     }));
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_boot_level_is_the_command_lines() {
+        let loglevel = format!("loglevel={BOOT_LEVEL}");
+        assert!(rvm_protocol::guest::DEFAULT_CMDLINE.split(' ').any(|word| word == loglevel));
+    }
+}
