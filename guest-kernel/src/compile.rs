@@ -48,6 +48,8 @@ pub fn compile(tree: &Path, build_dir: &Path, options: &BuildOptions<'_>) -> Res
     let mut make = Command::new("make");
     make.arg("-C").arg(tree).arg(format!("O={}", build_dir.display()));
     make.arg(format!("-j{}", options.jobs.max(1))).arg("vmlinux");
+    // Which headers each file includes is for a second make to know, and there is none.
+    make.arg("cmd_and_fixdep=$(cmd)");
     environment(&mut make);
     (options.progress)(Step::Compile, 0.0);
     command::watch(&mut make, |line| {
