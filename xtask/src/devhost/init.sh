@@ -3,6 +3,7 @@
 # root together, switch to it), then in the new root (run the command, report
 # its exit code, power off). Talks to xtask over virtio-serial ports named
 #   rvm.control   guest: "ready", "exit CODE", "fail REASON"; host: "size ROWS COLUMNS"
+#   rvm.heartbeat   host: a byte now and then, for the interrupt that comes with it
 #   rvm.stdin rvm.stdout rvm.stderr   the command's streams
 # and hvc0 is the command's terminal when it has one. run/ is what xtask appended
 # for this run: command (a shell script), visible, terminal.
@@ -178,6 +179,7 @@ export PATH=$stage/bin
 control=$(port rvm.control)
 exec 3<>"$control"
 control=/proc/self/fd/3
+cat <"$(port rvm.heartbeat)" >/dev/null 3<&- &
 keep_a_vm
 echo ready >&3
 run_command

@@ -28,6 +28,8 @@ const KERNEL_PARAMETERS: &str =
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
 /// From the command's exit code to the end of QEMU.
 const POWER_OFF_LIMIT: Duration = Duration::from_secs(20);
+/// How long an interrupt that QEMU has lost may stay lost; see [`Heartbeat`].
+const HEARTBEAT: Duration = Duration::from_secs(1);
 
 /// Everything QEMU is started with.
 pub struct Machine<'a> {
@@ -71,6 +73,7 @@ impl Machine<'_> {
                 vec![(Stream::Stdout, ports.add("rvm.stdout")?), (Stream::Stderr, ports.add("rvm.stderr")?)],
             )
         };
+        let _heartbeat = Heartbeat::start(ports.add("rvm.heartbeat")?)?;
         // Elsewhere standard error is the command's alone.
         let booting = std::io::stderr().is_terminal().then(|| Step::start("Booting the devhost"));
         let qemu = Qemu::spawn(self, ports)?;
@@ -269,6 +272,33 @@ impl Feeder {
     }
 }
 
+/// Interrupts the machine once per [`HEARTBEAT`] until dropped.
+///
+/// QEMU's emulation of `VMRUN` and `#VMEXIT` changes the processor's pending
+/// requests without its lock (`do_vmexit`: `interrupt_request &= ~CPU_INTERRUPT_VIRQ`,
+/// in 7.2 and 10.0). A timer's request that another thread sets in the same
+/// moment is lost: the interrupt stays raised in the local APIC, and a processor
+/// that halts then never looks there again, until another interrupt makes it look.
+struct Heartbeat {
+    /// Closing it ends the thread.
+    _stop: UnixStream,
+}
+
+impl Heartbeat {
+    fn start(mut port: UnixStream) -> Result<Self> {
+        let (stop, stopped) = UnixStream::pair()?;
+        stopped.set_read_timeout(Some(HEARTBEAT))?;
+        // Before the guest reads its port, and after the machine has ended, nobody takes the bytes.
+        port.set_nonblocking(true)?;
+        std::thread::spawn(move || {
+            while (&stopped).read(&mut [0]).is_err() {
+                let _ = port.write(&[0]);
+            }
+        });
+        Ok(Self { _stop: stop })
+    }
+}
+
 /// The far ends of the guest's ports, and QEMU's arguments for them.
 #[derive(Default)]
 struct Ports {
@@ -364,7 +394,7 @@ impl Machine<'_> {
             add("-fsdev", join(&prefix, path));
             add("-device", format!("virtio-9p-pci,fsdev={id},mount_tag={id}").into());
         }
-        add("-device", "virtio-serial-pci".into());
+        add("-device", "virtio-serial-pci,event_idx=off".into());
         for flag in ["-nodefaults", "-no-user-config", "-no-reboot"] {
             arguments.push(flag.into());
         }
