@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use super::qemu::Qemu;
 use super::terminal::RawTerminal;
 use super::{Options, Stdio, Stream, tail};
 use crate::progress::Step;
@@ -35,6 +36,8 @@ const HEARTBEAT: Duration = Duration::from_secs(1);
 pub struct Machine<'a> {
     /// Size and limits.
     pub options: &'a Options,
+    /// What runs it.
+    pub qemu: &'a Qemu,
     /// Kernel image.
     pub kernel: &'a Path,
     /// Initramfs with the files of this run.
@@ -76,7 +79,7 @@ impl Machine<'_> {
         let _heartbeat = Heartbeat::start(ports.add("rvm.heartbeat")?)?;
         // Elsewhere standard error is the command's alone.
         let booting = std::io::stderr().is_terminal().then(|| Step::start("Booting the devhost"));
-        let qemu = Qemu::spawn(self, ports)?;
+        let process = Process::spawn(self, ports)?;
 
         let (events, received) = sync_channel(64);
         let mut open = 1;
@@ -119,7 +122,7 @@ impl Machine<'_> {
             }
         }
         session.flush();
-        drop(qemu);
+        drop(process);
         Ok(code)
     }
 
@@ -329,13 +332,13 @@ impl Ports {
 }
 
 /// The QEMU process; ends with this value and with this process.
-struct Qemu(Child);
+struct Process(Child);
 
-impl Qemu {
+impl Process {
     fn spawn(machine: &Machine<'_>, ports: Ports) -> Result<Self> {
         fs::create_dir_all(machine.out)?;
         fs::write(machine.console, "")?;
-        let mut command = Command::new("qemu-system-x86_64");
+        let mut command = Command::new(&machine.qemu.program);
         command.args(machine.arguments()).args(&ports.arguments);
         command.stdin(std::process::Stdio::null());
         let fds: Vec<i32> = ports.fds.iter().map(AsRawFd::as_raw_fd).collect();
@@ -357,11 +360,11 @@ impl Qemu {
         };
         // SAFETY: the closure makes system calls only; it neither allocates nor locks.
         unsafe { command.pre_exec(prepare) };
-        Ok(Self(command.spawn().context("start qemu-system-x86_64")?))
+        Ok(Self(command.spawn().with_context(|| format!("start {}", machine.qemu.program.display()))?))
     }
 }
 
-impl Drop for Qemu {
+impl Drop for Process {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
@@ -375,6 +378,9 @@ impl Machine<'_> {
             arguments.push(option.into());
             arguments.push(value);
         };
+        if let Some(firmware) = &self.qemu.firmware {
+            add("-L", firmware.into());
+        }
         // A processor without ERMS and FSRM keeps Linux from `rep movsb`, which
         // QEMU executes byte by byte; without LA57 page tables have four levels.
         add("-accel", "tcg,thread=multi".into());

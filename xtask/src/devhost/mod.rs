@@ -7,6 +7,7 @@
 mod image;
 mod kernel;
 mod machine;
+mod qemu;
 mod terminal;
 mod vmlinux;
 
@@ -168,6 +169,7 @@ const GUEST_OUT: &str = "/run/devhost/out";
 /// The machine, prepared to boot.
 pub struct Devhost {
     options: Options,
+    qemu: qemu::Qemu,
     kernel: PathBuf,
     initramfs: PathBuf,
     /// Files of one run at a time.
@@ -188,10 +190,11 @@ impl Devhost {
             bail!("another devhost runs with this target directory ({})", dir.display());
         }
         let cache = build::cache_dir()?;
+        let qemu = qemu::Qemu::find(&build::debian_cache_dir()?)?;
         let kernel = kernel::Kernel::fetch(&build::debian_cache_dir()?)?;
         let cache = cache.join("devhost");
         let initramfs = image::initramfs(&kernel, &cache)?;
-        Ok(Self { options, kernel: kernel.vmlinux(&cache)?, initramfs, dir, _lock: lock })
+        Ok(Self { options, qemu, kernel: kernel.vmlinux(&cache)?, initramfs, dir, _lock: lock })
     }
 
     /// A directory the command can write to, as `$RVM_OUT`; it is kept.
@@ -218,6 +221,7 @@ impl Devhost {
         run.append_to(&self.initramfs, &initrd)?;
         machine::Machine {
             options: &self.options,
+            qemu: &self.qemu,
             kernel: &self.kernel,
             initrd: &initrd,
             out: &self.out_dir(),
