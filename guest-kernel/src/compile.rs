@@ -19,7 +19,7 @@ pub struct Built {
 /// A point release changes it by a few.
 fn expected_steps(flavour: Flavour) -> f64 {
     match flavour {
-        Flavour::Rvm => 1950.0,
+        Flavour::Rvm => 1920.0,
         Flavour::Trial => 1500.0,
     }
 }
