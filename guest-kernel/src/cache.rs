@@ -20,7 +20,7 @@ use crate::source::Source;
 use crate::{Error, Flavour, Kernel, command, config, io_error};
 
 /// Changes when the builder makes something else of the same inputs.
-const BUILDER_VERSION: u32 = 1;
+const BUILDER_VERSION: u32 = 2;
 
 /// The directory of everything to do with kernels.
 pub struct Cache {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
 
-use crate::{Error, Flavour, command, io_error};
+use crate::{BuildOptions, Error, Flavour, command, io_error};
 
 /// The fragments of [`Flavour::Rvm`], by what they are for.
 const RVM: &[&str] = &[
@@ -37,7 +37,9 @@ fn base(flavour: Flavour) -> &'static str {
 }
 
 /// Writes `.config` into `build_dir` for the kernel source in `tree`.
-pub fn configure(tree: &Path, build_dir: &Path, flavour: Flavour) -> Result<(), Error> {
+pub fn configure(tree: &Path, build_dir: &Path, options: &BuildOptions<'_>) -> Result<(), Error> {
+    let flavour = options.flavour;
+    let make = |target| make(tree, build_dir, options.jobs, target);
     std::fs::create_dir_all(build_dir).map_err(io_error("create", build_dir))?;
     let wanted = fragments(flavour).concat();
     let path = build_dir.join(".config");
@@ -45,16 +47,16 @@ pub fn configure(tree: &Path, build_dir: &Path, flavour: Flavour) -> Result<(), 
         Flavour::Rvm => {
             let fragment = build_dir.join("fragment.config");
             std::fs::write(&fragment, &wanted).map_err(io_error("write", &fragment))?;
-            let mut all_no = make(tree, build_dir, base(flavour));
+            let mut all_no = make(base(flavour));
             all_no.env("KCONFIG_ALLCONFIG", &fragment);
             command::output(&mut all_no)?;
         }
         // As its measurements were made: appended, and defaults for what the options bring along.
         Flavour::Trial => {
-            command::output(&mut make(tree, build_dir, base(flavour)))?;
+            command::output(&mut make(base(flavour)))?;
             let tiny = std::fs::read_to_string(&path).map_err(io_error("read", &path))?;
             std::fs::write(&path, tiny + &wanted).map_err(io_error("write", &path))?;
-            command::output(&mut make(tree, build_dir, "olddefconfig"))?;
+            command::output(&mut make("olddefconfig"))?;
         }
     }
     let config = std::fs::read_to_string(&path).map_err(io_error("read", &path))?;
@@ -62,9 +64,10 @@ pub fn configure(tree: &Path, build_dir: &Path, flavour: Flavour) -> Result<(), 
     if lines.is_empty() || flavour == Flavour::Trial { Ok(()) } else { Err(Error::Config { lines }) }
 }
 
-fn make(tree: &Path, build_dir: &Path, target: &str) -> Command {
+fn make(tree: &Path, build_dir: &Path, jobs: usize, target: &str) -> Command {
     let mut make = Command::new("make");
-    make.arg("-s").arg("-C").arg(tree).arg(format!("O={}", build_dir.display())).arg(target);
+    make.arg("-s").arg("-C").arg(tree).arg(format!("O={}", build_dir.display()));
+    make.arg(format!("-j{}", jobs.max(1))).arg(target);
     crate::compile::environment(&mut make);
     make
 }

@@ -217,7 +217,7 @@ pub fn build(options: &BuildOptions<'_>) -> Result<Kernel, Error> {
     let tree = source::unpack(&source, scratch.path(), options.progress)?;
     let build_dir = scratch.path().join("build");
     (options.progress)(Step::Configure, 0.0);
-    config::configure(&tree, &build_dir, options.flavour)?;
+    config::configure(&tree, &build_dir, options)?;
     let built = compile::compile(&tree, &build_dir, options)?;
     cache.insert(options.flavour, &key, &built, &source)
 }

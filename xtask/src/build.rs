@@ -90,8 +90,7 @@ pub fn kernel(flavour: Flavour) -> Result<guest_kernel::Kernel> {
     let step = Step::start(format!("Guest kernel ({})", flavour.as_str()));
     let kernel = guest_kernel::build(&BuildOptions {
         cache_dir: cache_dir()?,
-        // make's own work between two compilers leaves a processor idle otherwise.
-        jobs: 2 * std::thread::available_parallelism().map_or(1, usize::from),
+        jobs: std::thread::available_parallelism().map_or(1, usize::from),
         flavour,
         refresh: false,
         progress: &|doing, fraction| step.at(fraction, doing.as_str()),
