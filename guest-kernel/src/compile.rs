@@ -39,8 +39,8 @@ pub fn environment(make: &mut Command) {
         .env_remove("LOCALVERSION");
 }
 
-/// Included before everything else. The 32-bit vDSO is compiled as if for another kernel, which it says before its
-/// first header.
+/// Included before each source. The 32-bit vDSO is compiled as if for another kernel, which it says before its first
+/// header.
 ///
 /// Takes the check of the access's size out of `READ_ONCE()` and its relatives, which headers use some thousand times
 /// in each file; every other assertion (`BUILD_BUG_ON()`) stays. And takes three attributes off each of 7000 inline

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use rvm_tests::{
     bundle, case,
-    ctr::Run,
+    ctr::{Run, remove_clients_fifos},
     job::{Finished, Input},
     sandbox::Sandbox,
     scale,
@@ -210,7 +210,7 @@ fn poststop_after_the_shim_was_killed() {
         world.events(|events| events.wait_for("/tasks/exit", &run.id, scale::container()))?;
         let _ = world.ctr().run(&["task", "rm", "-f", &run.id], scale::command());
         world.ctr().run(&["containers", "rm", &run.id], scale::command())?.success()?;
-        rvm_tests::world::shell("rm -rf /run/containerd/fifo/*")?;
+        remove_clients_fifos()?;
         ensure!(hooks.names() == ["poststop"], "{:?}", hooks.order());
         Ok(())
     });

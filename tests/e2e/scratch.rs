@@ -6,7 +6,14 @@ use std::{
 };
 
 use anyhow::{Result, ensure};
-use rvm_tests::{case, ctr::Run, job::Finished, sandbox::Sandbox, scale, world::World};
+use rvm_tests::{
+    case,
+    ctr::{Run, remove_clients_fifos},
+    job::Finished,
+    sandbox::Sandbox,
+    scale,
+    world::World,
+};
 
 /// Runs a case with writable layers on block devices of 64 MiB, the smallest.
 fn with_block(test: impl FnOnce(&World) -> Result<()>) {
@@ -97,7 +104,7 @@ fn a_killed_sandbox_leaves_a_file_system_that_mounts_again() {
         let again = start_again(world, &run)?.exited(9)?;
         ensure!(again.text() == "synced\n", "{again}");
         ctr.run(&["containers", "rm", &run.id], scale::command())?.success()?;
-        rvm_tests::world::shell("rm -rf /run/containerd/fifo/*").map(drop)
+        remove_clients_fifos()
     });
 }
 

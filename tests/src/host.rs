@@ -10,7 +10,7 @@ use std::{
 
 use crate::stage::Stage;
 
-/// Set inside the devhost. Nothing but the tests runs there: everything that
+/// Set inside the devhost, to the QEMU it runs in. Nothing but the tests runs there: everything that
 /// appears counts, not only what bears one of our names.
 pub const DEVHOST_ENV: &str = "RVM_DEVHOST";
 

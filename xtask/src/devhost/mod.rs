@@ -155,7 +155,7 @@ pub enum Stdio<'a> {
     Terminal,
 }
 
-/// Environment variable set inside: 1.
+/// Environment variable set inside: which QEMU it runs in.
 pub const ENV_DEVHOST: &str = "RVM_DEVHOST";
 /// Environment variable set inside: by what to multiply time limits.
 pub const ENV_TIME_SCALE: &str = "RVM_TIME_SCALE";
@@ -240,7 +240,7 @@ impl Devhost {
     fn script(&self, command: &Command) -> Vec<u8> {
         let mut script = Vec::new();
         let own = [
-            (ENV_DEVHOST, "1".to_owned()),
+            (ENV_DEVHOST, format!("QEMU {}", self.qemu.version)),
             (ENV_TIME_SCALE, TIME_SCALE.to_string()),
             (ENV_OUT, GUEST_OUT.to_owned()),
         ];

@@ -21,6 +21,8 @@ pub struct Qemu {
     pub program: PathBuf,
     /// Where its firmware is, if not where the program looks by itself.
     pub firmware: Option<PathBuf>,
+    /// Such as `10.0.2`.
+    pub version: String,
 }
 
 impl Qemu {
@@ -28,21 +30,30 @@ impl Qemu {
     /// newer one, unpacked below `cache` and not installed. Where that cannot be
     /// had, the installed one with a warning.
     pub fn find(cache: &Path) -> Result<Self> {
-        let installed = Self { program: "qemu-system-x86_64".into(), firmware: None };
-        let version = major(&installed.program)?;
-        if version >= GOOD {
+        let program = PathBuf::from("qemu-system-x86_64");
+        let installed = Self { version: version(&program)?, program, firmware: None };
+        if installed.is_good() {
             return Ok(installed);
         }
         match backport(cache) {
             Ok(qemu) => Ok(qemu),
             Err(error) => {
                 eprintln!(
-                    "warning: no QEMU {GOOD} from {RELEASE} ({error:#}); the devhost runs in QEMU {version}, \
-                     in which guests can fail for no fault of theirs (docs/decisions/0803)"
+                    "warning: no QEMU {GOOD} from {RELEASE} ({error:#}); the devhost runs in QEMU {}, in \
+                     which guests can fail for no fault of theirs (docs/decisions/0803)",
+                    installed.version
                 );
                 Ok(installed)
             }
         }
+    }
+
+    fn is_good(&self) -> bool {
+        self.version
+            .split('.')
+            .next()
+            .and_then(|major| major.parse().ok())
+            .is_some_and(|major: u32| major >= GOOD)
     }
 }
 
@@ -51,22 +62,20 @@ fn backport(cache: &Path) -> Result<Qemu> {
     let packages = ["qemu-system-x86", "qemu-system-data"];
     let step = (!packages.into_iter().all(cached)).then(|| Step::start("Downloading the devhost's QEMU"));
     let [program, firmware] = packages.map(|package| debian::fetch_from(RELEASE, package, cache));
-    let qemu = Qemu {
-        program: program?.join("usr/bin/qemu-system-x86_64"),
-        firmware: Some(firmware?.join("usr/share/qemu")),
-    };
-    let version = major(&qemu.program)?;
-    if version < GOOD {
-        bail!("it is version {version}");
+    let program = program?.join("usr/bin/qemu-system-x86_64");
+    let firmware = Some(firmware?.join("usr/share/qemu"));
+    let qemu = Qemu { version: version(&program)?, program, firmware };
+    if !qemu.is_good() {
+        bail!("it is version {}", qemu.version);
     }
     if let Some(step) = step {
-        step.done(format!("{version} from {RELEASE}"));
+        step.done(format!("{} from {RELEASE}", qemu.version));
     }
     Ok(qemu)
 }
 
-/// The major version a QEMU tells of itself.
-fn major(program: &Path) -> Result<u32> {
+/// The version a QEMU tells of itself.
+fn version(program: &Path) -> Result<String> {
     let output = Command::new(program)
         .arg("--version")
         .output()
@@ -78,8 +87,9 @@ fn major(program: &Path) -> Result<u32> {
     })
 }
 
-fn parse(version: &str) -> Option<u32> {
-    version.strip_prefix("QEMU emulator version ")?.split('.').next()?.parse().ok()
+fn parse(version: &str) -> Option<String> {
+    let version = version.strip_prefix("QEMU emulator version ")?.split_whitespace().next()?;
+    Some(version.to_owned())
 }
 
 #[cfg(test)]
@@ -88,11 +98,11 @@ mod tests {
 
     #[test]
     fn versions() {
-        assert_eq!(
-            parse("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18+b3)\nCopyright"),
-            Some(7)
-        );
-        assert_eq!(parse("QEMU emulator version 10.0.2\n"), Some(10));
-        assert_eq!(parse("error while loading shared libraries"), None);
+        let of = |text| parse(text).map(|version| Qemu { program: "qemu".into(), firmware: None, version });
+        let old = of("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18+b3)\nCopyright").unwrap();
+        assert_eq!(old.version, "7.2.22");
+        assert!(!old.is_good());
+        assert!(of("QEMU emulator version 10.0.2\n").unwrap().is_good());
+        assert_eq!(of("error while loading shared libraries"), None);
     }
 }

@@ -82,7 +82,7 @@ pub fn measure(stage: &Stage, trial: &Trial, runs: usize) -> Result<Value> {
             "qemu": peer::version()?,
             "qemu_machine": peer::MACHINE,
             "host_kernel": std::fs::read_to_string("/proc/sys/kernel/osrelease")?.trim(),
-            "devhost": std::env::var_os(rvm_tests::host::DEVHOST_ENV).is_some(),
+            "devhost": std::env::var(rvm_tests::host::DEVHOST_ENV).ok(),
             "same_kernel_ready": "rvm-agent's line on vsock port 1025, over rvm's vsock and over vhost-vsock",
             "whole_product_ready": "rvm: rvm-agent's line on vsock; QEMU: the first line /init prints on the serial console",
         },
