@@ -39,6 +39,7 @@ pub fn fetch_from(release: &str, package: &str, cache: &Path) -> Result<PathBuf>
             }
             // Run by root, apt would download as a user who cannot write here.
             apt.args(["-o", "APT::Sandbox::User=root", "-o", "Acquire::Languages=none"]);
+            apt.args(["-o", "Acquire::Retries=3"]);
             apt.args(["-o", "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false"]);
             apt
         };
