@@ -189,10 +189,10 @@ impl Devhost {
         if lock.try_lock().is_err() {
             bail!("another devhost runs with this target directory ({})", dir.display());
         }
-        let cache = build::cache_dir()?;
-        let qemu = qemu::Qemu::find(&build::debian_cache_dir()?)?;
-        let kernel = kernel::Kernel::fetch(&build::debian_cache_dir()?)?;
-        let cache = cache.join("devhost");
+        let packages = build::debian_cache_dir()?;
+        let qemu = qemu::Qemu::find(&packages)?;
+        let kernel = kernel::Kernel::fetch(&packages)?;
+        let cache = build::cache_dir()?.join("devhost");
         let initramfs = image::initramfs(&kernel, &cache)?;
         Ok(Self { options, qemu, kernel: kernel.vmlinux(&cache)?, initramfs, dir, _lock: lock })
     }
