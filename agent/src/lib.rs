@@ -23,6 +23,7 @@ use std::{convert::Infallible, sync::Arc};
 
 pub mod container;
 pub mod error;
+pub mod helper;
 pub mod init;
 pub mod io;
 pub mod sandbox;

@@ -6,9 +6,10 @@ use std::{os::fd::OwnedFd, sync::Arc};
 use async_trait::async_trait;
 use rvm_protocol::agent::{
     Agent, ContainerRef, ContainerStats, CreateContainerRequest, CreateContainerResponse, CreateExecRequest,
-    Empty, ExitStatus, ListProcessesResponse, OomKills, PluggedMemory, ProcessRef, ResizePtyRequest,
-    SetUpSandboxRequest, SignalProcessRequest, StartProcessResponse, UpdateResourcesRequest,
-    WaitMemoryRequest, WaitOomRequest, create_agent,
+    Empty, ExitStatus, ListProcessesResponse, OnlineCpusRequest, OnlinedCpus, OomKills, PluggedMemory,
+    ProcessRef, RemoveDisksRequest, ResizePtyRequest, SetClockRequest, SetUpSandboxRequest,
+    SignalProcessRequest, StartProcessResponse, UpdateResourcesRequest, WaitMemoryRequest, WaitOomRequest,
+    create_agent,
 };
 use ttrpc::{
     Code,
@@ -100,7 +101,6 @@ impl Agent for Service {
             "WaitProcess",
             exit.map(|exit| ExitStatus {
                 exit_code: exit.code,
-                exited_at_ns: exit.at_ns,
                 oom_kills: self.sandbox.oom_kills(&process.container_id),
                 ..Default::default()
             }),
@@ -164,6 +164,22 @@ impl Agent for Service {
         answer("WaitMemory", plugged.map(|bytes| PluggedMemory { bytes, ..Default::default() }))
     }
 
+    async fn remove_disks(&self, _: &TtrpcContext, request: RemoveDisksRequest) -> ttrpc::Result<Empty> {
+        let sandbox = Arc::clone(&self.sandbox);
+        let removed = to_the_end(async move { sandbox.remove_disks(&request).await }).await;
+        answer("RemoveDisks", removed.map(|()| Empty::new()))
+    }
+
+    async fn online_cpus(&self, _: &TtrpcContext, request: OnlineCpusRequest) -> ttrpc::Result<OnlinedCpus> {
+        let sandbox = Arc::clone(&self.sandbox);
+        let online = to_the_end(async move { sandbox.online_cpus(&request).await }).await;
+        answer("OnlineCpus", online.map(|count| OnlinedCpus { count, ..Default::default() }))
+    }
+
+    async fn set_clock(&self, _: &TtrpcContext, request: SetClockRequest) -> ttrpc::Result<Empty> {
+        answer("SetClock", self.sandbox.set_clock(&request).map(|()| Empty::new()))
+    }
+
     async fn get_stats(&self, _: &TtrpcContext, container: ContainerRef) -> ttrpc::Result<ContainerStats> {
         answer("GetStats", self.sandbox.stats(&container))
     }
@@ -206,10 +222,10 @@ mod tests {
             };
 
             let request =
-                SetUpSandboxRequest { share_tag: "../x".into(), wall_clock_ns: 1, ..Default::default() };
+                SetUpSandboxRequest { layers_tag: "../x".into(), wall_clock_ns: 1, ..Default::default() };
             let (code, message) = status(client.set_up_sandbox(context::with_timeout(0), &request).await);
             assert_eq!(code, Code::INVALID_ARGUMENT);
-            assert!(message.starts_with("share_tag: \"../x\" must"), "{message}");
+            assert!(message.starts_with("layers_tag: \"../x\" must"), "{message}");
 
             let process = ProcessRef { container_id: "c1".into(), ..Default::default() };
             let (code, message) = status(client.delete_process(context::with_timeout(0), &process).await);

@@ -10,6 +10,8 @@
 //!     │ ── Failed(message) ─────────────────> │   at any point: the step that failed
 //! ```
 //!
+//! A [`helper`](crate::helper) says `Done(flag, descriptor)` instead of `Ready`.
+//!
 //! Packets of a `SOCK_SEQPACKET` pair: one message is one packet. What the child
 //! says and hears from `Ready` on takes `read` and `write` only: a seccomp filter
 //! may be in force by then.
@@ -42,6 +44,7 @@ const MOVED: u8 = b'M';
 const TERMINAL: u8 = b'T';
 const READY: u8 = b'R';
 const FAILED: u8 = b'F';
+const DONE: u8 = b'D';
 const START: u8 = b'S';
 
 /// What a child says before it is started.
@@ -93,6 +96,16 @@ impl Parent {
         }
     }
 
+    /// The outcome of what a helper was to do; `what` names it in errors.
+    pub async fn done(&self, what: &str) -> StepResult<(bool, Option<OwnedFd>)> {
+        let (message, fd) = self.receive().await?;
+        match message.split_first() {
+            Some((&DONE, flag)) => Ok((flag == [1], fd)),
+            Some((&FAILED, text)) => Err(failed(text)),
+            _ => Err(StepError::Refused(format!("{what}: the process that was to was killed"))),
+        }
+    }
+
     /// Lets the child call `execve` and waits for the outcome.
     pub async fn start(&self) -> StepResult<()> {
         match send(self.0.get_ref().as_raw_fd(), &[START], MsgFlags::MSG_NOSIGNAL) {
@@ -129,12 +142,12 @@ impl Child {
 
     /// Hands the master side of the terminal to the agent.
     pub fn terminal(&self, master: BorrowedFd<'_>) -> StepResult<()> {
-        let fds = [master.as_raw_fd()];
-        let rights = [ControlMessage::ScmRights(&fds)];
-        let message = [IoSlice::new(&[TERMINAL])];
-        sendmsg::<()>(self.0.as_raw_fd(), &message, &rights, MsgFlags::MSG_NOSIGNAL, None)
-            .map(drop)
-            .step(|| "hand over the terminal")
+        self.say_with(&[TERMINAL], Some(master)).step(|| "hand over the terminal")
+    }
+
+    /// Reports what a helper has done.
+    pub fn done(&self, flag: bool, fd: Option<BorrowedFd<'_>>) -> StepResult<()> {
+        self.say_with(&[DONE, flag.into()], fd).step(|| "report what was done")
     }
 
     /// Reports that everything up to `execve` is done and waits for permission
@@ -157,6 +170,13 @@ impl Child {
         message.extend(error.to_string().bytes().take(MAX_MESSAGE));
         // Where nobody listens any more nobody wants to know.
         let _ = self.say(&message);
+    }
+
+    fn say_with(&self, message: &[u8], fd: Option<BorrowedFd<'_>>) -> nix::Result<()> {
+        let fds = fd.map(|fd| [fd.as_raw_fd()]);
+        let rights: Vec<_> = fds.iter().map(|fds| ControlMessage::ScmRights(fds)).collect();
+        let message = [IoSlice::new(message)];
+        sendmsg::<()>(self.0.as_raw_fd(), &message, &rights, MsgFlags::MSG_NOSIGNAL, None).map(drop)
     }
 
     fn say(&self, message: &[u8]) -> nix::Result<()> {

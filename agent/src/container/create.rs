@@ -42,7 +42,7 @@ use crate::{
     error::{Error, Step, StepResult},
     io::ChildEnds,
     sandbox::check_name,
-    storage::Storage,
+    storage::{Scratch, share},
     sys::process::{Child, fork_sibling, spawn},
 };
 
@@ -74,8 +74,8 @@ pub fn check_process(field: &str, process: &agent::Process) -> Result<(), Error>
 }
 
 impl Plan {
-    /// Checks a request. Makes nothing but the container's writable layer.
-    pub fn new(mut request: agent::CreateContainerRequest, storage: &mut Storage) -> Result<Self, Error> {
+    /// Checks a request for a container that writes to `scratch`. Makes nothing.
+    pub fn new(mut request: agent::CreateContainerRequest, scratch: &Scratch) -> Result<Self, Error> {
         check_process("process", &request.process)?;
         cgroup::check(&request.cgroup_path)?;
         rootfs::check(&request)?;
@@ -91,8 +91,7 @@ impl Plan {
             }
         }
         let mounts = request.mounts.iter().enumerate();
-        let mut mounts =
-            mounts.map(|(i, mount)| Mount::plan(i, mount, storage)).collect::<Result<Vec<_>, _>>()?;
+        let mut mounts = mounts.map(|(i, mount)| Mount::plan(i, mount)).collect::<Result<Vec<_>, _>>()?;
         if !namespaces.has_own_cgroups() {
             mounts = mounts.into_iter().map(Mount::in_the_guests_cgroup_namespace).collect();
         }
@@ -101,14 +100,13 @@ impl Plan {
         let limits = match request.resources.as_mut() {
             Some(resources) => {
                 devices::renumber(&mut resources.device_rules, &request.devices, &devices);
-                Limits::plan("resources", resources, storage)?.with_devices()?
+                Limits::plan("resources", resources, scratch)?.with_devices()?
             }
             None => Limits::default(),
         };
         let devices = devices::all(devices);
-        let lower = storage.share_path(&request.rootfs.share_path);
-        let layer = storage.layer(&request.container_id)?;
-        let rootfs = Rootfs::new(&request, lower, layer)?;
+        let lower = share::path(&request.rootfs.share_path);
+        let rootfs = Rootfs::new(&request, lower, scratch.layer().clone())?;
         let ids = namespaces.user.as_ref().map(|user| user.ids.clone());
         let container_id = request.container_id.clone();
         let common = Arc::new(Common { container_id, filter, personality: request.personality, ids });
@@ -133,11 +131,6 @@ impl Plan {
     /// What it may use.
     pub fn limits(&self) -> &Limits {
         &self.limits
-    }
-
-    /// Whether the container has no writable layer from before.
-    pub fn has_fresh_layer(&self) -> bool {
-        self.rootfs.is_fresh()
     }
 
     /// Whether the end of the first process is the end of all.

@@ -44,6 +44,7 @@ use crate::{
     error::{Error, Step, StepError, StepResult},
     init::reaper::{ExitReceiver, Reaper, ended},
     io::{ChildEnds, Streams},
+    storage::Scratch,
     sys::process::adopt,
 };
 
@@ -54,6 +55,7 @@ pub struct Container {
     cgroup: Cgroup,
     own_pids: bool,
     common: Arc<Common>,
+    scratch: Arc<Scratch>,
     first: Arc<Process>,
     added: Mutex<HashMap<String, Added>>,
     removed: watch::Sender<bool>,
@@ -77,7 +79,12 @@ pub struct Preparing {
 impl Container {
     /// Makes a container's cgroup and first process. The process still has to
     /// become [`ready`](Self::ready).
-    pub fn create(id: &str, plan: &Plan, reaper: &Reaper) -> Result<(Arc<Self>, Preparing), Error> {
+    pub fn create(
+        id: &str,
+        plan: &Plan,
+        scratch: Arc<Scratch>,
+        reaper: &Reaper,
+    ) -> Result<(Arc<Self>, Preparing), Error> {
         let (streams, ends) = Streams::new(plan.process())?;
         let cgroup = Cgroup::create(plan.cgroup_path())?;
         let limited = plan.limits().apply(&cgroup);
@@ -97,6 +104,7 @@ impl Container {
             cgroup,
             own_pids: plan.has_own_pids(),
             common: Arc::clone(plan.common()),
+            scratch,
             first,
             added: Mutex::default(),
             removed: watch::Sender::new(false),
@@ -266,9 +274,14 @@ impl Container {
         Ok(self.cgroup.thaw()?)
     }
 
-    /// Changes its limits.
-    pub fn update(&self, limits: &Limits) -> Result<(), Error> {
-        limits.update(&self.cgroup)
+    /// Changes its limits that are set.
+    pub fn update(&self, resources: &agent::Resources) -> Result<(), Error> {
+        Limits::plan("resources", resources, &self.scratch)?.update(&self.cgroup)
+    }
+
+    /// Where what it writes goes.
+    pub fn scratch(&self) -> &Scratch {
+        &self.scratch
     }
 
     /// What it has used.

@@ -96,11 +96,6 @@ impl Rootfs {
         })
     }
 
-    /// Whether the container has no writable layer from before.
-    pub fn is_fresh(&self) -> bool {
-        self.layer.fresh
-    }
-
     /// Mounts it in the current, new mount namespace.
     pub fn mount(&self) -> StepResult<Root> {
         // Nothing mounted from here on reaches the agent.

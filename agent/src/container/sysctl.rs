@@ -33,9 +33,31 @@ pub fn apply(parameters: &HashMap<String, String>) -> StepResult<()> {
     Ok(())
 }
 
+/// Sets those of the guest as a whole; the error names the one that cannot be.
+pub fn apply_to_guest(parameters: &HashMap<String, String>) -> Result<(), Error> {
+    check(parameters)?;
+    for (name, value) in parameters {
+        let Some(path) = path(name) else { continue };
+        std::fs::write(path, value).map_err(|error| {
+            let reason = match error.kind() {
+                std::io::ErrorKind::NotFound => "the guest's kernel has no such parameter".to_owned(),
+                _ => format!("cannot be set to {value:?}: {error}"),
+            };
+            Error::invalid(format!("sysctl[{name:?}]"), reason)
+        })?;
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_parameter_the_kernel_lacks_is_named() {
+        let error = apply_to_guest(&HashMap::from([("fs.no_such".to_owned(), "1".to_owned())])).unwrap_err();
+        assert_eq!(error.to_string(), "sysctl[\"fs.no_such\"]: the guest's kernel has no such parameter");
+    }
 
     #[test]
     fn names_stay_below_proc_sys() {

@@ -1,5 +1,7 @@
 //! The sandbox: what this guest is set up as, and the containers in it.
 
+mod clock;
+mod cpus;
 mod memory;
 mod set_up;
 
@@ -15,14 +17,15 @@ use tokio::sync::Notify;
 use crate::{
     container::{
         Container,
-        cgroup::limits::Limits,
         create::{Plan, check_process},
         process::Process,
+        sysctl,
     },
     error::{Error, check_id},
+    helper::{self, Outcome},
     init::reaper::{Exit, Reaper},
     io::Attachment,
-    storage::Storage,
+    storage::{BlockDevice, Scratch, share},
     sys::process::SIGNALS,
 };
 
@@ -37,14 +40,23 @@ pub struct Sandbox {
 
 #[derive(Debug, Default)]
 struct State {
-    /// Set by `SetUpSandbox`.
-    storage: Option<Storage>,
-    containers: HashMap<String, Arc<Container>>,
+    /// By `SetUpSandbox`.
+    is_set_up: bool,
+    /// None: the name is taken by one that is about to be made.
+    containers: HashMap<String, Option<Arc<Container>>>,
 }
 
 impl State {
-    fn storage(&mut self) -> Result<&mut Storage, Error> {
-        self.storage.as_mut().ok_or_else(|| Error::Precondition("the sandbox has not been set up".into()))
+    /// Takes a name for a container.
+    fn reserve(&mut self, id: &str) -> Result<(), Error> {
+        if !self.is_set_up {
+            return Err(Error::Precondition("the sandbox has not been set up".into()));
+        }
+        if self.containers.contains_key(id) {
+            return Err(Error::AlreadyExists(format!("container {id:?} exists")));
+        }
+        self.containers.insert(id.to_owned(), None);
+        Ok(())
     }
 }
 
@@ -54,9 +66,9 @@ impl Sandbox {
         Self::default()
     }
 
-    /// A sandbox that needs no setting up.
-    pub fn with_storage(storage: Storage) -> Self {
-        let state = State { storage: Some(storage), ..State::default() };
+    /// A sandbox whose share is in place and that needs no setting up.
+    pub fn already_set_up() -> Self {
+        let state = State { is_set_up: true, ..State::default() };
         Self { state: Mutex::new(state), ..Self::default() }
     }
 
@@ -74,19 +86,21 @@ impl Sandbox {
     /// Prepares the guest for its first container.
     pub fn set_up(&self, request: &agent::SetUpSandboxRequest) -> Result<(), Error> {
         let mut state = self.state();
-        if state.storage.is_some() {
+        if state.is_set_up {
             return Err(Error::Precondition("the sandbox has been set up already".into()));
         }
-        check_id("share_tag", &request.share_tag)?;
-        set_up::clock(request.wall_clock_ns)?;
+        check_id("layers_tag", &request.layers_tag)?;
+        clock::set(request.wall_clock_ns)?;
         set_up::hostname(&request.hostname)?;
-        state.storage = Some(Storage::set_up(&request.share_tag, &request.scratch)?);
+        sysctl::apply_to_guest(&request.sysctl)?;
+        share::mount(&request.layers_tag)?;
+        state.is_set_up = true;
         Ok(())
     }
 
     fn container(&self, id: &str) -> Result<Arc<Container>, Error> {
         let container = self.state().containers.get(id).cloned();
-        container.ok_or_else(|| Error::NotFound(format!("no such container: {id:?}")))
+        container.flatten().ok_or_else(|| Error::NotFound(format!("no such container: {id:?}")))
     }
 
     fn process(&self, process: &agent::ProcessRef) -> Result<Arc<Process>, Error> {
@@ -98,54 +112,51 @@ impl Sandbox {
     pub async fn create_container(&self, request: agent::CreateContainerRequest) -> Result<u32, Error> {
         check_id("container_id", &request.container_id)?;
         let id = request.container_id.clone();
-        let (plan, container, preparing) = {
-            let mut state = self.state();
-            if state.containers.contains_key(&id) {
-                return Err(Error::AlreadyExists(format!("container {id:?} exists")));
-            }
-            let plan = Plan::new(request, state.storage()?)?;
-            match Container::create(&id, &plan, &self.reaper) {
-                Ok((container, preparing)) => {
-                    state.containers.insert(id.clone(), Arc::clone(&container));
-                    (plan, container, preparing)
-                }
-                Err(error) => {
-                    drop(state);
-                    self.remove_fresh_layer(&id, &plan);
-                    return Err(error);
-                }
-            }
-        };
+        self.state().reserve(&id)?;
+        let made = self.make_container(&id, request).await;
+        if made.is_err() {
+            self.state().containers.remove(&id);
+        }
+        made
+    }
+
+    async fn make_container(&self, id: &str, request: agent::CreateContainerRequest) -> Result<u32, Error> {
+        let scratch = Arc::new(Scratch::mount(id, &request.scratch)?);
+        let made = self.make_container_on(id, request, &scratch).await;
+        if made.is_err()
+            && let Err(error) = scratch.discard()
+        {
+            log::error!("container {id}: {error}");
+        }
+        made
+    }
+
+    async fn make_container_on(
+        &self,
+        id: &str,
+        request: agent::CreateContainerRequest,
+        scratch: &Arc<Scratch>,
+    ) -> Result<u32, Error> {
+        let plan = Plan::new(request, scratch)?;
+        let (container, preparing) = Container::create(id, &plan, Arc::clone(scratch), &self.reaper)?;
+        self.state().containers.insert(id.to_owned(), Some(Arc::clone(&container)));
         if let Err(error) = container.ready(preparing, &self.reaper).await {
-            // What the client asked for failed with the first error, not with
-            // one that comes after it.
-            if let Err(error) = self.remove(&id, &container).await {
+            // What the client asked for failed with this error, not with one
+            // that comes after it.
+            if let Err(error) = container.remove().await {
                 log::error!("container {id}: {error}");
             }
-            self.remove_fresh_layer(&id, &plan);
             return Err(error.into());
         }
         let pid = container.process("")?.pid();
         Ok(pid.map_or(0, |pid| pid.as_raw().unsigned_abs()))
     }
 
-    /// Removes the writable layer of a container that came to nothing, if it
-    /// was made for it.
-    fn remove_fresh_layer(&self, id: &str, plan: &Plan) {
-        if !plan.has_fresh_layer() {
-            return;
-        }
-        if let Err(error) = self.state().storage().and_then(|storage| Ok(storage.remove_layer(id)?)) {
-            log::error!("container {id}: {error}");
-        }
-    }
-
     /// Removes a container with everything it owned in the guest.
     async fn remove(&self, id: &str, container: &Container) -> Result<(), Error> {
         container.remove().await?;
-        let mut state = self.state();
-        state.storage()?.release_layer(id)?;
-        state.containers.remove(id);
+        container.scratch().unmount()?;
+        self.state().containers.remove(id);
         Ok(())
     }
 
@@ -215,15 +226,38 @@ impl Sandbox {
 
     /// Changes the limits of a container that are set in the request.
     pub fn update_resources(&self, request: &agent::UpdateResourcesRequest) -> Result<(), Error> {
-        let container = self.container(&request.container_id)?;
-        let limits = Limits::plan("resources", &request.resources, self.state().storage()?)?;
-        container.update(&limits)
+        self.container(&request.container_id)?.update(&request.resources)
     }
 
     /// Waits until so many bytes of memory are plugged in, or no more can be;
     /// returns how many are.
     pub async fn wait_memory(&self, request: &agent::WaitMemoryRequest) -> Result<u64, Error> {
         Ok(self.memory.wait_for(request.plugged_bytes).await?)
+    }
+
+    /// Brings CPUs up or down until so many are online; returns how many are.
+    pub async fn online_cpus(&self, request: &agent::OnlineCpusRequest) -> Result<u32, Error> {
+        cpus::bring_online(request.count)
+    }
+
+    /// Brings the wall clock to the host's.
+    pub fn set_clock(&self, request: &agent::SetClockRequest) -> Result<(), Error> {
+        clock::follow(request.wall_clock_ns)
+    }
+
+    /// Lets go of disks that are about to be unplugged.
+    pub async fn remove_disks(&self, request: &agent::RemoveDisksRequest) -> Result<(), Error> {
+        let serials = request.serials.clone();
+        let remove = move || {
+            for serial in &serials {
+                if let Some(disk) = BlockDevice::known(serial)? {
+                    disk.remove()?;
+                }
+            }
+            Ok(Outcome::default())
+        };
+        helper::run(&self.reaper, "remove disks", remove).await?;
+        Ok(())
     }
 
     /// What a container has used.
@@ -264,8 +298,10 @@ impl Sandbox {
 
     /// Writes everything out and unmounts what was mounted for the sandbox.
     pub fn release_storage(&self) {
-        if let Some(storage) = &mut self.state().storage {
-            storage.release();
+        nix::unistd::sync();
+        for container in self.state().containers.values().flatten() {
+            container.scratch().release();
         }
+        share::release();
     }
 }

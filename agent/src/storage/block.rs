@@ -27,13 +27,26 @@ impl BlockDevice {
     /// The device whose driver reports `serial`. One that was plugged in while
     /// the guest ran is not known before the bus is scanned again.
     pub fn with_serial(serial: &str) -> StepResult<Self> {
-        let sys_block = Path::new(SYS_BLOCK);
-        if let Some(known) = Self::find(sys_block, serial)? {
+        if let Some(known) = Self::known(serial)? {
             return Ok(known);
         }
         pci::rescan()?;
-        Self::find(sys_block, serial)?
+        Self::known(serial)?
             .ok_or_else(|| StepError::Refused(format!("no block device has the serial {serial:?}")))
+    }
+
+    /// Takes its PCI function out of the guest; its driver writes out what it has.
+    pub fn remove(&self) -> StepResult<()> {
+        let step = || format!("remove block device {:?}", self.path);
+        let name = self.path.file_name().unwrap_or_default();
+        // The disk's device is the virtio one, whose parent is the function.
+        let device = fs::canonicalize(Path::new(SYS_BLOCK).join(name).join("device")).step(step)?;
+        fs::write(device.join("../remove"), "1").step(step)
+    }
+
+    /// The device whose driver reports `serial`, if the guest knows it.
+    pub fn known(serial: &str) -> StepResult<Option<Self>> {
+        Self::find(Path::new(SYS_BLOCK), serial)
     }
 
     fn find(sys_block: &Path, serial: &str) -> StepResult<Option<Self>> {

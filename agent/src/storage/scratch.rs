@@ -1,4 +1,4 @@
-//! The scratch: the file system that holds containers' writable layers.
+//! The scratch: the file system that holds a container's writable layer.
 
 use std::{
     fs,
@@ -6,8 +6,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use nix::mount::{MntFlags, MsFlags};
-use rvm_protocol::agent::scratch::Backing;
+use nix::{
+    errno::Errno,
+    mount::{MntFlags, MsFlags},
+};
+use rvm_protocol::{
+    agent::{self, scratch::Backing},
+    guest::SCRATCH_DIR,
+};
 
 use super::block::BlockDevice;
 use crate::{
@@ -19,21 +25,14 @@ use crate::{
 /// inode tables read as zeroes and need not be written.
 const EXT4_OPTIONS: &str = "discard,noinit_itable";
 
-/// What the scratch is made of.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Kind {
-    /// Memory; 0 bytes leaves the kernel's default limit.
-    Tmpfs { bytes: u64 },
-    /// The ext4 file system on the virtio-blk device with this serial.
-    Block { serial: String },
-}
-
-/// The scratch, mounted when the first container needs it.
+/// A container's scratch, mounted from before the container is made until it is
+/// deleted.
 #[derive(Debug)]
 pub struct Scratch {
-    kind: Kind,
     target: PathBuf,
-    mounted: bool,
+    /// Number of the block device it is on; none where it is in memory.
+    device: Option<u64>,
+    layer: Layer,
 }
 
 /// A container's writable layer, as OverlayFS wants it.
@@ -48,64 +47,72 @@ pub struct Layer {
 }
 
 impl Scratch {
-    /// A scratch that will be mounted at `target`.
-    pub fn new(backing: Option<&Backing>, target: PathBuf) -> Self {
-        let kind = match backing {
-            Some(Backing::BlockSerial(serial)) => Kind::Block { serial: serial.clone() },
-            Some(Backing::TmpfsBytes(bytes)) => Kind::Tmpfs { bytes: *bytes },
-            // `Backing` is generated and open to additions.
-            Some(_) | None => Kind::Tmpfs { bytes: 0 },
+    /// Mounts the scratch of a container.
+    pub fn mount(container_id: &str, scratch: &agent::Scratch) -> StepResult<Self> {
+        let target = Path::new(SCRATCH_DIR).join(container_id);
+        make_dir(&target)?;
+        let device = match &scratch.backing {
+            Some(Backing::BlockSerial(serial)) => BlockDevice::with_serial(serial).and_then(|device| {
+                mount_at(&device.path, &target, "ext4", MsFlags::MS_NOATIME, EXT4_OPTIONS)?;
+                Ok(Some(nix::sys::stat::makedev(device.major.into(), device.minor.into())))
+            }),
+            Some(Backing::TmpfsBytes(bytes)) if *bytes > 0 => {
+                mount_tmpfs(&target, &format!("mode=0700,size={bytes}")).map(|()| None)
+            }
+            // `Backing` is generated and open to additions. 0 bytes leave the
+            // kernel's default limit.
+            Some(_) | None => mount_tmpfs(&target, "mode=0700").map(|()| None),
         };
-        Self { kind, target, mounted: false }
+        let device = device.inspect_err(|_| drop(fs::remove_dir(&target)))?;
+        match Layer::below(&target) {
+            Ok(layer) => Ok(Self { target, device, layer }),
+            Err(error) => {
+                // The error at hand is the one to tell.
+                let _ = unmount(&target);
+                Err(error)
+            }
+        }
     }
 
-    /// The writable layer of a container, made if it does not exist.
-    pub fn layer(&mut self, container_id: &str) -> StepResult<Layer> {
-        self.mount()?;
-        let dir = self.target.join(container_id);
-        let (upper, work) = (dir.join("upper"), dir.join("work"));
-        let fresh = !upper.exists();
-        make_dir(&upper)?;
-        make_dir(&work)?;
-        Ok(Layer { upper, work, fresh })
+    /// One that is nowhere.
+    #[cfg(test)]
+    pub fn in_memory() -> Self {
+        let layer = Layer { upper: PathBuf::new(), work: PathBuf::new(), fresh: true };
+        Self { target: PathBuf::new(), device: None, layer }
     }
 
     /// Number of the block device it is on; none where it is in memory.
-    pub fn device(&mut self) -> StepResult<Option<u64>> {
-        self.mount()?;
-        let device = nix::sys::stat::stat(&self.target).step(|| "inspect the scratch")?.st_dev;
-        // Major 0 is that of file systems without a device.
-        Ok(Some(device).filter(|device| nix::sys::stat::major(*device) != 0))
+    pub fn device(&self) -> Option<u64> {
+        self.device
     }
 
-    /// Removes a deleted container's layer from memory. A layer on a block
-    /// device stays: the device belongs to the container's snapshot on the
-    /// host, comes back when the container is started again, and goes with it.
-    pub fn release_layer(&self, container_id: &str) -> StepResult<()> {
-        match self.kind {
-            Kind::Tmpfs { .. } => self.remove_layer(container_id),
-            Kind::Block { .. } => Ok(()),
-        }
+    /// The container's writable layer. One that is on a block device comes back
+    /// with it: the device belongs to the container's snapshot on the host.
+    pub fn layer(&self) -> &Layer {
+        &self.layer
     }
 
-    /// Removes a container's layer, wherever it is.
-    pub fn remove_layer(&self, container_id: &str) -> StepResult<()> {
-        match fs::remove_dir_all(self.target.join(container_id)) {
-            Err(error) if error.kind() != ErrorKind::NotFound => {
-                Err(error).step(|| format!("remove the writable layer of {container_id:?}"))
-            }
-            _ => Ok(()),
+    /// Unmounts it, which writes everything out.
+    pub fn unmount(&self) -> StepResult<()> {
+        unmount(&self.target)
+    }
+
+    /// Unmounts it when its container came to nothing, without the layer that
+    /// was made for it.
+    pub fn discard(&self) -> StepResult<()> {
+        // Memory goes as it is unmounted.
+        if self.layer.fresh && self.device.is_some() {
+            let upper = &self.layer.upper;
+            fs::remove_dir_all(upper).step(|| format!("remove the writable layer {upper:?}"))?;
         }
+        self.unmount()
     }
 
     /// Unmounts it, or at least leaves the file system clean.
-    pub fn release(&mut self) {
-        if !self.mounted {
-            return;
-        }
-        let Err(errno) = nix::mount::umount2(&self.target, MntFlags::empty()) else { return };
+    pub fn release(&self) {
+        let Err(error) = self.unmount() else { return };
         // A process may still hold it; read-only is as good for the journal.
-        log::debug!("unmount the scratch: {errno}");
+        log::debug!("{error}");
         let read_only = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
         if let Err(errno) =
             nix::mount::mount(None::<&str>, &self.target, None::<&str>, read_only, None::<&str>)
@@ -113,26 +120,34 @@ impl Scratch {
             log::debug!("make the scratch read-only: {errno}");
         }
     }
+}
 
-    fn mount(&mut self) -> StepResult<()> {
-        if self.mounted {
-            return Ok(());
-        }
-        make_dir(&self.target)?;
-        match &self.kind {
-            Kind::Tmpfs { bytes } => {
-                let options =
-                    if *bytes == 0 { "mode=0700".into() } else { format!("mode=0700,size={bytes}") };
-                mount_at(Path::new("scratch"), &self.target, "tmpfs", MsFlags::empty(), &options)?;
-            }
-            Kind::Block { serial } => {
-                let device = BlockDevice::with_serial(serial)?;
-                mount_at(&device.path, &self.target, "ext4", MsFlags::MS_NOATIME, EXT4_OPTIONS)?;
-            }
-        }
-        self.mounted = true;
-        Ok(())
+impl Layer {
+    /// The one in `dir`, made if it does not exist.
+    fn below(dir: &Path) -> StepResult<Self> {
+        let (upper, work) = (dir.join("upper"), dir.join("work"));
+        let fresh = !upper.exists();
+        make_dir(&upper)?;
+        make_dir(&work)?;
+        Ok(Self { upper, work, fresh })
     }
+}
+
+fn unmount(target: &Path) -> StepResult<()> {
+    let step = || format!("unmount the scratch {target:?}");
+    match nix::mount::umount2(target, MntFlags::empty()) {
+        // It was not mounted any more.
+        Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
+        Err(errno) => return Err(errno).step(step),
+    }
+    match fs::remove_dir(target) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(error).step(step),
+        _ => Ok(()),
+    }
+}
+
+fn mount_tmpfs(target: &Path, options: &str) -> StepResult<()> {
+    mount_at(Path::new("scratch"), target, "tmpfs", MsFlags::empty(), options)
 }
 
 fn mount_at(source: &Path, target: &Path, fs_type: &str, flags: MsFlags, options: &str) -> StepResult<()> {

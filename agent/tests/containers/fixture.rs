@@ -12,13 +12,11 @@ use nix::{
     sched::{CloneFlags, unshare},
 };
 use protobuf::MessageField;
-use rvm_agent::{
-    container::rootfs::MOUNT_POINT, error::Error, init::reaper::Exit, io, sandbox::Sandbox, storage::Storage,
-};
+use rvm_agent::{container::rootfs::MOUNT_POINT, error::Error, init::reaper::Exit, io, sandbox::Sandbox};
 use rvm_protocol::{
     agent::{
         Capabilities, ConsoleSize, CreateContainerRequest, CreateExecRequest, Mount, Namespace,
-        NamespaceType, Process, ProcessRef, Rootfs, Scratch,
+        NamespaceType, Process, ProcessRef, Rootfs,
     },
     guest::{self, Stream, StreamHeader},
 };
@@ -60,7 +58,7 @@ pub struct Machine {
 
 impl Machine {
     pub fn new() -> Self {
-        let sandbox = Arc::new(Sandbox::with_storage(Storage::with_share_in_place(&Scratch::default())));
+        let sandbox = Arc::new(Sandbox::already_set_up());
         let reaping = Arc::clone(&sandbox);
         tokio::spawn(async move { reaping.reaper().run().await });
         Self { sandbox }

@@ -115,6 +115,7 @@ impl Container {
         process.terminal = endpoints.terminal;
         (process.stdin, process.stdout, process.stderr) =
             (endpoints.stdin.is_some(), endpoints.stdout.is_some(), endpoints.stderr.is_some());
+        request.scratch = Some(sandbox.scratch()).into();
         // The monitor answers while the guest works.
         let (created, ()) =
             tokio::join!(sandbox.agent().create_container(&request), sandbox.note_monitor_steps());

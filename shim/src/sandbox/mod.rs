@@ -18,7 +18,7 @@ use std::{
 };
 
 use rvm_protocol::{
-    agent::{Scratch, SetUpSandboxRequest, scratch::Backing},
+    agent::{self as protocol, SetUpSandboxRequest, scratch::Backing},
     guest::{GUEST_CID, READY_PORT, SCRATCH_SERIAL, SHARE_TAG, ready_line},
     vmm::{CachePolicy, DiskConfig, ShareConfig, VmConfig, VsockConfig},
 };
@@ -194,6 +194,7 @@ pub struct Sandbox {
     dir: Arc<File>,
     vcpus: u8,
     memory: Memory,
+    scratch: protocol::Scratch,
     /// Whether the guest may hold data that belongs on the host.
     must_flush: bool,
     console: PathBuf,
@@ -272,7 +273,7 @@ impl Sandbox {
                 plugged.map_err(|source| SandboxError::Disk { field, source })?;
             }
             let agent = Agent::connect(&vsock).await?;
-            agent.set_up_sandbox(set_up_request(config, id)).await?;
+            agent.set_up_sandbox(set_up_request(id)).await?;
             timeline.mark("sandbox set up");
             Ok(agent)
         };
@@ -301,6 +302,7 @@ impl Sandbox {
             dir: owned.dir.fd().clone(),
             vcpus: size.vcpus,
             memory: Memory::new(room, resources),
+            scratch: guest_scratch(config.scratch),
             must_flush: matches!(config.scratch, config::Scratch::Block { .. })
                 || bundle.volumes.iter().any(|volume| !volume.readonly)
                 || bundle.disks.iter().any(|disk| !disk.readonly),
@@ -312,6 +314,11 @@ impl Sandbox {
     /// The agent.
     pub fn agent(&self) -> &Agent {
         &self.agent
+    }
+
+    /// Where its container's writes go, in the guest.
+    pub fn scratch(&self) -> protocol::Scratch {
+        self.scratch.clone()
     }
 
     /// Connections to the guest.
@@ -486,15 +493,20 @@ fn host_name() -> Option<String> {
     (!name.is_empty() && name.len() <= MAX_HOSTNAME_LEN).then_some(name)
 }
 
-fn set_up_request(config: &Config, id: &str) -> SetUpSandboxRequest {
-    let backing = match config.scratch {
+/// The scratch as the agent is told of it.
+fn guest_scratch(scratch: config::Scratch) -> protocol::Scratch {
+    let backing = match scratch {
         config::Scratch::Tmpfs { size_bytes } => Backing::TmpfsBytes(size_bytes),
         config::Scratch::Block { .. } => Backing::BlockSerial(SCRATCH_SERIAL.into()),
     };
+    protocol::Scratch { backing: Some(backing), ..Default::default() }
+}
+
+fn set_up_request(id: &str) -> SetUpSandboxRequest {
     SetUpSandboxRequest {
         hostname: host_name().unwrap_or_else(|| id.chars().take(MAX_HOSTNAME_LEN).collect()),
-        share_tag: SHARE_TAG.into(),
-        scratch: Some(Scratch { backing: Some(backing), ..Default::default() }).into(),
+        layers_tag: SHARE_TAG.into(),
+        volumes_tag: SHARE_TAG.into(),
         ..Default::default()
     }
 }

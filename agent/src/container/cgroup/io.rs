@@ -9,14 +9,14 @@ use super::{
 };
 use crate::{
     error::Error,
-    storage::{BlockDevice, Storage},
+    storage::{BlockDevice, Scratch},
 };
 
 /// Adds the writes for what `resources` says of block devices.
 pub(super) fn plan(
     field: &str,
     resources: &Resources,
-    storage: &mut Storage,
+    scratch: &Scratch,
     writes: &mut Vec<Write>,
 ) -> Result<(), Error> {
     if let Some(weight) = resources.io_weight {
@@ -24,7 +24,7 @@ pub(super) fn plan(
     }
     for (index, limit) in resources.io_limits.iter().enumerate() {
         let field = format!("{field}.io_limits[{index}]");
-        let device = device(&field, limit, storage)?;
+        let device = device(&field, limit, scratch)?;
         if let Some(rates) = rates(limit) {
             writes.push(write(field.clone(), "io.max", format!("{device} {rates}")));
         }
@@ -35,13 +35,13 @@ pub(super) fn plan(
     Ok(())
 }
 
-fn device(field: &str, limit: &IoLimit, storage: &mut Storage) -> Result<String, Error> {
+fn device(field: &str, limit: &IoLimit, scratch: &Scratch) -> Result<String, Error> {
     let invalid = |reason: String| Error::invalid(format!("{field}.serial"), reason);
     if !limit.serial.is_empty() {
         let device = BlockDevice::with_serial(&limit.serial).map_err(|error| invalid(error.to_string()))?;
         return Ok(format!("{}:{}", device.major, device.minor));
     }
-    let scratch = storage.scratch_device()?.ok_or_else(|| {
+    let scratch = scratch.device().ok_or_else(|| {
         let reason =
             "the scratch is in memory, whose rate nothing limits; one on a block device can be limited";
         invalid(reason.into())

@@ -8,7 +8,7 @@ use rvm_protocol::agent::Resources;
 use super::{Cgroup, devices::Filter, files, io};
 use crate::{
     error::{Error, describe},
-    storage::Storage,
+    storage::Scratch,
 };
 
 /// A checked set of limits.
@@ -44,9 +44,9 @@ const NO_LIMITS: &[&str] = &["cgroup.procs", "cgroup.threads", "cgroup.kill", "c
 
 impl Limits {
     /// Checks limits; `field` names them in errors.
-    pub fn plan(field: &str, resources: &Resources, storage: &mut Storage) -> Result<Self, Error> {
+    pub fn plan(field: &str, resources: &Resources, scratch: &Scratch) -> Result<Self, Error> {
         let mut writes = plain(field, resources);
-        io::plan(field, resources, storage, &mut writes)?;
+        io::plan(field, resources, scratch, &mut writes)?;
         for (name, value) in sorted(&resources.unified) {
             let field = format!("{field}.unified[{name:?}]");
             let reason = match name {
@@ -243,13 +243,12 @@ fn cpu_max(field: &str, resources: &Resources) -> Vec<Write> {
 mod tests {
     use std::{fs, path::Path};
 
-    use rvm_protocol::agent::{HugepageLimit, Scratch};
+    use rvm_protocol::agent::HugepageLimit;
 
     use super::*;
 
     fn plan(resources: &Resources) -> Result<Limits, Error> {
-        let mut storage = Storage::with_share_in_place(&Scratch::default());
-        Limits::plan("resources", resources, &mut storage)
+        Limits::plan("resources", resources, &Scratch::in_memory())
     }
 
     /// A directory with these files stands for a cgroup.

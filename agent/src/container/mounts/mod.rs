@@ -23,7 +23,7 @@ use super::paths::{Place, Root, clean, kind};
 use crate::{
     error::{Error, Step, StepError, StepResult, check_relative},
     init::mounts::CGROUP_ROOT,
-    storage::{BlockDevice, Storage},
+    storage::{BlockDevice, share},
     sys::mount::{Attributes, FsContext, attach, clone_tree, set_attributes},
 };
 
@@ -78,7 +78,7 @@ fn inside_proc(path: &Path) -> String {
 
 impl Mount {
     /// Checks the mount `mounts[index]` of a request.
-    pub fn plan(index: usize, mount: &agent::Mount, storage: &Storage) -> Result<Self, Error> {
+    pub fn plan(index: usize, mount: &agent::Mount) -> Result<Self, Error> {
         let field = |name: &str| format!("mounts[{index}].{name}");
         if mount.destination.is_empty()
             || [&mount.destination, &mount.source].iter().any(|path| path.contains('\0'))
@@ -99,7 +99,7 @@ impl Mount {
             _ if options.remount => Kind::Remount { whole: bind.is_none() },
             Some(recursive) if mount.from_share => {
                 check_relative(&field("source"), &mount.source)?;
-                Kind::Bind { source: storage.share_path(&mount.source), recursive }
+                Kind::Bind { source: share::path(&mount.source), recursive }
             }
             Some(recursive) if mount.source.starts_with('/') => {
                 Kind::Bind { source: PathBuf::from(&mount.source), recursive }
