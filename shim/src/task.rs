@@ -22,7 +22,7 @@ use crate::{
     io::{Endpoints, Stdio},
     process::Exit,
     rootfs::Layer,
-    sandbox::{Sandbox, Start},
+    sandbox::{Plan, Sandbox},
     spec::Bundle,
     timeline::Timeline,
 };
@@ -110,20 +110,15 @@ impl Tasks {
         let endpoints = Endpoints::open(&create.stdio, &self.namespace, &create.id).await?;
         note_sandbox_dir(&create.bundle, &config, &self.namespace, &create.id);
 
-        let start = Start {
-            config: &config,
-            namespace: &self.namespace,
-            id: &create.id,
-            bundle: &bundle,
-            layers: &create.layers,
-            timeline,
-        };
-        let sandbox = Arc::new(Sandbox::start(start).await?);
+        let plan = Plan::of(&self.namespace, &create.id, &bundle, &config.guest);
+        let (sandbox, attached) =
+            Sandbox::start_for(&config, plan, &bundle, &create.layers, timeline).await?;
         let hooks = Arc::new(Hooks::of(&bundle));
         let create = Create {
             hooks: hooks.clone(),
             bundle,
             layers: create.layers,
+            attached,
             stdio: create.stdio,
             endpoints,
             compat: config.compat,

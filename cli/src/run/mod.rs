@@ -24,7 +24,7 @@ use rvm_shim::{
     config::{Compat, Config},
     hooks::{HookError, Hooks},
     mount,
-    sandbox::{self, Sandbox, SandboxError, Start},
+    sandbox::{self, Attached, Plan, Sandbox, SandboxError},
     spec::{Bundle, SpecError},
     state::{self, Phase},
     timeline::Timeline,
@@ -213,20 +213,14 @@ impl Run {
     async fn run(self) -> Result<u8, RunError> {
         let mut signals = Signals::listen()?;
         let timeline = Arc::new(Timeline::begin());
-        let start = Start {
-            config: &self.config,
-            namespace: NAMESPACE,
-            id: &self.id,
-            bundle: &self.bundle,
-            layers: &[],
-            timeline: timeline.clone(),
-        };
-        let sandbox = tokio::select! {
-            sandbox = Sandbox::start(start) => sandbox?,
+        let plan = Plan::of(NAMESPACE, &self.id, &self.bundle, &self.config.guest);
+        let start = Sandbox::start_for(&self.config, plan, &self.bundle, &[], timeline.clone());
+        let (sandbox, attached) = tokio::select! {
+            started = start => started?,
             signal = signals.ending() => return Ok(exit_code_of(signal)),
         };
         let hooks = Hooks::of(&self.bundle);
-        let result = self.in_sandbox(&sandbox, &hooks, &mut signals).await;
+        let result = self.in_sandbox(&sandbox, &attached, &hooks, &mut signals).await;
         sandbox.close().await;
         hooks.after_stop().await;
         if self.verbose {
@@ -240,6 +234,7 @@ impl Run {
     async fn in_sandbox(
         &self,
         sandbox: &Sandbox,
+        attached: &Attached,
         hooks: &Hooks,
         signals: &mut Signals,
     ) -> Result<u8, RunError> {
@@ -247,7 +242,7 @@ impl Run {
             // The sandbox's end explains a lost connection, not the other way round.
             biased;
             reason = sandbox.ended() => Err(RunError::Ended(reason)),
-            result = self.container(sandbox, hooks, signals) => match result {
+            result = self.container(sandbox, attached, hooks, signals) => match result {
                 Err(RunError::Agent(AgentError::Lost(_)) | RunError::Vsock(_)) => {
                     // Nothing can be done with a guest that does not answer.
                     sandbox.kill();
@@ -261,6 +256,7 @@ impl Run {
     async fn container(
         &self,
         sandbox: &Sandbox,
+        attached: &Attached,
         hooks: &Hooks,
         signals: &mut Signals,
     ) -> Result<u8, RunError> {
@@ -270,7 +266,9 @@ impl Run {
             signal = signals.ending() => return Ok(exit_code_of(signal)),
         }
         let terminal = self.bundle.container.process.terminal;
-        agent.create_container(&self.bundle.container).await?;
+        let mut container = self.bundle.container.clone();
+        container.scratch = Some(attached.scratch()).into();
+        agent.create_container(&container).await?;
         sandbox.timeline().mark("container created");
         let streams = Streams::connect(sandbox.vsock(), &self.id, terminal, self.interactive).await?;
         let init = process_ref(&self.id, "");

@@ -10,13 +10,7 @@ use containerd_shim_protos::events::task::{TaskOOM, TaskPaused, TaskResumed};
 use protobuf::well_known_types::any::Any;
 
 use super::{Container, log_not_applied};
-use crate::{
-    error::Error,
-    metrics,
-    process::Phase,
-    sandbox::{SandboxError, guest_cpus},
-    spec, state,
-};
+use crate::{error::Error, metrics, process::Phase, spec, state};
 
 /// Between two events that tell of memory that ran out: a container may start
 /// anew what is killed, for ever.
@@ -70,23 +64,14 @@ impl Container {
         }
         log_not_applied(&format!("{}/{} update", self.namespace, self.id), &not_applied);
         let _changing = self.changing.lock().await;
-        let limit = resources.memory_max;
         // What is inside fits into what is around it all the time: the machine
         // grows before its container does, and shrinks after it.
-        let before = self.sandbox.wanted_memory();
-        if let Some(limit) = limit {
-            self.sandbox.make_room(limit).await?;
-        }
-        let of_host = resources.clone();
-        resources.cpus = guest_cpus(&resources.cpus, self.sandbox.size().vcpus);
+        let update = self.sandbox.update_begun(&self.id, &resources).await?;
+        resources.cpus = self.sandbox.guest_cpus(&resources.cpus);
         let updated = self.sandbox.agent().update(&self.id, resources).await;
-        match (&updated, limit) {
-            (Ok(()), Some(limit)) => self.sandbox.give_back(limit).await,
-            (Err(_), _) => self.sandbox.return_to(before).await,
-            (Ok(()), None) => {}
-        }
+        let told = self.sandbox.update_done(update, updated.is_ok()).await;
         updated?;
-        Ok(self.sandbox.update_ceiling(&of_host).map_err(SandboxError::from)?)
+        Ok(told?)
     }
 
     /// What it has used, as containerd's clients read it.

@@ -28,7 +28,7 @@ use crate::{
     io::{Endpoints, ProcessIo, Stdio},
     process::{Exit, Phase, Process},
     rootfs::Layer,
-    sandbox::{Sandbox, guest_cpus},
+    sandbox::{Attached, Sandbox},
     spec::{self, Bundle},
     state,
 };
@@ -53,6 +53,7 @@ pub struct Container {
     /// Its bundle.
     pub bundle: PathBuf,
     sandbox: Arc<Sandbox>,
+    _attached: Attached,
     hooks: Arc<Hooks>,
     namespace: String,
     events: Events,
@@ -80,6 +81,8 @@ pub struct Create {
     pub hooks: Arc<Hooks>,
     /// Its layers, as they were added to the share.
     pub layers: Vec<Layer>,
+    /// Its place in the machine.
+    pub attached: Attached,
     /// Its streams as containerd named them.
     pub stdio: Stdio,
     /// Its streams, opened.
@@ -106,16 +109,16 @@ impl Container {
         create: Create,
         events: Events,
     ) -> Result<Arc<Self>, Error> {
-        let Create { bundle, hooks, layers, stdio, endpoints, compat } = create;
+        let Create { bundle, hooks, layers, attached, stdio, endpoints, compat } = create;
         let mut request = bundle.container;
         let id = request.container_id.clone();
         let resources = request.resources.mut_or_insert_default();
-        resources.cpus = guest_cpus(&resources.cpus, sandbox.size().vcpus);
+        resources.cpus = sandbox.guest_cpus(&resources.cpus);
+        request.scratch = Some(attached.scratch()).into();
         let process = request.process.mut_or_insert_default();
         process.terminal = endpoints.terminal;
         (process.stdin, process.stdout, process.stderr) =
             (endpoints.stdin.is_some(), endpoints.stdout.is_some(), endpoints.stderr.is_some());
-        request.scratch = Some(sandbox.scratch()).into();
         // The monitor answers while the guest works.
         let (created, ()) =
             tokio::join!(sandbox.agent().create_container(&request), sandbox.note_monitor_steps());
@@ -135,6 +138,7 @@ impl Container {
             id,
             bundle: bundle.dir,
             sandbox,
+            _attached: attached,
             hooks,
             namespace: namespace.to_owned(),
             events,

@@ -11,6 +11,7 @@ mod labels;
 mod linux;
 mod mounts;
 mod namespaces;
+mod pod;
 mod process;
 pub(crate) mod resources;
 mod scheduling;
@@ -33,6 +34,7 @@ use crate::config::Compat;
 pub use disks::HostDisk;
 pub use hooks::{Hook, HostHooks};
 pub use mounts::Volume;
+pub use pod::{Role, role_in};
 
 /// Name of the specification in a bundle.
 const CONFIG_FILE: &str = "config.json";
@@ -99,6 +101,8 @@ pub struct Bundle {
     pub dir: PathBuf,
     /// The root file system where containerd hands over no mounts.
     pub root: PathBuf,
+    /// What the container is to its sandbox.
+    pub role: Role,
     /// What the agent is asked for; the process's streams are still unset.
     pub container: CreateContainerRequest,
     /// What has to be in the container's part of the share.
@@ -118,16 +122,7 @@ pub struct Bundle {
 impl Bundle {
     /// Reads and checks `dir/config.json` for the container `id`.
     pub fn load(dir: &Path, id: &str, compat: &Compat) -> Result<Self, SpecError> {
-        let path = dir.join(CONFIG_FILE);
-        let read = |source| SpecError::Read { path: path.clone(), source };
-        if fs::metadata(&path).map_err(read)?.len() > MAX_CONFIG_LEN {
-            return Err(SpecError::field(
-                path.display().to_string(),
-                format!("must not be larger than {MAX_CONFIG_LEN} bytes"),
-            ));
-        }
-        let text = fs::read(&path).map_err(read)?;
-        Self::parse(dir, id, &text, compat)
+        Self::parse(dir, id, &read(dir)?, compat)
     }
 
     /// Checks a specification that has been read.
@@ -135,6 +130,19 @@ impl Bundle {
         let spec: Spec = from_json(CONFIG_FILE, json)?;
         translate(dir, id, &spec, compat)
     }
+}
+
+/// The specification in the bundle `dir`, as it is.
+fn read(dir: &Path) -> Result<Vec<u8>, SpecError> {
+    let path = dir.join(CONFIG_FILE);
+    let read = |source| SpecError::Read { path: path.clone(), source };
+    if fs::metadata(&path).map_err(read)?.len() > MAX_CONFIG_LEN {
+        return Err(SpecError::field(
+            path.display().to_string(),
+            format!("must not be larger than {MAX_CONFIG_LEN} bytes"),
+        ));
+    }
+    fs::read(&path).map_err(read)
 }
 
 /// The process of an exec, as containerd passes it.
@@ -235,15 +243,17 @@ fn translate(dir: &Path, id: &str, spec: &Spec, compat: &Compat) -> Result<Bundl
         disks::add(&mut disks, disk);
     }
 
+    let annotations = spec.annotations().clone().unwrap_or_default();
     Ok(Bundle {
         dir: dir.to_owned(),
+        role: Role::of(&annotations)?,
         root: dir.join(root.path()),
         container,
         volumes: from_host.volumes,
         disks,
         hooks,
         oci_version: spec.version().clone(),
-        annotations: spec.annotations().clone().unwrap_or_default(),
+        annotations,
         not_applied,
     })
 }

@@ -1,0 +1,128 @@
+//! Why a sandbox is not there, or does not do what it should.
+
+use std::{io, path::PathBuf, time::Duration};
+
+use super::GrowError;
+use crate::{
+    agent::AgentError, cgroup::CgroupError, scratch::ScratchError, share::ShareError, vmm::MonitorError,
+    vsock::VsockError,
+};
+
+/// Why there is no sandbox.
+#[derive(Debug, thiserror::Error)]
+pub enum SandboxError {
+    /// A name that cannot be part of a path.
+    #[error("{what}: {name:?} must be letters, digits, '.', '_' and '-', starting with a letter or digit")]
+    Name {
+        /// Which name.
+        what: &'static str,
+        /// As given.
+        name: String,
+    },
+    /// Its name is taken.
+    #[error("sandbox {namespace}/{id} is running already")]
+    Exists {
+        /// containerd's namespace.
+        namespace: String,
+        /// Its id.
+        id: String,
+    },
+    /// Its directory.
+    #[error("{}: {source}", path.display())]
+    Directory {
+        /// The directory.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// A file the configuration names.
+    #[error("{key}: {}: {source}", path.display())]
+    File {
+        /// The configuration's key.
+        key: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// Its part of the file system.
+    #[error(transparent)]
+    Share(#[from] ShareError),
+    /// Its cgroup on the host.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// Where its writable layer lives.
+    #[error(transparent)]
+    Scratch(#[from] ScratchError),
+    /// Its monitor was not started.
+    #[error(transparent)]
+    Monitor(#[from] MonitorError),
+    /// A block device of the host, which its monitor was not given.
+    #[error("{field}: {source}")]
+    Disk {
+        /// The field of the specification that asks for it.
+        field: String,
+        /// Why not.
+        #[source]
+        source: MonitorError,
+    },
+    /// A block device of the host that another container holds read-only.
+    #[error("{field}: another container of this sandbox uses the device, and read-only")]
+    ReadonlyDisk {
+        /// The field of the specification that asks for it.
+        field: String,
+    },
+    /// More memory than it can have.
+    #[error(
+        "linux.resources.memory.limit: {limit} bytes do not fit: the running machine of {boot_mib} MiB can grow to \
+         {most_mib} MiB on this host"
+    )]
+    NoRoom {
+        /// What was asked for.
+        limit: u64,
+        /// What it started with.
+        boot_mib: u64,
+        /// The most it can have.
+        most_mib: u64,
+    },
+    /// It did not grow.
+    #[error(
+        "linux.resources.memory.limit: the running machine was not made larger for {limit} bytes: {source}"
+    )]
+    Grow {
+        /// What was asked for.
+        limit: u64,
+        /// Why not.
+        #[source]
+        source: GrowError,
+    },
+    /// Its sockets.
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
+    /// Its agent.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    /// Its agent is not the one that was installed with this program.
+    #[error(
+        "the agent announces itself as {found:?} instead of {expected:?}: shim and initramfs are of different versions"
+    )]
+    Version {
+        /// What it said.
+        found: String,
+        /// What it should have said.
+        expected: String,
+    },
+    /// It ended before its agent answered.
+    #[error("the guest did not start: {0}")]
+    Ended(String),
+    /// It took too long.
+    #[error("the guest did not answer within {} s (guest.boot_timeout_s){}", limit.as_secs(), console.as_ref().map(|text| format!("; its console ends with: {text}")).unwrap_or_default())]
+    TimedOut {
+        /// How long was waited.
+        limit: Duration,
+        /// The end of its console.
+        console: Option<String>,
+    },
+}

@@ -1,0 +1,269 @@
+//! A microVM: its monitor, its agent, and what is plugged into it while it runs.
+
+use std::{
+    fs::File,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use rvm_protocol::{
+    agent::SetUpSandboxRequest,
+    guest::{GUEST_CID, READY_PORT, SHARE_TAG, ready_line},
+    vmm::{DiskConfig, ShareConfig, VmConfig, VsockConfig},
+};
+use tokio::{net::UnixListener, time::timeout};
+
+use super::{CONSOLE_LOG, Plan, SandboxError, dir, failure};
+use crate::{
+    agent::{Agent, AgentError},
+    cgroup::HostCgroup,
+    config::Config,
+    process_id::ProcessId,
+    timeline::Timeline,
+    vmm::{self, Exited, Monitor},
+    vsock::{self, Vsock, VsockError},
+};
+
+/// How long a guest may take to flush its file systems and power off.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(10);
+/// The kernel's limit for a host name.
+const MAX_HOSTNAME_LEN: usize = 64;
+
+/// A microVM whose guest is booting. Dropping it ends it.
+pub(super) struct Boot {
+    monitor: Monitor,
+    vsock: Vsock,
+    ready: UnixListener,
+    dir: Arc<File>,
+    console: PathBuf,
+    set_up: SetUpSandboxRequest,
+    limit: Duration,
+    timeline: Arc<Timeline>,
+    /// When the monitor was spawned, from the timeline's beginning.
+    spawned: Duration,
+}
+
+/// A microVM whose agent answers. Dropping it ends it.
+pub(super) struct Machine {
+    monitor: Monitor,
+    agent: Agent,
+    vsock: Vsock,
+    dir: Arc<File>,
+    console: PathBuf,
+    spawned: Duration,
+}
+
+impl Boot {
+    /// Starts the monitor in the sandbox's directory `path`, which is open as
+    /// `dir`. Has to be called on the process's main thread.
+    pub(super) fn begin(
+        config: &Config,
+        plan: &Plan,
+        (path, dir): (&Path, &Arc<File>),
+        cgroup: &HostCgroup,
+        timeline: &Arc<Timeline>,
+    ) -> Result<Self, SandboxError> {
+        let vsock = Vsock::new(dir.clone());
+        let ready = vsock.listen(READY_PORT)?;
+        vmm::write_config(path, &vm_config(config, plan))
+            .map_err(|source| SandboxError::Directory { path: path.to_owned(), source })?;
+        let spawned = timeline.elapsed();
+        let monitor = Monitor::spawn(&config.host.monitor, path, cgroup)?;
+        timeline.mark("monitor spawned");
+        Ok(Self {
+            monitor,
+            vsock,
+            ready,
+            dir: dir.clone(),
+            console: path.join(CONSOLE_LOG),
+            set_up: set_up_request(plan),
+            limit: config.guest.boot_timeout,
+            timeline: timeline.clone(),
+            spawned,
+        })
+    }
+
+    /// The monitor's process.
+    pub(super) fn id(&self) -> ProcessId {
+        self.monitor.id()
+    }
+
+    /// Waits until the agent has set the sandbox up.
+    pub(super) async fn finished(self) -> Result<Machine, SandboxError> {
+        let Self { monitor, vsock, ready, dir, console, set_up, limit, timeline, spawned } = self;
+        let boot = async {
+            wait_ready(ready).await?;
+            timeline.mark("agent ready");
+            let agent = Agent::connect(&vsock).await?;
+            agent.set_up_sandbox(set_up).await?;
+            timeline.mark("sandbox set up");
+            Ok(agent)
+        };
+        let agent = tokio::select! {
+            // An end of the monitor explains a lost connection, not the other way round.
+            biased;
+            exited = monitor.exited() => Err(SandboxError::Ended(describe_end(&exited, &console))),
+            agent = timeout(limit, boot) => match agent {
+                Ok(Ok(agent)) => Ok(agent),
+                Ok(Err(error)) => Err(explain(error, &monitor, &console).await),
+                Err(_) => Err(SandboxError::TimedOut { limit, console: failure::console_summary(&console) }),
+            },
+        }?;
+        Ok(Machine { monitor, agent, vsock, dir, console, spawned })
+    }
+}
+
+impl Machine {
+    pub(super) fn agent(&self) -> &Agent {
+        &self.agent
+    }
+
+    pub(super) fn vsock(&self) -> &Vsock {
+        &self.vsock
+    }
+
+    pub(super) fn id(&self) -> ProcessId {
+        self.monitor.id()
+    }
+
+    /// Adds what the monitor measured of its own start to the timeline.
+    pub(super) async fn note_steps(&self, timeline: &Timeline) {
+        const LIMIT: Duration = Duration::from_secs(1);
+        let Ok(answer) = timeout(LIMIT, vmm::metrics(&self.dir)).await else {
+            return log::warn!("the monitor does not answer on its control socket");
+        };
+        match answer {
+            Ok(metrics) => {
+                for (name, us) in metrics.start_us {
+                    let after = self.spawned + Duration::from_micros(us);
+                    timeline.mark_at(&format!("monitor: {name}"), after);
+                }
+            }
+            Err(error) => log::debug!("no steps from the monitor: {error}"),
+        }
+    }
+
+    /// Waits for the end of the monitor, whatever its cause, and says why.
+    pub(super) async fn ended(&self) -> String {
+        describe_end(&self.monitor.exited().await, &self.console)
+    }
+
+    pub(super) fn kill(&self) {
+        self.monitor.kill();
+    }
+
+    /// Ends the guest, after it has written what belongs on the host where
+    /// `flush`.
+    pub(super) async fn end(&self, flush: bool) {
+        let stop = async {
+            if flush {
+                // The answer may be lost with the connection; what counts is the end.
+                let _ = self.agent.shut_down().await;
+                self.monitor.exited().await;
+            }
+        };
+        if timeout(SHUTDOWN_TIMEOUT, stop).await.is_err() {
+            log::warn!("the guest did not power off within {} s", SHUTDOWN_TIMEOUT.as_secs());
+        }
+        self.monitor.kill();
+        self.monitor.exited().await;
+    }
+
+    /// Plugs a disk in. The guest finds it when it is told to use it.
+    pub(super) async fn add_disk(
+        &self,
+        serial: &str,
+        path: &Path,
+        readonly: bool,
+    ) -> Result<(), vmm::MonitorError> {
+        let disk = DiskConfig { serial: serial.to_owned(), path: path.to_owned(), readonly };
+        vmm::add_disk(&self.dir, disk).await
+    }
+
+    /// Bytes of memory the guest has plugged in.
+    pub(super) async fn plugged_bytes(&self) -> Result<u64, vmm::MonitorError> {
+        Ok(vmm::metrics(&self.dir).await?.memory_plugged_bytes)
+    }
+
+    /// Offers the guest so much memory beside what it started with.
+    pub(super) async fn offer_memory(&self, mib: u64) -> Result<(), vmm::MonitorError> {
+        vmm::set_hotplug_memory(&self.dir, mib).await
+    }
+}
+
+fn vm_config(config: &Config, plan: &Plan) -> VmConfig {
+    VmConfig {
+        id: plan.id.clone(),
+        vcpus: plan.size.vcpus,
+        memory_mib: plan.room.boot_mib,
+        hotplug_memory_mib: plan.room.hotplug_mib,
+        huge_pages: config.guest.huge_pages,
+        kernel: config.guest.kernel.clone(),
+        cmdline: config.guest.cmdline(),
+        initramfs: Some(config.guest.initramfs.clone()),
+        console_log: Some(CONSOLE_LOG.into()),
+        control_socket: Some(vmm::CONTROL_SOCKET.into()),
+        vsock: Some(VsockConfig { guest_cid: GUEST_CID, socket: vsock::SOCKET.into() }),
+        shares: vec![ShareConfig {
+            tag: SHARE_TAG.into(),
+            dir: dir::SHARE.into(),
+            readonly: plan.share_readonly,
+            cache: plan.share_cache,
+        }],
+        disks: Vec::new(),
+    }
+}
+
+/// The host's name: what a new UTS namespace on it would begin with. A container
+/// whose specification names none keeps it, as under runc.
+fn host_name() -> Option<String> {
+    let name = nix::unistd::gethostname().ok()?.into_string().ok()?;
+    (!name.is_empty() && name.len() <= MAX_HOSTNAME_LEN).then_some(name)
+}
+
+fn set_up_request(plan: &Plan) -> SetUpSandboxRequest {
+    SetUpSandboxRequest {
+        hostname: host_name().unwrap_or_else(|| plan.id.chars().take(MAX_HOSTNAME_LEN).collect()),
+        layers_tag: SHARE_TAG.into(),
+        volumes_tag: SHARE_TAG.into(),
+        ..Default::default()
+    }
+}
+
+async fn wait_ready(listener: UnixListener) -> Result<(), SandboxError> {
+    let io = |source| VsockError::Io { port: READY_PORT, source };
+    let (mut stream, _) = listener.accept().await.map_err(io)?;
+    let found = vsock::read_line(&mut stream).await.map_err(io)?;
+    let expected = ready_line();
+    if found == expected.trim_end() {
+        return Ok(());
+    }
+    Err(SandboxError::Version {
+        found: crate::agent::printable(found),
+        expected: expected.trim_end().to_owned(),
+    })
+}
+
+/// A connection that fails because the monitor is going down is told as the
+/// monitor's end, which is known a moment later.
+async fn explain(error: SandboxError, monitor: &Monitor, console: &Path) -> SandboxError {
+    const MOMENT: Duration = Duration::from_millis(500);
+    if !matches!(
+        error,
+        SandboxError::Vsock(_) | SandboxError::Agent(AgentError::Lost(_) | AgentError::Connect(_))
+    ) {
+        return error;
+    }
+    match timeout(MOMENT, monitor.exited()).await {
+        Ok(exited) => SandboxError::Ended(describe_end(&exited, console)),
+        Err(_) => error,
+    }
+}
+
+fn describe_end(exited: &Exited, console: &Path) -> String {
+    match failure::console_summary(console) {
+        Some(text) => format!("{exited}; its console ends with: {text}"),
+        None => exited.to_string(),
+    }
+}

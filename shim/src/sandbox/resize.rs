@@ -1,0 +1,295 @@
+//! The machine's size while it runs: it grows with what its containers claim, and
+//! shrinks with it (docs/decisions/0621).
+
+use std::{
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use rvm_protocol::agent::Resources;
+use tokio::time::sleep;
+
+use super::{Claim, Ledger, Room, Sandbox, SandboxError, Size};
+use crate::{
+    agent::AgentError,
+    cgroup::{Ceiling, CgroupError},
+    vmm::MonitorError,
+};
+
+/// How often, and in which intervals, it is looked whether the guest has given
+/// back what it said it would.
+const LOOKS: u32 = 10;
+const MOMENT: Duration = Duration::from_millis(10);
+
+/// Why the machine did not grow.
+#[derive(Debug, thiserror::Error)]
+pub enum GrowError {
+    /// The host's ceiling.
+    #[error(transparent)]
+    Ceiling(#[from] CgroupError),
+    /// The monitor.
+    #[error(transparent)]
+    Monitor(#[from] MonitorError),
+    /// The agent.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    /// The guest did not plug it all in.
+    #[error("the guest has taken {got_mib} MiB of {wanted_mib} MiB")]
+    Short {
+        /// What it took.
+        got_mib: u64,
+        /// What it was offered.
+        wanted_mib: u64,
+    },
+}
+
+/// How large the machine is, and whether it is being changed.
+pub(super) struct Sizing {
+    /// Memory it started with and may come to have.
+    room: Room,
+    /// vCPUs it may come to have.
+    max_vcpus: u8,
+    now: Mutex<Now>,
+    ledger: Mutex<Ledger>,
+    /// Held while it changes.
+    changing: tokio::sync::Mutex<()>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Now {
+    /// vCPUs the guest uses.
+    vcpus: u8,
+    /// MiB the guest should have plugged in.
+    wanted_mib: u64,
+    /// MiB it has plugged in, or at least once had and did not give back.
+    plugged_mib: u64,
+    /// Whether the host holds the machine to a ceiling.
+    ceiling: bool,
+}
+
+impl Sizing {
+    /// Of a machine that has just been started with `vcpus`, for what is in
+    /// `ledger`, and is held to `total` by the host.
+    pub(super) fn new(room: Room, size: Size, max_vcpus: u8, ledger: Ledger, total: &Resources) -> Self {
+        let now = Now { vcpus: size.vcpus, wanted_mib: 0, plugged_mib: 0, ceiling: is_limited(total) };
+        let (now, ledger) = (Mutex::new(now), Mutex::new(ledger));
+        Self { room, max_vcpus, now, ledger, changing: tokio::sync::Mutex::default() }
+    }
+
+    fn now(&self) -> MutexGuard<'_, Now> {
+        self.now.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn ledger(&self) -> MutexGuard<'_, Ledger> {
+        self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn memory_mib(&self) -> u64 {
+        self.room.boot_mib + self.now().plugged_mib
+    }
+
+    /// MiB to plug in for what is claimed now; as much as there can be where that
+    /// is more.
+    fn target(&self) -> u64 {
+        let needed = self.ledger().size().memory_mib;
+        self.room.plugged_for(needed).unwrap_or(self.room.hotplug_mib)
+    }
+}
+
+/// Whether the host has to hold a machine for `resources` to a ceiling.
+fn is_limited(resources: &Resources) -> bool {
+    resources.memory_max.is_some_and(|limit| limit > 0)
+}
+
+impl Sandbox {
+    /// What the machine has.
+    pub fn size(&self) -> Size {
+        Size { vcpus: self.sizing.now().vcpus, memory_mib: self.sizing.memory_mib() }
+    }
+
+    /// The guest's CPUs that stand for a container's list of the host's.
+    pub fn guest_cpus(&self, list: &str) -> String {
+        let vcpus = self.sizing.now().vcpus;
+        self.sizing.ledger().guest_cpus(list, vcpus)
+    }
+
+    /// Makes the machine large enough for a container that comes. One the machine
+    /// was started for finds it so. On an error it is as it was.
+    pub(super) async fn admit(&self, container: &str, claim: Claim) -> Result<(), SandboxError> {
+        let _changing = self.sizing.changing.lock().await;
+        if self.sizing.ledger().claim(container).is_some() {
+            return Ok(());
+        }
+        let limit = claim.memory_limit();
+        self.sizing.ledger().set(container, claim);
+        let result = match self.grow(limit).await {
+            Ok(()) => Ok(self.tell_host()?),
+            Err(error) => Err(error),
+        };
+        if result.is_err() {
+            self.sizing.ledger().remove(container);
+            self.settle().await;
+        }
+        result
+    }
+
+    /// Strikes a container off that has gone, and makes the machine smaller.
+    #[expect(dead_code, reason = "containers leave one by one once they come one by one")]
+    pub(super) async fn release(&self, container: &str) {
+        let _changing = self.sizing.changing.lock().await;
+        self.sizing.ledger().remove(container);
+        self.settle().await;
+    }
+
+    /// Makes the machine large enough for what a container's limits will be with
+    /// `changed`; [`Sandbox::update_done`] must follow. On an error it is as it was.
+    pub async fn update_begun(&self, container: &str, changed: &Resources) -> Result<Update, SandboxError> {
+        let _changing = self.sizing.changing.lock().await;
+        let before = self.sizing.ledger().claim(container).cloned().unwrap_or_default();
+        self.sizing.ledger().set(container, before.with(changed));
+        let limit = changed.memory_max.and_then(|limit| u64::try_from(limit).ok()).filter(|limit| *limit > 0);
+        let room = self.sizing.room;
+        let fits = room.plugged_for(self.sizing.ledger().wanted_memory_mib()).is_some();
+        let grown = match limit {
+            Some(limit) if !fits => Err(SandboxError::NoRoom {
+                limit,
+                boot_mib: room.boot_mib,
+                most_mib: room.boot_mib + room.hotplug_mib,
+            }),
+            limit => self.grow(limit).await,
+        };
+        let update = Update { container: container.to_owned(), before };
+        match grown {
+            Ok(()) => Ok(update),
+            Err(error) => {
+                self.sizing.ledger().set(container, update.before);
+                self.settle().await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Ends an update: the container has its new limits, or where not `done` still
+    /// the old ones.
+    pub async fn update_done(&self, update: Update, done: bool) -> Result<(), SandboxError> {
+        let _changing = self.sizing.changing.lock().await;
+        if !done {
+            self.sizing.ledger().set(&update.container, update.before);
+        }
+        self.settle().await;
+        Ok(self.tell_host()?)
+    }
+
+    /// Makes the machine as large as the ledger says, where it is smaller.
+    async fn grow(&self, limit: Option<u64>) -> Result<(), SandboxError> {
+        let target = self.sizing.target();
+        let before = *self.sizing.now();
+        if target > before.wanted_mib.min(before.plugged_mib) {
+            let grown = self.grow_memory(target, before).await;
+            grown.map_err(|source| SandboxError::Grow { limit: limit.unwrap_or_default(), source })?;
+        }
+        let vcpus = self.sizing.ledger().size().vcpus.max(before.vcpus);
+        self.set_vcpus(vcpus).await
+    }
+
+    async fn grow_memory(&self, target_mib: u64, before: Now) -> Result<(), GrowError> {
+        if before.ceiling {
+            let memory_mib = self.sizing.room.boot_mib + target_mib.max(before.plugged_mib);
+            self.set_ceiling(&Ceiling::memory(memory_mib))?;
+        }
+        self.sizing.now().wanted_mib = target_mib;
+        self.machine.offer_memory(target_mib).await?;
+        let got_mib = self.machine.agent().wait_memory(target_mib << 20).await? >> 20;
+        if got_mib < target_mib {
+            return Err(GrowError::Short { got_mib, wanted_mib: target_mib });
+        }
+        self.note_plugged(target_mib.max(before.plugged_mib));
+        Ok(())
+    }
+
+    async fn set_vcpus(&self, vcpus: u8) -> Result<(), SandboxError> {
+        let vcpus = vcpus.min(self.sizing.max_vcpus);
+        if vcpus == self.sizing.now().vcpus {
+            return Ok(());
+        }
+        Ok(())
+    }
+
+    /// Makes the machine as large as the ledger says, where it is larger and as
+    /// far as the guest can free memory.
+    async fn settle(&self) {
+        let target = self.sizing.target();
+        let now = *self.sizing.now();
+        if target < now.wanted_mib.max(now.plugged_mib) {
+            self.shrink_memory(target).await;
+        }
+        let vcpus = self.sizing.ledger().size().vcpus;
+        if vcpus < now.vcpus
+            && let Err(error) = self.set_vcpus(vcpus).await
+        {
+            log::warn!("the machine keeps its CPUs: {error}");
+        }
+    }
+
+    /// The guest keeps what it cannot free; so does the ceiling, which would
+    /// otherwise kill the machine.
+    async fn shrink_memory(&self, target_mib: u64) {
+        let shrunk = async {
+            self.machine.offer_memory(target_mib).await?;
+            self.sizing.now().wanted_mib = target_mib;
+            let said = self.machine.agent().wait_memory(target_mib << 20).await?.max(target_mib << 20);
+            // What counts is what the guest has given back. It stops using a
+            // block a moment before, and says so.
+            let mut plugged = self.machine.plugged_bytes().await?;
+            for _ in 0..LOOKS {
+                if plugged <= said {
+                    break;
+                }
+                sleep(MOMENT).await;
+                plugged = self.machine.plugged_bytes().await?;
+            }
+            Ok::<u64, GrowError>(plugged.div_ceil(1 << 20))
+        };
+        match shrunk.await {
+            Ok(plugged_mib) => {
+                if plugged_mib > target_mib {
+                    log::info!(
+                        "the guest keeps {plugged_mib} MiB, not {target_mib} MiB, of memory plugged in"
+                    );
+                }
+                self.note_plugged(plugged_mib.max(target_mib));
+                let (ceiling, memory_mib) = (self.sizing.now().ceiling, self.sizing.memory_mib());
+                if ceiling && let Err(error) = self.set_ceiling(&Ceiling::memory(memory_mib)) {
+                    log::warn!("the ceiling stays: {error}");
+                }
+            }
+            Err(error) => log::warn!("the machine's memory stays as it is: {error}"),
+        }
+    }
+
+    fn note_plugged(&self, plugged_mib: u64) {
+        self.sizing.now().plugged_mib = plugged_mib;
+        let memory_mib = self.sizing.memory_mib();
+        self.record(|state| state.memory_mib = memory_mib);
+    }
+
+    /// Has the host hold the machine to what the ledger comes to.
+    fn tell_host(&self) -> Result<(), CgroupError> {
+        let total = self.sizing.ledger().total();
+        self.set_ceiling(&Ceiling::of(&total, self.sizing.memory_mib()))?;
+        self.sizing.now().ceiling |= is_limited(&total);
+        Ok(())
+    }
+
+    fn set_ceiling(&self, ceiling: &Ceiling) -> Result<(), CgroupError> {
+        self.owned().as_ref().map_or(Ok(()), |owned| owned.cgroup.update(ceiling))
+    }
+}
+
+/// A container's limits that are being changed.
+#[derive(Debug)]
+#[must_use]
+pub struct Update {
+    container: String,
+    before: Claim,
+}

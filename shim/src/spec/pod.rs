@@ -1,0 +1,115 @@
+//! What a specification says of the pod its container belongs to, in the
+//! annotations of containerd's CRI plugin and of CRI-O.
+
+use std::{collections::HashMap, path::Path};
+
+use serde::Deserialize;
+
+use super::{CONFIG_FILE, SpecError, from_json, read};
+
+/// `sandbox` or `container`, and the pod's id, as containerd and CRI-O write them.
+const KEYS: [(&str, &str); 2] = [
+    ("io.kubernetes.cri.container-type", "io.kubernetes.cri.sandbox-id"),
+    ("io.kubernetes.cri-o.ContainerType", "io.kubernetes.cri-o.SandboxID"),
+];
+
+/// What a container is to its sandbox.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Role {
+    /// It has one of its own.
+    #[default]
+    Alone,
+    /// It holds a pod's: others will join it.
+    Sandbox,
+    /// It joins one that runs.
+    Member {
+        /// The id of the container that holds it.
+        sandbox: String,
+    },
+}
+
+impl Role {
+    /// What `annotations` say.
+    pub(super) fn of(annotations: &HashMap<String, String>) -> Result<Self, SpecError> {
+        for (kind, id) in KEYS {
+            let at = |key: &str| format!("annotations[{key:?}]");
+            match annotations.get(kind).map(String::as_str) {
+                None | Some("") => {}
+                Some("sandbox") => return Ok(Self::Sandbox),
+                Some("container") => {
+                    let sandbox = annotations.get(id).filter(|id| !id.is_empty()).ok_or_else(|| {
+                        SpecError::field(
+                            at(id),
+                            format!("is missing; it names the sandbox that {kind} tells of"),
+                        )
+                    })?;
+                    return Ok(Self::Member { sandbox: sandbox.clone() });
+                }
+                Some(other) => {
+                    let problem = format!("must be \"sandbox\" or \"container\", is {other:?}");
+                    return Err(SpecError::field(at(kind), problem));
+                }
+            }
+        }
+        Ok(Self::Alone)
+    }
+}
+
+/// The role of the container in the bundle `dir`, of whose specification nothing
+/// else is looked at; alone where there is none.
+pub fn role_in(dir: &Path) -> Result<Role, SpecError> {
+    #[derive(Deserialize)]
+    struct Annotated {
+        #[serde(default)]
+        annotations: Option<HashMap<String, String>>,
+    }
+    let text = match read(dir) {
+        Err(SpecError::Read { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+            return Ok(Role::Alone);
+        }
+        text => text?,
+    };
+    let found: Annotated = from_json(CONFIG_FILE, &text)?;
+    Role::of(&found.annotations.unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn role(annotations: &[(&str, &str)]) -> Result<Role, String> {
+        let annotations = annotations.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect();
+        Role::of(&annotations).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn both_kinds_of_annotations_are_read() {
+        for (kind, id) in KEYS {
+            assert_eq!(role(&[(kind, "sandbox"), (id, "pod")]).unwrap(), Role::Sandbox);
+            assert_eq!(
+                role(&[(kind, "container"), (id, "pod")]).unwrap(),
+                Role::Member { sandbox: "pod".into() }
+            );
+            let error = role(&[(kind, "container")]).unwrap_err();
+            assert!(error.starts_with(&format!("annotations[{id:?}]: is missing")), "{error}");
+            let error = role(&[(kind, "vm")]).unwrap_err();
+            assert!(error.starts_with(&format!("annotations[{kind:?}]: must be")), "{error}");
+        }
+        assert_eq!(role(&[("io.kubernetes.cri.sandbox-id", "pod")]).unwrap(), Role::Alone);
+    }
+
+    #[test]
+    fn a_bundle_is_looked_at_for_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(role_in(dir.path()).unwrap(), Role::Alone);
+        std::fs::write(
+            dir.path().join(CONFIG_FILE),
+            r#"{"ociVersion": 7, "annotations": {"io.kubernetes.cri.container-type": "container",
+                "io.kubernetes.cri.sandbox-id": "pod"}}"#,
+        )
+        .unwrap();
+        assert_eq!(role_in(dir.path()).unwrap(), Role::Member { sandbox: "pod".into() });
+        std::fs::write(dir.path().join(CONFIG_FILE), "{").unwrap();
+        assert!(role_in(dir.path()).is_err());
+    }
+}
