@@ -29,7 +29,17 @@ pub struct Prepared {
     pub host: Host,
     /// How the devhost has its cgroups.
     pub cgroups: devhost::Cgroups,
+    /// Memory of the devhost in MiB.
+    pub memory_mib: u32,
     env: Vec<(OsString, OsString)>,
+}
+
+/// Where KVM can run a kernel: a program at a time.
+pub enum Place<'a> {
+    /// This machine.
+    Here(&'a Prepared),
+    /// A devhost of its own.
+    Devhost(&'a Prepared, Box<Devhost>),
 }
 
 /// Where a program's streams go.
@@ -59,7 +69,8 @@ impl Prepared {
             ("RVM_STAGE".into(), prefix.into_os_string()),
             ("RVM_TEST_IMAGE".into(), image.into_os_string()),
         ];
-        Ok(Self { host, cgroups: devhost::Cgroups::default(), env })
+        let options = devhost::Options::default();
+        Ok(Self { host, cgroups: options.cgroups, memory_mib: options.memory_mib, env })
     }
 
     /// Sets an environment variable of every program.
@@ -70,25 +81,23 @@ impl Prepared {
     /// Runs a program as root where KVM can run a kernel: here or in the
     /// devhost. Returns its exit code.
     pub fn run_with_kvm(&self, program: &Path, arguments: &[String], output: Output<'_>) -> Result<i32> {
+        let limit = (!matches!(output, Output::Terminal)).then_some(LIMIT);
+        self.place(limit)?.run(program, arguments, output)
+    }
+
+    /// Where KVM can run a kernel, for programs that take no longer than `limit` in the devhost.
+    pub fn place(&self, limit: Option<Duration>) -> Result<Place<'_>> {
         if self.host == Host::Hardware {
-            return self.run_here(program, arguments, output);
+            return Ok(Place::Here(self));
         }
-        let timeout = (!matches!(output, Output::Terminal)).then_some(LIMIT);
-        let options =
-            devhost::Options { cpus: CPUS, timeout, cgroups: self.cgroups, ..devhost::Options::default() };
-        let devhost = Devhost::new(options)?;
-        let argv = std::iter::once(program.into()).chain(arguments.iter().map(OsString::from));
-        let mut command = devhost::Command::new::<OsString>(argv);
-        for (name, value) in &self.env {
-            command = command.env(name, value);
-        }
-        match output {
-            Output::Inherit => devhost.run(&command, devhost::Stdio::Inherit),
-            Output::Terminal => devhost.run(&command, devhost::Stdio::Terminal),
-            Output::Lines(callback) => {
-                devhost.run(&command, devhost::Stdio::Lines(&mut |_, line| callback(line)))
-            }
-        }
+        let options = devhost::Options {
+            cpus: CPUS,
+            timeout: limit,
+            cgroups: self.cgroups,
+            memory_mib: self.memory_mib,
+            ..devhost::Options::default()
+        };
+        Ok(Place::Devhost(self, Box::new(Devhost::new(options)?)))
     }
 
     /// Runs a program as root on this machine. Returns its exit code.
@@ -116,6 +125,28 @@ impl Prepared {
             Output::Lines(callback) => lines(command, callback).with_context(failed)?,
         };
         Ok(status.code().unwrap_or(1))
+    }
+}
+
+impl Place<'_> {
+    /// Runs a program as root. Returns its exit code.
+    pub fn run(&self, program: &Path, arguments: &[String], output: Output<'_>) -> Result<i32> {
+        let (prepared, devhost) = match self {
+            Self::Here(prepared) => return prepared.run_here(program, arguments, output),
+            Self::Devhost(prepared, devhost) => (prepared, devhost),
+        };
+        let argv = std::iter::once(program.into()).chain(arguments.iter().map(OsString::from));
+        let mut command = devhost::Command::new::<OsString>(argv);
+        for (name, value) in &prepared.env {
+            command = command.env(name, value);
+        }
+        match output {
+            Output::Inherit => devhost.run(&command, devhost::Stdio::Inherit),
+            Output::Terminal => devhost.run(&command, devhost::Stdio::Terminal),
+            Output::Lines(callback) => {
+                devhost.run(&command, devhost::Stdio::Lines(&mut |_, line| callback(line)))
+            }
+        }
     }
 }
 

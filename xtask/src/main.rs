@@ -13,7 +13,8 @@ mod parity;
 mod progress;
 mod test;
 
-use anyhow::Result;
+use std::process::ExitCode;
+
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
@@ -41,8 +42,8 @@ enum Command {
     Install(install::Args),
 }
 
-fn main() -> Result<()> {
-    match Cli::parse().command {
+fn main() -> ExitCode {
+    let outcome = match Cli::parse().command {
         Command::Demo(args) => demo::run(args),
         Command::Test(args) => test::run(args),
         Command::Parity(args) => parity::run(args),
@@ -50,5 +51,11 @@ fn main() -> Result<()> {
         Command::Bench(args) => bench::run(args),
         Command::Fstest(args) => fstest::run(args),
         Command::Install(args) => install::run(args),
+    };
+    if let Err(error) = outcome {
+        // What went wrong in xtask's own words; where in xtask is nobody's question.
+        eprintln!("error: {error:#}");
+        return ExitCode::FAILURE;
     }
+    ExitCode::SUCCESS
 }

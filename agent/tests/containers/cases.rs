@@ -25,21 +25,27 @@ const LIMIT: Duration = Duration::from_secs(180);
 
 macro_rules! cases {
     ($($name:ident),* $(,)?) => {
-        /// Runs every case whose name contains one of `filter`; returns how many failed.
-        pub async fn run_all(filter: &[String]) -> usize {
+        /// How many cases there are.
+        pub const COUNT: usize = [$(stringify!($name)),*].len();
+
+        /// Runs every case whose name contains one of `filter`; returns how many passed, and which failed.
+        pub async fn run_all(filter: &[String]) -> (usize, Vec<&'static str>) {
             let machine = Machine::new();
-            let mut failed = 0;
+            let mut passed = 0;
+            let mut failed = Vec::new();
             $(
                 let name = stringify!($name);
                 if filter.is_empty() || filter.iter().any(|part| name.contains(part.as_str())) {
                     let ended = within(LIMIT, CatchPanic(Box::pin($name(&machine)))).await;
                     let result = match ended { Some(true) => "ok", Some(false) => "FAILED", None => "FAILED (hangs)" };
-                    println!("{name} ... {result}");
-                    failed += usize::from(result != "ok");
+                    println!("test {name} ... {result}");
+                    if result == "ok" { passed += 1 } else { failed.push(name) }
                 }
             )*
-            failed += usize::from(!nothing_is_left());
-            failed
+            if !nothing_is_left() {
+                failed.push("nothing_is_left");
+            }
+            (passed, failed)
         }
     };
 }

@@ -19,13 +19,24 @@ mod mounts;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    let filter: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
     if !nix::unistd::geteuid().is_root() {
-        println!("containers: not run, needs root");
+        println!("the cases of containers need root");
+        result(0, &[], cases::COUNT);
         return ExitCode::SUCCESS;
     }
-    let filter: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
     fixture::prepare_machine();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-    let failed = runtime.block_on(cases::run_all(&filter));
-    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    let (passed, failed) = runtime.block_on(cases::run_all(&filter));
+    if !failed.is_empty() {
+        println!("\nfailures:\n    {}\n", failed.join("\n    "));
+    }
+    result(passed, &failed, 0);
+    if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Tells the result as the test harness does, for who adds up results.
+fn result(passed: usize, failed: &[&str], ignored: usize) {
+    let word = if failed.is_empty() { "ok" } else { "FAILED" };
+    println!("test result: {word}. {passed} passed; {} failed; {ignored} ignored; 0 measured", failed.len());
 }

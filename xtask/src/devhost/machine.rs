@@ -77,8 +77,9 @@ impl Machine<'_> {
             )
         };
         let _heartbeat = Heartbeat::start(ports.add("rvm.heartbeat")?)?;
-        // Elsewhere standard error is the command's alone.
-        let booting = std::io::stderr().is_terminal().then(|| Step::start("Booting the devhost"));
+        // Elsewhere standard error is the command's alone, and who takes lines may run several machines.
+        let shown = std::io::stderr().is_terminal() && !matches!(stdio, Stdio::Lines(_));
+        let booting = shown.then(|| Step::start("Booting the devhost"));
         let process = Process::spawn(self, ports)?;
 
         let (events, received) = sync_channel(64);
@@ -110,9 +111,11 @@ impl Machine<'_> {
             Stdio::Inherit | Stdio::Terminal => Some(Feeder::start(stdin)?),
         };
         let deadline = self.options.timeout.map(|limit| Instant::now() + limit);
-        session
-            .until(&received, deadline, |line| line.starts_with("exit "))
-            .map_err(|error| self.failure(error, "the devhost did not finish the command"))?;
+        if let Err(error) = session.until(&received, deadline, |line| line.starts_with("exit ")) {
+            // What it was at is in the line it did not finish.
+            session.flush();
+            return Err(self.failure(error, "the devhost did not finish the command"));
+        }
         let code = session.exit.context("no exit code")?;
         // What is still on its way; a machine that does not power off is ended.
         while session.open > 0 {

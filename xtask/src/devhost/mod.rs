@@ -172,34 +172,51 @@ pub struct Devhost {
     qemu: qemu::Qemu,
     kernel: PathBuf,
     initramfs: PathBuf,
-    /// Files of one run at a time.
+    slot: Slot,
+}
+
+/// A directory below the target directory for the files of one machine, which
+/// no other one uses as long as this lives: several machines run side by side.
+struct Slot {
     dir: PathBuf,
-    /// Held as long as this machine may run.
     _lock: File,
+}
+
+/// Machines of one target directory that may run at the same time: a bound for
+/// what is left behind in it, not for the machine.
+const SLOTS: u32 = 16;
+
+impl Slot {
+    /// The first that is free below `dir`.
+    fn take(dir: &Path) -> Result<Self> {
+        for number in 0..SLOTS {
+            let dir = dir.join(number.to_string());
+            fs::create_dir_all(dir.join("out")).with_context(|| format!("create {}", dir.display()))?;
+            let lock = File::create(dir.join("lock"))?;
+            if lock.try_lock().is_ok() {
+                return Ok(Self { dir, _lock: lock });
+            }
+        }
+        bail!("{SLOTS} devhosts run with this target directory ({})", dir.display())
+    }
 }
 
 impl Devhost {
     /// Fetches and builds what the machine needs; quick when it is cached.
-    /// Fails when another one uses the same target directory.
     pub fn new(options: Options) -> Result<Self> {
         packages::ensure(&[Purpose::Devhost])?;
-        let dir = build::target_dir().join("devhost");
-        fs::create_dir_all(dir.join("out")).with_context(|| format!("create {}", dir.display()))?;
-        let lock = File::create(dir.join("lock"))?;
-        if lock.try_lock().is_err() {
-            bail!("another devhost runs with this target directory ({})", dir.display());
-        }
+        let slot = Slot::take(&build::target_dir().join("devhost"))?;
         let packages = build::debian_cache_dir()?;
         let qemu = qemu::Qemu::find(&packages)?;
         let kernel = kernel::Kernel::fetch(&packages)?;
         let cache = build::cache_dir()?.join("devhost");
         let initramfs = image::initramfs(&kernel, &cache)?;
-        Ok(Self { options, qemu, kernel: kernel.vmlinux(&cache)?, initramfs, dir, _lock: lock })
+        Ok(Self { options, qemu, kernel: kernel.vmlinux(&cache)?, initramfs, slot })
     }
 
     /// A directory the command can write to, as `$RVM_OUT`; it is kept.
     pub fn out_dir(&self) -> PathBuf {
-        self.dir.join("out")
+        self.slot.dir.join("out")
     }
 
     /// Boots, runs one command, powers off. Returns its exit code as a shell
@@ -217,7 +234,7 @@ impl Devhost {
         if run.terminal && !std::io::stdin().is_terminal() {
             bail!("a terminal was asked for, but standard input is none");
         }
-        let initrd = self.dir.join("initrd.cpio");
+        let initrd = self.slot.dir.join("initrd.cpio");
         run.append_to(&self.initramfs, &initrd)?;
         machine::Machine {
             options: &self.options,
@@ -225,7 +242,7 @@ impl Devhost {
             kernel: &self.kernel,
             initrd: &initrd,
             out: &self.out_dir(),
-            console: &self.dir.join("console.log"),
+            console: &self.slot.dir.join("console.log"),
         }
         .run(stdio)
     }
@@ -288,6 +305,18 @@ fn tail(path: &Path, lines: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn machines_side_by_side_have_directories_of_their_own() {
+        let dir = std::env::temp_dir().join(format!("rvm-slots-{}", std::process::id()));
+        let first = Slot::take(&dir).unwrap();
+        let second = Slot::take(&dir).unwrap();
+        assert_ne!(first.dir, second.dir);
+        let freed = first.dir.clone();
+        drop(first);
+        assert_eq!(Slot::take(&dir).unwrap().dir, freed);
+        fs::remove_dir_all(dir).unwrap();
+    }
 
     #[test]
     fn quoting_survives_a_shell() {

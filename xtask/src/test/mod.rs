@@ -1,0 +1,316 @@
+//! `cargo xtask test`.
+
+mod shards;
+mod tally;
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+
+use crate::build::{self, Profile};
+use crate::devhost;
+use crate::e2e::{self, Output, Prepared};
+use crate::host::Host;
+use crate::parity;
+use tally::{Reader, Tally};
+
+/// Arguments of `cargo xtask test`.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Run only the end-to-end cases whose names contain this, and nothing else.
+    #[arg(long)]
+    filter: Vec<String>,
+    /// Run the end-to-end cases with the containerd of this Debian release
+    /// (`trixie`: 1.7, `sid`: 2.x) instead of the installed one.
+    #[arg(long, value_name = "RELEASE")]
+    containerd: Option<String>,
+    /// How the devhost has its cgroups.
+    #[arg(long, value_enum, default_value_t)]
+    cgroups: devhost::Cgroups,
+    /// Devhosts side by side, each with a part of the end-to-end cases. Each takes a processor
+    /// and 4 GiB of memory.
+    #[arg(long, value_name = "N", default_value_t = default_shards())]
+    shards: usize,
+}
+
+/// Two where there are processors for them.
+fn default_shards() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from).min(2)
+}
+
+/// One part of the tests and how it went.
+struct Part {
+    name: String,
+    took: Duration,
+    outcome: Outcome,
+}
+
+/// How a part went.
+struct Outcome {
+    /// Its cases.
+    tally: Tally,
+    /// Said of it in the summary.
+    note: String,
+    /// Why it failed.
+    error: Option<anyhow::Error>,
+}
+
+impl From<Result<String>> for Outcome {
+    fn from(result: Result<String>) -> Self {
+        match result {
+            Ok(note) => Self { tally: Tally::default(), note, error: None },
+            Err(error) => Self { tally: Tally::default(), note: String::new(), error: Some(error) },
+        }
+    }
+}
+
+/// Module of the cases for a KVM that cannot run a kernel.
+const RING0: &str = "ring0::";
+
+/// Module of the cases in a whole Debian, which takes a while to make.
+const DEBIAN: &str = "debian";
+
+/// Runs `cargo xtask test`: every part, also after one has failed. Exits with 1
+/// when one has.
+pub fn run(args: Args) -> Result<()> {
+    let mut parts = Parts::default();
+    if args.filter.is_empty() {
+        parts.act("formatting", || cargo(&["fmt", "--all", "--check"]).into());
+        let lints = ["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"];
+        parts.act("clippy", || cargo(&lints).into());
+        parts.act("unit tests", unit_tests);
+    }
+    end_to_end(&args, &mut parts);
+    parts.end()
+}
+
+/// The end-to-end cases that `args` ask for.
+fn end_to_end(args: &Args, parts: &mut Parts) {
+    let mut built = None;
+    parts.act("build", || {
+        build_for(args)
+            .map(|everything| {
+                let place = everything.0.host.to_string();
+                built = Some(everything);
+                place
+            })
+            .into()
+    });
+    let Some((prepared, program)) = built else { return };
+    let on_ring0 = prepared.host != Host::Hardware;
+    if on_ring0 && (args.filter.is_empty() || args.filter.iter().any(|filter| filter.contains("ring0"))) {
+        parts.act("end to end, without a KVM that runs kernels", || {
+            let mut arguments = libtest_arguments();
+            arguments.push(RING0.to_owned());
+            libtest(|output| prepared.run_here(&program, &arguments, output))
+        });
+    }
+    parts.several("end to end", || {
+        let cases = shards::cases(&program, &args.filter, RING0)?;
+        if cases.is_empty() {
+            bail!("no case is named like {:?}", args.filter);
+        }
+        let most = if prepared.host == Host::Hardware { 1 } else { args.shards };
+        shards::run(&prepared, &program, &shards::plan(&cases, most))
+    });
+}
+
+/// Builds everything and the cases' program.
+fn build_for(args: &Args) -> Result<(Prepared, PathBuf)> {
+    let mut prepared = Prepared::new(Profile::Fast)?;
+    let program = cases()?;
+    if args.filter.is_empty() || args.filter.iter().any(|filter| filter.contains(DEBIAN)) {
+        prepared.set("RVM_TEST_DEBIAN_IMAGE", build::debian_image()?);
+    }
+    prepared.set("RUST_BACKTRACE", "0");
+    prepared.cgroups = args.cgroups;
+    prepared.set(parity::PROBE_ENV, build::probe()?);
+    if let Some(release) = &args.containerd {
+        let cache = build::debian_cache_dir()?;
+        let unpacked = rootfs_builder::debian::fetch_from(release, "containerd", &cache)?;
+        prepared.set("RVM_CONTAINERD_DIR", unpacked.join("usr/bin"));
+    }
+    Ok((prepared, program))
+}
+
+/// What has been run so far.
+#[derive(Default)]
+struct Parts(Vec<Part>);
+
+impl Parts {
+    /// Runs one part.
+    fn act(&mut self, name: &str, act: impl FnOnce() -> Outcome) {
+        println!("\n=== {name}");
+        let started = Instant::now();
+        let outcome = act();
+        if let Some(error) = &outcome.error {
+            println!("{error:#}");
+        }
+        self.0.push(Part { name: name.to_owned(), took: started.elapsed(), outcome });
+    }
+
+    /// Runs a part that has several, at the same time, which have said why they failed.
+    fn several(&mut self, name: &str, act: impl FnOnce() -> Result<Vec<Outcome>>) {
+        println!("\n=== {name}");
+        let started = Instant::now();
+        let outcomes = act().unwrap_or_else(|error| {
+            println!("{error:#}");
+            vec![Err(error).into()]
+        });
+        let took = started.elapsed();
+        let count = outcomes.len();
+        for (number, outcome) in outcomes.into_iter().enumerate() {
+            let shard = if count > 1 { format!(", shard {}", number + 1) } else { String::new() };
+            let took = if number == 0 { took } else { Duration::ZERO };
+            self.0.push(Part { name: format!("{name}{shard}"), took, outcome });
+        }
+    }
+
+    /// The summary: each part, the cases that failed, and last the sums. Ends this process when
+    /// something failed.
+    fn end(&self) -> Result<()> {
+        println!("\n=== summary");
+        for Part { name, took, outcome } in &self.0 {
+            let (word, text) = match outcome.error {
+                None => ("ok    ", outcome.note.as_str()),
+                Some(_) if outcome.note.is_empty() => ("FAILED", "see above"),
+                Some(_) => ("FAILED", outcome.note.as_str()),
+            };
+            println!("{word} {:>7.1} s  {name:<44} {text}", took.as_secs_f64());
+        }
+        let total: Duration = self.0.iter().map(|part| part.took).sum();
+        println!("       {:>7.1} s\n", total.as_secs_f64());
+        let all = self.tally();
+        if !all.failures.is_empty() {
+            println!("failed:\n    {}\n", all.failures.join("\n    "));
+        }
+        println!("{}", all.text());
+        if all.failed > 0 {
+            std::process::exit(1);
+        }
+        Ok(())
+    }
+
+    /// All cases. A part that failed though none of its cases did is a failure by itself.
+    fn tally(&self) -> Tally {
+        let mut all = Tally::default();
+        for Part { name, outcome, .. } in &self.0 {
+            let mut tally = outcome.tally.clone();
+            if let Some(error) = &outcome.error
+                && tally.failed == 0
+            {
+                tally.failed = 1;
+                let reason = format!("{error:#}");
+                tally.failures.push(reason.lines().next().unwrap_or_default().to_owned());
+            }
+            for failure in &mut tally.failures {
+                *failure = format!("{name}: {failure}");
+            }
+            all.add(&tally);
+        }
+        all
+    }
+}
+
+/// One case after another (they share one containerd), each with what it saw.
+fn libtest_arguments() -> Vec<String> {
+    vec!["--test-threads=1".to_owned(), "--nocapture".to_owned()]
+}
+
+/// Runs libtest programs, passing their lines on; the outcome is the sum of
+/// their results, and at least one case must have run.
+fn libtest(run: impl FnOnce(Output<'_>) -> Result<i32>) -> Outcome {
+    let mut reader = Reader::new();
+    let ran = run(Output::Lines(&mut |line| {
+        println!("{line}");
+        reader.line(line);
+    }));
+    let (tally, _) = reader.finish(&[]);
+    let error = match ran {
+        Ok(0) if tally.passed > 0 => None,
+        Ok(0) => Some(anyhow!("no test ran")),
+        Ok(code) => Some(anyhow!("exit code {code}: {}", tally.text())),
+        Err(error) => Some(error),
+    };
+    Outcome { note: tally.text(), tally, error }
+}
+
+/// The tests of every crate, also after one has failed.
+fn unit_tests() -> Outcome {
+    let mut command = cargo_command(&["test", "--workspace", "--quiet", "--no-fail-fast"]);
+    command.env("RUST_BACKTRACE", "0");
+    libtest(|output| {
+        let Output::Lines(callback) = output else { bail!("lines are expected") };
+        Ok(e2e::lines(command, callback)?.code().unwrap_or(1))
+    })
+}
+
+/// Runs cargo in the checkout, passing its output on.
+fn cargo(arguments: &[&str]) -> Result<String> {
+    let status = cargo_command(arguments).status().context("run cargo")?;
+    if !status.success() {
+        bail!("cargo {} failed ({status})", arguments[0]);
+    }
+    Ok(String::new())
+}
+
+fn cargo_command(arguments: &[&str]) -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.args(arguments).current_dir(build::workspace_dir());
+    command
+}
+
+/// The end-to-end cases, built. Returns their program.
+fn cases() -> Result<PathBuf> {
+    #[derive(serde::Deserialize)]
+    struct Message {
+        executable: Option<PathBuf>,
+        target: Target,
+    }
+    #[derive(serde::Deserialize)]
+    struct Target {
+        name: String,
+    }
+    let output = cargo_command(&["test", "--quiet", "--no-run", "--package", "rvm-tests", "--test", "e2e"])
+        .args(["--message-format", "json-render-diagnostics"])
+        .output()
+        .context("run cargo")?;
+    if !output.status.success() {
+        bail!("building the end-to-end cases failed:\n{}", String::from_utf8_lossy(&output.stderr));
+    }
+    let text = String::from_utf8_lossy(&output.stdout);
+    text.lines()
+        .filter_map(|line| serde_json::from_str::<Message>(line).ok())
+        // The package's programs are built, and named, along with its cases.
+        .find_map(|message| message.executable.filter(|_| message.target.name == "e2e"))
+        .context("cargo built no end-to-end program")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_without_cases_that_fails_is_a_failure() {
+        let mut parts = Parts::default();
+        parts.act("formatting", || Err(anyhow!("not formatted\nat all")).into());
+        parts.several("end to end", || {
+            let tally = |passed, failures: &[&str]| Tally {
+                passed,
+                failed: failures.len() as u64,
+                failures: failures.iter().map(|&name| name.to_owned()).collect(),
+                ..Tally::default()
+            };
+            let outcome = |tally: Tally, error| Outcome { note: tally.text(), tally, error };
+            Ok(vec![
+                outcome(tally(5, &[]), None),
+                outcome(tally(3, &["a::b"]), Some(anyhow!("exit code 101"))),
+            ])
+        });
+        let all = parts.tally();
+        assert_eq!(all.text(), "8 passed, 2 failed");
+        assert_eq!(all.failures, ["formatting: not formatted", "end to end, shard 2: a::b"]);
+    }
+}

@@ -1,0 +1,192 @@
+//! The end-to-end cases in several devhosts side by side, one processor of this
+//! machine each.
+//!
+//! A module's cases stay together: some share what takes long to make. Which
+//! shard a module goes to depends on the cases alone, so that two runs of one
+//! checkout are the same.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use super::tally::{Ended, Reader};
+use super::{Outcome, libtest_arguments};
+use crate::e2e::{Output, Place, Prepared};
+
+/// Seconds that a case takes in the devhost, by module; `cargo xtask test` prints
+/// what it saw. Wrong ones cost balance, nothing else.
+const SECONDS: [(&str, f64); 4] = [("parity", 120.0), ("debian", 40.0), ("limits", 14.0), ("hooks", 5.0)];
+/// A case of any other module.
+const OTHERWISE: f64 = 7.0;
+/// What a shard has to have to do: a devhost boots in ten seconds.
+const WORTH_A_DEVHOST: f64 = 60.0;
+/// How long a shard may take; four times what it does on an idle machine.
+const LIMIT: Duration = Duration::from_secs(40 * 60);
+
+/// Cases for one devhost.
+#[derive(Debug, PartialEq)]
+pub struct Shard {
+    /// Their names.
+    pub cases: Vec<String>,
+    /// Seconds they are taken to need.
+    seconds: f64,
+}
+
+/// Spreads the cases over at most `most` shards, the longest module first, each to
+/// the shard that has the least to do.
+pub fn plan(cases: &[String], most: usize) -> Vec<Shard> {
+    let mut modules: BTreeMap<&str, Vec<String>> = BTreeMap::new();
+    for case in cases {
+        modules.entry(module(case)).or_default().push(case.clone());
+    }
+    let mut modules: Vec<(f64, Vec<String>)> = modules
+        .into_iter()
+        .map(|(name, cases)| {
+            let seconds = SECONDS.iter().find(|(known, _)| *known == name).map_or(OTHERWISE, |known| known.1);
+            (seconds * cases.len() as f64, cases)
+        })
+        .collect();
+    // Modules of equal length stay in the order of their names.
+    modules.sort_by(|a, b| b.0.total_cmp(&a.0));
+    let total: f64 = modules.iter().map(|module| module.0).sum();
+    let count = ((total / WORTH_A_DEVHOST) as usize).clamp(1, most.max(1));
+    let mut shards: Vec<Shard> = (0..count).map(|_| Shard { cases: Vec::new(), seconds: 0.0 }).collect();
+    for (seconds, cases) in modules {
+        if let Some(least) = shards.iter_mut().min_by(|a, b| a.seconds.total_cmp(&b.seconds)) {
+            least.seconds += seconds;
+            least.cases.extend(cases);
+        }
+    }
+    shards.retain(|shard| !shard.cases.is_empty());
+    shards
+}
+
+fn module(case: &str) -> &str {
+    case.split_once("::").map_or(case, |(module, _)| module)
+}
+
+/// Runs each shard in a devhost of its own (the only one on this machine, where
+/// it needs no devhost). A shard that does not end, or whose devhost dies, is its
+/// own failure; the others' results stand. Lines begin with the shard's number.
+pub fn run(prepared: &Prepared, program: &Path, shards: &[Shard]) -> Result<Vec<Outcome>> {
+    // One after another: they share what they fetch and build.
+    let places: Vec<Place<'_>> = shards.iter().map(|_| prepared.place(Some(LIMIT))).collect::<Result<_>>()?;
+    let mut seen: Vec<Ended> = Vec::new();
+    let outcomes = std::thread::scope(|scope| {
+        let threads: Vec<_> = shards
+            .iter()
+            .zip(&places)
+            .enumerate()
+            .map(|(number, (shard, place))| {
+                let prefix = if shards.len() > 1 { format!("[{}] ", number + 1) } else { String::new() };
+                scope.spawn(move || one(place, program, shard, &prefix))
+            })
+            .collect();
+        threads
+            .into_iter()
+            .map(|thread| {
+                let (outcome, ended) =
+                    thread.join().map_err(|_| anyhow::anyhow!("a shard's thread panicked"))?;
+                seen.extend(ended);
+                Ok(outcome)
+            })
+            .collect::<Result<Vec<_>>>()
+    })?;
+    println!("{}", seconds(&seen));
+    Ok(outcomes)
+}
+
+fn one(place: &Place<'_>, program: &Path, shard: &Shard, prefix: &str) -> (Outcome, Vec<Ended>) {
+    let mut arguments = libtest_arguments();
+    arguments.push("--exact".to_owned());
+    arguments.extend(shard.cases.iter().cloned());
+    let mut reader = Reader::new();
+    let ran = place.run(
+        program,
+        &arguments,
+        Output::Lines(&mut |line| {
+            println!("{prefix}{line}");
+            reader.line(line);
+        }),
+    );
+    let (tally, ended) = reader.finish(&shard.cases);
+    let error = match ran {
+        Ok(0) => None,
+        Ok(code) => Some(anyhow::anyhow!("exit code {code}: {}", tally.text())),
+        Err(error) => Some(error),
+    };
+    if let Some(error) = &error {
+        for line in format!("{error:#}").lines() {
+            println!("{prefix}{line}");
+        }
+    }
+    (Outcome { note: tally.text(), tally, error }, ended)
+}
+
+/// What [`SECONDS`] should be.
+fn seconds(seen: &[Ended]) -> String {
+    let mut modules: BTreeMap<&str, (f64, u32)> = BTreeMap::new();
+    for case in seen {
+        let (total, count) = modules.entry(module(&case.name)).or_default();
+        *total += case.took.as_secs_f64();
+        *count += 1;
+    }
+    let modules: Vec<String> = modules
+        .into_iter()
+        .map(|(name, (total, count))| format!("{name} {:.0} ({count})", total / f64::from(count)))
+        .collect();
+    format!("seconds a case, by module (and cases): {}", modules.join(", "))
+}
+
+/// The names of the program's cases that contain one of `filters` (any, where there are none)
+/// and do not begin with `without`.
+pub fn cases(program: &Path, filters: &[String], without: &str) -> Result<Vec<String>> {
+    let output = std::process::Command::new(program)
+        .args(["--list", "--format", "terse"])
+        .output()
+        .with_context(|| format!("run {}", program.display()))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let names = text.lines().filter_map(|line| line.strip_suffix(": test"));
+    let wanted =
+        |name: &&str| filters.is_empty() || filters.iter().any(|filter| name.contains(filter.as_str()));
+    Ok(names.filter(|name| !name.starts_with(without)).filter(wanted).map(str::to_owned).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn named(modules: &[(&str, usize)]) -> Vec<String> {
+        let mut names = Vec::new();
+        for (module, count) in modules {
+            names.extend((0..*count).map(|n| format!("{module}::case_{n}")));
+        }
+        names
+    }
+
+    #[test]
+    fn every_case_is_in_one_shard_and_modules_stay_together() {
+        let cases =
+            named(&[("death", 10), ("debian", 4), ("exec", 9), ("limits", 14), ("parity", 1), ("run", 16)]);
+        let shards = plan(&cases, 2);
+        let mut all: Vec<String> = shards.iter().flat_map(|shard| shard.cases.clone()).collect();
+        all.sort();
+        let mut sorted = cases.clone();
+        sorted.sort();
+        assert_eq!(all, sorted);
+        let of =
+            |name: &str| shards.iter().filter(|s| s.cases.iter().any(|case| module(case) == name)).count();
+        assert!(["death", "debian", "exec", "limits", "parity", "run"].iter().all(|name| of(name) == 1));
+        let times: Vec<f64> = shards.iter().map(|shard| shard.seconds).collect();
+        assert!((times[0] - times[1]).abs() < 0.25 * times[0], "{times:?}");
+        assert_eq!(plan(&cases, 2), shards);
+    }
+
+    #[test]
+    fn few_cases_are_one_shard() {
+        assert_eq!(plan(&named(&[("exec", 2), ("run", 2)]), 2).len(), 1);
+        assert!(plan(&[], 2).is_empty());
+    }
+}
