@@ -72,7 +72,7 @@ fn shim_killed() {
         let _ = ctr.run(&["task", "rm", "-f", &run.id], scale::container())?;
         ctr.run(&["containers", "rm", &run.id], scale::command())?.success()?;
         ensure!(world.events(|events| events.exit_once(&run.id))? == 137, "exit code");
-        remove_clients_fifos()
+        remove_clients_fifos(&run.id)
     });
 }
 
@@ -87,7 +87,7 @@ fn shim_and_monitor_killed_together() {
         let _ = ctr.run(&["task", "rm", "-f", &run.id], scale::container())?;
         ctr.run(&["containers", "rm", &run.id], scale::command())?.success()?;
         world.events(|events| events.exit_once(&run.id))?;
-        remove_clients_fifos()
+        remove_clients_fifos(&run.id)
     });
 }
 
@@ -143,7 +143,7 @@ fn exit_while_containerd_is_away() {
         ctr.run(&["containers", "rm", &run.id], scale::command())?.success()?;
         sandbox.wait_until_gone(scale::command())?;
         // `ctr task rm` removes them, but not where containerd 1.7 has removed the task by itself.
-        remove_clients_fifos()
+        remove_clients_fifos(&run.id)
     });
 }
 
@@ -159,6 +159,6 @@ fn client_killed() {
         job.finish(scale::command())?;
         ensure!(ctr.task_state(&run.id).as_deref() == Some("RUNNING"), "{:?}", ctr.list(&["task", "ls"]));
         world.end(&run.id)?;
-        remove_clients_fifos()
+        remove_clients_fifos(&run.id)
     });
 }

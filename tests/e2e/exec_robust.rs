@@ -9,7 +9,7 @@ use rvm_tests::{
     case,
     ctr::{Run, remove_clients_fifos},
     host::{Process, sandbox_processes},
-    job::Input,
+    job::{Input, Job},
     parity::PROBE_ENV,
     sandbox::Sandbox,
     scale,
@@ -112,7 +112,9 @@ fn outlives_its_caller() {
         let run = sleeper(world)?;
         // Nobody reads any more what it prints later; that is not its end.
         let script = "echo begun; while test ! -e /tmp/go; do sleep 0.1; done; echo unheard; echo done > /tmp/done; exit 9";
-        let job = ctr.exec(&run.id, &[], &["sh", "-c", script], Input::Nothing)?;
+        let exec_id = "unheard";
+        let command = ["task", "exec", "--exec-id", exec_id, &run.id, "sh", "-c", script];
+        let job = Job::start(ctr.command(&command), Input::Nothing)?;
         job.wait_for("begun", scale::container())?;
         job.signal(Signal::SIGKILL)?;
         job.finish(scale::command())?;
@@ -138,7 +140,7 @@ fn outlives_its_caller() {
         }
         ensure!(ended()?.len() == 1, "its exit was published {} times", ended()?.len());
         world.end(&run.id)?;
-        remove_clients_fifos()
+        remove_clients_fifos(exec_id)
     });
 }
 

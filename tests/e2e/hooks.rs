@@ -210,7 +210,7 @@ fn poststop_after_the_shim_was_killed() {
         world.events(|events| events.wait_for("/tasks/exit", &run.id, scale::container()))?;
         let _ = world.ctr().run(&["task", "rm", "-f", &run.id], scale::command());
         world.ctr().run(&["containers", "rm", &run.id], scale::command())?.success()?;
-        remove_clients_fifos()?;
+        remove_clients_fifos(&run.id)?;
         ensure!(hooks.names() == ["poststop"], "{:?}", hooks.order());
         Ok(())
     });

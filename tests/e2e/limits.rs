@@ -9,6 +9,7 @@ use rvm_tests::{
     ctr::{Ctr, Run},
     job::{Finished, Input},
     scale,
+    script::CLOCK,
     task::Shim,
     world::World,
 };
@@ -26,6 +27,18 @@ fn limited(
     script: &str,
     resources: &Value,
 ) -> Result<(Run, Finished)> {
+    limited_with(world, detached, name, script, resources, None)
+}
+
+/// As [`limited`], with a mount beside those of every container.
+fn limited_with(
+    world: &World,
+    detached: bool,
+    name: &str,
+    script: &str,
+    resources: &Value,
+    mount: Option<Value>,
+) -> Result<(Run, Finished)> {
     let ctr = world.ctr();
     let spec = ctr.run(&["oci", "spec"], scale::command())?.success()?;
     let mut spec: Value = serde_json::from_slice(&spec.stdout)?;
@@ -36,6 +49,7 @@ fn limited(
     spec["process"]["env"] = json!(["PATH=/bin:/usr/bin"]);
     let mounts = spec["mounts"].as_array_mut().context("mounts of the specification")?;
     mounts.push(json!({"destination": CGROUP, "type": "cgroup", "source": "cgroup", "options": ["ro"]}));
+    mounts.extend(mount);
     // `ctr run` adds it, `ctr oci spec` does not.
     let namespaces = spec["linux"]["namespaces"].as_array_mut().context("linux.namespaces")?;
     namespaces.push(json!({"type": "cgroup"}));
@@ -79,8 +93,7 @@ fn oom_is_told(world: &World, id: &str, times: usize) -> Result<()> {
 /// Both numbers are read by the shell itself, and each interval begins where the one before it ended: a program
 /// started between the two readings waits for the quota, once for longer than the other time.
 const SHARE: &str = "IFS=: read -r n c own < /proc/self/cgroup; \
-     read_both() { while read -r k v; do [ $k = usage_usec ] && u=$v; done < /sys/fs/cgroup$own/cpu.stat; \
-     read -r t rest < /proc/uptime; t=${t%.*}${t#*.}; }; \
+     read_both() { while read -r k v; do [ $k = usage_usec ] && u=$v; done < /sys/fs/cgroup$own/cpu.stat; clock; }; \
      read_both; for n in 1 2 3 4 5; do u0=$u; t0=$t; sleep 2; read_both; echo $(( (u - u0) / ((t - t0) * 10) )); done";
 
 /// The median of them in thousandths of a processor is the share `wanted`, within a tenth.
@@ -99,7 +112,7 @@ fn a_processor_by_quota() {
         let quota = ["--cpu-quota", "50000", "--cpu-period", "100000"];
         let mount = format!("type=cgroup,src=cgroup,dst={CGROUP},options=ro");
         let run = world.ctr().container("quota").with(&quota).with(&["--mount", &mount]);
-        let finished = run.shell(&format!("while :; do :; done & {SHARE}; kill $!"))?.success()?;
+        let finished = run.shell(&format!("while :; do :; done & {CLOCK} {SHARE}; kill $!"))?.success()?;
         share_of(&finished, 500)
     });
 }
@@ -116,32 +129,54 @@ fn processor_ticks(ctr: &Ctr, id: &str) -> Result<u64> {
     Ok(times.iter().sum())
 }
 
+/// By what their processes get done, not only by what their machines use: a machine may spend its share on itself.
 #[test]
 fn one_processor_is_shared_by_weight() {
     case(|world| {
         let ctr = world.ctr();
+        let out = world.dir().join("progress");
+        std::fs::create_dir_all(&out)?;
         let weights = [("light", 512), ("heavy", 2048)];
         let runs = weights
             .iter()
             .map(|(name, shares)| {
                 let cpu = json!({"cpu": {"shares": shares, "cpus": "0"}});
-                let (run, started) = limited(world, true, name, "while :; do :; done", &cpu)?;
+                let mount =
+                    json!({"destination": "/out", "type": "bind", "source": out, "options": ["rbind", "rw"]});
+                let script = format!(
+                    "n=0; while :; do n=$((n + 1)); [ $((n % 100)) = 0 ] && echo $n > /out/{name}; done"
+                );
+                let (run, started) = limited_with(world, true, name, &script, &cpu, Some(mount))?;
                 started.success()?;
                 Ok(run)
             })
             .collect::<Result<Vec<_>>>()?;
-        let ticks = || runs.iter().map(|run| processor_ticks(&ctr, &run.id)).collect::<Result<Vec<_>>>();
-        let before = ticks()?;
+        // The file is empty between the shell's opening it and its writing.
+        let done = |name: &str| loop {
+            match std::fs::read_to_string(out.join(name)).unwrap_or_default().trim().parse::<u64>() {
+                Ok(count) => return count,
+                Err(_) => std::thread::yield_now(),
+            }
+        };
+        let look = || -> Result<Vec<[u64; 2]>> {
+            let both = runs.iter().zip(&weights);
+            both.map(|(run, (name, _))| Ok([processor_ticks(&ctr, &run.id)?, done(name)])).collect()
+        };
+        let before = look()?;
         std::thread::sleep(std::time::Duration::from_secs(8));
-        let after = ticks()?;
-        let used: Vec<f64> =
-            before.iter().zip(&after).map(|(before, after)| (after - before) as f64).collect();
-        println!("{used:?} ticks with shares of 512 and 2048");
+        let after = look()?;
+        let used = |what: usize| -> Vec<f64> {
+            before.iter().zip(&after).map(|(before, after)| (after[what] - before[what]) as f64).collect()
+        };
+        println!("{:?} ticks, {:?} rounds of a shell's loop with shares of 512 and 2048", used(0), used(1));
         for run in &runs {
             world.end(&run.id)?;
         }
-        let ratio = used[1] / used[0].max(1.0);
-        ensure!((3.2..5.0).contains(&ratio), "{ratio} instead of 4");
+        std::fs::remove_dir_all(&out)?;
+        for (what, used) in [("ticks", used(0)), ("rounds", used(1))] {
+            let ratio = used[1] / used[0].max(1.0);
+            ensure!((3.2..5.0).contains(&ratio), "{ratio} instead of 4 ({what})");
+        }
         Ok(())
     });
 }
@@ -188,8 +223,9 @@ fn a_disk_by_rate() {
         world.set_config(
             &world.config().text("scratch", "backing", "block").set("scratch", "size_mib", "64"),
         )?;
-        let script = "t() { cut -d' ' -f1 /proc/uptime | tr -d .; }; \
-             s=$(t); dd if=/dev/zero of=/big bs=1M count=12 conv=fsync 2>/dev/null; e=$(t); echo $((e - s))";
+        let script = format!(
+            "{CLOCK} clock; s=$t; dd if=/dev/zero of=/big bs=1M count=12 conv=fsync 2>/dev/null; clock; echo $((t - s))"
+        );
         let device = json!([{"major": 8, "minor": 0, "rate": 3 * MIB}]);
         let limits = json!({"blockIO": {"throttleWriteBpsDevice": device}});
         // Centiseconds for 12 MiB.
@@ -197,12 +233,12 @@ fn a_disk_by_rate() {
         // A busy machine is slow for a while; what it can do is its best.
         let mut free = u64::MAX;
         for _ in 0..3 {
-            free = free.min(took(world.ctr().container("free").shell(script)?)?);
+            free = free.min(took(world.ctr().container("free").shell(&script)?)?);
             if free < 300 {
                 break;
             }
         }
-        let throttled = took(limited(world, false, "rate", script, &limits)?.1)?;
+        let throttled = took(limited(world, false, "rate", &script, &limits)?.1)?;
         println!("12 MiB in {free} cs without a limit, in {throttled} cs with 3 MiB/s");
         ensure!(free < 300, "too slow a machine to see a limit: {free}");
         // 400 by the rate alone, and what the machine itself takes on top.
@@ -210,7 +246,7 @@ fn a_disk_by_rate() {
         world.set_config(
             &world.config().text("scratch", "backing", "tmpfs").set("scratch", "size_mib", "0"),
         )?;
-        let (_, refused) = limited(world, false, "rate", script, &limits)?;
+        let (_, refused) = limited(world, false, "rate", &script, &limits)?;
         ensure!(refused.code() != 0 && refused.errors().contains("scratch is in memory"), "{refused}");
         Ok(())
     });
@@ -277,7 +313,7 @@ fn limits_change_both_ways() {
         )?;
         started.success()?;
         let id = &run.id;
-        share_of(&exec(&ctr, id, SHARE)?.success()?, 500)?;
+        share_of(&exec(&ctr, id, &format!("{CLOCK} {SHARE}"))?.success()?, 500)?;
         let forks = "n=0; while [ $n -lt 20 ]; do sleep 1 & n=$((n + 1)); done; echo $n; wait";
         let bomb = exec(&ctr, id, forks)?;
         ensure!(bomb.text().is_empty() && bomb.errors().contains("can't fork"), "{bomb}");
@@ -291,7 +327,7 @@ fn limits_change_both_ways() {
         ensure!(exec(&ctr, id, &takes(40))?.success()?.text().ends_with("\n0\n"));
         // What was not named is as it was; then it is changed alone.
         Shim::of(id)?.update(&json!({"cpu": {"quota": 75_000}}))?;
-        share_of(&exec(&ctr, id, SHARE)?.success()?, 750)?;
+        share_of(&exec(&ctr, id, &format!("{CLOCK} {SHARE}"))?.success()?, 750)?;
 
         Shim::of(id)?.update(&json!({"pids": {"limit": 12}, "memory": {"limit": 24 * MIB}}))?;
         ensure!(exec(&ctr, id, forks)?.errors().contains("can't fork"));

@@ -1,7 +1,7 @@
 //! The writable layer on a block device: its limit, its life, its end.
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -12,7 +12,7 @@ use rvm_tests::{
     job::Finished,
     sandbox::Sandbox,
     scale,
-    world::World,
+    world::{World, shell},
 };
 
 /// Runs a case with writable layers on block devices of 64 MiB, the smallest.
@@ -37,8 +37,23 @@ fn with_block(test: impl FnOnce(&World) -> Result<()>) {
 /// Every scratch file below containerd's root.
 fn scratch_files(world: &World) -> Result<Vec<PathBuf>> {
     let root = world.dir().join("containerd");
-    let found = rvm_tests::world::shell(&format!("find {} -name 'rvm-scratch*'", root.display()))?;
+    let found = shell(&format!("find {} -name 'rvm-scratch*'", root.display()))?;
     Ok(found.lines().map(PathBuf::from).collect())
+}
+
+/// Whether a scratch that nobody holds is a whole file system: as it is, or once its journal is
+/// replayed, which happens to a copy.
+fn is_whole(world: &World, file: &Path, replay: bool) -> Result<()> {
+    let copy = world.dir().join("scratch-copy");
+    std::fs::copy(file, &copy)?;
+    let replayed = match replay {
+        true => shell(&format!("e2fsck -E journal_only -p {}", copy.display())).map(drop),
+        false => Ok(()),
+    };
+    let checked = replayed.and_then(|()| shell(&format!("e2fsck -fn {}", copy.display())));
+    std::fs::remove_file(&copy)?;
+    println!("{}", checked?);
+    Ok(())
 }
 
 /// Starts a stopped container's task again and waits for its end.
@@ -80,6 +95,7 @@ fn what_was_written_is_there_at_the_next_start() {
         for _ in 0..2 {
             let again = start_again(world, &run)?.success()?;
             ensure!(again.text() == format!("kept\n1751 7\n{}", first.text()), "first {first}, then {again}");
+            is_whole(world, &files[0], false)?;
         }
         // The container goes, and with it its snapshot and the scratch in that.
         world.ctr().run(&["containers", "rm", &run.id], scale::command())?.success()?;
@@ -100,11 +116,14 @@ fn a_killed_sandbox_leaves_a_file_system_that_mounts_again() {
         sandbox.kill_shim()?;
         sandbox.wait_until_gone(scale::container())?;
         job.finish(scale::container())?;
+        for file in scratch_files(world)? {
+            is_whole(world, &file, true)?;
+        }
         let _ = ctr.run(&["task", "rm", "-f", &run.id], scale::container())?;
         let again = start_again(world, &run)?.exited(9)?;
         ensure!(again.text() == "synced\n", "{again}");
         ctr.run(&["containers", "rm", &run.id], scale::command())?.success()?;
-        remove_clients_fifos()
+        remove_clients_fifos(&run.id)
     });
 }
 

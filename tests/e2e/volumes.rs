@@ -62,6 +62,17 @@ impl Shell {
         Ok(all[from..].split(&end).next().unwrap_or_default().to_owned())
     }
 
+    /// Runs a command that loops until it sees what the host has changed: within the second that attributes and
+    /// names may be kept, and what the round trip takes on this machine.
+    fn sees(&mut self, command: &str) -> Result<String> {
+        let started = std::time::Instant::now();
+        let said = self.run(command)?;
+        let took = started.elapsed();
+        let limit = std::time::Duration::from_secs(1) + scale::seconds(0.2);
+        ensure!(took < limit, "{command}: seen after {took:?}");
+        Ok(said)
+    }
+
     fn end(mut self) -> Result<()> {
         self.job.close_input();
         self.job.finish(scale::container())?.success().map(drop)
@@ -124,15 +135,15 @@ fn changes_are_seen_on_both_sides() {
         // Host to guest: new, changed, grown, removed. Seen within the second
         // that attributes and names may be kept.
         std::fs::write(volume.path("new"), "from the host")?;
-        ensure!(guest.run("until test -s /v/new; do :; done; cat /v/new")? == "from the host");
+        ensure!(guest.sees("until test -s /v/new; do :; done; cat /v/new")? == "from the host");
         std::fs::write(volume.path("file"), "second, longer")?;
         ensure!(
-            guest
-                .run("until grep -q longer /v/file && grep -q longer /etc/file; do :; done; cat /etc/file")?
-                == "second, longer"
+            guest.sees(
+                "until grep -q longer /v/file && grep -q longer /etc/file; do :; done; cat /etc/file"
+            )? == "second, longer"
         );
         std::fs::remove_file(volume.path("new"))?;
-        guest.run("while test -e /v/new; do :; done")?;
+        guest.sees("while test -e /v/new; do :; done")?;
         ensure!(guest.run("ls /v/new")?.contains("No such file"));
 
         // Guest to host: at once.
@@ -152,7 +163,7 @@ fn changes_are_seen_on_both_sides() {
         }
         std::fs::write(volume.path("single"), "changed")?;
         ensure!(
-            guest.run(
+            guest.sees(
                 "until grep -q changed /etc/single && grep -q changed /ro/single; do :; done; cat /ro/single"
             )? == "changed"
         );

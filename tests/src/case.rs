@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Result, anyhow};
 
-use crate::{ctr::remove_clients_fifos, host, scale, stage::Stage, world::World};
+use crate::{host, scale, stage::Stage, world::World};
 
 /// Not yet tried, or the one world of this process, or why there is none.
 static WORLD: Mutex<Option<Result<World, String>>> = Mutex::new(None);
@@ -54,8 +54,6 @@ fn run(
     world.enter().map_err(fail)?;
     world.set_config(&world.config()).map_err(fail)?;
     prepare(world).map_err(fail)?;
-    // What an earlier case left when it failed would otherwise be missing when this one removes its own.
-    remove_clients_fifos().map_err(fail)?;
     let before = world.host();
     let log = world.log_length();
     let started = Instant::now();

@@ -36,11 +36,24 @@ pub struct Run {
 
 /// A client's FIFOs are its own to remove, which `ctr` does with the task: not
 /// when it was killed, nor when containerd has dropped the task with its shim.
+/// Removes those of the process `id` (a container's first, or an added one) and no others.
 ///
 /// # Errors
 /// When they cannot be removed.
-pub fn remove_clients_fifos() -> Result<()> {
-    crate::world::shell("rm -rf /run/containerd/fifo/*").map(drop)
+pub fn remove_clients_fifos(id: &str) -> Result<()> {
+    let is_its_own = |name: &str| name.strip_prefix(id).is_some_and(|rest| rest.starts_with("-std"));
+    for dir in std::fs::read_dir("/run/containerd/fifo")? {
+        let dir = dir?.path();
+        for fifo in std::fs::read_dir(&dir)? {
+            let fifo = fifo?;
+            if is_its_own(&fifo.file_name().to_string_lossy()) {
+                std::fs::remove_file(fifo.path())?;
+            }
+        }
+        // Another process's are still in it, or it is somebody's who is about to make them.
+        let _ = std::fs::remove_dir(&dir);
+    }
+    Ok(())
 }
 
 /// An id no other container of this process has.

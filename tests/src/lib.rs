@@ -13,6 +13,7 @@
 //! * [`task`]: one shim's Task API.
 //! * [`timeline`]: how one start went.
 //! * [`host`]: what a sandbox could leave behind.
+//! * [`script`]: shell for containers.
 //! * [`case`]: one test case from lock to comparison.
 //! * [`parity`]: the same bundles under runc and under rvm.
 //!
@@ -28,6 +29,7 @@ pub mod job;
 pub mod parity;
 pub mod sandbox;
 pub mod scale;
+pub mod script;
 pub mod stage;
 pub mod task;
 pub mod timeline;

@@ -326,6 +326,8 @@ impl World {
                 let _ = ctr.run(&["snapshots", "rm", key], scale::command());
             }
         }
+        // Of clients that were killed; nobody is left to use them.
+        let _ = shell("rm -rf /run/containerd/fifo/*");
         killed
     }
 }
