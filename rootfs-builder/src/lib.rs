@@ -7,3 +7,4 @@ pub mod debian;
 pub mod image;
 pub mod initramfs;
 pub mod layer;
+pub mod split;

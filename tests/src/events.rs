@@ -24,6 +24,8 @@ pub struct Event {
     pub topic: String,
     /// The message's fields.
     pub fields: Value,
+    /// When it was published, by containerd's clock: seconds since midnight, UTC.
+    pub at: f64,
 }
 
 impl Event {
@@ -122,7 +124,13 @@ fn parse(line: &str) -> Result<Event> {
     let json = line.find('{').with_context(|| format!("not an event: {line:?}"))?;
     let topic = line[..json].split_whitespace().last().unwrap_or_default().to_owned();
     let fields = serde_json::from_str(&line[json..]).with_context(|| format!("not an event: {line:?}"))?;
-    Ok(Event { topic, fields })
+    let at = seconds(line.split(' ').nth(1).unwrap_or_default());
+    Ok(Event { topic, fields, at: at.with_context(|| format!("no time: {line:?}"))? })
+}
+
+/// `10:00:00.1` in seconds.
+fn seconds(time: &str) -> Option<f64> {
+    time.split(':').try_fold(0.0, |sum, part| Some(sum * 60.0 + part.parse::<f64>().ok()?))
 }
 
 #[cfg(test)]
@@ -139,6 +147,7 @@ mod tests {
             ("/tasks/exit", "c1", 42)
         );
         assert_eq!(event.number("unset"), 0);
+        assert_eq!(event.at, 36000.1);
         Ok(())
     }
 }

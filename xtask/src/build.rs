@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use guest_kernel::{BuildOptions, Flavour};
 use rootfs_builder::bootstrap::Bootstrap;
 use rootfs_builder::image::Image;
-use rootfs_builder::{debian, initramfs, layer};
+use rootfs_builder::{debian, initramfs, layer, split};
 
 use crate::packages::{self, Purpose};
 use crate::progress::Step;
@@ -31,6 +31,9 @@ pub const BUSYBOX_NAME: &str = "docker.io/library/busybox:latest";
 
 /// What [`debian_image`] is called once imported.
 pub const DEBIAN_NAME: &str = "docker.io/library/debian-services:latest";
+
+/// Tag of [`debian_image_of_layers`].
+const LAYERED_TAG: &str = "five";
 
 /// How the programs are compiled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -133,6 +136,21 @@ pub fn debian_image() -> Result<PathBuf> {
     let image = bootstrap.image(DEBIAN_NAME, &cache_dir()?.join("images"))?;
     step.done("");
     Ok(image)
+}
+
+/// The [`debian_image`] at `image` with its content in several layers, as an OCI archive; its reference
+/// is that of `image` with [`LAYERED_TAG`].
+pub fn debian_image_of_layers(image: &Path, count: usize) -> Result<PathBuf> {
+    let key = image.file_stem().unwrap_or_default().to_string_lossy();
+    let path = cache_dir()?.join("images").join(format!("{key}-{count}-layers.oci.tar"));
+    if !path.is_file() {
+        let step = Step::start(format!("Debian image of {count} layers"));
+        let name = DEBIAN_NAME.replace("latest", LAYERED_TAG);
+        let one = fs::read(image).with_context(|| format!("read {}", image.display()))?;
+        write_whole(&path, &split::archive_of_layers(&one, &name, count)?)?;
+        step.done("");
+    }
+    Ok(path)
 }
 
 /// Debian's statically linked busybox, not installed.

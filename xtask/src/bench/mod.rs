@@ -2,8 +2,12 @@
 
 mod boot;
 mod container;
+mod files;
+mod many;
 mod report;
 mod tiny_init;
+
+use std::fmt::Write;
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
@@ -23,6 +27,10 @@ enum What {
     Boot(boot::Args),
     /// A container's start and an added process: time against runc, and where it goes.
     Container(container::Args),
+    /// Many containers started at once and removed at once, against runc.
+    Many(many::Args),
+    /// What programs do with files of an image and of a volume, against runc.
+    Files(files::Args),
 }
 
 /// Runs `cargo xtask bench`.
@@ -30,7 +38,29 @@ pub fn run(args: Args) -> Result<()> {
     match args.what {
         What::Boot(args) => boot::run(args),
         What::Container(args) => container::run(args),
+        What::Many(args) => many::run(args),
+        What::Files(args) => files::run(args),
     }
+}
+
+/// The head of a report for people: where and how it was measured, and whether each ratio is what
+/// it may be at most.
+fn aims(result: &Value, aims: &[(&str, f64)]) -> String {
+    let conditions = &result["conditions"];
+    let mut text = format!(
+        "{}\nMedians of {} runs in turn, host kernel {}, profile {}.\n\n",
+        conditions["where"].as_str().unwrap_or_default(),
+        conditions["runs"],
+        conditions["host_kernel"].as_str().unwrap_or_default(),
+        conditions["profile"].as_str().unwrap_or_default(),
+    );
+    for (name, aim) in aims {
+        let ratio = result["ratios"][name].as_f64().unwrap_or(f64::NAN);
+        let verdict = if ratio <= *aim { "ok    " } else { "MISSED" };
+        let _ = writeln!(text, "{verdict} {name:<64} {ratio:>6.2}  (aim: at most {aim})");
+    }
+    text.push('\n');
+    text
 }
 
 /// What the program's result line starts with.

@@ -18,10 +18,8 @@ use rvm_tests::{
 };
 use serde_json::{Value, json};
 
-use crate::median;
+use crate::{RUNC, median, swept};
 
-/// What rvm is compared with.
-const RUNC: &str = "io.containerd.runc.v2";
 /// Names of what [`Shim::exec`] times.
 const CALLS: [&str; 4] = ["Exec", "Start", "Wait", "Delete"];
 
@@ -39,14 +37,7 @@ struct Times {
 /// Everything timed.
 pub fn measure(stage: Stage, runs: usize) -> Result<Value> {
     let world = World::new(stage)?;
-    let result = timed(&world, runs);
-    if result.is_err() {
-        eprintln!("containerd's log ends with:\n{}", world.log_tail(0, 20));
-    }
-    for killed in world.sweep() {
-        eprintln!("left behind: {killed}");
-    }
-    result
+    swept(&world, |world| timed(world, runs))
 }
 
 fn timed(world: &World, runs: usize) -> Result<Value> {

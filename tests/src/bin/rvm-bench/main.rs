@@ -6,12 +6,16 @@
 //!   to user space, memory. Needs a KVM that runs kernels.
 //! * `rvm-bench container`: a container's start and an added process, side by
 //!   side with runc. Needs the same.
+//! * `rvm-bench many`: many containers started at once, and removed at once.
+//! * `rvm-bench files`: what programs do with files, in an image and on a volume.
 //! * `rvm-bench first-run`: the monitor's exec to its first `KVM_RUN`. Any KVM.
 
 mod boot;
 mod clean;
 mod container;
 mod counters;
+mod files;
+mod many;
 mod memory;
 mod monitor;
 mod peer;
@@ -20,11 +24,14 @@ mod ready;
 use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::{Context, Result, bail};
-use rvm_tests::stage::Stage;
+use rvm_tests::{stage::Stage, world::World};
 use serde_json::Value;
 
 /// What the line with the result starts with.
 const MARK: &str = "@result";
+
+/// What rvm is compared with.
+const RUNC: &str = "io.containerd.runc.v2";
 
 /// Memory and vCPUs of the guests whose start is timed.
 const MEMORY_MIB: u64 = 128;
@@ -58,13 +65,33 @@ fn run() -> Result<Value> {
             Ok(result)
         }
         Some("container") => container::measure(stage, runs),
+        Some("many") => {
+            let count = std::env::var("RVM_BENCH_COUNT").context("RVM_BENCH_COUNT is not set")?;
+            many::measure(stage, runs, count.parse().context("RVM_BENCH_COUNT")?)
+        }
+        Some("files") => {
+            let images = [variable("RVM_BENCH_IMAGE_ONE")?, variable("RVM_BENCH_IMAGE_FIVE")?];
+            files::measure(stage, runs, &images)
+        }
         Some("first-run") => monitor::first_run(&stage, runs),
-        other => bail!("boot, container or first-run, not {other:?}"),
+        other => bail!("boot, container, many, files or first-run, not {other:?}"),
     }
 }
 
 fn variable(name: &str) -> Result<PathBuf> {
     std::env::var_os(name).map(PathBuf::from).with_context(|| format!("{name} is not set"))
+}
+
+/// Measures in a world; what fails is shown, and what is left is removed.
+fn swept(world: &World, measure: impl FnOnce(&World) -> Result<Value>) -> Result<Value> {
+    let result = measure(world);
+    if result.is_err() {
+        eprintln!("containerd's log ends with:\n{}", world.log_tail(0, 20));
+    }
+    for killed in world.sweep() {
+        eprintln!("left behind: {killed}");
+    }
+    result
 }
 
 /// The middle of a list of measurements; of an even number the mean of the two in the middle.

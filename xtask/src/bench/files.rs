@@ -1,0 +1,86 @@
+//! `cargo xtask bench files`.
+
+use std::fmt::Write;
+
+use anyhow::Result;
+use serde_json::{Value, json};
+
+use super::{aims, result};
+use crate::build::{self, Profile};
+use crate::e2e::{self, Prepared};
+
+/// Arguments of `cargo xtask bench files`.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Print one JSON object on standard output, and nothing else there.
+    #[arg(long)]
+    json: bool,
+    /// Rounds of each kind; medians are reported.
+    #[arg(long, default_value_t = 3)]
+    runs: u32,
+    /// Measure what tests run instead of what is installed: builds in a fraction of the time.
+    #[arg(long)]
+    fast: bool,
+}
+
+/// Of the devhost, in MiB: it holds both images, packed and unpacked.
+const MEMORY_MIB: u32 = 8192;
+/// At most this much of runc's time, where everything is in the guest's cache.
+const AGAIN: f64 = 2.0;
+
+/// Runs `cargo xtask bench files`.
+pub fn run(args: Args) -> Result<()> {
+    let profile = if args.fast { Profile::Fast } else { Profile::Release };
+    let mut prepared = Prepared::new(profile)?;
+    let program = e2e::program("rvm-bench", Profile::Fast)?;
+    let one = build::debian_image()?;
+    prepared.set("RVM_BENCH_IMAGE_FIVE", build::debian_image_of_layers(&one, 5)?);
+    prepared.set("RVM_BENCH_IMAGE_ONE", one);
+    prepared.set("RVM_BENCH_RUNS", args.runs.to_string());
+    prepared.memory_mib = MEMORY_MIB;
+    eprintln!("{}", prepared.host);
+    let mut all = result("files", |output| prepared.run_with_kvm(&program, &["files".to_owned()], output))?;
+    all["conditions"]["where"] = json!(prepared.host.to_string());
+    all["conditions"]["profile"] = json!(profile.as_str());
+    if args.json {
+        println!("{}", serde_json::to_string(&all)?);
+    } else {
+        print!("{}", text(&all));
+    }
+    Ok(())
+}
+
+/// The result for people.
+fn text(result: &Value) -> String {
+    let ratios = result["ratios"].as_object();
+    let again = ratios.into_iter().flatten().map(|(name, _)| name.as_str());
+    let again: Vec<(&str, f64)> =
+        again.filter(|name| name.contains(" again")).map(|name| (name, AGAIN)).collect();
+    let mut text = aims(result, &again);
+    let _ = writeln!(text, "   {:<56} {:>9} {:>9} {:>8}", "ms", "rvm", "runc", "rvm/runc");
+    for row in result["medians_ms, rvm and runc"].as_array().into_iter().flatten() {
+        let name = row[0].as_str().unwrap_or_default();
+        let [rvm, runc] = [&row[1], &row[2]].map(|value| value.as_f64().unwrap_or(f64::NAN));
+        let _ = writeln!(text, "   {name:<56} {rvm:>9.1} {runc:>9.1} {:>8.2}", rvm / runc);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_done_again_has_an_aim() {
+        let text = text(&json!({
+            "ratios": { "rvm/runc, find": 30.0, "rvm/runc, find again, with a volume": 2.5 },
+            "medians_ms, rvm and runc": [["find", 300.0, 10.0]],
+        }));
+        assert!(
+            text.lines().any(|line| line.starts_with("MISSED rvm/runc, find again, with a volume")),
+            "{text}"
+        );
+        assert_eq!(text.matches("MISSED").count() + text.matches("ok  ").count(), 1, "{text}");
+        assert!(text.contains("30.00"), "{text}");
+    }
+}
