@@ -1,12 +1,18 @@
-//! The monitor's configuration and control socket.
+//! The monitor's configuration, and how it is controlled.
 //!
 //! `rvm-vmm --config FILE` reads one [`VmConfig`] as JSON. Relative paths are
 //! relative to the monitor's working directory: the shim starts it in the
 //! sandbox's directory, so socket paths stay below the 107 bytes of
 //! `sockaddr_un` however long a container's id is.
 //!
-//! The control socket is a Unix stream socket; each request and each answer is
-//! one line of JSON ([`Request`], [`Response`]).
+//! Its owner controls it over one end of a pair of connected sockets
+//! (`SOCK_SEQPACKET`) that it inherits as `--control-fd N`: each packet is a
+//! [`Call`] or a [`Reply`] as JSON, with a descriptor attached where the request
+//! says so. When the owner's end is closed the machine ends, in order.
+//!
+//! The control socket at a path is for others to look: a Unix stream socket, each
+//! request and each answer one line of JSON ([`Request`], [`Response`]), and the
+//! only request it answers is [`Request::Metrics`].
 
 use std::path::PathBuf;
 
@@ -18,8 +24,12 @@ use serde::{Deserialize, Serialize};
 pub struct VmConfig {
     /// Sandbox id, for logs.
     pub id: String,
-    /// Number of vCPUs, 1 to 255.
+    /// Number of vCPUs, 1 to [`MAX_VCPUS`].
     pub vcpus: u8,
+    /// How many there can be while it runs ([`Request::SetVcpus`]),
+    /// [`MAX_VCPUS`] at most; 0 for no more than it starts with.
+    #[serde(default)]
+    pub max_vcpus: u8,
     /// Guest memory in MiB.
     pub memory_mib: u64,
     /// How much more can be plugged in while it runs, in MiB, a multiple of 128.
@@ -109,7 +119,33 @@ pub struct DiskConfig {
     pub readonly: bool,
 }
 
-/// A request on the control socket.
+/// Most vCPUs of one machine: APIC ids in its MP table are bytes, and 255 is
+/// broadcast. The guest's kernel is built for as many (`CONFIG_NR_CPUS`).
+pub const MAX_VCPUS: u8 = 255;
+/// Longest [`Call`] or [`Reply`], in bytes.
+pub const MAX_MESSAGE_LEN: usize = 64 << 10;
+
+/// A request on the inherited control socket.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Call {
+    /// Chosen by the owner: the answer to a request it no longer waits for is
+    /// known by it.
+    pub id: u64,
+    /// The request.
+    pub request: Request,
+}
+
+/// The answer to a [`Call`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Reply {
+    /// The call's.
+    pub id: u64,
+    /// The answer.
+    pub response: Response,
+}
+
+/// What is asked of a monitor.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Request {
@@ -121,11 +157,27 @@ pub enum Request {
     Stop,
     /// Reads the counters.
     Metrics,
-    /// Plugs a virtio-blk device into the running machine. The guest finds it
-    /// when it scans its PCI bus again.
+    /// Plugs a virtio-blk device into the running machine, on the file or block
+    /// device whose descriptor is attached. The guest finds it when it scans its
+    /// PCI bus again.
     AddDisk {
-        /// The device; its serial is none of those that are there.
-        disk: DiskConfig,
+        /// Serial the guest sees, 1 to 20 bytes, none of those that are there.
+        serial: String,
+        /// Whether writes are refused; else the descriptor is open for them.
+        readonly: bool,
+    },
+    /// Takes a disk out of the running machine and closes its file; the guest has
+    /// been told to let go of it before. One that has not finds nothing there.
+    RemoveDisk {
+        /// The disk's serial.
+        serial: String,
+    },
+    /// Makes so many vCPUs exist, if there are fewer: the guest can bring them up
+    /// from then on. One that exists stays; a guest that has taken it down leaves
+    /// it idle.
+    SetVcpus {
+        /// How many, at most [`VmConfig::max_vcpus`].
+        count: u8,
     },
     /// Offers the guest so much memory beside what it started with, or asks for
     /// what it has above that back. Answered when the guest has been told; it

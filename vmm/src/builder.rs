@@ -1,5 +1,6 @@
 //! From a configuration to a machine that can run, in boot order.
 
+use std::collections::HashMap;
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -8,13 +9,12 @@ use std::thread::ScopedJoinHandle;
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
-use crate::arch::cpuid::{self, Topology};
 use crate::arch::{layout, mptable};
 use crate::boot::initramfs::{self, InitramfsError};
 use crate::boot::kernel::{self, KernelError};
 use crate::boot::params::{self, ParamsError};
 use crate::config::CheckedConfig;
-use crate::control::ControlServer;
+use crate::control::socket::ReadOnlySocket;
 use crate::devices::legacy::console_log::ConsoleLog;
 use crate::devices::legacy::serial::Serial;
 use crate::devices::virtio::VirtioDevice;
@@ -30,7 +30,7 @@ use crate::memory::{self, GuestRam, MemoryError, Shape};
 use crate::pci::virtio::function::{self, FunctionError};
 use crate::pci::{BusFull, CONFIG_ADDRESS_PORT, PciBus};
 use crate::timeline::Timeline;
-use crate::vcpu::{BootEntry, Vcpu, VcpuError};
+use crate::vcpu::{BootEntry, Vcpu, VcpuError, VcpuFactory};
 use crate::vmm::Vmm;
 
 /// Why a machine could not be built.
@@ -82,7 +82,7 @@ pub fn build(config: CheckedConfig, any_kvm: bool, timeline: Arc<Timeline>) -> R
         probe::check()?;
     }
     let host = Host::open()?;
-    let vm = Arc::new(host.create_vm(config.vm.vcpus)?);
+    let vm = Arc::new(host.create_vm(config.vm.max_vcpus)?);
     timeline.reached("vm_created");
 
     let memory = memory::create_shaped(Shape {
@@ -100,13 +100,20 @@ pub fn build(config: CheckedConfig, any_kvm: bool, timeline: Arc<Timeline>) -> R
         let built = build_on(&config, &host, &vm, &memory, loaded, &timeline);
         joined(taken)?;
         timeline.reached("memory_taken");
-        let (machine, vcpus, control) = built?;
-        Ok(Vmm { vm: Arc::clone(&vm), memory: memory.clone(), machine, vcpus, control, timeline })
+        let Built { machine, vcpus, more_vcpus, disks, socket } = built?;
+        let (vm, memory) = (Arc::clone(&vm), memory.clone());
+        Ok(Vmm { vm, memory, machine, vcpus, more_vcpus, disks, socket, timeline })
     })
 }
 
 /// What is built on a VM and its memory.
-type Built = (Arc<Machine>, Vec<Vcpu>, Option<ControlServer>);
+struct Built {
+    machine: Arc<Machine>,
+    vcpus: Vec<Vcpu>,
+    more_vcpus: VcpuFactory,
+    disks: HashMap<String, usize>,
+    socket: Option<ReadOnlySocket>,
+}
 
 /// What a thread returned; its panic is ours.
 fn joined<T>(thread: ScopedJoinHandle<'_, T>) -> T {
@@ -123,13 +130,12 @@ fn build_on(
     timeline: &Timeline,
 ) -> Result<Built, BuildError> {
     let pci = PciBus::default();
-    for device in virtio_devices(config)? {
-        function::attach(&pci, device, memory, vm)?;
-    }
+    let disks = attach_devices(config, &pci, memory, vm)?;
     let serial = serial_console(config, vm)?;
     timeline.reached("devices_attached");
 
-    let vcpus = create_vcpus(host, vm, config.vm.vcpus, loaded)?;
+    let more_vcpus = VcpuFactory::new(host, vm, config.vm.max_vcpus)?;
+    let vcpus = create_vcpus(vm, &more_vcpus, config.vm.vcpus, loaded)?;
     if let Some(vcpu) = vcpus.first().filter(|_| host.can_post_writes()) {
         vm.start_posting(&vcpu.fd)?;
         vm.post_port_writes(CONFIG_ADDRESS_PORT)?;
@@ -137,15 +143,15 @@ fn build_on(
     timeline.reached("vcpus_created");
 
     // Last, so that whoever can connect finds a machine.
-    let control = match &config.vm.control_socket {
+    let socket = match &config.vm.control_socket {
         Some(path) => {
             let failed = |source| BuildError::Control { path: path.clone(), source };
-            Some(ControlServer::bind(path).map_err(failed)?)
+            Some(ReadOnlySocket::bind(path).map_err(failed)?)
         }
         None => None,
     };
     let machine = Arc::new(Machine { pci, serial: Mutex::new(serial), vm: Arc::clone(vm) });
-    Ok((machine, vcpus, control))
+    Ok(Built { machine, vcpus, more_vcpus, disks, socket })
 }
 
 /// Puts kernel, initramfs, parameters and tables into memory.
@@ -165,28 +171,35 @@ fn load_guest(config: &CheckedConfig, memory: &GuestRam) -> Result<BootEntry, Bu
     params::write_gdt(memory)?;
     let pml4 = params::write_page_tables(memory)?;
     memory
-        .write_slice(&mptable::table(config.vm.vcpus), GuestAddress(layout::MP_TABLE_START))
+        .write_slice(&mptable::table(config.vm.max_vcpus), GuestAddress(layout::MP_TABLE_START))
         .map_err(BuildError::MpTable)?;
     Ok(BootEntry { entry: kernel.entry, pml4 })
 }
 
-/// The virtio devices in the order of their slots.
-fn virtio_devices(config: &CheckedConfig) -> Result<Vec<Box<dyn VirtioDevice>>, BuildError> {
-    let mut devices: Vec<Box<dyn VirtioDevice>> = vec![Box::new(Rng::new())];
+/// Puts the virtio devices on the bus; returns the slots of the disks, by serial.
+fn attach_devices(
+    config: &CheckedConfig,
+    pci: &PciBus,
+    memory: &GuestRam,
+    vm: &Arc<Vm>,
+) -> Result<HashMap<String, usize>, BuildError> {
+    let attach = |device: Box<dyn VirtioDevice>| function::attach(pci, device, memory, vm);
+    attach(Box::new(Rng::new()))?;
     if let Some(vsock) = &config.vm.vsock {
-        devices.push(Box::new(Vsock::new(vsock).map_err(BuildError::Vsock)?));
+        attach(Box::new(Vsock::new(vsock).map_err(BuildError::Vsock)?))?;
     }
     for share in &config.vm.shares {
         let device = Fs::new(share).map_err(|source| BuildError::Share { tag: share.tag.clone(), source })?;
         // A vCPU waiting for the host's disk does not hold up the others.
-        devices.push(Box::new(device.with_request_queues(config.vm.vcpus.into())));
+        attach(Box::new(device.with_request_queues(config.vm.vcpus.into())))?;
     }
+    let mut disks = HashMap::new();
     for disk in &config.vm.disks {
         let device =
-            Blk::new(disk).map_err(|source| BuildError::Disk { serial: disk.serial.clone(), source })?;
-        devices.push(Box::new(device));
+            Blk::open(disk).map_err(|source| BuildError::Disk { serial: disk.serial.clone(), source })?;
+        disks.insert(disk.serial.clone(), attach(Box::new(device))?);
     }
-    Ok(devices)
+    Ok(disks)
 }
 
 fn serial_console(config: &CheckedConfig, vm: &Vm) -> Result<Serial, BuildError> {
@@ -201,20 +214,15 @@ fn serial_console(config: &CheckedConfig, vm: &Vm) -> Result<Serial, BuildError>
 }
 
 fn create_vcpus(
-    host: &Host,
     vm: &Arc<Vm>,
+    factory: &VcpuFactory,
     count: u8,
     loaded: impl FnOnce() -> Result<BootEntry, BuildError>,
 ) -> Result<Vec<Vcpu>, BuildError> {
-    let supported = host.supported_cpuid()?;
-    let tsc_deadline = host.has_tsc_deadline();
     let vcpus = (0..count).map(|index| Vcpu::create(vm, index)).collect::<Result<Vec<_>, _>>()?;
     let boot = loaded()?;
-    for (index, vcpu) in (0..count).zip(&vcpus) {
-        let topology = Topology { apic_id: index, vcpus: count };
-        let cpuid =
-            cpuid::table(&supported, host.vendor, &topology, tsc_deadline).map_err(VcpuError::from)?;
-        vcpu.configure(&cpuid, (index == 0).then_some(boot))?;
+    for vcpu in &vcpus {
+        factory.configure(vcpu, (vcpu.index == 0).then_some(boot))?;
     }
     Ok(vcpus)
 }

@@ -6,15 +6,13 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use rvm_protocol::vmm::VmConfig;
+use rvm_protocol::vmm::{MAX_VCPUS, VmConfig};
 use thiserror::Error;
 
 use crate::arch::layout::{CMDLINE_MAX_SIZE, MEMORY_BLOCK};
 use crate::boot::params;
 use crate::pci::SLOTS;
 
-/// Largest number of vCPUs: APIC ids in the MP table are bytes, and 255 is broadcast.
-pub const MAX_VCPUS: u8 = 255;
 /// Smallest guest memory, in MiB: kernel, initramfs and a little.
 pub const MIN_MEMORY_MIB: u64 = 32;
 /// Largest guest memory, in MiB: 1 TiB, far below what 46 address bits reach.
@@ -70,7 +68,7 @@ pub enum ConfigError {
 /// A configuration with which a machine can be built.
 #[derive(Debug)]
 pub struct CheckedConfig {
-    /// As written.
+    /// As written, apart from what a missing field stands for.
     pub vm: VmConfig,
     /// The kernel's file.
     pub kernel: File,
@@ -93,13 +91,19 @@ pub fn load(path: &Path) -> Result<CheckedConfig, ConfigError> {
 }
 
 /// Checks a configuration.
-pub fn check(vm: VmConfig) -> Result<CheckedConfig, ConfigError> {
+pub fn check(mut vm: VmConfig) -> Result<CheckedConfig, ConfigError> {
     let wrong = |field, problem: String| Err(ConfigError::Value { field, problem });
     if vm.id.is_empty() || vm.id.chars().any(char::is_control) {
         return wrong("id", "must be a name without control characters".into());
     }
     if !(1..=MAX_VCPUS).contains(&vm.vcpus) {
         return wrong("vcpus", format!("{} given; must be 1 to {MAX_VCPUS}", vm.vcpus));
+    }
+    if vm.max_vcpus == 0 {
+        vm.max_vcpus = vm.vcpus;
+    }
+    if vm.max_vcpus < vm.vcpus {
+        return wrong("max_vcpus", format!("{} given; must be {} (vcpus) to {MAX_VCPUS}", vm.max_vcpus, vm.vcpus));
     }
     if !(MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&vm.memory_mib) {
         let problem = format!("{} given; must be {MIN_MEMORY_MIB} to {MAX_MEMORY_MIB}", vm.memory_mib);
@@ -112,7 +116,7 @@ pub fn check(vm: VmConfig) -> Result<CheckedConfig, ConfigError> {
             format!("{hotplug} given; must be a multiple of {block} up to {most} beside memory_mib");
         return wrong("hotplug_memory_mib", problem);
     }
-    let cmdline = params::full_cmdline(&vm.cmdline);
+    let cmdline = params::full_cmdline(&vm.cmdline, (vm.max_vcpus > vm.vcpus).then_some(vm.vcpus));
     if !cmdline.bytes().all(|b| b.is_ascii_graphic() || b == b' ') {
         return wrong("cmdline", "must consist of printable ASCII characters".into());
     }
@@ -189,12 +193,30 @@ mod tests {
     }
 
     #[test]
+    fn more_vcpus_than_there_are_at_first_are_held_back() {
+        let with = |vcpus: u8, max: u8| {
+            text(|c| {
+                c["vcpus"] = vcpus.into();
+                c["max_vcpus"] = max.into();
+            })
+        };
+        let config = load_text(&with(2, 4)).unwrap();
+        assert!(config.cmdline.contains(" maxcpus=2 "), "{}", config.cmdline);
+        for max in [0, 2] {
+            let config = load_text(&with(2, max)).unwrap();
+            assert_eq!((config.vm.max_vcpus, config.cmdline.contains("maxcpus")), (2, false));
+        }
+        assert_eq!(error(&with(4, 3)), "max_vcpus: 3 given; must be 4 (vcpus) to 255");
+    }
+
+    #[test]
     fn every_error_names_its_field() {
         let with = |field: &str, value: serde_json::Value| error(&text(|c| c[field] = value));
         for (field, value, says) in [
             ("vcpus", 0.into(), "1 to 255"),
             ("vcpus", 1000.into(), "u8"),
             ("vcpus", "two".into(), "expected u8"),
+            ("max_vcpus", 256.into(), "u8"),
             ("memory_mib", 16.into(), "32 to"),
             ("memory_mib", (-1).into(), "u64"),
             ("hotplug_memory_mib", 2.into(), "multiple of 128"),

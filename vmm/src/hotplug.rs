@@ -6,10 +6,11 @@
 //! was asked for: a guest that does not care for what the device says has no
 //! more than that either.
 
+use std::collections::HashMap;
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
-use rvm_protocol::vmm::DiskConfig;
 use thiserror::Error;
 use vm_memory::GuestMemoryRegion;
 
@@ -38,8 +39,23 @@ pub enum HotplugError {
         most: u64,
     },
     /// The disk cannot be used.
-    #[error(transparent)]
-    Disk(#[from] BlkError),
+    #[error("disk {serial}")]
+    Disk {
+        /// Its serial.
+        serial: String,
+        /// Why not.
+        #[source]
+        source: BlkError,
+    },
+    /// The request came without the disk's descriptor.
+    #[error("disk {0}: no descriptor is attached to the request")]
+    NoFile(String),
+    /// There is a disk of that serial.
+    #[error("disk {0} is there already")]
+    DiskExists(String),
+    /// There is no disk of that serial.
+    #[error("there is no disk {0}")]
+    NoDisk(String),
     /// KVM did not take the memory.
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -55,6 +71,8 @@ pub enum HotplugError {
 pub struct Hotplug {
     memory: GuestRam,
     vm: Arc<Vm>,
+    /// Slots of the disks on the bus, by serial.
+    disks: HashMap<String, usize>,
     /// The memory device, once it was needed.
     device: Option<MemControl>,
     /// Slots of KVM's given to it.
@@ -62,16 +80,37 @@ pub struct Hotplug {
 }
 
 impl Hotplug {
-    /// Nothing yet.
-    pub fn new(memory: GuestRam, vm: Arc<Vm>) -> Self {
-        Self { memory, vm, device: None, slots: 0 }
+    /// `disks` are the slots of those the machine was built with, by serial.
+    pub fn new(memory: GuestRam, vm: Arc<Vm>, disks: HashMap<String, usize>) -> Self {
+        Self { memory, vm, disks, device: None, slots: 0 }
     }
 
-    /// Plugs a disk into `bus`.
-    pub fn add_disk(&self, bus: &PciBus, config: &DiskConfig) -> Result<(), HotplugError> {
-        let disk = Box::new(Blk::new(config)?);
-        let slot = function::attach(bus, disk, &self.memory, &self.vm)?;
-        log::info!("disk {} plugged into slot {slot}", config.serial);
+    /// Plugs a disk into `bus`: the open file the request brought.
+    pub fn add_disk(
+        &mut self,
+        bus: &PciBus,
+        serial: &str,
+        file: Option<File>,
+        readonly: bool,
+    ) -> Result<(), HotplugError> {
+        if self.disks.contains_key(serial) {
+            return Err(HotplugError::DiskExists(serial.to_owned()));
+        }
+        let file = file.ok_or_else(|| HotplugError::NoFile(serial.to_owned()))?;
+        let disk = Blk::new(serial, file, readonly)
+            .map_err(|source| HotplugError::Disk { serial: serial.to_owned(), source })?;
+        let slot = function::attach(bus, Box::new(disk), &self.memory, &self.vm)?;
+        self.disks.insert(serial.to_owned(), slot);
+        log::info!("disk {serial} plugged into slot {slot}");
+        Ok(())
+    }
+
+    /// Takes a disk off `bus`. A guest that still uses it gets no more answers.
+    pub fn remove_disk(&mut self, bus: &PciBus, serial: &str) -> Result<(), HotplugError> {
+        let slot = self.disks.remove(serial).ok_or_else(|| HotplugError::NoDisk(serial.to_owned()))?;
+        // What ends here is stopped and closed, its interrupts and its slot are free.
+        drop(bus.remove(slot));
+        log::info!("disk {serial} taken out of slot {slot}");
         Ok(())
     }
 
@@ -138,6 +177,7 @@ mod tests {
     use crate::arch::layout::MEMORY_BLOCK;
     use crate::kvm::Host;
     use crate::memory::{self, Shape};
+    use crate::pci::{CONFIG_ADDRESS_PORT, CONFIG_DATA_PORT};
 
     const GIB: u64 = 1 << 30;
 
@@ -146,7 +186,7 @@ mod tests {
         let memory =
             memory::create_shaped(Shape { boot: 64 << 20, more: region, ..Shape::default() }).unwrap();
         vm.set_memory(&memory).unwrap();
-        (Hotplug::new(memory.clone(), vm), memory)
+        (Hotplug::new(memory.clone(), vm, HashMap::new()), memory)
     }
 
     #[test]
@@ -176,6 +216,36 @@ mod tests {
         let (mut hotplug, _) = hotplug(0);
         let error = hotplug.request(&PciBus::default(), 128).unwrap_err().to_string();
         assert!(error.contains("up to 0"), "{error}");
+    }
+
+    #[test]
+    fn disks_come_and_go_without_a_trace() {
+        let (mut hotplug, _memory) = hotplug(0);
+        let bus = PciBus::default();
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(8192).unwrap();
+        let disk = || Some(file.try_clone().unwrap());
+        let vendor = |slot: u32| {
+            let mut data = [0; 2];
+            bus.write_port(CONFIG_ADDRESS_PORT, &(1 << 31 | slot << 11).to_le_bytes());
+            bus.read_port(CONFIG_DATA_PORT, &mut data);
+            u16::from_le_bytes(data)
+        };
+        // More often than there are interrupt numbers.
+        for round in 0..3000 {
+            hotplug.add_disk(&bus, "a", disk(), false).unwrap();
+            hotplug.add_disk(&bus, "b", disk(), true).unwrap();
+            assert_eq!([0, 1, 2].map(vendor), [0x1af4, 0x1af4, 0xffff], "round {round}");
+            let error = hotplug.add_disk(&bus, "a", disk(), false).unwrap_err().to_string();
+            assert_eq!(error, "disk a is there already");
+            hotplug.remove_disk(&bus, "a").unwrap();
+            assert_eq!([0, 1].map(vendor), [0xffff, 0x1af4]);
+            hotplug.remove_disk(&bus, "b").unwrap();
+        }
+        assert_eq!(hotplug.remove_disk(&bus, "b").unwrap_err().to_string(), "there is no disk b");
+        assert!(hotplug.add_disk(&bus, "c", None, false).unwrap_err().to_string().contains("no descriptor"));
+        // Nobody holds the file, or it could not be locked.
+        assert!(file.try_lock().is_ok());
     }
 
     #[test]

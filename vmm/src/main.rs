@@ -7,6 +7,7 @@ use std::sync::Arc;
 use anyhow::{Context, anyhow, bail};
 use log::LevelFilter;
 use rvm_protocol::vmm::exit_code;
+use rvm_vmm::control::channel::OwnerChannel;
 use rvm_vmm::timeline::Timeline;
 use rvm_vmm::vcpu::exits::End;
 use rvm_vmm::vmm::StopSignals;
@@ -19,7 +20,8 @@ Runs the microVM described by FILE (JSON, see rvm_protocol::vmm::VmConfig).
 
   --config FILE      the configuration; relative paths in it are relative to
                      the working directory
-  --parent PID       end, in order, when PID, the parent, does
+  --control-fd N     take requests on descriptor N, a SOCK_SEQPACKET socket, and
+                     end, in order, when its other end is closed
   --log-level LEVEL  off, error, warn (default), info, debug or trace
   --any-kvm          run even where /dev/kvm only emulates kernels, which is
                      far too slow for a guest but enough to measure a start
@@ -32,7 +34,7 @@ wrong; 3 the machine could not be built; 4 the guest crashed.
 
 struct Arguments {
     config: PathBuf,
-    parent: Option<libc::pid_t>,
+    channel: Option<OwnerChannel>,
     log_level: LevelFilter,
     any_kvm: bool,
 }
@@ -44,7 +46,7 @@ fn main() -> ExitCode {
     unsafe { libc::umask(0o077) };
     let (code, error) = match parse_arguments() {
         Ok(None) => return ExitCode::SUCCESS,
-        Ok(Some(arguments)) => run(&arguments, timeline),
+        Ok(Some(arguments)) => run(arguments, timeline),
         Err(e) => (exit_code::BAD_CONFIG, Some(e)),
     };
     if let Some(error) = error {
@@ -54,7 +56,7 @@ fn main() -> ExitCode {
     ExitCode::from(code as u8)
 }
 
-fn run(arguments: &Arguments, timeline: Arc<Timeline>) -> (i32, Option<anyhow::Error>) {
+fn run(arguments: Arguments, timeline: Arc<Timeline>) -> (i32, Option<anyhow::Error>) {
     let signals = match StopSignals::block() {
         Ok(signals) => signals,
         Err(e) => return (exit_code::BUILD_FAILED, Some(e.into())),
@@ -69,7 +71,7 @@ fn run(arguments: &Arguments, timeline: Arc<Timeline>) -> (i32, Option<anyhow::E
         Ok(machine) => machine,
         Err(e) => return (exit_code::BUILD_FAILED, Some(e.into())),
     };
-    match machine.run(signals, arguments.parent) {
+    match machine.run(signals, arguments.channel) {
         Ok(End::PoweredOff) => (exit_code::OK, None),
         Ok(End::Crashed(cause)) => (exit_code::GUEST_CRASHED, Some(anyhow!("the guest crashed: {cause}"))),
         Err(e) => (exit_code::BUILD_FAILED, Some(e.into())),
@@ -79,7 +81,7 @@ fn run(arguments: &Arguments, timeline: Arc<Timeline>) -> (i32, Option<anyhow::E
 /// `None` where the question has been answered already.
 fn parse_arguments() -> anyhow::Result<Option<Arguments>> {
     let mut config = None;
-    let mut parent = None;
+    let mut channel = None;
     let mut log_level = LevelFilter::Warn;
     let mut any_kvm = false;
     let mut arguments = std::env::args_os().skip(1);
@@ -88,10 +90,11 @@ fn parse_arguments() -> anyhow::Result<Option<Arguments>> {
         let mut value = || arguments.next().with_context(|| format!("{name} needs a value"));
         match name.as_str() {
             "--config" => config = Some(PathBuf::from(value()?)),
-            "--parent" => {
+            "--control-fd" => {
                 let text = value()?.to_string_lossy().into_owned();
-                parent =
-                    Some(text.parse().with_context(|| format!("--parent: {text:?} is not a process id"))?);
+                let wrong = || format!("--control-fd: {text:?} must be an inherited SOCK_SEQPACKET socket");
+                let fd = text.parse().with_context(wrong)?;
+                channel = Some(OwnerChannel::inherited(fd).with_context(wrong)?);
             }
             "--log-level" => {
                 let text = value()?.to_string_lossy().into_owned();
@@ -112,5 +115,5 @@ fn parse_arguments() -> anyhow::Result<Option<Arguments>> {
         }
     }
     let config = config.context("--config FILE is missing; try --help")?;
-    Ok(Some(Arguments { config, parent, log_level, any_kvm }))
+    Ok(Some(Arguments { config, channel, log_level, any_kvm }))
 }

@@ -1,6 +1,8 @@
 //! The running machine: its vCPU threads, and the thread that listens to its
-//! owners (control socket, signals, the parent's death) and to its end.
+//! owner (requests, the owner's end), to others (counters, signals) and to its end.
 
+use std::collections::HashMap;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
@@ -10,13 +12,15 @@ use thiserror::Error;
 use vm_memory::GuestMemoryRegion;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use crate::control::{ControlServer, Served};
-use crate::hotplug::{Hotplug, HotplugError};
+use crate::control::Served;
+use crate::control::channel::OwnerChannel;
+use crate::control::socket::ReadOnlySocket;
+use crate::hotplug::Hotplug;
 use crate::kvm::Vm;
 use crate::machine::Machine;
 use crate::memory::{self, GuestRam};
 use crate::timeline::Timeline;
-use crate::vcpu::Vcpu;
+use crate::vcpu::{Vcpu, VcpuError, VcpuFactory};
 use crate::vcpu::exits::End;
 use crate::vcpu::thread::{EndReport, VcpuThread};
 
@@ -29,15 +33,6 @@ pub enum RunError {
     /// Events cannot be waited for.
     #[error("the event loop failed")]
     Events(#[source] io::Error),
-    /// The parent's death could not be watched for.
-    #[error("process {pid}, given as the parent, cannot be watched")]
-    Parent {
-        /// The parent.
-        pid: libc::pid_t,
-        /// The system's answer.
-        #[source]
-        source: io::Error,
-    },
 }
 
 /// Everything built, nothing running yet.
@@ -50,8 +45,12 @@ pub struct Vmm {
     pub machine: Arc<Machine>,
     /// Its vCPUs.
     pub vcpus: Vec<Vcpu>,
-    /// The control socket.
-    pub control: Option<ControlServer>,
+    /// Makes those that come later.
+    pub more_vcpus: VcpuFactory,
+    /// Slots of its disks, by serial.
+    pub disks: HashMap<String, usize>,
+    /// The socket for those who look.
+    pub socket: Option<ReadOnlySocket>,
     /// The start so far.
     pub timeline: Arc<Timeline>,
 }
@@ -60,28 +59,22 @@ pub struct Vmm {
 const STOP_SIGNALS: [libc::c_int; 2] = [libc::SIGTERM, libc::SIGINT];
 
 impl Vmm {
-    /// Runs the machine to its end: the guest's own, a request's, one of the
-    /// `signals` or the death of the process `parent`. Everything is stopped
-    /// when it returns.
-    pub fn run(self, signals: StopSignals, parent: Option<libc::pid_t>) -> Result<End, RunError> {
-        let Self { vm, memory, machine, vcpus, control, timeline } = self;
+    /// Runs the machine to its end: the guest's own, a request's, its owner's or one
+    /// of the `signals`. Everything is stopped when it returns.
+    pub fn run(self, signals: StopSignals, channel: Option<OwnerChannel>) -> Result<End, RunError> {
+        let Self { vm, memory, machine, vcpus, more_vcpus, disks, socket, timeline } = self;
         let report = Arc::new(EndReport::new().map_err(RunError::Events)?);
-        let events = Events::new(&report, control.as_ref(), signals, parent)?;
-        let threads = vcpus
-            .into_iter()
-            .map(|vcpu| {
-                VcpuThread::spawn(vcpu, Arc::clone(&machine), Arc::clone(&report), Arc::clone(&timeline))
-            })
-            .collect::<Result<Vec<_>, _>>();
-        let result = match threads {
-            Ok(threads) => {
-                let hotplug = Hotplug::new(memory.clone(), Arc::clone(&vm));
-                let owner =
-                    Owner { threads, machine: &machine, memory: &memory, hotplug, timeline: &timeline };
-                listen(events, owner, control, &report)
-            }
+        let events =
+            Events::new(&report, channel.as_ref(), socket.as_ref(), signals).map_err(RunError::Events)?;
+        let hotplug = Hotplug::new(memory.clone(), Arc::clone(&vm), disks);
+        let mut owned =
+            Owned { threads: Vec::new(), paused: false, machine, more_vcpus, report, hotplug, memory, timeline };
+        let started = vcpus.into_iter().try_for_each(|vcpu| owned.start(vcpu));
+        let result = match started {
+            Ok(()) => listen(&events, &mut owned, channel, socket),
             Err(e) => Err(RunError::Thread(e)),
         };
+        let machine = owned.stop();
         // The vCPUs have ended; now what they could have called for.
         machine.pci.shut_down();
         drop(machine);
@@ -91,108 +84,157 @@ impl Vmm {
 }
 
 /// What requests are about.
-struct Owner<'a> {
+struct Owned {
     threads: Vec<VcpuThread>,
-    machine: &'a Machine,
-    memory: &'a GuestRam,
+    paused: bool,
+    machine: Arc<Machine>,
+    more_vcpus: VcpuFactory,
+    report: Arc<EndReport>,
     hotplug: Hotplug,
-    timeline: &'a Timeline,
+    memory: GuestRam,
+    timeline: Arc<Timeline>,
 }
 
-impl Owner<'_> {
-    fn handle(&mut self, request: Request, stop: &mut bool) -> Response {
-        match request {
-            Request::Pause => {
-                // All are asked first, so that they stop side by side.
-                self.threads.iter().for_each(VcpuThread::pause);
-                self.threads.iter().for_each(VcpuThread::wait_paused);
-                self.machine.catch_up();
+impl Owned {
+    fn start(&mut self, vcpu: Vcpu) -> io::Result<()> {
+        let (machine, report) = (Arc::clone(&self.machine), Arc::clone(&self.report));
+        self.threads.push(VcpuThread::spawn(vcpu, machine, report, Arc::clone(&self.timeline))?);
+        Ok(())
+    }
+
+    /// What the owner's request is answered; `stop` is set where it is to end the machine.
+    fn handle(&mut self, request: Request, file: Option<File>, stop: &mut bool) -> Response {
+        let pci = &self.machine.pci;
+        match (request, file) {
+            (Request::AddDisk { serial, readonly }, file) => {
+                answer(self.hotplug.add_disk(pci, &serial, file, readonly))
+            }
+            (_, Some(_)) => Response::Error { message: "this request takes no descriptor".into() },
+            (Request::RemoveDisk { serial }, None) => answer(self.hotplug.remove_disk(pci, &serial)),
+            (Request::SetHotplugMemory { mib }, None) => answer(self.hotplug.request(pci, mib)),
+            (Request::SetVcpus { count }, None) => answer(self.set_vcpus(count)),
+            (Request::Metrics, None) => self.metrics(),
+            (Request::Pause, None) => {
+                self.pause();
                 Response::Ok
             }
-            Request::Resume => {
+            (Request::Resume, None) => {
+                self.paused = false;
                 self.threads.iter().for_each(VcpuThread::resume);
                 Response::Ok
             }
-            Request::Stop => {
+            (Request::Stop, None) => {
                 *stop = true;
                 Response::Ok
             }
-            Request::Metrics => match self.metrics() {
-                Ok(metrics) => Response::Metrics(metrics),
-                Err(e) => Response::Error { message: format!("guest memory cannot be counted: {e}") },
-            },
-            Request::AddDisk { disk } => answer(self.hotplug.add_disk(&self.machine.pci, &disk)),
-            Request::SetHotplugMemory { mib } => answer(self.hotplug.request(&self.machine.pci, mib)),
         }
     }
 
-    fn metrics(&self) -> io::Result<Metrics> {
+    fn pause(&mut self) {
+        // All are asked first, so that they stop side by side.
+        self.threads.iter().for_each(VcpuThread::pause);
+        self.threads.iter().for_each(VcpuThread::wait_paused);
+        self.machine.catch_up();
+        self.paused = true;
+    }
+
+    fn set_vcpus(&mut self, count: u8) -> Result<(), SetVcpusError> {
+        let most = self.more_vcpus.possible();
+        if !(1..=most).contains(&count) {
+            return Err(SetVcpusError::Count { count, most });
+        }
+        while let Some(index) = u8::try_from(self.threads.len()).ok().filter(|index| *index < count) {
+            let vcpu = self.more_vcpus.create(index)?;
+            self.start(vcpu)?;
+            if self.paused {
+                self.pause();
+            }
+        }
+        Ok(())
+    }
+
+    fn metrics(&self) -> Response {
         let mut exits = ExitCounts::default();
         self.threads.iter().for_each(|thread| thread.counters().add_to(&mut exits));
         let boot_bytes: u64 = self.memory.boot_regions().iter().map(GuestMemoryRegion::len).sum();
         let plugged_bytes = self.hotplug.plugged_bytes();
-        Ok(Metrics {
+        let memory_resident_bytes = match memory::resident_bytes(&self.memory) {
+            Ok(bytes) => bytes,
+            Err(e) => return Response::Error { message: format!("guest memory cannot be counted: {e}") },
+        };
+        Response::Metrics(Metrics {
             exits,
             start_us: self.timeline.steps_us(),
             memory_bytes: boot_bytes + plugged_bytes,
             memory_plugged_bytes: plugged_bytes,
-            memory_resident_bytes: memory::resident_bytes(self.memory)?,
+            memory_resident_bytes,
         })
+    }
+
+    /// Ends the vCPUs: all are told first; dropping each then waits for it.
+    fn stop(self) -> Arc<Machine> {
+        self.threads.iter().for_each(VcpuThread::stop);
+        self.machine
     }
 }
 
-/// What a request to plug something in is answered: an error with what caused
-/// it, in one line.
-fn answer(plugged: Result<(), HotplugError>) -> Response {
-    let Err(error) = plugged else { return Response::Ok };
-    let error: &dyn std::error::Error = &error;
+/// Why there are not as many vCPUs as were asked for.
+#[derive(Debug, Error)]
+enum SetVcpusError {
+    #[error("count: {count} given; must be 1 to {most} (max_vcpus)")]
+    Count { count: u8, most: u8 },
+    #[error(transparent)]
+    Create(#[from] VcpuError),
+    #[error("a vCPU's thread could not be started")]
+    Thread(#[from] io::Error),
+}
+
+/// What a request that may fail is answered: an error with what caused it, in one
+/// line.
+fn answer<E: std::error::Error>(done: Result<(), E>) -> Response {
+    let Err(error) = done else { return Response::Ok };
     let causes = std::iter::successors(error.source(), |cause| cause.source());
     let message = causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"));
     Response::Error { message }
 }
 
-impl Drop for Owner<'_> {
-    fn drop(&mut self) {
-        // All are told first; dropping each then waits for it.
-        self.threads.iter().for_each(VcpuThread::stop);
-    }
-}
-
 fn listen(
-    events: Events,
-    mut owner: Owner<'_>,
-    mut control: Option<ControlServer>,
-    report: &EndReport,
+    events: &Events,
+    owned: &mut Owned,
+    mut channel: Option<OwnerChannel>,
+    mut socket: Option<ReadOnlySocket>,
 ) -> Result<End, RunError> {
     loop {
         let mut stop = false;
         for event in events.wait().map_err(RunError::Events)? {
-            match (event, &mut control) {
-                (Event::GuestEnded, _) => stop = true,
-                (Event::Signal, _) => {
+            match (event, &mut channel, &mut socket) {
+                (Event::GuestEnded, _, _) => stop = true,
+                (Event::Signal, _, _) => {
                     log::info!("stopped by a signal");
                     stop = true;
                 }
-                (Event::ParentDied, _) => {
-                    log::warn!("stopped because the parent died");
-                    stop = true;
+                (Event::Owner, Some(channel), _) => {
+                    let mut handle = |request, file| owned.handle(request, file, &mut stop);
+                    if channel.serve(&mut handle) == Served::Closed {
+                        log::warn!("stopped because its owner is gone");
+                        stop = true;
+                    }
                 }
-                (Event::NewClient, Some(control)) => {
-                    if let Some(fd) = control.accept().map_err(RunError::Events)? {
+                (Event::NewClient, _, Some(socket)) => {
+                    if let Some(fd) = socket.accept().map_err(RunError::Events)? {
                         events.add(fd, fd as u64).map_err(RunError::Events)?;
                     }
                 }
-                (Event::Client(fd), Some(control)) => {
-                    let served = control.serve(fd, &mut |request| owner.handle(request, &mut stop));
-                    if let Served::Closed = served {
+                (Event::Client(fd), _, Some(socket)) => {
+                    if socket.serve(fd, &mut || owned.metrics()) == Served::Closed {
                         log::debug!("control client gone");
                     }
                 }
-                (Event::NewClient | Event::Client(_), None) => {}
+                (Event::Owner | Event::NewClient | Event::Client(_), _, _) => {}
             }
         }
         if stop {
-            return Ok(report.get().unwrap_or(End::PoweredOff));
+            return Ok(owned.report.get().unwrap_or(End::PoweredOff));
         }
     }
 }
@@ -200,7 +242,7 @@ fn listen(
 enum Event {
     GuestEnded,
     Signal,
-    ParentDied,
+    Owner,
     NewClient,
     Client(RawFd),
 }
@@ -208,42 +250,32 @@ enum Event {
 // Clients are known by their descriptors, which are far below these.
 const GUEST_ENDED: u64 = u64::MAX;
 const SIGNAL: u64 = u64::MAX - 1;
-const PARENT_DIED: u64 = u64::MAX - 2;
+const OWNER: u64 = u64::MAX - 2;
 const NEW_CLIENT: u64 = u64::MAX - 3;
 
 /// What the listening thread waits for.
 struct Events {
     epoll: Epoll,
     signals: StopSignals,
-    /// Only held.
-    _parent: Option<OwnedFd>,
 }
 
 impl Events {
     fn new(
         report: &EndReport,
-        control: Option<&ControlServer>,
+        channel: Option<&OwnerChannel>,
+        socket: Option<&ReadOnlySocket>,
         signals: StopSignals,
-        parent: Option<libc::pid_t>,
-    ) -> Result<Self, RunError> {
-        let parent = parent
-            .map(|pid| open_process(pid).map_err(|source| RunError::Parent { pid, source }))
-            .transpose()?;
-        let build = || {
-            let epoll = Epoll::new()?;
-            let events = Self { epoll, signals, _parent: None };
-            events.add(report.event.as_raw_fd(), GUEST_ENDED)?;
-            events.add(events.signals.0.as_raw_fd(), SIGNAL)?;
-            if let Some(parent) = &parent {
-                events.add(parent.as_raw_fd(), PARENT_DIED)?;
-            }
-            if let Some(control) = control {
-                events.add(control.listener_fd(), NEW_CLIENT)?;
-            }
-            Ok(events)
-        };
-        let events = build().map_err(RunError::Events)?;
-        Ok(Self { _parent: parent, ..events })
+    ) -> io::Result<Self> {
+        let events = Self { epoll: Epoll::new()?, signals };
+        events.add(report.event.as_raw_fd(), GUEST_ENDED)?;
+        events.add(events.signals.0.as_raw_fd(), SIGNAL)?;
+        if let Some(channel) = channel {
+            events.add(channel.fd(), OWNER)?;
+        }
+        if let Some(socket) = socket {
+            events.add(socket.listener_fd(), NEW_CLIENT)?;
+        }
+        Ok(events)
     }
 
     /// Watches `fd` for reading; closing it ends that.
@@ -260,7 +292,7 @@ impl Events {
         let known = |event: &EpollEvent| match event.data() {
             GUEST_ENDED => Event::GuestEnded,
             SIGNAL => Event::Signal,
-            PARENT_DIED => Event::ParentDied,
+            OWNER => Event::Owner,
             NEW_CLIENT => Event::NewClient,
             fd => Event::Client(fd as RawFd),
         };
@@ -290,19 +322,6 @@ fn block_stop_signals() -> io::Result<OwnedFd> {
     // SAFETY: `set` is a valid signal set; -1 asks for a new descriptor.
     let fd = unsafe { libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
     owned(fd)
-}
-
-/// A descriptor that becomes readable when process `pid`, our parent, ends.
-fn open_process(pid: libc::pid_t) -> io::Result<OwnedFd> {
-    // SAFETY: plain system call without pointers.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-    let fd = owned(fd as RawFd)?;
-    // Only now is it sure that the process is the one we were told of.
-    // SAFETY: plain system call.
-    if unsafe { libc::getppid() } != pid {
-        return Err(io::Error::new(io::ErrorKind::NotFound, "it is not the parent"));
-    }
-    Ok(fd)
 }
 
 fn owned(fd: RawFd) -> io::Result<OwnedFd> {

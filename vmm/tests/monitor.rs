@@ -3,15 +3,18 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
-use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::net::UnixStream;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use rvm_protocol::vmm::{DiskConfig, Metrics, Request, Response, exit_code};
+use rvm_protocol::vmm::{Call, MAX_MESSAGE_LEN, Metrics, Reply, Request, Response, exit_code};
 use rvm_vmm::kvm::probe;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 const LOAD_ADDRESS: u64 = 0x100_0000;
 /// hlt; jmp to it
@@ -75,9 +78,7 @@ impl Sandbox {
     fn command(&self) -> Command {
         std::fs::write(self.path("vm.json"), self.config.to_string()).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_rvm-vmm"));
-        // It ends with the thread of its test, which may panic.
-        let parent = std::process::id().to_string();
-        command.args(["--config", "vm.json", "--any-kvm", "--parent", &parent]);
+        command.args(["--config", "vm.json", "--any-kvm"]);
         command.current_dir(self.dir.path());
         command.stderr(Stdio::piped()).stdout(Stdio::piped());
         command
@@ -87,9 +88,15 @@ impl Sandbox {
         finish(self.command().spawn().unwrap())
     }
 
+    /// Its end is that of the connection, too: of a test that panics nothing is left.
     fn start(&self) -> (Child, Control) {
-        let child = self.command().spawn().unwrap();
-        (child, Control::connect(&self.path("vmm.sock")))
+        let mut command = self.command();
+        let (control, monitors_end) = Control::pair();
+        let fd = monitors_end.as_raw_fd();
+        command.args(["--control-fd", &fd.to_string()]);
+        // SAFETY: the closure makes one system call.
+        unsafe { command.pre_exec(move || inherit(fd)) };
+        (command.spawn().unwrap(), control)
     }
 
     /// What is in the directory beside what the test put there.
@@ -118,27 +125,56 @@ fn stderr(output: &Output) -> String {
     String::from_utf8(output.stderr.clone()).unwrap()
 }
 
-struct Control(BufReader<UnixStream>);
+fn inherit(fd: libc::c_int) -> std::io::Result<()> {
+    // SAFETY: plain system call; 0 clears FD_CLOEXEC.
+    match unsafe { libc::fcntl(fd, libc::F_SETFD, 0) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
+/// The owner's end.
+struct Control {
+    socket: UnixDatagram,
+    id: u64,
+}
 
 impl Control {
-    /// Connects once the socket is there.
-    fn connect(path: &Path) -> Self {
-        let started = Instant::now();
-        loop {
-            match UnixStream::connect(path) {
-                Ok(stream) => return Self(BufReader::new(stream)),
-                Err(e) if started.elapsed() > Duration::from_secs(30) => panic!("{}: {e}", path.display()),
-                Err(_) => std::thread::sleep(Duration::from_millis(1)),
-            }
-        }
+    fn pair() -> (Self, OwnedFd) {
+        let mut fds = [-1; 2];
+        let kind = libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC;
+        // SAFETY: an array of two descriptors, as the call wants.
+        assert_eq!(unsafe { libc::socketpair(libc::AF_UNIX, kind, 0, fds.as_mut_ptr()) }, 0);
+        // SAFETY: both were just made for us.
+        let [ours, monitors] = fds.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
+        let socket = UnixDatagram::from(ours);
+        socket.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        (Self { socket, id: 0 }, monitors)
     }
 
     fn ask(&mut self, request: Request) -> Response {
-        let line = serde_json::to_string(&request).unwrap() + "\n";
-        self.0.get_mut().write_all(line.as_bytes()).unwrap();
-        let mut answer = String::new();
-        self.0.read_line(&mut answer).unwrap();
-        serde_json::from_str(&answer).unwrap()
+        self.ask_with(request, None)
+    }
+
+    fn ask_with(&mut self, request: Request, file: Option<&File>) -> Response {
+        self.id += 1;
+        let call = serde_json::to_vec(&Call { id: self.id, request }).unwrap();
+        match file {
+            Some(file) => self.socket.send_with_fd(call.as_slice(), file.as_raw_fd()).unwrap(),
+            None => self.socket.send(&call).unwrap(),
+        };
+        let mut text = vec![0; MAX_MESSAGE_LEN];
+        let count = self.socket.recv(&mut text).unwrap();
+        let reply: Reply = serde_json::from_slice(&text[..count]).unwrap();
+        assert_eq!(reply.id, self.id);
+        reply.response
+    }
+
+    fn refused(&mut self, request: Request, file: Option<&File>) -> String {
+        match self.ask_with(request, file) {
+            Response::Error { message } => message,
+            other => panic!("{other:?}"),
+        }
     }
 
     fn metrics(&mut self) -> Metrics {
@@ -160,6 +196,23 @@ impl Control {
             std::thread::sleep(Duration::from_millis(1));
         }
     }
+}
+
+/// Asks at the path, once there is something.
+fn ask_at_path(path: &Path, request: &Request) -> Response {
+    let started = Instant::now();
+    let mut stream = loop {
+        match UnixStream::connect(path) {
+            Ok(stream) => break stream,
+            Err(e) if started.elapsed() > Duration::from_secs(30) => panic!("{}: {e}", path.display()),
+            Err(_) => std::thread::sleep(Duration::from_millis(1)),
+        }
+    };
+    let line = serde_json::to_string(request).unwrap() + "\n";
+    stream.write_all(line.as_bytes()).unwrap();
+    let mut answer = String::new();
+    BufReader::new(stream).read_line(&mut answer).unwrap();
+    serde_json::from_str(&answer).unwrap()
 }
 
 #[test]
@@ -199,15 +252,39 @@ fn owner_can_pause_resume_measure_and_stop() {
         assert_eq!(control.ask(Request::Pause), Response::Ok);
         assert_eq!(control.ask(Request::Resume), Response::Ok);
     }
-    let mut second = Control::connect(&sandbox.path("vmm.sock"));
-    let metrics = second.metrics();
+    let metrics = control.metrics();
     assert_eq!(metrics.exits.serial, 3);
     assert!(metrics.exits.interrupted >= 3, "{metrics:?}");
     assert_eq!(control.ask(Request::Pause), Response::Ok);
-    assert_eq!(second.ask(Request::Stop), Response::Ok, "a paused guest can be stopped too");
+    assert_eq!(control.ask(Request::Stop), Response::Ok, "a paused guest can be stopped too");
     let output = finish(child);
     assert_eq!(output.status.code(), Some(exit_code::OK), "{}", stderr(&output));
     assert_eq!(sandbox.left(), [""; 0]);
+}
+
+#[test]
+fn others_can_look_and_do_nothing_else() {
+    let sandbox = Sandbox::new(HANG);
+    let (child, mut control) = sandbox.start();
+    let at_path = |request| ask_at_path(&sandbox.path("vmm.sock"), &request);
+    assert!(matches!(at_path(Request::Metrics), Response::Metrics(_)));
+    for request in [
+        Request::Pause,
+        Request::Resume,
+        Request::Stop,
+        Request::AddDisk { serial: "s".into(), readonly: true },
+        Request::RemoveDisk { serial: "s".into() },
+        Request::SetHotplugMemory { mib: 2 },
+        Request::SetVcpus { count: 2 },
+    ] {
+        match at_path(request) {
+            Response::Error { message } => assert!(message.contains("its owner's"), "{message}"),
+            other => panic!("{other:?}"),
+        }
+    }
+    control.metrics_of_running();
+    assert_eq!(control.ask(Request::Stop), Response::Ok);
+    assert_eq!(finish(child).status.code(), Some(exit_code::OK));
 }
 
 /// Reads the vendor of the PCI function in slot 2, behind rng and vsock, until there is one.
@@ -221,25 +298,105 @@ const WAIT_FOR_SLOT_2: &[u8] = &[
     0x74, 0xec, // je to the first
 ];
 
+/// The same until there is none.
+const WAIT_FOR_NO_SLOT_2: &[u8] = &[
+    0x66, 0xba, 0xf8, 0x0c, 0xb8, 0x00, 0x10, 0x00, 0x80, 0xef, 0x66, 0xba, 0xfc, 0x0c, 0xed, 0x83, 0xf8, 0xff,
+    0x75, 0xec, // jne to the first
+];
+
+fn disk(serial: &str) -> Request {
+    Request::AddDisk { serial: serial.into(), readonly: true }
+}
+
 #[test]
-fn a_disk_is_plugged_into_the_running_machine() {
-    let sandbox = Sandbox::new(&[WAIT_FOR_SLOT_2, &print("found\n"), RESET, HANG].concat());
+fn a_disk_is_plugged_into_the_running_machine_and_taken_out() {
+    let code = [WAIT_FOR_SLOT_2, &print("found\n"), WAIT_FOR_NO_SLOT_2, &print("gone\n"), RESET, HANG].concat();
+    let sandbox = Sandbox::new(&code);
     let (child, mut control) = sandbox.start();
     control.metrics_of_running();
-    let disk =
-        |path: PathBuf| Request::AddDisk { disk: DiskConfig { serial: "s".into(), path, readonly: true } };
-    match control.ask(disk(sandbox.path("missing"))) {
-        Response::Error { message } => {
-            assert!(message.contains("missing\" cannot be opened: No such"), "{message}")
-        }
-        other => panic!("{other:?}"),
-    }
-    assert_eq!(std::fs::read_to_string(sandbox.path("console.log")).unwrap(), "");
-    std::fs::write(sandbox.path("disk"), [0; 512]).unwrap();
-    assert_eq!(control.ask(disk(sandbox.path("disk"))), Response::Ok);
+    let printed = || std::fs::read_to_string(sandbox.path("console.log")).unwrap();
+    assert!(control.refused(disk("s"), None).contains("no descriptor"));
+    let null = File::open("/dev/null").unwrap();
+    let message = control.refused(disk("s"), Some(&null));
+    assert_eq!(message, "disk s: it must be a regular file or a block device");
+    assert!(control.refused(Request::Pause, Some(&null)).contains("takes no descriptor"));
+    assert_eq!(printed(), "");
+    let file = File::create_new(sandbox.path("disk")).unwrap();
+    file.set_len(512).unwrap();
+    let file = File::open(sandbox.path("disk")).unwrap();
+    assert_eq!(control.ask_with(disk("s"), Some(&file)), Response::Ok);
+    assert_eq!(control.refused(disk("s"), Some(&file)), "disk s is there already");
+    wait_for(|| printed() == "found\n");
+    assert_eq!(control.ask(Request::RemoveDisk { serial: "s".into() }), Response::Ok);
+    assert!(control.refused(Request::RemoveDisk { serial: "s".into() }, None).contains("there is no disk s"));
     let output = finish(child);
     assert_eq!(output.status.code(), Some(exit_code::OK), "{}", stderr(&output));
-    assert_eq!(std::fs::read_to_string(sandbox.path("console.log")).unwrap(), "found\n");
+    assert_eq!(printed(), "found\ngone\n");
+}
+
+fn wait_for(mut done: impl FnMut() -> bool) {
+    let started = Instant::now();
+    while !done() {
+        assert!(started.elapsed() < Duration::from_secs(30));
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Descriptors and threads of a process.
+fn holdings(child: &Child) -> [usize; 2] {
+    ["fd", "task"].map(|what| std::fs::read_dir(format!("/proc/{}/{what}", child.id())).unwrap().count())
+}
+
+#[test]
+fn a_hundred_disks_that_come_and_go_leave_nothing() {
+    let sandbox = Sandbox::new(HANG);
+    let (child, mut control) = sandbox.start();
+    control.metrics_of_running();
+    let file = tempfile::NamedTempFile::new_in(sandbox.dir.path()).unwrap();
+    file.as_file().set_len(1 << 20).unwrap();
+    let file = File::open(file.path()).unwrap();
+    let before = holdings(&child);
+    for _ in 0..100 {
+        for serial in ["a", "b", "c"] {
+            assert_eq!(control.ask_with(disk(serial), Some(&file)), Response::Ok);
+        }
+        for serial in ["b", "a", "c"] {
+            assert_eq!(control.ask(Request::RemoveDisk { serial: serial.into() }), Response::Ok);
+        }
+    }
+    assert_eq!(holdings(&child), before);
+    // As many as there are slots beside rng and vsock.
+    for number in 0..30 {
+        assert_eq!(control.ask_with(disk(&number.to_string()), Some(&file)), Response::Ok);
+    }
+    assert!(control.refused(disk("one-more"), Some(&file)).contains("room for 32"));
+    assert_eq!(control.ask(Request::Stop), Response::Ok);
+    assert_eq!(finish(child).status.code(), Some(exit_code::OK));
+}
+
+#[test]
+fn vcpus_are_added_up_to_the_possible_ones() {
+    let sandbox = Sandbox::new(HANG).set("max_vcpus", 3.into());
+    let (child, mut control) = sandbox.start();
+    control.metrics_of_running();
+    let threads = || holdings(&child)[1];
+    let before = threads();
+    for count in [0, 4, 255] {
+        let message = control.refused(Request::SetVcpus { count }, None);
+        assert_eq!(message, format!("count: {count} given; must be 1 to 3 (max_vcpus)"));
+    }
+    assert_eq!(control.ask(Request::SetVcpus { count: 2 }), Response::Ok);
+    assert_eq!(threads(), before + 1);
+    // Also of a machine that stands still; fewer than there are is no change.
+    assert_eq!(control.ask(Request::Pause), Response::Ok);
+    for count in [3, 1, 3] {
+        assert_eq!(control.ask(Request::SetVcpus { count }), Response::Ok);
+        assert_eq!(threads(), before + 2);
+    }
+    assert_eq!(control.ask(Request::Resume), Response::Ok);
+    assert_eq!(control.ask(Request::Stop), Response::Ok);
+    let output = finish(child);
+    assert_eq!(output.status.code(), Some(exit_code::OK), "{}", stderr(&output));
 }
 
 #[test]
@@ -259,11 +416,7 @@ fn memory_is_plugged_into_the_running_machine() {
     assert_eq!(std::fs::read_to_string(sandbox.path("console.log")).unwrap(), "");
     assert_eq!(control.ask(set(256)), Response::Ok);
     let printed = || std::fs::read_to_string(sandbox.path("console.log")).unwrap();
-    let started = Instant::now();
-    while printed() != "found\n" {
-        assert!(started.elapsed() < Duration::from_secs(30), "{:?}", printed());
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    wait_for(|| printed() == "found\n");
     assert_eq!(control.ask(set(128)), Response::Ok);
     // It has no driver.
     let metrics = control.metrics_of_running();
@@ -285,21 +438,23 @@ fn termination_signal_ends_in_order() {
 }
 
 #[test]
-fn monitor_ends_with_its_parent() {
+fn monitor_ends_with_its_owner() {
     let sandbox = Sandbox::new(HANG);
-    std::fs::write(sandbox.path("vm.json"), sandbox.config.to_string()).unwrap();
-    let script = format!("{} --config vm.json --any-kvm --parent $$ & wait", env!("CARGO_BIN_EXE_rvm-vmm"));
-    let mut parent = Command::new("sh");
-    parent.args(["-c", &script]).current_dir(sandbox.dir.path()).stdout(Stdio::piped()).process_group(0);
-    let mut parent = parent.spawn().unwrap();
-    let mut control = Control::connect(&sandbox.path("vmm.sock"));
+    let (child, mut control) = sandbox.start();
     control.metrics_of_running();
-    parent.kill().unwrap();
-    parent.wait().unwrap();
-    // The monitor holds the other end of the shell's stdout until it is gone.
-    let mut rest = String::new();
-    parent.stdout.take().unwrap().read_to_string(&mut rest).unwrap();
+    drop(control);
+    assert_eq!(finish(child).status.code(), Some(exit_code::OK));
     assert_eq!(sandbox.left(), [""; 0]);
+}
+
+#[test]
+fn a_control_descriptor_that_is_none_is_refused() {
+    for fd in ["99", "0", "x", "-1"] {
+        let output = finish(Sandbox::new(HANG).command().args(["--control-fd", fd]).spawn().unwrap());
+        let reason = stderr(&output);
+        assert_eq!(output.status.code(), Some(exit_code::BAD_CONFIG), "{reason}");
+        assert!(reason.contains("--control-fd: ") && reason.lines().count() == 1, "{reason}");
+    }
 }
 
 #[test]

@@ -2,6 +2,8 @@
 
 use std::{
     fs::File,
+    io,
+    os::fd::AsFd,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -10,7 +12,7 @@ use std::{
 use rvm_protocol::{
     agent::SetUpSandboxRequest,
     guest::{GUEST_CID, READY_PORT, SHARE_TAG, ready_line},
-    vmm::{DiskConfig, ShareConfig, VmConfig, VsockConfig},
+    vmm::{ShareConfig, VmConfig, VsockConfig},
 };
 use tokio::{net::UnixListener, time::timeout};
 
@@ -35,7 +37,6 @@ pub(super) struct Boot {
     monitor: Monitor,
     vsock: Vsock,
     ready: UnixListener,
-    dir: Arc<File>,
     console: PathBuf,
     set_up: SetUpSandboxRequest,
     limit: Duration,
@@ -49,7 +50,6 @@ pub(super) struct Machine {
     monitor: Monitor,
     agent: Agent,
     vsock: Vsock,
-    dir: Arc<File>,
     console: PathBuf,
     spawned: Duration,
 }
@@ -69,13 +69,12 @@ impl Boot {
         vmm::write_config(path, &vm_config(config, plan))
             .map_err(|source| SandboxError::Directory { path: path.to_owned(), source })?;
         let spawned = timeline.elapsed();
-        let monitor = Monitor::spawn(&config.host.monitor, path, cgroup)?;
+        let monitor = Monitor::spawn(&config.host.monitor, path, cgroup, plan.oom_score_adj)?;
         timeline.mark("monitor spawned");
         Ok(Self {
             monitor,
             vsock,
             ready,
-            dir: dir.clone(),
             console: path.join(CONSOLE_LOG),
             set_up: set_up_request(plan),
             limit: config.guest.boot_timeout,
@@ -91,7 +90,7 @@ impl Boot {
 
     /// Waits until the agent has set the sandbox up.
     pub(super) async fn finished(self) -> Result<Machine, SandboxError> {
-        let Self { monitor, vsock, ready, dir, console, set_up, limit, timeline, spawned } = self;
+        let Self { monitor, vsock, ready, console, set_up, limit, timeline, spawned } = self;
         let boot = async {
             wait_ready(ready).await?;
             timeline.mark("agent ready");
@@ -110,7 +109,7 @@ impl Boot {
                 Err(_) => Err(SandboxError::TimedOut { limit, console: failure::console_summary(&console) }),
             },
         }?;
-        Ok(Machine { monitor, agent, vsock, dir, console, spawned })
+        Ok(Machine { monitor, agent, vsock, console, spawned })
     }
 }
 
@@ -130,7 +129,7 @@ impl Machine {
     /// Adds what the monitor measured of its own start to the timeline.
     pub(super) async fn note_steps(&self, timeline: &Timeline) {
         const LIMIT: Duration = Duration::from_secs(1);
-        let Ok(answer) = timeout(LIMIT, vmm::metrics(&self.dir)).await else {
+        let Ok(answer) = timeout(LIMIT, self.monitor.control().metrics()).await else {
             return log::warn!("the monitor does not answer on its control socket");
         };
         match answer {
@@ -177,18 +176,24 @@ impl Machine {
         path: &Path,
         readonly: bool,
     ) -> Result<(), vmm::MonitorError> {
-        let disk = DiskConfig { serial: serial.to_owned(), path: path.to_owned(), readonly };
-        vmm::add_disk(&self.dir, disk).await
+        let failed = |source| vmm::MonitorError::Disk { path: path.to_owned(), source };
+        let open = {
+            let path = path.to_owned();
+            // Opening a device may wait for it.
+            move || File::options().read(true).write(!readonly).open(path)
+        };
+        let opened = tokio::task::spawn_blocking(open).await.map_err(io::Error::other).flatten();
+        self.monitor.control().add_disk(serial, readonly, opened.map_err(failed)?.as_fd()).await
     }
 
     /// Bytes of memory the guest has plugged in.
     pub(super) async fn plugged_bytes(&self) -> Result<u64, vmm::MonitorError> {
-        Ok(vmm::metrics(&self.dir).await?.memory_plugged_bytes)
+        Ok(self.monitor.control().metrics().await?.memory_plugged_bytes)
     }
 
     /// Offers the guest so much memory beside what it started with.
     pub(super) async fn offer_memory(&self, mib: u64) -> Result<(), vmm::MonitorError> {
-        vmm::set_hotplug_memory(&self.dir, mib).await
+        self.monitor.control().set_hotplug_memory(mib).await
     }
 }
 
@@ -196,6 +201,7 @@ fn vm_config(config: &Config, plan: &Plan) -> VmConfig {
     VmConfig {
         id: plan.id.clone(),
         vcpus: plan.size.vcpus,
+        max_vcpus: plan.max_vcpus,
         memory_mib: plan.room.boot_mib,
         hotplug_memory_mib: plan.room.hotplug_mib,
         huge_pages: config.guest.huge_pages,

@@ -48,6 +48,9 @@ pub struct Plan {
     pub max_vcpus: u8,
     /// What its memory may become.
     pub room: Room,
+    /// How soon the host's kernel takes the monitor when memory runs out: as the
+    /// first container's process says, else like any process that nobody protects.
+    pub oom_score_adj: i32,
     /// With the first container's claim in it.
     pub(super) ledger: Ledger,
 }
@@ -80,6 +83,7 @@ impl Plan {
             size,
             max_vcpus: most.max(size.vcpus),
             room: Room::of(size, host),
+            oom_score_adj: bundle.container.process.oom_score_adj.unwrap_or_default(),
             ledger,
         }
     }

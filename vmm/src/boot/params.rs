@@ -59,9 +59,11 @@ const LOADER_UNDEFINED: u8 = 0xff;
 /// The protected-mode code is loaded high.
 const LOADED_HIGH: u8 = 1;
 
-/// The command line with what the machine needs.
-pub fn full_cmdline(configured: &str) -> String {
-    format!("{MACHINE_CMDLINE} {configured}").trim_end().to_owned()
+/// The command line with what the machine needs. `vcpus` of those that the MP
+/// table names are there at first; without it all are.
+pub fn full_cmdline(configured: &str, vcpus: Option<u8>) -> String {
+    let limit = vcpus.map(|vcpus| format!(" maxcpus={vcpus}")).unwrap_or_default();
+    format!("{MACHINE_CMDLINE}{limit} {configured}").trim_end().to_owned()
 }
 
 /// Writes the command line and `boot_params` for `memory_size` bytes of memory.

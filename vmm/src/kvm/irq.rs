@@ -2,7 +2,9 @@
 //! MSI-X vector.
 
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
@@ -45,62 +47,150 @@ pub struct MsiMessage {
 /// Routes from interrupt numbers (GSIs) to interrupt controllers.
 pub struct IrqRoutes {
     vm: Arc<VmFd>,
-    /// Routes of the numbers from [`PIC_LINES`] on.
-    messages: Mutex<Vec<Option<MsiMessage>>>,
+    /// Of the numbers from [`PIC_LINES`] on.
+    numbers: Mutex<Vec<Number>>,
+}
+
+/// What an interrupt number is used for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Number {
+    Free,
+    /// Given out, leading nowhere.
+    Unrouted,
+    Routed(MsiMessage),
+}
+
+/// An interrupt number of its own for a message-signalled interrupt, and the
+/// eventfd that raises it while it is connected (an irqfd). Dropping it frees the
+/// number.
+pub struct MsiLine {
+    routes: Arc<IrqRoutes>,
+    gsi: u32,
+    event: EventFd,
+    /// Changed by one thread at a time.
+    connected: AtomicBool,
 }
 
 impl IrqRoutes {
     /// Routes of a new VM, where KVM has already routed the PICs' lines.
     pub fn new(vm: Arc<VmFd>) -> Self {
-        Self { vm, messages: Mutex::new(Vec::new()) }
+        Self { vm, numbers: Mutex::new(Vec::new()) }
     }
 
     /// An eventfd that raises the PICs' `line`.
     pub fn connect_line(&self, line: u32) -> Result<EventFd, IrqError> {
-        self.connect(line)
+        let event = new_event()?;
+        self.vm.register_irqfd(&event, line).map_err(|e| IrqError::Kvm("KVM_IRQFD", e))?;
+        Ok(event)
     }
 
-    /// A number for a message-signalled interrupt, not yet routed, and the
-    /// eventfd that raises it.
-    pub fn allocate_msi(&self) -> Result<(u32, EventFd), IrqError> {
-        let gsi = {
-            let mut messages = self.messages.lock().unwrap_or_else(PoisonError::into_inner);
-            if messages.len() + PIC_LINES as usize >= KVM_MAX_IRQ_ROUTES {
+    /// A number for a message-signalled interrupt, neither routed nor connected.
+    pub fn allocate_msi(self: &Arc<Self>) -> Result<MsiLine, IrqError> {
+        let event = new_event()?;
+        let mut numbers = self.numbers();
+        let index = match numbers.iter().position(|number| *number == Number::Free) {
+            Some(free) => {
+                numbers[free] = Number::Unrouted;
+                free
+            }
+            None if numbers.len() + PIC_LINES as usize >= KVM_MAX_IRQ_ROUTES => {
                 return Err(IrqError::Exhausted);
             }
-            messages.push(None);
-            PIC_LINES + messages.len() as u32 - 1
+            None => {
+                numbers.push(Number::Unrouted);
+                numbers.len() - 1
+            }
         };
-        Ok((gsi, self.connect(gsi)?))
+        drop(numbers);
+        Ok(MsiLine { routes: Arc::clone(self), gsi: PIC_LINES + index as u32, event, connected: AtomicBool::new(false) })
     }
 
-    fn connect(&self, gsi: u32) -> Result<EventFd, IrqError> {
-        let fd = EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK).map_err(IrqError::EventFd)?;
-        self.vm.register_irqfd(&fd, gsi).map_err(|e| IrqError::Kvm("KVM_IRQFD", e))?;
-        Ok(fd)
-    }
-
-    /// Routes several numbers from [`allocate_msi`](Self::allocate_msi) at once;
-    /// KVM waits for running interrupts on every change of its table.
-    pub fn set_messages(&self, changes: &[(u32, MsiMessage)]) -> Result<(), IrqError> {
-        let mut messages = self.messages.lock().unwrap_or_else(PoisonError::into_inner);
+    /// Routes several lines at once; KVM waits for running interrupts on every
+    /// change of its table.
+    pub fn set_messages<'a>(
+        &self,
+        changes: impl IntoIterator<Item = (&'a MsiLine, MsiMessage)>,
+    ) -> Result<(), IrqError> {
+        let mut numbers = self.numbers();
         let mut changed = false;
-        for &(gsi, message) in changes {
-            let slot = gsi.checked_sub(PIC_LINES).and_then(|i| messages.get_mut(i as usize));
-            let Some(slot) = slot else { return Err(IrqError::Exhausted) };
-            changed |= *slot != Some(message);
-            *slot = Some(message);
+        for (line, message) in changes {
+            let number = &mut numbers[(line.gsi - PIC_LINES) as usize];
+            changed |= *number != Number::Routed(message);
+            *number = Number::Routed(message);
         }
         if !changed {
             return Ok(());
         }
-        let entries: Vec<_> = (0..PIC_LINES)
-            .map(line_route)
-            .chain(messages.iter().zip(PIC_LINES..).filter_map(|(m, gsi)| m.map(|m| message_route(gsi, m))))
-            .collect();
+        let messages = numbers.iter().zip(PIC_LINES..).filter_map(|(number, gsi)| match number {
+            Number::Routed(message) => Some(message_route(gsi, *message)),
+            Number::Free | Number::Unrouted => None,
+        });
+        let entries: Vec<_> = (0..PIC_LINES).map(line_route).chain(messages).collect();
         let table = KvmIrqRouting::from_entries(&entries).map_err(|_| IrqError::Exhausted)?;
         self.vm.set_gsi_routing(&table).map_err(|e| IrqError::Kvm("KVM_SET_GSI_ROUTING", e))
     }
+
+    fn numbers(&self) -> MutexGuard<'_, Vec<Number>> {
+        self.numbers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl MsiLine {
+    /// What raises it: in the guest while it is connected; else it is remembered
+    /// until it is. Others (vhost) may be given a copy.
+    pub fn event(&self) -> &EventFd {
+        &self.event
+    }
+
+    /// Whether it has been raised and not been delivered.
+    pub fn is_pending(&self) -> bool {
+        let mut poll = libc::pollfd { fd: self.event.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: one valid pollfd, and no waiting.
+        let ready = unsafe { libc::poll(&raw mut poll, 1, 0) };
+        !self.is_connected() && ready == 1
+    }
+
+    fn is_connected(&self) -> bool {
+        self.connected.load(Ordering::Acquire)
+    }
+
+    /// Has KVM deliver what raises it, also what has raised it before. It has a route.
+    pub fn connect(&self) -> Result<(), IrqError> {
+        if !self.is_connected() {
+            self.routes
+                .vm
+                .register_irqfd(&self.event, self.gsi)
+                .map_err(|e| IrqError::Kvm("KVM_IRQFD", e))?;
+            self.connected.store(true, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// Takes it off KVM; what raises it from now on waits.
+    pub fn disconnect(&self) -> Result<(), IrqError> {
+        if self.is_connected() {
+            self.routes
+                .vm
+                .unregister_irqfd(&self.event, self.gsi)
+                .map_err(|e| IrqError::Kvm("KVM_IRQFD", e))?;
+            self.connected.store(false, Ordering::Release);
+        }
+        Ok(())
+    }
+}
+
+impl Drop for MsiLine {
+    fn drop(&mut self) {
+        if let Err(e) = self.disconnect() {
+            // KVM may still use the number: it is not given out again.
+            return log::error!("interrupt {}: {e}", self.gsi);
+        }
+        self.routes.numbers()[(self.gsi - PIC_LINES) as usize] = Number::Free;
+    }
+}
+
+fn new_event() -> Result<EventFd, IrqError> {
+    EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK).map_err(IrqError::EventFd)
 }
 
 fn line_route(line: u32) -> kvm_irq_routing_entry {
@@ -135,15 +225,37 @@ mod tests {
     use super::*;
     use crate::kvm::Host;
 
+    const MESSAGE: MsiMessage = MsiMessage { address_low: 0xfee0_0000, address_high: 0, data: 0x41 };
+
     #[test]
-    fn every_vector_gets_its_own_number() {
+    fn every_vector_gets_its_own_number_until_it_is_dropped() {
         let vm = Host::open().unwrap().create_vm(1).unwrap();
-        let message = MsiMessage { address_low: 0xfee0_0000, address_high: 0, data: 0x41 };
-        let (first, _fd1) = vm.routes.allocate_msi().unwrap();
-        let (second, _fd2) = vm.routes.allocate_msi().unwrap();
-        assert_eq!((first, second), (PIC_LINES, PIC_LINES + 1));
-        vm.routes.set_messages(&[(first, message), (second, message)]).unwrap();
-        assert!(vm.routes.set_messages(&[(second + 1, message)]).is_err());
-        assert!(vm.routes.set_messages(&[(0, message)]).is_err());
+        let first = vm.routes.allocate_msi().unwrap();
+        let second = vm.routes.allocate_msi().unwrap();
+        assert_eq!((first.gsi, second.gsi), (PIC_LINES, PIC_LINES + 1));
+        vm.routes.set_messages([(&first, MESSAGE), (&second, MESSAGE)]).unwrap();
+        drop(first);
+        assert_eq!(vm.routes.allocate_msi().unwrap().gsi, PIC_LINES);
+        for _ in 0..2 * KVM_MAX_IRQ_ROUTES {
+            let line = vm.routes.allocate_msi().unwrap();
+            vm.routes.set_messages([(&line, MESSAGE)]).unwrap();
+            line.connect().unwrap();
+        }
+    }
+
+    #[test]
+    fn what_raises_a_line_that_is_not_connected_waits() {
+        let vm = Host::open().unwrap().create_vm(1).unwrap();
+        let line = vm.routes.allocate_msi().unwrap();
+        assert!(!line.is_pending());
+        line.event().write(1).unwrap();
+        assert!(line.is_pending() && line.is_pending());
+        vm.routes.set_messages([(&line, MESSAGE)]).unwrap();
+        line.connect().unwrap();
+        line.event().write(1).unwrap();
+        line.disconnect().unwrap();
+        assert!(!line.is_pending(), "KVM took it");
+        line.event().write(1).unwrap();
+        assert!(line.is_pending());
     }
 }

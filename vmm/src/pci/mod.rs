@@ -4,7 +4,8 @@
 //! Every device has one function, one memory BAR and message-signalled interrupts
 //! only. Device numbers are slots: a device that is added later takes a free one,
 //! with the BAR address that belongs to it ([`bar_address`]), so nothing of the
-//! others moves. There is no host bridge among them: Linux is told that the ports
+//! others moves; one that is taken out leaves an empty slot, which reads as ones
+//! like every other. There is no host bridge among them: Linux is told that the ports
 //! are there (`pci=conf1`), and a device costs it a hundred exits to look at.
 
 pub mod config;
@@ -102,6 +103,14 @@ impl PciBus {
         self.update_window(free, function.memory());
         *slot = Some(function);
         Ok(free)
+    }
+
+    /// Takes the function out of a slot; whoever reads it from now on reads ones.
+    /// It is stopped by dropping it, which no access to the bus waits for.
+    pub fn remove(&self, slot: usize) -> Option<Box<dyn PciFunction>> {
+        let mut place = self.lock(slot);
+        self.update_window(slot, None);
+        place.take()
     }
 
     /// Stops everything behind the bus.

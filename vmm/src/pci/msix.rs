@@ -2,16 +2,17 @@
 //! vector, each of which can be masked; a masked vector that is raised waits in
 //! the pending bits.
 //!
-//! A vector that can be delivered has a route in KVM and is raised by writing
-//! its eventfd, so no interrupt passes through a vCPU's thread.
+//! A vector is raised by writing its eventfd, whoever does it and whatever its
+//! state. One that can be delivered has a route in KVM, which takes what raises it
+//! (an irqfd), so no interrupt passes through a vCPU's thread; one that is masked
+//! is taken off KVM, and the eventfd's own counter is its pending bit.
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
-use vmm_sys_util::eventfd::EventFd;
 
-use crate::kvm::irq::{IrqError, IrqRoutes, MsiMessage};
+use crate::kvm::irq::{IrqError, IrqRoutes, MsiLine, MsiMessage};
 
 /// Capability id.
 pub const CAPABILITY_ID: u8 = 0x11;
@@ -58,9 +59,9 @@ impl MsixState {
 /// A function's MSI-X vectors.
 pub struct Msix {
     routes: Arc<IrqRoutes>,
-    /// Interrupt number and eventfd of each vector.
-    lines: Vec<(u32, EventFd)>,
-    /// Held while an eventfd is written, so that unmasking loses nothing.
+    /// Of each vector; those that can be delivered are connected.
+    lines: Vec<MsiLine>,
+    /// No pending bits, which the lines know.
     state: Mutex<MsixState>,
 }
 
@@ -90,7 +91,11 @@ impl Msix {
 
     /// Table, pending bits and switches.
     pub fn save(&self) -> MsixState {
-        self.lock().clone()
+        let mut saved = self.lock().clone();
+        for (vector, line) in saved.vectors.iter_mut().zip(&self.lines) {
+            vector.pending = line.is_pending();
+        }
+        saved
     }
 
     /// Continues from a saved state of as many vectors: routes what can be
@@ -101,20 +106,17 @@ impl Msix {
         }
         let mut state = self.lock();
         *state = saved;
-        self.deliver(&mut state)
+        for (vector, line) in state.vectors.iter_mut().zip(&self.lines) {
+            if std::mem::take(&mut vector.pending) {
+                line.event().write(1).map_err(IrqError::EventFd)?;
+            }
+        }
+        self.settle(&state)
     }
 
     /// Raises a vector, or marks it pending. One that does not exist is nobody's.
     pub fn trigger(&self, vector: u16) -> io::Result<()> {
-        let index = usize::from(vector);
-        let mut state = self.lock();
-        if state.delivers(index) {
-            return self.lines[index].1.write(1);
-        }
-        if let Some(vector) = state.vectors.get_mut(index) {
-            vector.pending = true;
-        }
-        Ok(())
+        self.lines.get(usize::from(vector)).map_or(Ok(()), |line| line.event().write(1))
     }
 
     /// The guest wrote message control.
@@ -124,7 +126,7 @@ impl Msix {
         state.enabled = control & CONTROL_ENABLE != 0;
         state.all_masked = control & CONTROL_MASK_ALL != 0;
         if before != (state.enabled, state.all_masked) {
-            self.deliver_or_log(&mut state);
+            self.settle_or_log(&state);
         }
     }
 
@@ -165,42 +167,34 @@ impl Msix {
                 _ => vector.masked = value & VECTOR_MASKED != 0,
             }
         }
-        if state.delivers(index) {
-            self.deliver_or_log(&mut state);
-        }
+        self.settle_or_log(&state);
     }
 
     /// Reads the pending bits.
     pub fn read_pending(&self, offset: u64, data: &mut [u8]) {
-        let state = self.lock();
+        let _state = self.lock();
         for (index, byte) in data.iter_mut().enumerate() {
             let first = offset.saturating_add(index as u64).saturating_mul(8);
             *byte = (0..8).fold(0, |bits, bit| {
-                let vector =
-                    usize::try_from(first.saturating_add(bit)).ok().and_then(|i| state.vectors.get(i));
-                bits | (u8::from(vector.is_some_and(|v| v.pending)) << bit)
+                let line = usize::try_from(first.saturating_add(bit)).ok().and_then(|i| self.lines.get(i));
+                bits | (u8::from(line.is_some_and(MsiLine::is_pending)) << bit)
             });
         }
     }
 
-    /// Gives every deliverable vector its route, then raises those that waited.
-    fn deliver(&self, state: &mut MsixState) -> Result<(), IrqError> {
-        let ready: Vec<usize> = (0..state.vectors.len()).filter(|&i| state.delivers(i)).collect();
-        if ready.is_empty() {
-            return Ok(());
+    /// Gives every vector that can be delivered its route and connects it, which
+    /// also delivers what waited, and takes the others off.
+    fn settle(&self, state: &MsixState) -> Result<(), IrqError> {
+        let delivered = || (0..).zip(&self.lines).filter(|(index, _)| state.delivers(*index));
+        for (_, line) in (0..).zip(&self.lines).filter(|(index, _)| !state.delivers(*index)) {
+            line.disconnect()?;
         }
-        let changes: Vec<_> = ready.iter().map(|&i| (self.lines[i].0, state.vectors[i].message)).collect();
-        self.routes.set_messages(&changes)?;
-        for i in ready {
-            if std::mem::take(&mut state.vectors[i].pending) {
-                self.lines[i].1.write(1).map_err(IrqError::EventFd)?;
-            }
-        }
-        Ok(())
+        self.routes.set_messages(delivered().map(|(index, line)| (line, state.vectors[index].message)))?;
+        delivered().try_for_each(|(_, line)| line.connect())
     }
 
-    fn deliver_or_log(&self, state: &mut MsixState) {
-        if let Err(e) = self.deliver(state) {
+    fn settle_or_log(&self, state: &MsixState) {
+        if let Err(e) = self.settle(state) {
             log::error!("interrupt route: {e}");
         }
     }

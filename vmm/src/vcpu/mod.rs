@@ -10,9 +10,10 @@ use kvm_bindings::{CpuId, KVM_MP_STATE_RUNNABLE, kvm_mp_state};
 use kvm_ioctls::VcpuFd;
 use thiserror::Error;
 
-use crate::arch::cpuid::TooManyLeaves;
+use crate::arch::cpuid::{self, TooManyLeaves, Topology};
+use crate::arch::vendor::Vendor;
 use crate::arch::{lapic, msr, registers};
-use crate::kvm::{KvmError, Vm};
+use crate::kvm::{Host, KvmError, Vm};
 
 /// Why a vCPU could not be made.
 #[derive(Debug, Error)]
@@ -46,6 +47,48 @@ pub struct BootEntry {
     pub entry: u64,
     /// Physical address of the boot page tables.
     pub pml4: u64,
+}
+
+/// Makes the vCPUs of a VM, at its start and later.
+pub struct VcpuFactory {
+    vm: Arc<Vm>,
+    supported: CpuId,
+    vendor: Vendor,
+    tsc_deadline: bool,
+    possible: u8,
+}
+
+impl VcpuFactory {
+    /// Of a VM that has at most `possible` vCPUs: all are told of all.
+    pub fn new(host: &Host, vm: &Arc<Vm>, possible: u8) -> Result<Self, KvmError> {
+        Ok(Self {
+            vm: Arc::clone(vm),
+            supported: host.supported_cpuid()?,
+            vendor: host.vendor,
+            tsc_deadline: host.has_tsc_deadline(),
+            possible,
+        })
+    }
+
+    /// The most vCPUs there can be.
+    pub fn possible(&self) -> u8 {
+        self.possible
+    }
+
+    /// Sets what a firmware would have set. `boot` is for the boot vCPU; the
+    /// others wait for its startup interrupt.
+    pub fn configure(&self, vcpu: &Vcpu, boot: Option<BootEntry>) -> Result<(), VcpuError> {
+        let topology = Topology { apic_id: vcpu.index, vcpus: self.possible };
+        let cpuid = cpuid::table(&self.supported, self.vendor, &topology, self.tsc_deadline)?;
+        vcpu.configure(&cpuid, boot)
+    }
+
+    /// A vCPU beside those that run, which the guest can bring up.
+    pub fn create(&self, index: u8) -> Result<Vcpu, VcpuError> {
+        let vcpu = Vcpu::create(&self.vm, index)?;
+        self.configure(&vcpu, None)?;
+        Ok(vcpu)
+    }
 }
 
 /// A virtual CPU that has not been started.

@@ -48,6 +48,7 @@ impl Monitor {
         let config = VmConfig {
             id: "bench".into(),
             vcpus: VCPUS,
+            max_vcpus: 0,
             memory_mib: MEMORY_MIB,
             hotplug_memory_mib: 0,
             huge_pages: true,

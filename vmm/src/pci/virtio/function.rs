@@ -305,12 +305,7 @@ impl VirtioFunction {
         if self.posted == wanted {
             return;
         }
-        if let Some(base) = self.posted {
-            for range in self.posted_ranges(base) {
-                // Fails for those that were never registered.
-                let _ = self.vm.unpost_memory_writes(range);
-            }
-        }
+        self.unpost();
         self.posted = wanted;
         if let Some(base) = wanted {
             for range in self.posted_ranges(base) {
@@ -318,6 +313,15 @@ impl VirtioFunction {
                     log::warn!("{}: {e}", self.device.name());
                     break;
                 }
+            }
+        }
+    }
+
+    fn unpost(&mut self) {
+        if let Some(base) = self.posted.take() {
+            for range in self.posted_ranges(base) {
+                // Fails for those that were never registered.
+                let _ = self.vm.unpost_memory_writes(range);
             }
         }
     }
@@ -424,6 +428,14 @@ impl PciFunction for VirtioFunction {
 
     fn shut_down(&mut self) {
         self.stop();
+    }
+}
+
+/// Taken off the bus: nothing of it stays with KVM.
+impl Drop for VirtioFunction {
+    fn drop(&mut self) {
+        self.stop();
+        self.unpost();
     }
 }
 

@@ -1,5 +1,6 @@
 //! The disk as the transport sees it.
 
+use std::fs::File;
 use std::sync::Arc;
 
 use rvm_protocol::vmm::DiskConfig;
@@ -33,16 +34,25 @@ pub struct Blk {
 
 impl Blk {
     /// Opens the configured file; the device is not active.
-    pub fn new(config: &DiskConfig) -> Result<Self, BlkError> {
+    pub fn open(config: &DiskConfig) -> Result<Self, BlkError> {
+        Self::with_serial(&config.serial, || Disk::open(&config.path, config.readonly))
+    }
+
+    /// A device on an open file, not active.
+    pub fn new(serial: &str, file: File, readonly: bool) -> Result<Self, BlkError> {
+        Self::with_serial(serial, || Disk::new(file, readonly))
+    }
+
+    fn with_serial(name: &str, disk: impl FnOnce() -> Result<Disk, BlkError>) -> Result<Self, BlkError> {
         let mut serial = [0; SERIAL_BYTES];
-        let name = config.serial.as_bytes();
-        match serial.get_mut(..name.len()) {
-            Some(place) if !name.is_empty() && name.iter().all(u8::is_ascii_graphic) => {
-                place.copy_from_slice(name);
+        let bytes = name.as_bytes();
+        match serial.get_mut(..bytes.len()) {
+            Some(place) if !bytes.is_empty() && bytes.iter().all(u8::is_ascii_graphic) => {
+                place.copy_from_slice(bytes);
             }
-            _ => return Err(BlkError::Serial(config.serial.clone())),
+            _ => return Err(BlkError::Serial(name.to_owned())),
         }
-        let disk = Disk::open(config)?;
+        let disk = disk()?;
         let config = config_space(&disk);
         Ok(Self { disk: Arc::new(disk), serial, config, worker: None })
     }
@@ -121,7 +131,8 @@ impl VirtioDevice for Blk {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::FileExt;
+    use std::fs::OpenOptions;
+    use std::os::unix::fs::{FileExt, OpenOptionsExt};
 
     use tempfile::NamedTempFile;
     use virtio_bindings::virtio_blk::*;
@@ -150,7 +161,7 @@ mod tests {
             let content: Vec<u8> = (0..SECTORS * SECTOR_BYTES).map(|byte| (byte / 512) as u8).collect();
             file.as_file().write_all_at(&content, 0).unwrap();
             let config = DiskConfig { serial: "scratch".to_owned(), path: file.path().to_owned(), readonly };
-            let mut blk = Blk::new(&config).unwrap();
+            let mut blk = Blk::open(&config).unwrap();
             let mut queue = TestQueue::new();
             let features = blk.features();
             blk.activate(queue.activation(1, features)).unwrap();
@@ -311,7 +322,7 @@ mod tests {
             path: path.to_owned(),
             readonly: false,
         };
-        let error = |config| Blk::new(&config).unwrap_err().to_string();
+        let error = |config| Blk::open(&config).unwrap_err().to_string();
         assert!(error(config("", &path)).contains("serial"));
         assert!(error(config(&"x".repeat(21), &path)).contains("serial"));
         assert!(error(config("s", &path)).contains("at least 512"));
@@ -320,14 +331,32 @@ mod tests {
     }
 
     #[test]
+    fn a_descriptor_allows_what_it_was_opened_for() {
+        let file = NamedTempFile::new().unwrap();
+        file.as_file().set_len(8192).unwrap();
+        let opened = |options: &mut OpenOptions, readonly| {
+            Blk::new("d", options.open(file.path()).unwrap(), readonly).map(|_| ()).map_err(|e| e.to_string())
+        };
+        let mut read = OpenOptions::new();
+        read.read(true);
+        assert_eq!(opened(&mut read, true), Ok(()));
+        assert!(opened(&mut read, false).unwrap_err().contains("writing"));
+        assert_eq!(opened(read.write(true), false), Ok(()));
+        assert!(opened(OpenOptions::new().write(true), true).unwrap_err().contains("reading"));
+        let mut path_only = OpenOptions::new();
+        path_only.read(true).custom_flags(libc::O_PATH);
+        assert!(opened(&mut path_only, true).unwrap_err().contains("reading"));
+    }
+
+    #[test]
     fn two_monitors_do_not_write_to_one_file() {
         let file = NamedTempFile::new().unwrap();
         file.as_file().set_len(8192).unwrap();
         let config = |readonly| DiskConfig { serial: "s".to_owned(), path: file.path().to_owned(), readonly };
-        let first = Blk::new(&config(false)).unwrap();
-        assert!(matches!(Blk::new(&config(false)), Err(BlkError::InUse(_))));
-        assert!(Blk::new(&config(true)).is_ok());
+        let first = Blk::open(&config(false)).unwrap();
+        assert!(matches!(Blk::open(&config(false)), Err(BlkError::InUse)));
+        assert!(Blk::open(&config(true)).is_ok());
         drop(first);
-        assert!(Blk::new(&config(false)).is_ok());
+        assert!(Blk::open(&config(false)).is_ok());
     }
 }

@@ -4,8 +4,8 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::path::Path;
 
-use rvm_protocol::vmm::DiskConfig;
 use vmm_sys_util::fallocate::{FallocateMode, fallocate};
 
 use super::{BlkError, SECTOR_BYTES};
@@ -23,22 +23,30 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// Opens the configured file.
-    pub fn open(config: &DiskConfig) -> Result<Self, BlkError> {
-        let readonly = config.readonly;
-        let refused = |source| BlkError::Open { path: config.path.clone(), readonly, source };
-        let mut file = OpenOptions::new().read(true).write(!readonly).open(&config.path).map_err(refused)?;
-        let kind = file.metadata().map_err(refused)?.file_type();
+    /// Opens the file at a configured path.
+    pub fn open(path: &Path, readonly: bool) -> Result<Self, BlkError> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(!readonly)
+            .open(path)
+            .map_err(|source| BlkError::Open { path: path.to_owned(), readonly, source })?;
+        Self::new(file, readonly)
+    }
+
+    /// A disk on an open file, to which nothing is written if it is `readonly`.
+    pub fn new(mut file: File, readonly: bool) -> Result<Self, BlkError> {
+        let kind = file.metadata().map_err(BlkError::Measure)?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
-            return Err(BlkError::NotADisk(config.path.clone()));
+            return Err(BlkError::NotADisk);
         }
+        check_access(&file, readonly)?;
         // Two guests that write to one file system destroy it.
         if kind.is_file() && !readonly && matches!(file.try_lock(), Err(TryLockError::WouldBlock)) {
-            return Err(BlkError::InUse(config.path.clone()));
+            return Err(BlkError::InUse);
         }
-        let bytes = file.seek(SeekFrom::End(0)).map_err(refused)?;
+        let bytes = file.seek(SeekFrom::End(0)).map_err(BlkError::Measure)?;
         if bytes < SECTOR_BYTES {
-            return Err(BlkError::TooSmall { path: config.path.clone(), bytes });
+            return Err(BlkError::TooSmall(bytes));
         }
         Ok(Self { file, sectors: bytes / SECTOR_BYTES, readonly })
     }
@@ -122,6 +130,20 @@ impl Disk {
         }
         Ok(())
     }
+}
+
+/// Whoever opened it said what may be done: an O_PATH descriptor can do nothing.
+fn check_access(file: &File, readonly: bool) -> Result<(), BlkError> {
+    // SAFETY: plain system call on a descriptor we own.
+    let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
+    if flags < 0 {
+        return Err(BlkError::Measure(io::Error::last_os_error()));
+    }
+    let mode = flags & libc::O_ACCMODE;
+    if flags & libc::O_PATH != 0 || mode == libc::O_WRONLY {
+        return Err(BlkError::Access("reading"));
+    }
+    if !readonly && mode != libc::O_RDWR { Err(BlkError::Access("writing")) } else { Ok(()) }
 }
 
 /// Accounts for what one system call moved: an error, nothing at all (`stuck`),

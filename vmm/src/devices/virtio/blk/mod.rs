@@ -56,7 +56,7 @@ pub enum BlkError {
     /// The configured serial is empty or too long.
     #[error("serial {0:?} must have 1 to {SERIAL_BYTES} bytes of printable ASCII")]
     Serial(String),
-    /// The disk could not be opened or measured.
+    /// The file could not be opened.
     #[error("path {path:?} cannot be opened{}", if *.readonly { "" } else { " for writing" })]
     Open {
         /// The configured path.
@@ -67,25 +67,24 @@ pub enum BlkError {
         #[source]
         source: io::Error,
     },
-    /// The path leads to something else.
-    #[error("path {0:?} must be a regular file or a block device")]
-    NotADisk(PathBuf),
+    /// The file could not be measured.
+    #[error("its size cannot be told")]
+    Measure(#[source] io::Error),
+    /// It is something else.
+    #[error("it must be a regular file or a block device")]
+    NotADisk,
+    /// Its descriptor is not open for what the guest may do.
+    #[error("its descriptor is not open for {0}")]
+    Access(&'static str),
     /// Another monitor writes to it.
-    #[error("path {0:?} is in use by another virtual machine")]
-    InUse(PathBuf),
+    #[error("it is in use by another virtual machine")]
+    InUse,
     /// There is no room for a single sector.
-    #[error("path {path:?} has {bytes} bytes; a disk needs at least {SECTOR_BYTES}")]
-    TooSmall {
-        /// The configured path.
-        path: PathBuf,
-        /// Its size.
-        bytes: u64,
-    },
+    #[error("it has {0} bytes; a disk needs at least {SECTOR_BYTES}")]
+    TooSmall(u64),
     /// A snapshot was taken with a disk of another size.
-    #[error("path {path:?} has {sectors} sectors, the snapshot's disk had {expected}")]
+    #[error("it has {sectors} sectors, the snapshot's disk had {expected}")]
     Resized {
-        /// The configured path.
-        path: PathBuf,
         /// Its size now.
         sectors: u64,
         /// Its size when the snapshot was taken.

@@ -21,10 +21,10 @@ impl Blk {
 
     /// A device in that state, not active, on a disk of the same size.
     pub fn restore(config: &DiskConfig, state: &BlkState) -> Result<Self, BlkError> {
-        let blk = Self::new(config)?;
+        let blk = Self::open(config)?;
         match blk.disk().sectors() {
             sectors if sectors == state.sectors => Ok(blk),
-            sectors => Err(BlkError::Resized { path: config.path.clone(), sectors, expected: state.sectors }),
+            sectors => Err(BlkError::Resized { sectors, expected: state.sectors }),
         }
     }
 }
@@ -38,14 +38,14 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(8192).unwrap();
         let config = DiskConfig { serial: "d".to_owned(), path: file.path().to_owned(), readonly: false };
-        let saved = serde_json::to_string(&Blk::new(&config).unwrap().save()).unwrap();
+        let saved = serde_json::to_string(&Blk::open(&config).unwrap().save()).unwrap();
         let state: BlkState = serde_json::from_str(&saved).unwrap();
         assert_eq!(Blk::restore(&config, &state).unwrap().save(), state);
 
         file.as_file().set_len(4096).unwrap();
         assert!(matches!(
             Blk::restore(&config, &state),
-            Err(BlkError::Resized { sectors: 8, expected: 16, .. })
+            Err(BlkError::Resized { sectors: 8, expected: 16 })
         ));
     }
 }

@@ -1,4 +1,4 @@
-//! The monitor: the process, and its control socket.
+//! The monitor as its owner sees it: the process, and what says when it ends.
 
 use std::{
     collections::VecDeque,
@@ -6,16 +6,17 @@ use std::{
     fs::File,
     io::{self, PipeReader},
     os::{
-        fd::OwnedFd,
+        fd::{AsRawFd, OwnedFd, RawFd},
         unix::process::{CommandExt, ExitStatusExt},
     },
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use nix::sched::{CloneFlags, unshare};
-use rvm_protocol::vmm::{DiskConfig, Metrics, Request, Response, VmConfig};
+use rvm_protocol::vmm::{MAX_MESSAGE_LEN, Metrics, Request, Response, VmConfig};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, unix::AsyncFd},
     net::{UnixStream, unix::pipe},
@@ -28,17 +29,20 @@ use crate::{
     process_id::{ProcessId, pidfd_open},
 };
 
+mod control;
+
+pub use control::Control;
+
 /// The monitor's configuration in the sandbox's directory.
 pub const CONFIG_FILE: &str = "vm.json";
-/// The monitor's control socket in the sandbox's directory.
+/// The socket in the sandbox's directory on which a monitor tells its counters to
+/// those who are not its owner.
 pub const CONTROL_SOCKET: &str = "vmm.sock";
 
 /// How much of what the monitor said last is kept for error messages.
 const KEPT_LINES: usize = 8;
 /// Longest line of the monitor's that is taken as one.
 const MAX_LINE_LEN: usize = 1024;
-/// Longest answer on the control socket.
-const MAX_ANSWER_LEN: u64 = 64 << 10;
 
 /// Why the monitor does not run or does not answer.
 #[derive(Debug, thiserror::Error)]
@@ -52,9 +56,32 @@ pub enum MonitorError {
         #[source]
         source: io::Error,
     },
-    /// The control socket.
-    #[error("the monitor's control socket: {0}")]
-    Control(#[from] io::Error),
+    /// The connection to it.
+    #[error("asking the monitor ({request}): {source}")]
+    Control {
+        /// What was asked.
+        request: &'static str,
+        /// Why there is no answer.
+        #[source]
+        source: io::Error,
+    },
+    /// It does not answer.
+    #[error("the monitor does not answer {request} within {} ms", limit.as_millis())]
+    TimedOut {
+        /// What was asked.
+        request: &'static str,
+        /// How long was waited.
+        limit: Duration,
+    },
+    /// A disk it is to be given.
+    #[error("{} cannot be opened: {source}", path.display())]
+    Disk {
+        /// The file or block device.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
     /// It refuses a request.
     #[error("the monitor: {0}")]
     Refused(String),
@@ -89,22 +116,32 @@ pub struct Monitor {
     child: Mutex<Child>,
     id: ProcessId,
     pidfd: AsyncFd<OwnedFd>,
+    control: Control,
     words: Words,
 }
 
 impl Monitor {
     /// Starts `program` in the sandbox's directory `dir`, where `config` has
-    /// been written. It is in `cgroup` before it has any memory, gets a network
-    /// namespace of its own and dies with the calling thread, which therefore
-    /// must be the process's main thread.
-    pub fn spawn(program: &Path, dir: &Path, cgroup: &HostCgroup) -> Result<Self, MonitorError> {
+    /// been written. It is in `cgroup` before it has any memory, has no environment,
+    /// gets a network namespace of its own and dies with the calling thread, which
+    /// therefore must be the process's main thread. `oom_score_adj` is how soon the
+    /// host's kernel takes it when memory runs out.
+    pub fn spawn(
+        program: &Path,
+        dir: &Path,
+        cgroup: &HostCgroup,
+        oom_score_adj: i32,
+    ) -> Result<Self, MonitorError> {
         let spawn = |source| MonitorError::Spawn { program: program.to_owned(), source };
         let (reader, writer) = io::pipe().map_err(spawn)?;
+        let (control, monitors_end) = Control::pair().map_err(spawn)?;
+        let inherited = monitors_end.as_raw_fd();
         let parent = std::process::id();
         let procs = cgroup.procs();
         let mut command = Command::new(program);
         command
-            .args(["--config", CONFIG_FILE])
+            .args(["--config", CONFIG_FILE, "--control-fd", &inherited.to_string()])
+            .env_clear()
             .current_dir(dir)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -112,9 +149,11 @@ impl Monitor {
             .process_group(0);
         // SAFETY: the closure makes system calls only and allocates nothing, as
         // is required between fork and exec.
-        unsafe { command.pre_exec(move || prepare_child(parent, &procs)) };
+        unsafe { command.pre_exec(move || prepare_child(parent, &procs, inherited)) };
         let mut child = command.spawn().map_err(spawn)?;
         drop(command);
+        drop(monitors_end);
+        set_oom_score_adj(child.id(), oom_score_adj);
         let watched = || -> io::Result<_> {
             // SAFETY: the AsyncFd owns the descriptor, which stays open and the
             // same for as long as it is registered.
@@ -122,7 +161,7 @@ impl Monitor {
             Ok((ProcessId::of(child.id())?, pidfd, Words::follow(reader)?))
         };
         match watched() {
-            Ok((id, pidfd, words)) => Ok(Self { child: Mutex::new(child), id, pidfd, words }),
+            Ok((id, pidfd, words)) => Ok(Self { child: Mutex::new(child), id, pidfd, control, words }),
             Err(error) => {
                 let _ = child.kill();
                 let _ = child.wait();
@@ -134,6 +173,11 @@ impl Monitor {
     /// The process.
     pub fn id(&self) -> ProcessId {
         self.id
+    }
+
+    /// What is asked of it.
+    pub fn control(&self) -> &Control {
+        &self.control
     }
 
     /// Waits for its end; every caller gets the same answer.
@@ -167,7 +211,7 @@ impl Drop for Monitor {
     }
 }
 
-fn prepare_child(parent: u32, procs: &[CString]) -> io::Result<()> {
+fn prepare_child(parent: u32, procs: &[CString], inherited: RawFd) -> io::Result<()> {
     // SAFETY: PR_SET_PDEATHSIG takes a signal number and no pointer.
     if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } != 0 {
         return Err(io::Error::last_os_error());
@@ -175,10 +219,29 @@ fn prepare_child(parent: u32, procs: &[CString]) -> io::Result<()> {
     if nix::unistd::getppid().as_raw().cast_unsigned() != parent {
         return Err(io::Error::from_raw_os_error(libc::ESRCH));
     }
+    // SAFETY: plain system call; 0 clears FD_CLOEXEC.
+    if unsafe { libc::fcntl(inherited, libc::F_SETFD, 0) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // A core file would hold the guest's memory.
+    let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: a valid rlimit that the call only reads.
+    if unsafe { libc::setrlimit(libc::RLIMIT_CORE, &raw const none) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
     HostCgroup::enter(procs)?;
     // Whoever looks up the container's network namespace by the task's pid
     // finds the monitor: it must never be the host's.
     Ok(unshare(CloneFlags::CLONE_NEWNET)?)
+}
+
+/// What it would inherit is containerd's, which must not die before its
+/// containers do. Who may not set it, natively without CAP_SYS_RESOURCE for one,
+/// does without.
+fn set_oom_score_adj(pid: u32, value: i32) {
+    if let Err(error) = std::fs::write(format!("/proc/{pid}/oom_score_adj"), value.to_string()) {
+        log::warn!("process.oomScoreAdj: {value} is not set for the monitor: {error}");
+    }
 }
 
 /// What the monitor says on its standard error: logged, and the last lines kept.
@@ -234,41 +297,22 @@ async fn bounded_line(reader: &mut (impl AsyncBufReadExt + Unpin)) -> Option<Str
     }
 }
 
-/// Asks a monitor's control socket in the directory `dir`.
-pub async fn request(dir: &File, request: &Request) -> Result<Response, MonitorError> {
-    let mut stream = UnixStream::connect(short_path(dir, CONTROL_SOCKET)).await?;
-    let mut line = serde_json::to_vec(request).map_err(io::Error::from)?;
-    line.push(b'\n');
-    stream.write_all(&line).await?;
-    let mut answer = Vec::new();
-    BufReader::new(stream).take(MAX_ANSWER_LEN).read_until(b'\n', &mut answer).await?;
-    match serde_json::from_slice(&answer).map_err(io::Error::from)? {
-        Response::Error { message } => Err(MonitorError::Refused(message)),
-        answer => Ok(answer),
-    }
-}
-
-/// A monitor's counters.
+/// The counters of the monitor in the directory `dir`, for those who are not its
+/// owner. There is no deadline: who asks knows how long it can wait.
 pub async fn metrics(dir: &File) -> Result<Metrics, MonitorError> {
-    match request(dir, &Request::Metrics).await? {
+    let asked = async {
+        let mut stream = UnixStream::connect(short_path(dir, CONTROL_SOCKET)).await?;
+        let mut line = serde_json::to_vec(&Request::Metrics)?;
+        line.push(b'\n');
+        stream.write_all(&line).await?;
+        let mut answer = Vec::new();
+        BufReader::new(stream).take(MAX_MESSAGE_LEN as u64).read_until(b'\n', &mut answer).await?;
+        Ok(serde_json::from_slice(&answer)?)
+    };
+    match asked.await.map_err(|source| MonitorError::Control { request: "metrics", source })? {
         Response::Metrics(metrics) => Ok(metrics),
-        other => Err(MonitorError::Refused(format!("answers metrics with {other:?}"))),
-    }
-}
-
-/// Plugs a disk into the running machine.
-pub async fn add_disk(dir: &File, disk: DiskConfig) -> Result<(), MonitorError> {
-    match request(dir, &Request::AddDisk { disk }).await? {
-        Response::Ok => Ok(()),
-        other => Err(MonitorError::Refused(format!("answers add_disk with {other:?}"))),
-    }
-}
-
-/// Offers the running machine so much memory beside what it started with.
-pub async fn set_hotplug_memory(dir: &File, mib: u64) -> Result<(), MonitorError> {
-    match request(dir, &Request::SetHotplugMemory { mib }).await? {
-        Response::Ok => Ok(()),
-        other => Err(MonitorError::Refused(format!("answers set_hotplug_memory with {other:?}"))),
+        Response::Error { message } => Err(MonitorError::Refused(message)),
+        Response::Ok => Err(MonitorError::Refused("answers metrics without any".into())),
     }
 }
 

@@ -1,5 +1,5 @@
-//! The control socket: one line of JSON per request and per answer, several
-//! clients at a time (`rvm_protocol::vmm`).
+//! The socket at a path, for those who only look: one line of JSON per request
+//! and per answer, several clients at a time.
 
 use std::collections::HashMap;
 use std::io::{self, Read, Write};
@@ -9,13 +9,15 @@ use std::path::{Path, PathBuf};
 
 use rvm_protocol::vmm::{Request, Response};
 
+use super::Served;
+
 /// Longest request.
 const MAX_LINE: usize = 4096;
 /// Most clients at a time; more are turned away.
 const MAX_CLIENTS: usize = 16;
 
 /// The listening socket and its clients. Dropping it removes the socket.
-pub struct ControlServer {
+pub struct ReadOnlySocket {
     listener: UnixListener,
     path: PathBuf,
     clients: HashMap<RawFd, Client>,
@@ -26,15 +28,7 @@ struct Client {
     line: Vec<u8>,
 }
 
-/// What is to be done about a client after it was read from.
-pub enum Served {
-    /// Nothing.
-    Open,
-    /// It has been dropped; its descriptor is closed.
-    Closed,
-}
-
-impl ControlServer {
+impl ReadOnlySocket {
     /// Creates the socket at `path`.
     pub fn bind(path: &Path) -> io::Result<Self> {
         let listener = UnixListener::bind(path)?;
@@ -66,12 +60,12 @@ impl ControlServer {
         Ok(Some(fd))
     }
 
-    /// Reads what client `fd` has sent and answers each whole line with what
-    /// `handle` makes of it. A client that breaks the protocol or does not read
-    /// its answers is dropped.
-    pub fn serve(&mut self, fd: RawFd, handle: &mut dyn FnMut(Request) -> Response) -> Served {
+    /// Reads what client `fd` has sent and answers each whole line: a request for
+    /// the counters with what `metrics` says. A client that breaks the protocol or
+    /// does not read its answers is dropped.
+    pub fn serve(&mut self, fd: RawFd, metrics: &mut dyn FnMut() -> Response) -> Served {
         let Some(client) = self.clients.get_mut(&fd) else { return Served::Closed };
-        match client.serve(handle) {
+        match client.serve(metrics) {
             Ok(true) => Served::Open,
             Ok(false) => {
                 self.clients.remove(&fd);
@@ -86,7 +80,7 @@ impl ControlServer {
     }
 }
 
-impl Drop for ControlServer {
+impl Drop for ReadOnlySocket {
     fn drop(&mut self) {
         if let Err(e) = std::fs::remove_file(&self.path) {
             log::warn!("control socket {}: {e}", self.path.display());
@@ -96,7 +90,7 @@ impl Drop for ControlServer {
 
 impl Client {
     /// False once the client has gone.
-    fn serve(&mut self, handle: &mut dyn FnMut(Request) -> Response) -> io::Result<bool> {
+    fn serve(&mut self, metrics: &mut dyn FnMut() -> Response) -> io::Result<bool> {
         let mut buffer = [0; MAX_LINE];
         let count = match self.stream.read(&mut buffer) {
             Ok(0) => return Ok(false),
@@ -110,7 +104,10 @@ impl Client {
             if *byte == b'\n' {
                 let line = std::mem::take(&mut self.line);
                 let response = match serde_json::from_slice(&line) {
-                    Ok(request) => handle(request),
+                    Ok(Request::Metrics) => metrics(),
+                    Ok(_) => Response::Error {
+                        message: "only metrics are told here; the rest is its owner's (--control-fd)".into(),
+                    },
                     Err(e) => Response::Error { message: format!("not a request: {e}") },
                 };
                 self.answer(&response)?;
@@ -135,17 +132,19 @@ impl Client {
 mod tests {
     use std::io::{BufRead, BufReader};
 
+    use rvm_protocol::vmm::Metrics;
+
     use super::*;
 
     struct Fixture {
-        server: ControlServer,
+        server: ReadOnlySocket,
         dir: tempfile::TempDir,
     }
 
     impl Fixture {
         fn new() -> Self {
             let dir = tempfile::tempdir().unwrap();
-            Self { server: ControlServer::bind(&dir.path().join("s")).unwrap(), dir }
+            Self { server: ReadOnlySocket::bind(&dir.path().join("s")).unwrap(), dir }
         }
 
         fn connect(&mut self) -> (UnixStream, Option<RawFd>) {
@@ -154,11 +153,7 @@ mod tests {
         }
 
         fn serve(&mut self, fd: RawFd) -> bool {
-            let mut handle = |request| match request {
-                Request::Pause => Response::Ok,
-                _ => Response::Error { message: "no".into() },
-            };
-            matches!(self.server.serve(fd, &mut handle), Served::Open)
+            self.server.serve(fd, &mut || Response::Metrics(Metrics::default())) == Served::Open
         }
     }
 
@@ -169,17 +164,17 @@ mod tests {
     }
 
     #[test]
-    fn lines_are_answered_however_they_arrive() {
+    fn the_counters_are_told_however_the_lines_arrive_and_nothing_else_is_done() {
         let mut fixture = Fixture::new();
         let (mut client, fd) = fixture.connect();
         let (other, other_fd) = fixture.connect();
         let fd = fd.unwrap();
         client.write_all(br#"{"request":"#).unwrap();
         assert!(fixture.serve(fd));
-        client.write_all(b"\"pause\"}\n{\"request\":\"stop\"}\nnonsense\n").unwrap();
+        client.write_all(b"\"metrics\"}\n{\"request\":\"stop\"}\nnonsense\n").unwrap();
         assert!(fixture.serve(fd));
-        assert_eq!(answer(&client), Response::Ok);
-        assert_eq!(answer(&client), Response::Error { message: "no".into() });
+        assert_eq!(answer(&client), Response::Metrics(Metrics::default()));
+        assert!(matches!(answer(&client), Response::Error { message } if message.contains("its owner's")));
         assert!(matches!(answer(&client), Response::Error { message } if message.contains("not a request")));
         drop(client);
         assert!(!fixture.serve(fd));
