@@ -217,7 +217,7 @@ mod tests {
     fn an_owner_that_never_reads_holds_nobody_up() {
         let (owner, mut monitor) = connected();
         let mut answered = 0;
-        for id in 0..10_000 {
+        for id in 0..500 {
             owner.call(id, Request::Pause, None);
             let long = Response::Error { message: "x".repeat(10_000) };
             monitor.serve(&mut |_, _| {
@@ -225,7 +225,7 @@ mod tests {
                 long.clone()
             });
         }
-        assert_eq!(answered, 10_000);
+        assert_eq!(answered, 500);
     }
 
     #[test]
