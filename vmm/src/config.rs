@@ -103,7 +103,10 @@ pub fn check(mut vm: VmConfig) -> Result<CheckedConfig, ConfigError> {
         vm.max_vcpus = vm.vcpus;
     }
     if vm.max_vcpus < vm.vcpus {
-        return wrong("max_vcpus", format!("{} given; must be {} (vcpus) to {MAX_VCPUS}", vm.max_vcpus, vm.vcpus));
+        return wrong(
+            "max_vcpus",
+            format!("{} given; must be {} (vcpus) to {MAX_VCPUS}", vm.max_vcpus, vm.vcpus),
+        );
     }
     if !(MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&vm.memory_mib) {
         let problem = format!("{} given; must be {MIN_MEMORY_MIB} to {MAX_MEMORY_MIB}", vm.memory_mib);

@@ -20,9 +20,9 @@ use crate::kvm::Vm;
 use crate::machine::Machine;
 use crate::memory::{self, GuestRam};
 use crate::timeline::Timeline;
-use crate::vcpu::{Vcpu, VcpuError, VcpuFactory};
 use crate::vcpu::exits::End;
 use crate::vcpu::thread::{EndReport, VcpuThread};
+use crate::vcpu::{Vcpu, VcpuError, VcpuFactory};
 
 /// Why a machine could not be run.
 #[derive(Debug, Error)]
@@ -67,8 +67,16 @@ impl Vmm {
         let events =
             Events::new(&report, channel.as_ref(), socket.as_ref(), signals).map_err(RunError::Events)?;
         let hotplug = Hotplug::new(memory.clone(), Arc::clone(&vm), disks);
-        let mut owned =
-            Owned { threads: Vec::new(), paused: false, machine, more_vcpus, report, hotplug, memory, timeline };
+        let mut owned = Owned {
+            threads: Vec::new(),
+            paused: false,
+            machine,
+            more_vcpus,
+            report,
+            hotplug,
+            memory,
+            timeline,
+        };
         let started = vcpus.into_iter().try_for_each(|vcpu| owned.start(vcpu));
         let result = match started {
             Ok(()) => listen(&events, &mut owned, channel, socket),

@@ -300,8 +300,8 @@ const WAIT_FOR_SLOT_2: &[u8] = &[
 
 /// The same until there is none.
 const WAIT_FOR_NO_SLOT_2: &[u8] = &[
-    0x66, 0xba, 0xf8, 0x0c, 0xb8, 0x00, 0x10, 0x00, 0x80, 0xef, 0x66, 0xba, 0xfc, 0x0c, 0xed, 0x83, 0xf8, 0xff,
-    0x75, 0xec, // jne to the first
+    0x66, 0xba, 0xf8, 0x0c, 0xb8, 0x00, 0x10, 0x00, 0x80, 0xef, 0x66, 0xba, 0xfc, 0x0c, 0xed, 0x83, 0xf8,
+    0xff, 0x75, 0xec, // jne to the first
 ];
 
 fn disk(serial: &str) -> Request {
@@ -310,7 +310,8 @@ fn disk(serial: &str) -> Request {
 
 #[test]
 fn a_disk_is_plugged_into_the_running_machine_and_taken_out() {
-    let code = [WAIT_FOR_SLOT_2, &print("found\n"), WAIT_FOR_NO_SLOT_2, &print("gone\n"), RESET, HANG].concat();
+    let code =
+        [WAIT_FOR_SLOT_2, &print("found\n"), WAIT_FOR_NO_SLOT_2, &print("gone\n"), RESET, HANG].concat();
     let sandbox = Sandbox::new(&code);
     let (child, mut control) = sandbox.start();
     control.metrics_of_running();

@@ -14,12 +14,7 @@ use nix::sys::socket::{
     AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, recv, sendmsg, socketpair,
 };
 use rvm_protocol::vmm::{Call, MAX_MESSAGE_LEN, Metrics, Reply, Request, Response};
-use tokio::{
-    io::Interest,
-    net::UnixDatagram,
-    sync::Mutex,
-    time::timeout,
-};
+use tokio::{io::Interest, net::UnixDatagram, sync::Mutex, time::timeout};
 
 use super::MonitorError;
 
@@ -150,9 +145,7 @@ impl Control {
         let mut text = vec![0; MAX_MESSAGE_LEN];
         let count = self
             .socket
-            .async_io(Interest::READABLE, || {
-                Ok(recv(self.socket.as_raw_fd(), &mut text, MsgFlags::empty())?)
-            })
+            .async_io(Interest::READABLE, || Ok(recv(self.socket.as_raw_fd(), &mut text, MsgFlags::empty())?))
             .await?;
         match text.get(..count).filter(|message| !message.is_empty()) {
             Some(message) => Ok(serde_json::from_slice(message)?),

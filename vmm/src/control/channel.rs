@@ -88,9 +88,7 @@ impl OwnerChannel {
             };
             let reply = match serde_json::from_slice(message) {
                 Ok(Call { id, request }) => Reply { id, response: handle(request, file) },
-                Err(e) => {
-                    Reply { id: 0, response: Response::Error { message: format!("not a call: {e}") } }
-                }
+                Err(e) => Reply { id: 0, response: Response::Error { message: format!("not a call: {e}") } },
             };
             self.answer(&reply);
         }
@@ -119,7 +117,8 @@ impl OwnerChannel {
 
     /// An owner that does not read its answers does without.
     fn answer(&self, reply: &Reply) {
-        let sent = serde_json::to_vec(reply).map_err(io::Error::from).and_then(|text| self.socket.send(&text));
+        let sent =
+            serde_json::to_vec(reply).map_err(io::Error::from).and_then(|text| self.socket.send(&text));
         if let Err(e) = sent {
             log::warn!("control: an answer is lost: {e}");
         }
@@ -188,9 +187,7 @@ mod tests {
         assert_eq!(monitor.serve(&mut handle), Served::Open);
         assert_eq!(owner.reply(), Reply { id: 7, response: Response::Ok });
         assert_eq!(owner.reply(), Reply { id: 9, response: Response::Ok });
-        let says = |reply: Reply, id, text: &str| {
-            matches!(&reply.response, Response::Error { message } if reply.id == id && message.contains(text))
-        };
+        let says = |reply: Reply, id, text: &str| matches!(&reply.response, Response::Error { message } if reply.id == id && message.contains(text));
         assert!(says(owner.reply(), 10, "no"));
         assert!(says(owner.reply(), 0, "not a call"));
         assert_eq!(content, "disk");

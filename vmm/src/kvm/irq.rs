@@ -102,7 +102,12 @@ impl IrqRoutes {
             }
         };
         drop(numbers);
-        Ok(MsiLine { routes: Arc::clone(self), gsi: PIC_LINES + index as u32, event, connected: AtomicBool::new(false) })
+        Ok(MsiLine {
+            routes: Arc::clone(self),
+            gsi: PIC_LINES + index as u32,
+            event,
+            connected: AtomicBool::new(false),
+        })
     }
 
     /// Routes several lines at once; KVM waits for running interrupts on every

@@ -43,9 +43,6 @@ mod tests {
         assert_eq!(Blk::restore(&config, &state).unwrap().save(), state);
 
         file.as_file().set_len(4096).unwrap();
-        assert!(matches!(
-            Blk::restore(&config, &state),
-            Err(BlkError::Resized { sectors: 8, expected: 16 })
-        ));
+        assert!(matches!(Blk::restore(&config, &state), Err(BlkError::Resized { sectors: 8, expected: 16 })));
     }
 }
