@@ -14,23 +14,27 @@ use nix::sys::{
 
 use super::Check;
 
-/// Oldest kernel of a host: mounts by file descriptor, `close_range`,
-/// `clone3` into a cgroup, `pidfd`s with time-outs.
-const OLDEST_LINUX: (u32, u32) = (5, 10);
+/// Oldest kernel of a host: every root file system is made with
+/// `mount_setattr(2)`.
+const OLDEST_LINUX: (u32, u32) = (5, 12);
 
 /// The host's kernel version.
 pub(super) fn linux() -> Check {
     let name = "linux";
     let release = uname().map(|names| names.release().to_string_lossy().into_owned()).unwrap_or_default();
     let detail = format!("Linux {release} {}", std::env::consts::ARCH);
-    let (major, minor) = OLDEST_LINUX;
     if std::env::consts::ARCH != "x86_64" {
         return Check::missing(name, detail, "rvm runs on x86_64 alone");
     }
-    match version(&release) {
-        Some(version) if version >= OLDEST_LINUX => Check::ok(name, detail),
-        _ => Check::missing(name, detail, format!("rvm needs Linux {major}.{minor} or later")),
+    if is_new_enough(&release) {
+        return Check::ok(name, detail);
     }
+    let (major, minor) = OLDEST_LINUX;
+    Check::missing(name, detail, format!("rvm needs Linux {major}.{minor} or later"))
+}
+
+fn is_new_enough(release: &str) -> bool {
+    version(release).is_some_and(|version| version >= OLDEST_LINUX)
 }
 
 fn version(release: &str) -> Option<(u32, u32)> {
@@ -113,8 +117,12 @@ mod tests {
         assert_eq!(version("6.18.44-fc-v657"), Some((6, 18)));
         assert_eq!(version("5.9"), Some((5, 9)));
         assert_eq!(version("5.10.0-30-amd64"), Some((5, 10)));
-        assert!(version("5.9").unwrap() < OLDEST_LINUX);
         assert_eq!(version("linux"), None);
+        for (release, enough) in
+            [("5.10.0-30-amd64", false), ("5.12", true), ("6.1.0-40", true), ("linux", false)]
+        {
+            assert_eq!(is_new_enough(release), enough, "{release}");
+        }
     }
 
     #[test]
