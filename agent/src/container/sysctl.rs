@@ -34,17 +34,22 @@ pub fn apply(parameters: &HashMap<String, String>) -> StepResult<()> {
 }
 
 /// Sets those of the guest as a whole; the error names the one that cannot be.
+/// With a `-` before its name one that cannot be is left out, as in sysctl.d(5).
 pub fn apply_to_guest(parameters: &HashMap<String, String>) -> Result<(), Error> {
     check(parameters)?;
-    for (name, value) in parameters {
+    for (given, value) in parameters {
+        let name = given.strip_prefix('-').unwrap_or(given);
         let Some(path) = path(name) else { continue };
-        std::fs::write(path, value).map_err(|error| {
-            let reason = match error.kind() {
-                std::io::ErrorKind::NotFound => "the guest's kernel has no such parameter".to_owned(),
-                _ => format!("cannot be set to {value:?}: {error}"),
-            };
-            Error::invalid(format!("sysctl[{name:?}]"), reason)
-        })?;
+        match std::fs::write(path, value) {
+            Err(error) if name == given => {
+                let reason = match error.kind() {
+                    std::io::ErrorKind::NotFound => "the guest's kernel has no such parameter".to_owned(),
+                    _ => format!("cannot be set to {value:?}: {error}"),
+                };
+                return Err(Error::invalid(format!("sysctl[{name:?}]"), reason));
+            }
+            _ => {}
+        }
     }
     Ok(())
 }
@@ -57,6 +62,7 @@ mod tests {
     fn a_parameter_the_kernel_lacks_is_named() {
         let error = apply_to_guest(&HashMap::from([("fs.no_such".to_owned(), "1".to_owned())])).unwrap_err();
         assert_eq!(error.to_string(), "sysctl[\"fs.no_such\"]: the guest's kernel has no such parameter");
+        apply_to_guest(&HashMap::from([("-fs.no_such".to_owned(), "1".to_owned())])).unwrap();
     }
 
     #[test]

@@ -206,7 +206,10 @@ fn plain(field: &str, resources: &Resources) -> Vec<Write> {
         let field = format!("{field}.hugepage_limits[{index}]");
         // A size is part of a file's name, and of no path.
         let size = huge.page_size.replace(['/', '\0'], "?");
-        writes.push(write(field, format!("hugetlb.{size}.max"), huge.limit));
+        writes.push(write(field.clone(), format!("hugetlb.{size}.max"), huge.limit));
+        // What is reserved counts as well, or a mapping would be granted and its
+        // first touch killed (as runc does).
+        writes.push(write(field, format!("hugetlb.{size}.rsvd.max"), huge.limit));
     }
     writes
 }
@@ -287,6 +290,7 @@ mod tests {
                 ("cpu.max", &text("50000 100000")),
                 ("cpuset.cpus", &text("0-1")),
                 ("hugetlb.2MB.max", &text("4")),
+                ("hugetlb.2MB.rsvd.max", &text("4")),
                 ("memory.high", &text("max")),
             ]
         );
