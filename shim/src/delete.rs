@@ -1,29 +1,59 @@
 //! `delete`: what containerd calls when a shim is dead, however it died.
 
 use std::{
-    fs,
+    fs, io,
     path::{Path, PathBuf},
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use containerd_shim_protos::api::DeleteResponse;
+use serde::{Deserialize, Serialize};
 
 use crate::{
-    bootstrap::ADDRESS_FILE, config::Config, events::timestamp, flags::Flags, hooks, process::Exit, sandbox,
-    task::SANDBOX_DIR_FILE,
+    background, bootstrap::ADDRESS_FILE, config::Config, events::timestamp, flags::Flags, hooks,
+    process::Exit, process_id::ProcessId, sandbox, state::State,
 };
 
-/// Kills what is left, removes what is left, and reports the container as
-/// killed. Calling it again, or with nothing there, does the same nothing.
-pub fn delete(flags: &Flags) -> DeleteResponse {
-    let bundle = if flags.bundle.as_os_str().is_empty() { Path::new(".") } else { &flags.bundle };
-    for dir in sandbox_dirs(bundle, flags) {
-        sandbox::clean_up(&dir);
+/// How long containerd is kept waiting: after five seconds it kills a `delete`.
+const LIMIT: Duration = Duration::from_secs(4);
+/// Written into the bundle: see [`Note`].
+const NOTE_FILE: &str = "rvm-sandbox";
+
+/// Which sandbox a shim made for its bundle. Another containerd's bundle may be
+/// of the same name: a sandbox belongs to the shim that its state names.
+#[derive(Debug, Serialize, Deserialize)]
+struct Note {
+    /// The sandbox's directory, which a configuration may put anywhere.
+    dir: PathBuf,
+    /// The shim.
+    shim: ProcessId,
+}
+
+/// Notes in a bundle that this process is about to make the sandbox in `dir`.
+pub fn note(bundle: &Path, dir: &Path) {
+    let path = bundle.join(NOTE_FILE);
+    let written = ProcessId::of_self().and_then(|shim| {
+        let note = Note { dir: dir.to_owned(), shim };
+        fs::write(&path, serde_json::to_vec(&note)?)
+    });
+    if let Err(error) = written {
+        log::warn!("{}: {error}", path.display());
     }
-    hooks::after_dead_shim(bundle, &flags.id);
-    if let Ok(address) = fs::read_to_string(bundle.join(ADDRESS_FILE)) {
-        let socket = address.trim();
-        let _ = fs::remove_file(socket.strip_prefix("unix://").unwrap_or(socket));
+}
+
+/// Removes what is left, as far as it can be done while containerd waits; the
+/// rest goes on without it.
+pub fn delete(flags: &Flags) -> DeleteResponse {
+    let name = format!("{}/{}", flags.namespace, flags.id);
+    match background::within(LIMIT, || clean_up(flags)) {
+        Ok(None) => {}
+        Ok(Some(child)) => {
+            eprintln!("{name}: not all is removed within {} s; process {child} goes on", LIMIT.as_secs());
+        }
+        Err(error) => {
+            eprintln!("{name}: without a process of its own: {error}");
+            clean_up(flags);
+        }
     }
     DeleteResponse {
         exit_status: Exit::KILLED,
@@ -32,17 +62,40 @@ pub fn delete(flags: &Flags) -> DeleteResponse {
     }
 }
 
+/// Kills what is left and removes it. Calling it again, or with nothing there,
+/// does the same nothing.
+fn clean_up(flags: &Flags) {
+    let bundle = if flags.bundle.as_os_str().is_empty() { Path::new(".") } else { &flags.bundle };
+    let note = read_note(bundle).ok();
+    for dir in sandbox_dirs(note.as_ref(), flags) {
+        if is_ours(&dir, note.as_ref(), bundle) {
+            sandbox::clean_up(&dir);
+        } else if dir.exists() {
+            log::warn!("{} stays: it is not of this bundle's shim", dir.display());
+        }
+    }
+    hooks::after_dead_shim(bundle, &flags.id);
+    if let Ok(address) = fs::read_to_string(bundle.join(ADDRESS_FILE)) {
+        let socket = address.trim();
+        let _ = fs::remove_file(socket.strip_prefix("unix://").unwrap_or(socket));
+    }
+}
+
+fn read_note(bundle: &Path) -> io::Result<Note> {
+    Ok(serde_json::from_slice(&fs::read(bundle.join(NOTE_FILE))?)?)
+}
+
 /// Where the sandbox may be: where its shim noted, and where the configuration
 /// of today puts it.
-fn sandbox_dirs(bundle: &Path, flags: &Flags) -> Vec<PathBuf> {
+fn sandbox_dirs(note: Option<&Note>, flags: &Flags) -> Vec<PathBuf> {
     let name = Path::new(&flags.namespace).join(&flags.id);
     let mut dirs = Vec::new();
-    if let Ok(noted) = fs::read_to_string(bundle.join(SANDBOX_DIR_FILE)) {
-        let noted = PathBuf::from(noted);
+    if let Some(note) = note
         // Not a path somebody else put there.
-        if noted.is_absolute() && noted.ends_with(&name) {
-            dirs.push(noted);
-        }
+        && note.dir.is_absolute()
+        && note.dir.ends_with(&name)
+    {
+        dirs.push(note.dir.clone());
     }
     if let Ok(config) = Config::load(None).or_else(|_| Config::defaults()) {
         let dir = config.host.state_dir.join(&name);
@@ -53,15 +106,77 @@ fn sandbox_dirs(bundle: &Path, flags: &Flags) -> Vec<PathBuf> {
     dirs
 }
 
+/// Whether the sandbox in `dir` was made by this bundle's shim.
+fn is_ours(dir: &Path, note: Option<&Note>, bundle: &Path) -> bool {
+    match State::read(dir) {
+        Ok(state) if note.is_some_and(|note| note.shim == state.shim) => true,
+        // The note may be lost; a shim that lives is another containerd's.
+        Ok(state) => is_same(&state.bundle, bundle) && !state.shim.is_alive(),
+        // Killed before it wrote a state.
+        Err(_) => note.is_some_and(|note| note.dir == dir) && !sandbox::is_held(dir),
+    }
+}
+
+fn is_same(a: &Path, b: &Path) -> bool {
+    matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        flags::Action,
-        process_id::ProcessId,
-        state::{Phase, State},
-    };
+    use crate::{flags::Action, state::Phase};
     use std::process::Command;
+
+    fn flags(bundle: PathBuf) -> Flags {
+        Flags {
+            action: Action::Delete,
+            namespace: "default".into(),
+            id: "web".into(),
+            address: String::new(),
+            bundle,
+            debug: false,
+        }
+    }
+
+    /// Two containerds, one namespace and id: the second one's creation failed.
+    #[test]
+    fn another_containerds_sandbox_stays() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("state/default/web");
+        let (first, second) = (root.path().join("first"), root.path().join("second"));
+        for bundle in [&dir, &first, &second] {
+            fs::create_dir_all(bundle).unwrap();
+        }
+        let mut theirs = Command::new("sleep").arg("1000").spawn().unwrap();
+        let shim = ProcessId::of(theirs.id()).unwrap();
+        let mut state = State {
+            id: "web".into(),
+            namespace: "default".into(),
+            phase: Phase::Running,
+            bundle: first,
+            shim,
+            monitor: None,
+            created_ms: 0,
+            vcpus: 1,
+            memory_mib: 64,
+            cgroups: Default::default(),
+            timeline: vec![],
+            not_applied: vec![],
+        };
+        state.write(&dir).unwrap();
+        note(&second, &dir);
+        clean_up(&flags(second.clone()));
+        assert!(State::read(&dir).is_ok() && shim.is_alive());
+        // Even where both call their bundles the same, each in a mount namespace of its own.
+        state.bundle = second.clone();
+        state.write(&dir).unwrap();
+        clean_up(&flags(second.clone()));
+        assert!(State::read(&dir).is_ok() && shim.is_alive());
+        theirs.kill().unwrap();
+        theirs.wait().unwrap();
+        clean_up(&flags(second));
+        assert!(!dir.exists());
+    }
 
     #[test]
     fn leftovers_go_twice_in_a_row() {
@@ -74,10 +189,11 @@ mod tests {
         fs::write(dir.join("console.log"), "booting").unwrap();
         fs::write(&socket, "").unwrap();
         fs::write(bundle.join(ADDRESS_FILE), format!("unix://{}", socket.display())).unwrap();
-        fs::write(bundle.join(SANDBOX_DIR_FILE), dir.to_str().unwrap()).unwrap();
         let mut monitor = Command::new("sleep").arg("1000").spawn().unwrap();
         let mut shim = ProcessId::of_self().unwrap();
         shim.start_ticks += 1;
+        let note = Note { dir: dir.clone(), shim };
+        fs::write(bundle.join(NOTE_FILE), serde_json::to_vec(&note).unwrap()).unwrap();
         State {
             id: "web".into(),
             namespace: "default".into(),
@@ -95,16 +211,9 @@ mod tests {
         .write(&dir)
         .unwrap();
 
-        let flags = Flags {
-            action: Action::Delete,
-            namespace: "default".into(),
-            id: "web".into(),
-            address: String::new(),
-            bundle,
-            debug: false,
-        };
+        let flags = flags(bundle);
         for _ in 0..2 {
-            assert_eq!(delete(&flags).exit_status, 137);
+            clean_up(&flags);
             assert!(!root.path().join("state").exists());
             assert!(!socket.exists());
         }

@@ -3,8 +3,8 @@
 use ttrpc::Code;
 
 use crate::{
-    agent::AgentError, config::ConfigError, hooks::HookError, io::IoError, rootfs::RootfsError,
-    sandbox::SandboxError, share::ShareError, spec::SpecError,
+    agent::AgentError, config::ConfigError, hooks::HookError, io::IoError, name::NameError,
+    rootfs::RootfsError, sandbox::SandboxError, share::ShareError, spec::SpecError,
 };
 
 /// Why a request is refused or failed.
@@ -28,6 +28,9 @@ pub enum Error {
     /// The agent.
     #[error(transparent)]
     Agent(#[from] AgentError),
+    /// A name a client chose.
+    #[error(transparent)]
+    Name(#[from] NameError),
     /// No such container or process.
     #[error("{0}")]
     NotFound(String),
@@ -40,7 +43,7 @@ pub enum Error {
     /// A part of the request.
     #[error("{0}")]
     InvalidArgument(String),
-    /// Something this version does not do.
+    /// A call this version does not have.
     #[error("{0}")]
     Unimplemented(&'static str),
     /// The sandbox has ended.
@@ -57,9 +60,10 @@ impl Error {
             Self::FailedPrecondition(_) => Code::FAILED_PRECONDITION,
             Self::Unimplemented(_) => Code::UNIMPLEMENTED,
             Self::InvalidArgument(_)
+            | Self::Name(_)
             | Self::Io(IoError::Scheme { .. })
             | Self::Sandbox(
-                SandboxError::Name { .. }
+                SandboxError::Name(_)
                 | SandboxError::NoRoom { .. }
                 | SandboxError::Share(
                     ShareError::Volume { .. }
@@ -67,7 +71,6 @@ impl Error {
                     | ShareError::Rootfs(RootfsError::Layer { .. } | RootfsError::Root { .. }),
                 ),
             ) => Code::INVALID_ARGUMENT,
-            Self::Spec(SpecError::Unsupported { .. }) => Code::UNIMPLEMENTED,
             Self::Spec(_) => Code::INVALID_ARGUMENT,
             Self::Agent(error) | Self::Sandbox(SandboxError::Agent(error)) => agent_code(error),
             Self::Config(_) | Self::Hook(_) | Self::Sandbox(_) | Self::Io(_) | Self::SandboxEnded(_) => {
@@ -78,10 +81,13 @@ impl Error {
 }
 
 /// Only what says something about the request is passed on: containerd takes
-/// NOT_FOUND for "there is no such task" and UNAVAILABLE for a dead shim.
+/// NOT_FOUND for "there is no such task", UNAVAILABLE for a dead shim, and
+/// UNIMPLEMENTED for one that speaks an older version.
 fn agent_code(error: &AgentError) -> Code {
     match error {
-        AgentError::Refused { code: code @ (Code::INVALID_ARGUMENT | Code::UNIMPLEMENTED), .. } => *code,
+        AgentError::Refused { code: Code::INVALID_ARGUMENT | Code::UNIMPLEMENTED, .. } => {
+            Code::INVALID_ARGUMENT
+        }
         _ => Code::UNKNOWN,
     }
 }
@@ -106,7 +112,7 @@ mod tests {
         assert_eq!(code(SpecError::Field { field: "f".into(), problem: "p".into() }), Code::INVALID_ARGUMENT);
         assert_eq!(
             code(SpecError::Unsupported { field: "f".into(), reason: "r".into() }),
-            Code::UNIMPLEMENTED
+            Code::INVALID_ARGUMENT
         );
         let exists = SandboxError::Exists { namespace: "default".into(), id: "x".into() };
         assert_eq!(code(exists), Code::ALREADY_EXISTS);
@@ -118,6 +124,7 @@ mod tests {
         let refused = |code| AgentError::Refused { code, message: "m".into() };
         assert_eq!(code(refused(Code::NOT_FOUND)), Code::UNKNOWN);
         assert_eq!(code(refused(Code::INVALID_ARGUMENT)), Code::INVALID_ARGUMENT);
+        assert_eq!(code(refused(Code::UNIMPLEMENTED)), Code::INVALID_ARGUMENT);
         assert_eq!(code(AgentError::Lost("gone".into())), Code::UNKNOWN);
     }
 

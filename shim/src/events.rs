@@ -6,8 +6,9 @@
 //! is gone with it, so nobody sees an event twice.
 
 use std::{
+    collections::VecDeque,
     io,
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
 };
 
@@ -27,7 +28,7 @@ use protobuf::{
 };
 use tokio::{
     net::UnixStream,
-    sync::{Notify, mpsc, oneshot},
+    sync::{Notify, watch},
     time::timeout,
 };
 use ttrpc::{
@@ -35,10 +36,15 @@ use ttrpc::{
     context,
 };
 
-/// How many events may wait for a containerd that is away.
+/// How many events may wait for a containerd that is away; what must arrive waits
+/// beyond that.
 const QUEUE_LEN: usize = 1024;
 /// Between two attempts to reach containerd, unless somebody says it is back.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// How long containerd may take for one event before the connection counts as
+/// dead. A containerd that is only stopped for longer may get an event twice.
+const FORWARD_LIMIT: Duration = Duration::from_secs(60);
 
 /// An event containerd knows.
 pub trait TaskEvent: Message {
@@ -70,29 +76,65 @@ task_events! {
 #[derive(Clone)]
 pub struct Events {
     namespace: Arc<str>,
-    queue: Option<mpsc::Sender<Queued>>,
-    back: Arc<Notify>,
+    queue: Option<Arc<Queue>>,
 }
 
-enum Queued {
-    Event(Box<Envelope>),
-    Flush(oneshot::Sender<()>),
+/// What waits for containerd.
+///
+/// An exit and a deletion are never dropped: a client waits for each, and there
+/// are no more of them than clients started processes. The rest is bounded.
+struct Queue {
+    waiting: Mutex<Waiting>,
+    /// Something was added.
+    added: Notify,
+    /// How many have been taken by containerd, or refused.
+    done: watch::Sender<u64>,
+    /// containerd has been heard of.
+    back: Notify,
+}
+
+#[derive(Default)]
+struct Waiting {
+    envelopes: VecDeque<Envelope>,
+    /// How many have been added so far.
+    added: u64,
+}
+
+impl Waiting {
+    fn add(&mut self, envelope: Envelope) {
+        let topic = envelope.topic.as_str();
+        // One says as much as many: what is counted is in the statistics.
+        let is_told = |other: &Envelope| other.topic == topic && other.event == envelope.event;
+        if topic == TaskOOM::TOPIC && self.envelopes.iter().any(is_told) {
+            return;
+        }
+        let must_arrive = [TaskExit::TOPIC, TaskDelete::TOPIC].contains(&topic);
+        if self.envelopes.len() >= QUEUE_LEN && !must_arrive {
+            return log::error!("{topic}: dropped, as {QUEUE_LEN} events wait for containerd");
+        }
+        self.added += 1;
+        self.envelopes.push_back(envelope);
+    }
 }
 
 impl Events {
     /// Publishes to the containerd that listens on `address`, its ttrpc socket,
     /// with or without `unix://`.
     pub fn publish_to(namespace: &str, address: &str) -> Self {
-        let (sender, receiver) = mpsc::channel(QUEUE_LEN);
-        let back = Arc::new(Notify::new());
+        let queue = Arc::new(Queue {
+            waiting: Mutex::default(),
+            added: Notify::new(),
+            done: watch::Sender::new(0),
+            back: Notify::new(),
+        });
         let path = address.strip_prefix("unix://").unwrap_or(address).to_owned();
-        tokio::spawn(forward_all(path, receiver, back.clone()));
-        Self { queue: Some(sender), back, ..Self::to_nobody(namespace) }
+        tokio::spawn(forward_all(path, queue.clone()));
+        Self { queue: Some(queue), ..Self::to_nobody(namespace) }
     }
 
     /// For who runs containers without containerd.
     pub fn to_nobody(namespace: &str) -> Self {
-        Self { namespace: namespace.into(), queue: None, back: Arc::default() }
+        Self { namespace: namespace.into(), queue: None }
     }
 
     /// Publishes an event after those before it.
@@ -104,35 +146,37 @@ impl Events {
         };
         // The name a descriptor would give, without building descriptors.
         let type_url = format!("containerd.events.{}", E::NAME);
-        let envelope = Envelope {
+        queue.waiting().add(Envelope {
             timestamp: Some(Timestamp::from(SystemTime::now())).into(),
             namespace: self.namespace.to_string(),
             topic: E::TOPIC.to_owned(),
             event: Some(Any { type_url, value, ..Default::default() }).into(),
             ..Default::default()
-        };
-        if queue.try_send(Queued::Event(Box::new(envelope))).is_err() {
-            log::error!("{}: dropped, as {QUEUE_LEN} events wait for containerd", E::TOPIC);
-        }
+        });
+        queue.added.notify_one();
     }
 
     /// Says that containerd has been heard of: what waits is tried at once.
     pub fn containerd_is_back(&self) {
-        self.back.notify_one();
+        if let Some(queue) = &self.queue {
+            queue.back.notify_one();
+        }
     }
 
     /// Waits until everything published so far has been taken, at most `limit`.
     pub async fn flush(&self, limit: Duration) {
         let Some(queue) = &self.queue else { return };
-        let (done, wait) = oneshot::channel();
-        let flushed = async {
-            if queue.send(Queued::Flush(done)).await.is_ok() {
-                let _ = wait.await;
-            }
-        };
-        if timeout(limit, flushed).await.is_err() {
+        let all = queue.waiting().added;
+        let mut done = queue.done.subscribe();
+        if timeout(limit, done.wait_for(|done| *done >= all)).await.is_err() {
             log::warn!("containerd did not take all events within {} s", limit.as_secs());
         }
+    }
+}
+
+impl Queue {
+    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -141,14 +185,16 @@ pub fn timestamp(at: SystemTime) -> Timestamp {
     Timestamp::from(at)
 }
 
-async fn forward_all(path: String, mut queue: mpsc::Receiver<Queued>, back: Arc<Notify>) {
+async fn forward_all(path: String, queue: Arc<Queue>) {
     let mut client = None;
-    while let Some(queued) = queue.recv().await {
-        match queued {
-            Queued::Event(envelope) => forward(&path, &mut client, *envelope, &back).await,
-            Queued::Flush(done) => {
-                let _ = done.send(());
+    loop {
+        let next = queue.waiting().envelopes.pop_front();
+        match next {
+            Some(envelope) => {
+                forward(&path, &mut client, envelope, &queue.back).await;
+                queue.done.send_modify(|done| *done += 1);
             }
+            None => queue.added.notified().await,
         }
     }
 }
@@ -164,18 +210,18 @@ async fn forward(path: &str, client: &mut Option<EventsClient>, envelope: Envelo
             None => connect(path).await,
         };
         match connected {
-            Ok(connected) => match connected.forward(context::with_timeout(0), &request).await {
+            Ok(connected) => match connected.forward(context::with_duration(FORWARD_LIMIT), &request).await {
                 Ok(_) => {
                     *client = Some(connected);
                     return;
                 }
-                Err(ttrpc::Error::RpcStatus(status)) => {
+                Err(ttrpc::Error::RpcStatus(status)) if status.code() != ttrpc::Code::DEADLINE_EXCEEDED => {
                     log::error!("{topic}: containerd refuses it: {}", status.message);
                     *client = Some(connected);
                     return;
                 }
-                // An old connection to a containerd that was restarted: the
-                // next one is new.
+                // An old connection to a containerd that was restarted, or that
+                // answers no more: the next one is new.
                 Err(error) => log::debug!("{topic}: {error}"),
             },
             Err(error) if !told => {
@@ -202,6 +248,7 @@ mod tests {
     use containerd_shim_protos::shim_async::{Events as EventsService, create_events};
     use protobuf::well_known_types::empty::Empty;
     use std::path::Path;
+    use tokio::sync::mpsc;
     use ttrpc::asynchronous::{Server, TtrpcContext};
 
     struct Containerd(mpsc::UnboundedSender<Envelope>);
@@ -260,5 +307,34 @@ mod tests {
         assert_eq!(pid(&received.recv().await.unwrap()), 2);
         assert_eq!(pid(&received.recv().await.unwrap()), 3);
         assert!(received.try_recv().is_err());
+    }
+    #[tokio::test]
+    async fn exits_arrive_however_much_else_happened_meanwhile() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("containerd.sock.ttrpc");
+        let events = Events::publish_to("default", &format!("unix://{}", path.display()));
+        let oom = |id: &str| TaskOOM { container_id: id.into(), ..Default::default() };
+        for n in 0..2000 {
+            events.publish(oom("c"));
+            events.publish(start(n));
+        }
+        events.publish(oom("d"));
+        for n in 0..2000 {
+            events.publish(TaskExit { id: n.to_string(), ..Default::default() });
+        }
+        events.publish(TaskDelete { container_id: "c".into(), ..Default::default() });
+
+        let (_server, mut received) = containerd(&path).await;
+        events.containerd_is_back();
+        events.flush(Duration::from_secs(30)).await;
+        let (mut exits, mut ooms, mut last) = (0, 0, String::new());
+        while let Ok(envelope) = received.try_recv() {
+            exits += usize::from(envelope.topic == TaskExit::TOPIC);
+            ooms += usize::from(envelope.topic == TaskOOM::TOPIC);
+            last = envelope.topic;
+        }
+        assert_eq!((exits, last.as_str()), (2000, TaskDelete::TOPIC));
+        // The one that was on its way already, and one more.
+        assert!((1..=2).contains(&ooms), "{ooms}");
     }
 }

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use crate::name;
+
 /// What containerd wants done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
@@ -84,10 +86,11 @@ impl Flags {
         }
         flags.action = action.ok_or_else(|| FlagsError("nothing to do".into()))?;
         if matches!(flags.action, Action::Start | Action::Delete) {
-            for (value, name) in [(&flags.namespace, "namespace"), (&flags.id, "id")] {
+            for (value, name) in [(&flags.namespace, "-namespace"), (&flags.id, "-id")] {
                 if value.is_empty() {
-                    return Err(FlagsError(format!("-{name}: is missing")));
+                    return Err(FlagsError(format!("{name}: is missing")));
                 }
+                name::check(name, value).map_err(|error| FlagsError(error.to_string()))?;
             }
         }
         Ok(flags)
@@ -125,6 +128,17 @@ mod tests {
         assert!(flags.debug);
         assert_eq!(parse(&["-v"]).unwrap().action, Action::Version);
         assert_eq!(parse(&["-info"]).unwrap().action, Action::Info);
+    }
+
+    #[test]
+    fn names_are_no_paths() {
+        for (namespace, id) in [("default", "/etc"), ("default", ".."), ("../x", "web"), ("default", "a\tb")]
+        {
+            for action in ["start", "delete"] {
+                let error = parse(&["-namespace", namespace, "-id", id, action]).unwrap_err();
+                assert!(error.contains("letters, digits"), "{error}");
+            }
+        }
     }
 
     #[test]

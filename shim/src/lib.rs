@@ -2,13 +2,14 @@
 //!
 //! From the outside in: [`bootstrap`] starts the serving process, [`server`]
 //! serves, [`delete`] cleans up after a dead one. [`service`] translates
-//! messages into calls to [`task`], which owns containers; a [`container`] has
+//! messages into calls to [`task`], which owns containers, and a client's [`options`]; a [`container`] has
 //! [`process`]es with [`io`], runs in a [`sandbox`] (directory, [`share`],
 //! [`cgroup`], monitor, agent) and is described by its [`spec`]. What happens is told by
 //! [`events`] and kept in [`state`]. `rvmctl` uses the same parts from
 //! [`container`] downwards, without containerd.
 
 pub mod agent;
+mod background;
 pub mod bootstrap;
 pub mod cgroup;
 pub mod config;
@@ -16,12 +17,15 @@ pub mod container;
 pub mod delete;
 pub mod error;
 pub mod events;
+pub mod features;
 pub mod flags;
 pub mod hooks;
 pub mod io;
 mod logger;
 pub mod metrics;
 pub mod mount;
+pub mod name;
+pub mod options;
 pub mod process;
 pub mod process_id;
 pub mod rootfs;
@@ -33,6 +37,7 @@ pub mod service;
 pub mod share;
 pub mod spec;
 pub mod state;
+pub mod sysctl;
 pub mod task;
 pub mod timeline;
 pub mod user_namespace;

@@ -3,11 +3,11 @@
 use std::io::Write;
 
 use anyhow::{Context, Result};
-use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
 use protobuf::Message;
 use rvm_shim::{
     bootstrap,
     delete::delete,
+    features,
     flags::{Action, Flags},
     server,
 };
@@ -22,12 +22,7 @@ fn main() -> Result<()> {
             Ok(())
         }
         Action::Delete => answer(&delete(&flags)),
-        Action::Info => answer(&RuntimeInfo {
-            name: "io.rvm.v2".into(),
-            version: Some(RuntimeVersion { version: env!("CARGO_PKG_VERSION").into(), ..Default::default() })
-                .into(),
-            ..Default::default()
-        }),
+        Action::Info => answer(&features::info()),
         Action::Version => {
             println!("containerd-shim-rvm-v2 {}", env!("CARGO_PKG_VERSION"));
             Ok(())

@@ -1,6 +1,11 @@
 //! The serving process: from its first breath to leaving nothing behind.
 
-use std::{io, path::Path, sync::Arc, time::Duration};
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use log::LevelFilter;
 use tokio::{
@@ -28,13 +33,37 @@ pub fn run(serve: Serve) -> io::Result<()> {
     let _ = logger::init(Path::new("."), sandbox, level);
     // One thread: the shim waits, and what it starts dies with this thread.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let socket = serve.socket.clone();
-    let result = runtime.block_on(serve_until_done(serve));
-    let _ = std::fs::remove_file(&socket);
-    result
+    let socket = Socket(serve.socket.clone());
+    runtime.block_on(serve_until_done(serve, socket))
 }
 
-async fn serve_until_done(serve: Serve) -> io::Result<()> {
+/// The socket's name, which goes once: whoever comes after may have it again.
+struct Socket(PathBuf);
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// Where memory is short a shim goes before containerd, as runc's does: it is
+/// one of many, and containerd cleans up after it.
+fn go_before_containerd() {
+    const FILE: &str = "/proc/self/oom_score_adj";
+    let raised =
+        std::fs::read_to_string(FILE).and_then(|text| std::fs::write(FILE, one_more(&text).to_string()));
+    if let Err(error) = raised {
+        log::debug!("{FILE}: {error}");
+    }
+}
+
+/// The score after the one containerd started this process with.
+fn one_more(inherited: &str) -> i32 {
+    const MOST: i32 = 1000;
+    inherited.trim().parse().map_or(0, |score: i32| score.saturating_add(1)).min(MOST)
+}
+
+async fn serve_until_done(serve: Serve, socket: Socket) -> io::Result<()> {
     let events = Events::publish_to(&serve.namespace, &serve.events_address);
     let tasks = Arc::new(Tasks::new(&serve.namespace, events.clone()));
     serve.listener.set_nonblocking(true)?;
@@ -42,6 +71,7 @@ async fn serve_until_done(serve: Serve) -> io::Result<()> {
     let mut server = Server::new().add_listener(listener).register_service(services(tasks.clone()));
     server.start().await.map_err(io::Error::other)?;
     log::debug!("serving {}", serve.socket.display());
+    go_before_containerd();
 
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -52,7 +82,7 @@ async fn serve_until_done(serve: Serve) -> io::Result<()> {
         _ = interrupt.recv() => log::warn!("interrupted"),
     }
     // New connections belong to a new shim; the running ones get their answers.
-    let _ = std::fs::remove_file(&serve.socket);
+    drop(socket);
     tasks.close_all().await;
     let farewell = async {
         events.flush(FAREWELL_TIMEOUT).await;
@@ -63,4 +93,26 @@ async fn serve_until_done(serve: Serve) -> io::Result<()> {
     }
     log::debug!("done");
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_score_above_containerds() {
+        for (containerds, ours) in [("-999\n", -998), ("0\n", 1), ("1000\n", 1000), ("", 0)] {
+            assert_eq!(one_more(containerds), ours);
+        }
+    }
+
+    #[test]
+    fn the_sockets_name_goes_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        std::fs::write(&path, "").unwrap();
+        let socket = Socket(path.clone());
+        drop(socket);
+        assert!(!path.exists());
+    }
 }

@@ -1,6 +1,6 @@
 //! containerd's Task API: messages in, calls to [`Tasks`], messages out.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{collections::HashMap, sync::Arc};
 
 use async_trait::async_trait;
 use containerd_shim_protos::{
@@ -16,7 +16,7 @@ use containerd_shim_protos::{
     types::mount::Mount,
 };
 use protobuf::{
-    CodedInputStream, Message,
+    Message,
     well_known_types::{any::Any, empty::Empty},
 };
 use ttrpc::asynchronous::{Service, TtrpcContext};
@@ -25,6 +25,8 @@ use crate::{
     error::Error,
     events::timestamp,
     io::Stdio,
+    name,
+    options::Options,
     process::Phase,
     rootfs::Layer,
     task::{CreateTask, Tasks},
@@ -35,10 +37,25 @@ const TASK_V3: &str = "containerd.task.v3.Task";
 /// Its name in containerd 1.6 and 1.7; the messages are the same.
 const TASK_V2: &str = "containerd.task.v2.Task";
 
+/// Services a shim may have and this one does not. Clients ask for them to find
+/// out, and take UNIMPLEMENTED for an answer: what a service without methods
+/// says, while ttrpc's own for one it was never told of is INVALID_ARGUMENT.
+const ABSENT: [&str; 7] = [
+    "containerd.runtime.linux.shim.v1.Shim",
+    "containerd.runtime.sandbox.v1.Sandbox",
+    "containerd.services.mounts.v1.Mounts",
+    "containerd.services.streaming.v1.Streaming",
+    "containerd.services.transfer.v1.Transfer",
+    "grpc.health.v1.Health",
+    "grpc.reflection.v1.ServerReflection",
+];
+
 /// The services of one shim, by their names.
-pub fn services(tasks: Arc<Tasks>) -> std::collections::HashMap<String, Service> {
+pub fn services(tasks: Arc<Tasks>) -> HashMap<String, Service> {
     let service: Arc<dyn Task + Send + Sync> = Arc::new(TaskService { tasks });
-    let mut services = create_task(service.clone());
+    let absent = |name: &str| (name.to_owned(), Service { methods: HashMap::new(), streams: HashMap::new() });
+    let mut services: HashMap<_, _> = ABSENT.into_iter().map(absent).collect();
+    services.extend(create_task(service.clone()));
     if let Some(older) = create_task(service).remove(TASK_V3) {
         services.insert(TASK_V2.to_owned(), older);
     }
@@ -51,7 +68,7 @@ struct TaskService {
 
 /// Does `work` to its end even where the request is given up meanwhile, as it
 /// is when containerd restarts: half of a deletion helps nobody.
-async fn whole<T: Send + 'static>(
+async fn to_its_end<T: Send + 'static>(
     work: impl Future<Output = Result<T, Error>> + Send + 'static,
 ) -> ttrpc::Result<T> {
     match tokio::spawn(work).await {
@@ -102,8 +119,11 @@ impl Task for TaskService {
         request: CreateTaskRequest,
     ) -> ttrpc::Result<CreateTaskResponse> {
         if !request.checkpoint.is_empty() {
-            return unimplemented("checkpoint: a microVM cannot be restored from a checkpoint of a process");
+            // containerd takes UNIMPLEMENTED for an older shim, and creates once more.
+            let reason = "checkpoint: a microVM cannot be restored from a checkpoint of a process";
+            return Err(Error::InvalidArgument(reason.into()).into());
         }
+        name::check("id", &request.id).map_err(Error::from)?;
         let create = CreateTask {
             id: request.id,
             bundle: request.bundle.into(),
@@ -114,7 +134,7 @@ impl Task for TaskService {
                 stderr: request.stderr,
                 terminal: request.terminal,
             },
-            config_path: config_path(request.options.as_ref())?,
+            options: Options::parse(request.options.as_ref())?,
         };
         let pid = self.tasks.create(create).await.inspect_err(|error| log::warn!("create: {error}"))?;
         Ok(CreateTaskResponse { pid, ..Default::default() })
@@ -122,13 +142,14 @@ impl Task for TaskService {
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
         let container = self.tasks.container(&request.id)?;
-        let pid = whole(async move { container.start(&request.exec_id).await }).await?;
+        let pid = to_its_end(async move { container.start(&request.exec_id).await }).await?;
         Ok(StartResponse { pid, ..Default::default() })
     }
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
         let tasks = self.tasks.clone();
-        let (pid, exit) = whole(async move { tasks.delete(&request.id, &request.exec_id).await }).await?;
+        let (pid, exit) =
+            to_its_end(async move { tasks.delete(&request.id, &request.exec_id).await }).await?;
         Ok(DeleteResponse {
             pid,
             exit_status: exit.status,
@@ -138,6 +159,7 @@ impl Task for TaskService {
     }
 
     async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
+        name::check("exec_id", &request.exec_id).map_err(Error::from)?;
         let container = self.tasks.container(&request.id)?;
         let stdio = Stdio {
             stdin: request.stdin,
@@ -146,13 +168,14 @@ impl Task for TaskService {
             terminal: request.terminal,
         };
         let spec = request.spec.unwrap_or_default();
-        whole(async move { container.exec(&request.exec_id, &spec.value, stdio).await }).await?;
+        to_its_end(async move { container.exec(&request.exec_id, &spec.value, stdio).await }).await?;
         Ok(Empty::new())
     }
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
         let container = self.tasks.container(&request.id)?;
-        whole(async move { container.kill(&request.exec_id, request.signal, request.all).await }).await?;
+        to_its_end(async move { container.kill(&request.exec_id, request.signal, request.all).await })
+            .await?;
         Ok(Empty::new())
     }
 
@@ -222,20 +245,20 @@ impl Task for TaskService {
 
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
         let container = self.tasks.container(&request.id)?;
-        whole(async move { container.pause().await }).await?;
+        to_its_end(async move { container.pause().await }).await?;
         Ok(Empty::new())
     }
 
     async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
         let container = self.tasks.container(&request.id)?;
-        whole(async move { container.resume().await }).await?;
+        to_its_end(async move { container.resume().await }).await?;
         Ok(Empty::new())
     }
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
         let container = self.tasks.container(&request.id)?;
         let resources = request.resources.unwrap_or_default();
-        whole(async move { container.update(&resources.value).await }).await?;
+        to_its_end(async move { container.update(&resources.value).await }).await?;
         Ok(Empty::new())
     }
 
@@ -253,66 +276,61 @@ fn layer(mount: Mount) -> Layer {
     Layer { kind: mount.type_, source: mount.source, target: mount.target, options: mount.options }
 }
 
-/// The configuration containerd's runtime options name
-/// (`runtimeoptions.v1.Options`: field 2 is `config_path`).
-fn config_path(options: Option<&Any>) -> Result<Option<PathBuf>, Error> {
-    const CONFIG_PATH: u32 = 2;
-    let Some(options) = options.filter(|options| !options.type_url.is_empty() && !options.value.is_empty())
-    else {
-        return Ok(None);
-    };
-    let invalid = |problem: &str| Error::InvalidArgument(format!("options: {}: {problem}", options.type_url));
-    if !options.type_url.ends_with("runtimeoptions.v1.Options") {
-        return Err(invalid("is not known; runtimeoptions.v1.Options with a ConfigPath is"));
-    }
-    let malformed = |_| invalid("cannot be decoded");
-    let mut input = CodedInputStream::from_bytes(&options.value);
-    let mut path = String::new();
-    while let Some(tag) = input.read_raw_tag_or_eof().map_err(malformed)? {
-        let (field, wire_type) = (tag >> 3, tag & 7);
-        let wire_type = protobuf::rt::WireType::new(wire_type).ok_or_else(|| invalid("cannot be decoded"))?;
-        if field == CONFIG_PATH {
-            path = input.read_string().map_err(malformed)?;
-        } else {
-            input.skip_field(wire_type).map_err(malformed)?;
-        }
-    }
-    Ok(Some(PathBuf::from(path)).filter(|path| !path.as_os_str().is_empty()))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::events::Events;
-
-    fn options(type_url: &str, value: &[u8]) -> Any {
-        Any { type_url: type_url.into(), value: value.into(), ..Default::default() }
-    }
-
-    #[test]
-    fn runtime_options_name_a_configuration() {
-        let value = b"\x0a\x03url\x12\x0b/etc/r.toml\x1a\x01x";
-        for prefix in ["", "type.googleapis.com/"] {
-            let options = options(&format!("{prefix}runtimeoptions.v1.Options"), value);
-            assert_eq!(config_path(Some(&options)).unwrap(), Some("/etc/r.toml".into()));
-        }
-        assert_eq!(config_path(None).unwrap(), None);
-        assert_eq!(config_path(Some(&options("runtimeoptions.v1.Options", b""))).unwrap(), None);
-    }
-
-    #[test]
-    fn other_options_are_refused_by_name() {
-        let error = config_path(Some(&options("containerd.runc.v1.Options", b"\x08\x01"))).unwrap_err();
-        assert!(error.to_string().starts_with("options: containerd.runc.v1.Options: "), "{error}");
-        assert!(config_path(Some(&options("runtimeoptions.v1.Options", b"\x12\xff"))).is_err());
-    }
+    use ttrpc::asynchronous::{Client, Server};
 
     #[tokio::test]
     async fn both_names_of_the_api_are_served() {
         let services = services(Arc::new(Tasks::new("default", Events::to_nobody("default"))));
         let mut names: Vec<_> = services.keys().map(String::as_str).collect();
+        names.retain(|name| !ABSENT.contains(name));
         names.sort_unstable();
         assert_eq!(names, [TASK_V2, TASK_V3]);
         assert_eq!(services[TASK_V2].methods.len(), services[TASK_V3].methods.len());
+    }
+
+    /// What a shim without tasks answers.
+    async fn refusal(service: &str, method: &str, request: &impl Message) -> ttrpc::Status {
+        let dir = tempfile::tempdir().unwrap();
+        let address = format!("unix://{}", dir.path().join("s").display());
+        let tasks = Arc::new(Tasks::new("default", Events::to_nobody("default")));
+        let mut server = Server::new().bind(&address).unwrap().register_service(services(tasks));
+        server.start().await.unwrap();
+        let request = ttrpc::Request {
+            service: service.into(),
+            method: method.into(),
+            timeout_nano: 10_000_000_000,
+            payload: request.write_to_bytes().unwrap(),
+            ..Default::default()
+        };
+        match Client::connect(&address).await.unwrap().request(request).await {
+            Err(ttrpc::Error::RpcStatus(status)) => status,
+            other => panic!("{service}: {other:?}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn names_are_checked_where_they_come_in() {
+        let create = CreateTaskRequest { id: "/etc".into(), ..Default::default() };
+        let exec = ExecProcessRequest { id: "web".into(), exec_id: "a\tb".into(), ..Default::default() };
+        for status in [refusal(TASK_V2, "Create", &create).await, refusal(TASK_V3, "Exec", &exec).await] {
+            assert_eq!(status.code(), ttrpc::Code::INVALID_ARGUMENT, "{status:?}");
+            assert!(status.message.contains("letters, digits"), "{status:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_service_that_is_not_there_is_not_implemented() {
+        for (service, method) in [
+            ("containerd.runtime.sandbox.v1.Sandbox", "CreateSandbox"),
+            ("containerd.services.transfer.v1.Transfer", "Transfer"),
+            (TASK_V3, "Hibernate"),
+        ] {
+            let status = refusal(service, method, &Empty::new()).await;
+            assert_eq!(status.code(), ttrpc::Code::UNIMPLEMENTED, "{service}: {status:?}");
+        }
     }
 }

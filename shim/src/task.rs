@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -14,22 +14,19 @@ use tokio::{
 };
 
 use crate::{
-    config::Config,
     container::{Container, Create, log_not_applied, with_sandbox},
+    delete,
     error::Error,
     events::{Events, timestamp},
     hooks::Hooks,
     io::{Endpoints, Stdio},
+    options::Options,
     process::Exit,
     rootfs::Layer,
     sandbox::{Plan, Sandbox},
     spec::Bundle,
     timeline::Timeline,
 };
-
-/// Written into the bundle, names the sandbox's directory for `delete`: the
-/// container's own configuration may put it elsewhere.
-pub const SANDBOX_DIR_FILE: &str = "rvm-sandbox";
 
 /// What containerd asks for when it creates a task.
 #[derive(Debug)]
@@ -42,8 +39,8 @@ pub struct CreateTask {
     pub layers: Vec<Layer>,
     /// Its streams.
     pub stdio: Stdio,
-    /// A configuration of its own.
-    pub config_path: Option<PathBuf>,
+    /// What its client asks for beside the specification.
+    pub options: Options,
 }
 
 /// The tasks of one shim.
@@ -102,13 +99,17 @@ impl Tasks {
         let timeline = Arc::new(Timeline::begin());
         let label = format!("{}/{}", self.namespace, create.id);
         let _creating = self.reserve(&create.id)?;
-        let config = Config::load(create.config_path.as_deref())?;
+        let config = create.options.config()?;
         let bundle = Bundle::load(&create.bundle, &create.id, &config.compat)?;
+        create.options.check(&bundle)?;
+        bundle.check_file_systems(&config.guest.kernel)?;
+        create.options.join_cgroup()?;
         check_terminal(&bundle, &create.stdio)?;
         log_not_applied(&label, &bundle.not_applied);
         timeline.mark("spec checked");
         let endpoints = Endpoints::open(&create.stdio, &self.namespace, &create.id).await?;
-        note_sandbox_dir(&create.bundle, &config, &self.namespace, &create.id);
+        let dir = config.host.state_dir.join(&self.namespace).join(&create.id);
+        delete::note(&create.bundle, &dir);
 
         let plan = Plan::of(&self.namespace, &create.id, &bundle, &config.guest);
         let (sandbox, attached) =
@@ -247,13 +248,6 @@ fn check_terminal(bundle: &Bundle, stdio: &Stdio) -> Result<(), Error> {
         "process.terminal: is {wanted}, but the task is created {} a terminal",
         if stdio.terminal { "with" } else { "without" }
     )))
-}
-
-fn note_sandbox_dir(bundle: &Path, config: &Config, namespace: &str, id: &str) {
-    let dir = config.host.state_dir.join(namespace).join(id);
-    if let Err(error) = std::fs::write(bundle.join(SANDBOX_DIR_FILE), dir.as_os_str().as_encoded_bytes()) {
-        log::warn!("{}: {error}", bundle.join(SANDBOX_DIR_FILE).display());
-    }
 }
 
 /// What fails because the machine has gone is told as that.

@@ -59,6 +59,7 @@ fn of_the_process() -> Vec<Broken> {
         broken("/process/args/1", json!(7), &["process.args[1]", "expected a string"], Refuses),
         broken("/process/args/1", json!("a\0b"), &["process.args[1]", "NUL"], Refuses),
         broken("/process/env/0", json!("A=\0"), &["process.env[0]", "NUL"], Refuses),
+        broken("/process/env/0", json!("PATH"), &["process.env[0]", "NAME=VALUE"], Refuses),
         broken("/process/cwd", json!("tmp"), &["process.cwd", "absolute"], Refuses),
         without("/process/cwd", &["process", "cwd"], Refuses),
         broken("/process/user/uid", json!(-1), &["process.user.uid"], Refuses),
@@ -268,6 +269,12 @@ fn of_the_rest() -> Vec<Broken> {
         ),
         broken("/mounts/1", json!({"type": "tmpfs"}), &["mounts[1]", "destination"], Refuses),
         broken(
+            "/mounts/1/type",
+            json!("nosuchfs"),
+            &["mounts[1].type", "nosuchfs", "guest's kernel"],
+            Refuses,
+        ),
+        broken(
             "/hooks",
             json!({"prestart": [{"path": "bin/true"}]}),
             &["hooks.prestart[0].path", "absolute"],
@@ -292,7 +299,6 @@ fn of_the_rest() -> Vec<Broken> {
 fn of_the_guest() -> Vec<Broken> {
     vec![
         broken("/mounts/1/options/0", json!("nosuchoption"), &["mounts[1]", "/dev", "nosuchoption"], Refuses),
-        broken("/mounts/1/type", json!("nosuchfs"), &["mounts[1]", "/dev", "nosuchfs"], Refuses),
         broken("/linux/sysctl", json!({"kernel.no_such_thing": "1"}), &["kernel.no_such_thing"], Refuses),
         // Through a symlink of the root file system, /proc itself would be covered.
         broken(

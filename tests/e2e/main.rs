@@ -4,6 +4,7 @@
 //! kernel; the module `ring0` is for machines where it cannot.
 
 mod broken;
+mod clients;
 mod death;
 mod debian;
 mod devices;

@@ -19,6 +19,7 @@
 //!
 //! The cases are libtest functions in `e2e/`; `cargo xtask test` runs them.
 
+pub mod bare;
 pub mod bundle;
 pub mod case;
 pub mod config;

@@ -132,6 +132,7 @@ pub enum RunError {
 pub fn run(args: Args, mut config: Config) -> Result<ExitCode, RunError> {
     let id = args.name.clone().unwrap_or_else(|| format!("run-{}", process::id()));
     let bundle = bundle(&args, &id, &config.compat)?;
+    bundle.check_file_systems(&config.guest.kernel)?;
     if let Some(vcpus) = args.vcpus {
         config.guest.vcpus = vcpus.get();
     }

@@ -119,9 +119,12 @@ fn with_reserve(quota: i64) -> i64 {
     quota.saturating_add(quota / 4).max(MIN_QUOTA_US)
 }
 
-/// v2's weight as v1's shares: the inverse of what runc converts with.
+/// v2's weight as v1's shares: the inverse of what the specification's shares
+/// were converted with, but for the rounding of small ones.
 fn shares(weight: u64) -> u64 {
-    2 + weight.saturating_sub(1).saturating_mul(262_142) / 9999
+    let exponent = (weight.clamp(1, 10_000) as f64).log10() + 7.0 / 34.0;
+    let log = ((125.0f64 * 125.0 + 4.0 * 612.0 * exponent).sqrt() - 125.0) / 2.0;
+    (log.exp2().round() as u64).clamp(2, 262_144)
 }
 
 fn named(list: &str) -> Option<&str> {
@@ -169,8 +172,7 @@ mod tests {
 
     #[test]
     fn weights_become_the_shares_they_came_from() {
-        // runc: 1 + ((shares - 2) * 9999) / 262142
-        for (weight, expected) in [(1, 2), (39, 998), (10_000, 262_144)] {
+        for (weight, expected) in [(0, 2), (1, 2), (100, 1024), (10_000, 262_144), (u64::MAX, 262_144)] {
             assert_eq!(shares(weight), expected);
         }
     }

@@ -10,7 +10,8 @@ mod limits;
 
 use std::{
     ffi::{CStr, CString},
-    fs, io,
+    fs,
+    io::{self, Write},
     os::unix::ffi::OsStrExt,
     path::{Component, Path, PathBuf},
 };
@@ -165,6 +166,34 @@ impl Paths {
     }
 }
 
+/// Moves this process into the cgroup `relative`, which somebody made, of each
+/// hierarchy that has it.
+///
+/// # Errors
+/// With its first directory, where that is in none or cannot be entered.
+pub fn join(hierarchies: &Hierarchies, relative: &Path) -> Result<(), (PathBuf, io::Error)> {
+    let mut missing = None;
+    let mut joined = false;
+    for hierarchy in &hierarchies.all {
+        let dir = hierarchy.root.join(relative);
+        match fs::File::options()
+            .write(true)
+            .open(dir.join("cgroup.procs"))
+            .and_then(|mut file| file.write_all(MYSELF))
+        {
+            Ok(()) => joined = true,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                missing.get_or_insert((dir, error));
+            }
+            Err(error) => return Err((dir, error)),
+        }
+    }
+    match missing {
+        Some(missing) if !joined => Err(missing),
+        _ => Ok(()),
+    }
+}
+
 /// Makes `relative` in a hierarchy. Another sandbox may be removing a directory
 /// above it, with the last one in it, at the same time.
 fn make(hierarchy: &hierarchy::Hierarchy, relative: &Path) -> Result<(), (PathBuf, io::Error)> {
@@ -218,6 +247,22 @@ fn is_made_by_us(dir: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use hierarchy::{Hierarchy, Version};
+
+    #[test]
+    fn a_cgroup_that_is_there_is_joined() {
+        let root = tempfile::tempdir().unwrap();
+        let hierarchy = Hierarchy { root: root.path().into(), version: Version::V2, controllers: vec![] };
+        let hierarchies = Hierarchies { all: vec![hierarchy] };
+        let procs = root.path().join("a/cgroup.procs");
+        let (dir, error) = join(&hierarchies, Path::new("a")).unwrap_err();
+        assert_eq!((dir, error.kind()), (root.path().join("a"), io::ErrorKind::NotFound));
+        assert!(!procs.exists(), "it is somebody else's to make");
+        fs::create_dir(root.path().join("a")).unwrap();
+        fs::write(&procs, "").unwrap();
+        join(&hierarchies, Path::new("a")).unwrap();
+        assert_eq!(fs::read(procs).unwrap(), MYSELF);
+    }
 
     #[test]
     fn a_cgroup_with_controllers_below_it_takes_no_processes() {

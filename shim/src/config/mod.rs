@@ -18,6 +18,8 @@ use rvm_protocol::guest::DEFAULT_CMDLINE;
 
 use table::Table;
 
+use crate::sysctl;
+
 /// The file that is installed: every key, its meaning and its default.
 pub const DOCUMENTED: &str = include_str!("config.toml");
 /// Where the configuration is looked for last.
@@ -67,6 +69,8 @@ pub struct Guest {
     pub memory_mib: u64,
     /// Whether the host may put pages of 2 MiB behind it.
     pub huge_pages: bool,
+    /// Kernel parameters that are as on the host, see [`crate::sysctl`].
+    pub host_sysctls: Vec<String>,
     /// From the start of the monitor until the agent has to answer.
     pub boot_timeout: Duration,
 }
@@ -174,6 +178,16 @@ impl Config {
         }
     }
 
+    /// The usual configuration with `text` laid over it; `name` stands for the
+    /// text in errors.
+    pub fn load_with(text: &str, name: &str) -> Result<Self, ConfigError> {
+        let table = match Self::locate(None) {
+            Some(path) => Table::parse(&read(&path)?, &path.display().to_string())?,
+            None => Table::parse("", "the defaults")?,
+        };
+        Self::of(&table.with(&without_type(text), name)?)
+    }
+
     /// The file [`Config::load`] reads, if any.
     pub fn locate(explicit: Option<&Path>) -> Option<PathBuf> {
         locate(explicit, env::var_os(PATH_VARIABLE).map(PathBuf::from), Path::new(DEFAULT_PATH))
@@ -181,9 +195,7 @@ impl Config {
 
     /// The configuration in one file.
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
-        Self::parse(&text, &path.display().to_string())
+        Self::parse(&read(path)?, &path.display().to_string())
     }
 
     /// What holds where no file says otherwise.
@@ -193,27 +205,48 @@ impl Config {
 
     /// The configuration in `text`; `file` names it in errors.
     pub fn parse(text: &str, file: &str) -> Result<Self, ConfigError> {
-        let table = Table::parse(text, file)?;
+        Self::of(&Table::parse(text, file)?)
+    }
+
+    fn of(table: &Table) -> Result<Self, ConfigError> {
         Ok(Self {
             guest: Guest {
                 kernel: table.path("guest", "kernel")?,
                 initramfs: table.path("guest", "initramfs")?,
-                kernel_params: kernel_params(&table)?,
+                kernel_params: kernel_params(table)?,
                 vcpus: table.integer("guest", "vcpus", 1, 255)? as u8,
                 memory_mib: table.integer("guest", "memory_mib", MIN_MEMORY_MIB, MAX_MIB)?,
                 huge_pages: table.boolean("guest", "huge_pages")?,
+                host_sysctls: host_sysctls(table)?,
                 boot_timeout: Duration::from_secs(table.integer("guest", "boot_timeout_s", 1, 3600)?),
             },
-            scratch: scratch(&table)?,
+            scratch: scratch(table)?,
             host: Host {
                 monitor: table.path("host", "monitor")?,
                 state_dir: table.path("host", "state_dir")?,
                 cache_dir: table.path("host", "cache_dir")?,
             },
             compat: Compat { ignore_labels: table.boolean("compat", "ignore_labels")? },
-            log_level: log_level(&table)?,
+            log_level: log_level(table)?,
         })
     }
+}
+
+fn read(path: &Path) -> Result<String, ConfigError> {
+    std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })
+}
+
+/// containerd's own key, which stands beside a runtime's in its configuration,
+/// before the first section.
+fn without_type(text: &str) -> String {
+    let mut in_section = false;
+    let kept = |line: &&str| {
+        let line = line.trim_start();
+        in_section |= line.starts_with('[');
+        let key = line.strip_prefix("TypeUrl").map(str::trim_start);
+        in_section || !key.is_some_and(|rest| rest.starts_with('='))
+    };
+    text.lines().filter(kept).map(|line| format!("{line}\n")).collect()
 }
 
 fn locate(explicit: Option<&Path>, variable: Option<PathBuf>, default: &Path) -> Option<PathBuf> {
@@ -241,6 +274,18 @@ fn kernel_params(table: &Table) -> Result<String, ConfigError> {
         return Err(refuse("must not contain \"--\": what follows it is not a kernel parameter".into()));
     }
     Ok(params.to_owned())
+}
+
+fn host_sysctls(table: &Table) -> Result<Vec<String>, ConfigError> {
+    let names = table.strings("guest", "host_sysctls")?;
+    match names.iter().find(|name| !sysctl::is_name(name)) {
+        None => Ok(names),
+        Some(name) => {
+            let expected =
+                format!("must be names of kernel parameters, like \"vm.max_map_count\"; {name:?} is none");
+            Err(table.wrong("guest", "host_sysctls", expected))
+        }
+    }
 }
 
 fn scratch(table: &Table) -> Result<Scratch, ConfigError> {

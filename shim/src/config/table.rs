@@ -18,11 +18,16 @@ impl Table {
     /// Lays `text` over the documented file.
     pub(super) fn parse(text: &str, file: &str) -> Result<Self, ConfigError> {
         let values = parse_toml(DOCUMENTED, "the documented configuration")?;
-        let mut table = Self { file: file.to_owned(), values };
+        Self { file: String::new(), values }.with(text, file)
+    }
+
+    /// Lays `text` over what there is; from now on errors name `file`.
+    pub(super) fn with(mut self, text: &str, file: &str) -> Result<Self, ConfigError> {
+        file.clone_into(&mut self.file);
         for (name, section) in parse_toml(text, file)? {
-            table.overlay_section(&name, section)?;
+            self.overlay_section(&name, section)?;
         }
-        Ok(table)
+        Ok(self)
     }
 
     fn overlay_section(&mut self, name: &str, section: Value) -> Result<(), ConfigError> {
@@ -92,6 +97,14 @@ impl Table {
         self.value(section, key)
             .and_then(Value::as_str)
             .ok_or_else(|| self.wrong(section, key, "must be a string".into()))
+    }
+
+    /// A list of strings.
+    pub(super) fn strings(&self, section: &str, key: &str) -> Result<Vec<String>, ConfigError> {
+        let strings = self.value(section, key).and_then(Value::as_array).and_then(|values| {
+            values.iter().map(|value| value.as_str().map(str::to_owned)).collect::<Option<Vec<_>>>()
+        });
+        strings.ok_or_else(|| self.wrong(section, key, "must be an array of strings".into()))
     }
 
     /// An absolute path: the shim's working directory is containerd's choice.

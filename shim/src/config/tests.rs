@@ -50,6 +50,7 @@ fn every_key_and_section_is_documented_above_it() {
     let read = [
         "compat.ignore_labels",
         "guest.boot_timeout_s",
+        "guest.host_sysctls",
         "guest.huge_pages",
         "guest.initramfs",
         "guest.kernel",
@@ -96,6 +97,14 @@ fn longest_command_line_fits_the_kernels_buffer() {
 #[test]
 fn wrong_keys_are_refused_by_name() {
     for (text, expected) in [
+        (
+            "[guest]\nhost_sysctls = ['vm.x', 1]",
+            "config.toml: guest.host_sysctls = [\"vm.x\", 1]: must be an array of strings",
+        ),
+        (
+            "[guest]\nhost_sysctls = ['/etc/x']",
+            "config.toml: guest.host_sysctls = [\"/etc/x\"]: must be names of kernel parameters, like \"vm.max_map_count\"; \"/etc/x\" is none",
+        ),
         ("[guest]\nvcpus = 0", "config.toml: guest.vcpus = 0: must be 1 to 255"),
         ("[guest]\nvcpus = 256", "config.toml: guest.vcpus = 256: must be 1 to 255"),
         ("[guest]\nvcpus = -1", "config.toml: guest.vcpus = -1: must be 1 to 255"),
@@ -118,7 +127,7 @@ fn wrong_keys_are_refused_by_name() {
         ),
         (
             "[guest]\nvcpu = 2",
-            "config.toml: guest.vcpu: unknown; [guest] has boot_timeout_s, huge_pages, initramfs, kernel, kernel_params, memory_mib, vcpus",
+            "config.toml: guest.vcpu: unknown; [guest] has boot_timeout_s, host_sysctls, huge_pages, initramfs, kernel, kernel_params, memory_mib, vcpus",
         ),
         ("vcpus = 2", "config.toml: vcpus: unknown; vcpus belongs below [guest]"),
         (

@@ -3,13 +3,13 @@
 use std::{
     fs::{self, File},
     io,
-    os::unix::fs::DirBuilderExt,
+    os::unix::fs::{DirBuilderExt, MetadataExt},
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use super::SandboxError;
-use crate::{mount, share, state::State};
+use crate::{mount, name, share, state::State};
 
 /// Name of the share in the directory.
 pub const SHARE: &str = "share";
@@ -25,22 +25,29 @@ impl SandboxDir {
     /// Makes the directory of the sandbox `namespace`/`id`. What a sandbox of
     /// that name left behind is removed first; one that runs is an error.
     pub fn create(state_dir: &Path, namespace: &str, id: &str) -> Result<Self, SandboxError> {
-        check_name("namespace", namespace)?;
-        check_name("id", id)?;
+        name::check("namespace", namespace)?;
+        name::check("id", id)?;
         let path = state_dir.join(namespace).join(id);
         let failed = |source| SandboxError::Directory { path: path.clone(), source };
+        let exists = || SandboxError::Exists { namespace: namespace.into(), id: id.into() };
         match make(&path) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                if State::read(&path).is_ok_and(|state| state.is_alive()) {
-                    return Err(SandboxError::Exists { namespace: namespace.into(), id: id.into() });
+                if is_held(&path) || State::read(&path).is_ok_and(|state| state.is_alive()) {
+                    return Err(exists());
                 }
                 clean_up(&path);
                 make(&path).map_err(failed)?;
             }
             made => made.map_err(failed)?,
         }
-        let fd = Arc::new(File::open(&path).map_err(failed)?);
-        Ok(Self { path, fd })
+        // Another containerd's shim may be making the same one: who holds the
+        // directory has it, before there is a state that says so.
+        let fd = File::open(&path).map_err(failed)?;
+        let held = fd.try_lock().is_ok() && is_still(&path, &fd);
+        if !held {
+            return Err(exists());
+        }
+        Ok(Self { path, fd: Arc::new(fd) })
     }
 
     /// Its path.
@@ -78,15 +85,15 @@ fn make(path: &Path) -> io::Result<()> {
     result
 }
 
-/// Names become parts of paths, here and in the guest.
-fn check_name(what: &'static str, name: &str) -> Result<(), SandboxError> {
-    const MAX_LEN: usize = 128;
-    let starts_well = name.starts_with(|c: char| c.is_ascii_alphanumeric());
-    let fits = name.bytes().all(|c| c.is_ascii_alphanumeric() || b"._-".contains(&c));
-    if starts_well && fits && name.len() <= MAX_LEN {
-        return Ok(());
-    }
-    Err(SandboxError::Name { what, name: name.into() })
+/// Whether a shim has the sandbox in `path`, as each does while it runs.
+pub fn is_held(path: &Path) -> bool {
+    File::open(path).is_ok_and(|dir| matches!(dir.try_lock(), Err(fs::TryLockError::WouldBlock)))
+}
+
+/// Whether `path` is still what was opened there.
+fn is_still(path: &Path, dir: &File) -> bool {
+    let of = |found: io::Result<fs::Metadata>| found.map(|found| (found.dev(), found.ino())).ok();
+    of(fs::metadata(path)).is_some_and(|found| Some(found) == of(dir.metadata()))
 }
 
 /// Ends and removes what is left of the sandbox in `dir`: processes, mounts,
@@ -184,9 +191,29 @@ mod tests {
         state.shim.start_ticks += 1;
         state.write(dir.path()).unwrap();
         fs::create_dir_all(dir.path().join("share/web/rootfs")).unwrap();
+        dir.fd.unlock().unwrap();
         std::mem::forget(dir);
         let dir = SandboxDir::create(root.path(), "default", "web").unwrap();
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn one_that_is_just_being_made_is_not_replaced() {
+        let root = tempfile::tempdir().unwrap();
+        // Without a state yet.
+        let first = SandboxDir::create(root.path(), "default", "web").unwrap();
+        fs::write(first.path().join("vm.json"), "{}").unwrap();
+        let error = SandboxDir::create(root.path(), "default", "web").unwrap_err();
+        assert_eq!(error.to_string(), "sandbox default/web is running already");
+        assert!(first.path().join("vm.json").exists());
+        let path = first.path().to_owned();
+        // Its shim died without a trace.
+        let SandboxDir { fd, .. } = &first;
+        fd.unlock().unwrap();
+        std::mem::forget(first);
+        let again = SandboxDir::create(root.path(), "default", "web").unwrap();
+        assert_eq!(again.path(), path);
+        assert!(!path.join("vm.json").exists());
     }
 
     #[test]

@@ -4,21 +4,16 @@ use std::{io, path::PathBuf, time::Duration};
 
 use super::GrowError;
 use crate::{
-    agent::AgentError, cgroup::CgroupError, scratch::ScratchError, share::ShareError, vmm::MonitorError,
-    vsock::VsockError,
+    agent::AgentError, cgroup::CgroupError, name::NameError, scratch::ScratchError, share::ShareError,
+    sysctl::SysctlError, vmm::MonitorError, vsock::VsockError,
 };
 
 /// Why there is no sandbox.
 #[derive(Debug, thiserror::Error)]
 pub enum SandboxError {
     /// A name that cannot be part of a path.
-    #[error("{what}: {name:?} must be letters, digits, '.', '_' and '-', starting with a letter or digit")]
-    Name {
-        /// Which name.
-        what: &'static str,
-        /// As given.
-        name: String,
-    },
+    #[error(transparent)]
+    Name(#[from] NameError),
     /// Its name is taken.
     #[error("sandbox {namespace}/{id} is running already")]
     Exists {
@@ -47,6 +42,9 @@ pub enum SandboxError {
         #[source]
         source: io::Error,
     },
+    /// A parameter of the host's kernel that cannot hold in the guest.
+    #[error(transparent)]
+    Sysctl(#[from] SysctlError),
     /// Its part of the file system.
     #[error(transparent)]
     Share(#[from] ShareError),

@@ -22,6 +22,7 @@ use crate::{
     cgroup::HostCgroup,
     config::Config,
     process_id::ProcessId,
+    sysctl,
     timeline::Timeline,
     vmm::{self, Exited, Monitor},
     vsock::{self, Vsock, VsockError},
@@ -64,6 +65,7 @@ impl Boot {
         cgroup: &HostCgroup,
         timeline: &Arc<Timeline>,
     ) -> Result<Self, SandboxError> {
+        let sysctl = sysctl::of_host(&config.guest.host_sysctls)?;
         let vsock = Vsock::new(dir.clone());
         let ready = vsock.listen(READY_PORT)?;
         vmm::write_config(path, &vm_config(config, plan))
@@ -76,7 +78,7 @@ impl Boot {
             vsock,
             ready,
             console: path.join(CONSOLE_LOG),
-            set_up: set_up_request(plan),
+            set_up: SetUpSandboxRequest { sysctl, ..set_up_request(plan) },
             limit: config.guest.boot_timeout,
             timeline: timeline.clone(),
             spawned,

@@ -31,7 +31,7 @@ use record::Record;
 use tokio::task::spawn_blocking;
 
 pub use attach::{Attached, Preparing};
-pub use dir::clean_up;
+pub use dir::{clean_up, is_held};
 pub use error::SandboxError;
 pub use ledger::{Claim, Ledger};
 pub use plan::{HostSize, Plan, Room, Size};

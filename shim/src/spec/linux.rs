@@ -11,6 +11,9 @@ use crate::{
     seccomp::{self, SeccompError},
 };
 
+/// What the names of systemd's slices end in.
+const SLICE: &str = ".slice";
+
 /// Adds what `linux` says to `container`, which has its process already.
 pub(super) fn translate(
     linux: &oci::Linux,
@@ -25,7 +28,6 @@ pub(super) fn translate(
     container.rootfs.mut_or_insert_default().propagation = propagation(linux.rootfs_propagation())?;
     container.masked_paths = paths("linux.maskedPaths", linux.masked_paths())?;
     container.readonly_paths = paths("linux.readonlyPaths", linux.readonly_paths())?;
-    container.cgroup_path = cgroup_path(&container.container_id, linux.cgroups_path().as_deref())?;
     for (key, value) in linux.sysctl().iter().flatten() {
         let field = format!("linux.sysctl[{key:?}]");
         if key.is_empty() || key.contains("..") || key.starts_with('/') {
@@ -123,23 +125,30 @@ fn paths(field: &str, paths: &Option<Vec<String>>) -> Result<Vec<String>, SpecEr
         .collect()
 }
 
-/// The container's cgroup below the guest's root: the spec's path, systemd's
-/// `slice:prefix:name` spelt as the path systemd would make of it.
-fn cgroup_path(id: &str, path: Option<&Path>) -> Result<String, SpecError> {
+/// The container's cgroup below the root, and whether it was spelt as for
+/// systemd, `SLICE:PREFIX:NAME`: then it is where systemd would put that unit.
+pub(super) fn cgroup_path(id: &str, path: Option<&Path>) -> Result<(String, bool), SpecError> {
     const FIELD: &str = "linux.cgroupsPath";
     let Some(path) = path.filter(|path| !path.as_os_str().is_empty()) else {
-        return Ok(format!("/{id}"));
+        return Ok((format!("/{id}"), false));
     };
     let given = path_text(FIELD, path)?;
     if !given.contains('/')
         && let [slice, prefix, name] = given.split(':').collect::<Vec<_>>()[..]
     {
-        if name.is_empty() {
-            return Err(SpecError::field(FIELD, format!("must be SLICE:PREFIX:NAME, is {given:?}")));
-        }
         let slice = if slice.is_empty() { "system.slice" } else { slice };
-        let unit = if prefix.is_empty() { name.to_owned() } else { format!("{prefix}-{name}.scope") };
-        return Ok(format!("/{slice}/{unit}"));
+        let slices = slices(slice).filter(|_| !name.is_empty()).ok_or_else(|| {
+            SpecError::field(
+                FIELD,
+                format!(
+                    "must be SLICE:PREFIX:NAME, the slice like \"a-b.slice\" or \"-.slice\", is {given:?}"
+                ),
+            )
+        })?;
+        // What is a slice already is no scope (runc's getUnitName).
+        let is_slice = name.ends_with(SLICE);
+        let unit = if is_slice { name.to_owned() } else { format!("{prefix}-{name}.scope") };
+        return Ok((format!("{slices}/{unit}"), true));
     }
     let mut out = String::new();
     for part in path.components() {
@@ -154,7 +163,27 @@ fn cgroup_path(id: &str, path: Option<&Path>) -> Result<String, SpecError> {
             }
         }
     }
-    Ok(if out.is_empty() { format!("/{id}") } else { out })
+    Ok((if out.is_empty() { format!("/{id}") } else { out }, false))
+}
+
+/// Where systemd puts a slice: `a-b.slice` below `a.slice` (systemd.slice(5)),
+/// and `-.slice` at the root. `None` for a name it would not take.
+fn slices(slice: &str) -> Option<String> {
+    let name = slice.strip_suffix(SLICE)?;
+    if name == "-" {
+        return Some(String::new());
+    }
+    let mut path = String::new();
+    for (at, _) in name.match_indices('-').chain([(name.len(), "")]) {
+        let above = &name[..at];
+        if above.is_empty() || above.ends_with('-') {
+            return None;
+        }
+        path.push('/');
+        path.push_str(above);
+        path.push_str(SLICE);
+    }
+    Some(path)
 }
 
 /// Whether the rules end with every device allowed, as those of `--privileged` do.

@@ -33,8 +33,10 @@ use crate::config::Compat;
 
 pub use disks::HostDisk;
 pub use hooks::{Hook, HostHooks};
+pub(crate) use mounts::MOUNT_OPTIONS;
 pub use mounts::Volume;
 pub use pod::{Role, role_in};
+pub(crate) use process::CAPABILITIES;
 
 /// Name of the specification in a bundle.
 const CONFIG_FILE: &str = "config.json";
@@ -105,6 +107,8 @@ pub struct Bundle {
     pub role: Role,
     /// What the agent is asked for; the process's streams are still unset.
     pub container: CreateContainerRequest,
+    /// Whether `linux.cgroupsPath` names a unit of systemd's.
+    pub systemd_cgroup: bool,
     /// What has to be in the container's part of the share.
     pub volumes: Vec<Volume>,
     /// Block devices of the host that the guest gets.
@@ -129,6 +133,12 @@ impl Bundle {
     pub fn parse(dir: &Path, id: &str, json: &[u8], compat: &Compat) -> Result<Self, SpecError> {
         let spec: Spec = from_json(CONFIG_FILE, json)?;
         translate(dir, id, &spec, compat)
+    }
+
+    /// Refuses what the guest's `kernel` could not mount, before a machine is
+    /// booted for it.
+    pub fn check_file_systems(&self, kernel: &Path) -> Result<(), SpecError> {
+        mounts::check_file_systems(&self.container, kernel)
     }
 }
 
@@ -230,6 +240,8 @@ fn translate(dir: &Path, id: &str, spec: &Spec, compat: &Compat) -> Result<Bundl
     let linux = spec.linux().as_ref().ok_or_else(|| {
         SpecError::field("linux", "is missing; it holds at least the namespaces of a Linux container")
     })?;
+    let (cgroup_path, systemd_cgroup) = linux::cgroup_path(id, linux.cgroups_path().as_deref())?;
+    container.cgroup_path = cgroup_path;
     let mut disks = Vec::new();
     linux::translate(linux, compat, &mut container, &mut disks, &mut not_applied)?;
     for (name, field) in [(&container.hostname, "hostname"), (&container.domainname, "domainname")] {
@@ -249,6 +261,7 @@ fn translate(dir: &Path, id: &str, spec: &Spec, compat: &Compat) -> Result<Bundl
         role: Role::of(&annotations)?,
         root: dir.join(root.path()),
         container,
+        systemd_cgroup,
         volumes: from_host.volumes,
         disks,
         hooks,

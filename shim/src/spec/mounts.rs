@@ -1,12 +1,85 @@
 //! `mounts`: what the guest mounts by itself, and what comes from the host.
 
-use std::path::{Path, PathBuf};
+use std::{
+    fs::File,
+    io::{self, Read},
+    path::{Path, PathBuf},
+};
 
 use oci_spec::runtime as oci;
 use rvm_protocol::agent::{CreateContainerRequest, IdMapping, Mount};
 
 use super::{HostDisk, SpecError, namespaces::mappings, path_text, text};
 use crate::user_namespace::{IdMap, IdRange};
+
+/// Options that mean something to a mount whatever its file system is; the
+/// others are the file system's own.
+pub(crate) const MOUNT_OPTIONS: [&str; 60] = [
+    "async",
+    "atime",
+    "bind",
+    "defaults",
+    "dev",
+    "diratime",
+    "dirsync",
+    "exec",
+    "idmap",
+    "lazytime",
+    "loud",
+    "mand",
+    "noatime",
+    "nodev",
+    "nodiratime",
+    "noexec",
+    "nolazytime",
+    "nomand",
+    "norelatime",
+    "nostrictatime",
+    "nosuid",
+    "nosymfollow",
+    "private",
+    "ratime",
+    "rbind",
+    "rdev",
+    "rdiratime",
+    "relatime",
+    "remount",
+    "rexec",
+    "ridmap",
+    "rnoatime",
+    "rnodev",
+    "rnodiratime",
+    "rnoexec",
+    "rnorelatime",
+    "rnostrictatime",
+    "rnosuid",
+    "rnosymfollow",
+    "ro",
+    "rprivate",
+    "rrelatime",
+    "rro",
+    "rrw",
+    "rshared",
+    "rslave",
+    "rstrictatime",
+    "rsuid",
+    "rsymfollow",
+    "runbindable",
+    "rw",
+    "shared",
+    "silent",
+    "slave",
+    "strictatime",
+    "suid",
+    "symfollow",
+    "sync",
+    "tmpcopyup",
+    "unbindable",
+];
+
+/// What the agent itself mounts, so that no guest comes up without them.
+const ALWAYS_THERE: [&str; 8] =
+    ["cgroup2", "devpts", "devtmpfs", "mqueue", "overlay", "proc", "sysfs", "tmpfs"];
 
 /// Something of the host that the container sees, by way of the share.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -99,6 +172,49 @@ pub(super) fn translate(
     Ok(from_host)
 }
 
+/// Refuses a file system that the guest's `kernel` does not have.
+///
+/// A kernel finds a file system by its name, so the name is in its image; that
+/// something else may be called the same is for the guest to find out.
+pub(super) fn check_file_systems(container: &CreateContainerRequest, kernel: &Path) -> Result<(), SpecError> {
+    for (n, mount) in container.mounts.iter().enumerate() {
+        let has = |name: &str| mount.options.iter().any(|option| option == name);
+        // After a dot follows who implements it in user space.
+        let name = mount.type_.split('.').next().unwrap_or_default();
+        let known = ALWAYS_THERE.contains(&name) || name == "cgroup";
+        if known || is_bind(mount) || has("remount") {
+            continue;
+        }
+        let found = contains(kernel, name.as_bytes())
+            .map_err(|source| SpecError::Read { path: kernel.to_owned(), source })?;
+        if !found {
+            return Err(SpecError::field(
+                format!("mounts[{n}].type"),
+                format!("{:?} is no file system of the guest's kernel; is \"bind\" meant?", mount.type_),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Whether a file contains `name` as a C string or the end of one.
+fn contains(path: &Path, name: &[u8]) -> io::Result<bool> {
+    const STEP: usize = 1 << 20;
+    let wanted = [name, &[0]].concat();
+    let mut file = File::open(path)?;
+    let mut buffer = Vec::with_capacity(STEP + wanted.len());
+    loop {
+        if (&mut file).take(STEP as u64).read_to_end(&mut buffer)? == 0 {
+            return Ok(false);
+        }
+        if buffer.windows(wanted.len()).any(|bytes| bytes == wanted) {
+            return Ok(true);
+        }
+        // It may begin at the end of this step.
+        buffer.drain(..buffer.len().saturating_sub(wanted.len() - 1));
+    }
+}
+
 /// How a mount's ids are mapped, and whether in those below it too: as it says
 /// itself, or as the container's user namespace does. The host does it, so that
 /// the guest is told nothing of it.
@@ -177,4 +293,31 @@ fn is_readonly(options: &[String]) -> bool {
         .rev()
         .find(|option| ["ro", "rro", "rw"].contains(&option.as_str()))
         .is_some_and(|option| option != "rw")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_system_the_kernel_does_not_have_is_refused() {
+        let kernel = tempfile::NamedTempFile::new().unwrap();
+        // A name across the end of what is read at once, and no others.
+        let mut image = vec![b'x'; (1 << 20) - 3];
+        image.extend(b"\0ext4\0");
+        std::fs::write(kernel.path(), image).unwrap();
+        let check = |kind: &str, options: &[&str]| {
+            let options = options.iter().map(|&option| option.to_owned()).collect();
+            let mount = Mount { type_: kind.into(), options, ..Default::default() };
+            let container = CreateContainerRequest { mounts: vec![mount], ..Default::default() };
+            check_file_systems(&container, kernel.path()).map_err(|error| error.to_string())
+        };
+        for kind in ["tmpfs", "proc", "cgroup", "ext4", "bind"] {
+            check(kind, &[]).unwrap();
+        }
+        check("none", &["rbind"]).unwrap();
+        check("none", &["remount"]).unwrap();
+        let error = check("ext5", &[]).unwrap_err();
+        assert!(error.starts_with("mounts[0].type: \"ext5\" is no file system"), "{error}");
+    }
 }

@@ -73,7 +73,9 @@ fn namespaces(namespaces: &[oci::LinuxNamespace]) -> Result<Vec<Namespace>, Spec
     if find(&out, NamespaceType::NETWORK).is_none() {
         return Err(SpecError::unsupported(
             "linux.namespaces",
-            "without a \"network\" namespace the container would share the host's network, which a microVM cannot",
+            "without a \"network\" namespace the container would share the host's network, which a microVM cannot; \
+             add {\"type\": \"network\"} (ctr: no --net-host; Docker: another --network than host; \
+             Kubernetes: hostNetwork: false)",
         ));
     }
     Ok(out)

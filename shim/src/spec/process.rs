@@ -1,6 +1,6 @@
 //! `process`: of the container, and of an exec.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 
 use oci_spec::runtime::{self as oci, IOPriorityClass, PosixRlimitType};
 use rvm_protocol::agent::{Capabilities, ConsoleSize, IoPriority, Process, Rlimit, User};
@@ -14,7 +14,7 @@ const RESOURCES: u32 = 16;
 const GUEST_NR_OPEN: u64 = 1 << 20;
 
 /// Capabilities by number (capabilities(7), linux/capability.h).
-const CAPABILITIES: [&str; 41] = [
+pub(crate) const CAPABILITIES: [&str; 41] = [
     "CHOWN",
     "DAC_OVERRIDE",
     "DAC_READ_SEARCH",
@@ -88,7 +88,7 @@ pub(super) fn translate(
     let affinity = process.exec_cpu_affinity().clone().unwrap_or_default();
     Ok(Process {
         args,
-        env: strings(&format!("{at}.env"), process.env().as_deref())?,
+        env: environment(&format!("{at}.env"), process.env().as_deref())?,
         cwd: absolute_path(&format!("{at}.cwd"), process.cwd())?,
         terminal: process.terminal().unwrap_or(false),
         console_size: process.console_size().map(console_size).into(),
@@ -125,6 +125,34 @@ fn strings(field: &str, values: Option<&[String]>) -> Result<Vec<String>, SpecEr
         .enumerate()
         .map(|(n, value)| text(format!("{field}[{n}]"), Some(value)))
         .collect()
+}
+
+/// Variables, each once and with its last value: a program finds the first of
+/// two, while whoever added the second meant to replace it. runc does the same.
+fn environment(field: &str, values: Option<&[String]>) -> Result<Vec<String>, SpecError> {
+    let mut environment = strings(field, values)?;
+    let mut last = HashMap::new();
+    for (n, variable) in environment.iter().enumerate() {
+        match variable.split_once('=') {
+            Some((name, _)) if !name.is_empty() => last.insert(name.to_owned(), variable.clone()),
+            _ => {
+                let problem = format!("must be NAME=VALUE, is {variable:?}");
+                return Err(SpecError::field(format!("{field}[{n}]"), problem));
+            }
+        };
+    }
+    // Where it first stood.
+    environment.retain_mut(|variable| {
+        let name = variable.split('=').next().unwrap_or_default();
+        match last.remove(name) {
+            Some(value) => {
+                *variable = value;
+                true
+            }
+            None => false,
+        }
+    });
+    Ok(environment)
 }
 
 fn console_size(size: oci::Box) -> ConsoleSize {

@@ -273,10 +273,20 @@ fn limit(at: &str, value: Option<i64>) -> Result<Option<i64>, SpecError> {
     }
 }
 
-/// 2 to 262144 become 1 to 10000, on a straight line as with runc 1.1; what is
-/// outside counts as the nearest, as with cgroup v1.
+/// 2 to 262144 become 1 to 10000 on the curve that also takes v1's default, 1024,
+/// to v2's, 100 (runc from 1.3.2 and 1.4 on, crun from 1.23 on); what is outside
+/// counts as the nearest, as with cgroup v1.
 fn weight_of_shares(shares: u64) -> u64 {
-    1 + (shares.clamp(2, 262_144) - 2) * 9_999 / 262_142
+    match shares {
+        0..=2 => 1,
+        262_144.. => 10_000,
+        _ => {
+            let log = (shares as f64).log2();
+            let exponent = (log * log + 125.0 * log) / 612.0 - 7.0 / 34.0;
+            // At most 10^4, as the curve only rises.
+            10f64.powf(exponent).ceil() as u64
+        }
+    }
 }
 
 /// 10 to 1000 become 1 to 10000, as with runc.

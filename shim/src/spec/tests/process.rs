@@ -127,3 +127,16 @@ fn labels_are_ignored_where_the_configuration_says_so() {
         assert!(load(&spec).unwrap().not_applied.is_empty());
     }
 }
+
+#[test]
+fn a_variable_is_there_once() {
+    let mut spec = ctr_spec();
+    spec["process"]["env"] = json!(["A=1", "PATH=/bin", "A=2=3", "B=", "A=4"]);
+    let process = load(&spec).unwrap().container.process.unwrap();
+    assert_eq!(process.env, ["A=4", "PATH=/bin", "B="]);
+    for wrong in ["A", "=x", ""] {
+        spec["process"]["env"] = json!(["B=1", wrong]);
+        let error = load(&spec).unwrap_err().to_string();
+        assert_eq!(error, format!("process.env[1]: must be NAME=VALUE, is {wrong:?}"));
+    }
+}

@@ -24,7 +24,7 @@ fn limits_are_converted_as_runc_does() {
     );
     assert_eq!(
         (given.cpu_weight, given.cpu_quota_us, given.cpu_period_us),
-        (Some(39), Some(50000), Some(100000))
+        (Some(100), Some(50000), Some(100000))
     );
     assert_eq!((given.cpu_burst_us, given.cpu_idle), (Some(10), Some(true)));
     assert_eq!((given.cpus.as_str(), given.mems.as_str()), ("0-1", "0"));
@@ -46,7 +46,16 @@ fn limits_are_converted_as_runc_does() {
     assert_eq!((unlimited.memory_max, unlimited.memory_swap_max), (Some(-1), Some(-1)));
     assert_eq!((unlimited.cpu_quota_us, unlimited.pids_max), (Some(-1), Some(-1)));
 
-    for (shares, weight) in [(1, 1), (2, 1), (262_144, 10_000), (u64::MAX, 10_000)] {
+    for (shares, weight) in [
+        (1, 1),
+        (2, 1),
+        (256, 35),
+        (512, 59),
+        (1024, 100),
+        (2048, 174),
+        (262_144, 10_000),
+        (u64::MAX, 10_000),
+    ] {
         assert_eq!(resources(json!({"cpu": {"shares": shares}})).cpu_weight, Some(weight));
     }
     for (weight, converted) in [(10, 1), (1000, 10_000)] {
@@ -130,15 +139,29 @@ fn updates_change_what_they_name() {
 
 #[test]
 fn systemd_style_cgroups_become_paths() {
-    for (given, expected) in [
-        ("system.slice:docker:abc", "/system.slice/docker-abc.scope"),
-        (":cri:abc", "/system.slice/cri-abc.scope"),
-        ("kubepods/pod1/abc", "/kubepods/pod1/abc"),
-        ("/", "/web"),
-        ("", "/web"),
+    for (given, expected, systemd) in [
+        ("system.slice:docker:abc", "/system.slice/docker-abc.scope", true),
+        (":cri:abc", "/system.slice/cri-abc.scope", true),
+        (
+            "kubepods-burstable-podX.slice:cri-containerd:abc",
+            "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podX.slice/cri-containerd-abc.scope",
+            true,
+        ),
+        ("-.slice:cri:abc", "/cri-abc.scope", true),
+        ("a.slice:cri:a-b.slice", "/a.slice/a-b.slice", true),
+        ("kubepods/pod1/abc", "/kubepods/pod1/abc", false),
+        ("/", "/web", false),
+        ("", "/web", false),
     ] {
         let mut spec = ctr_spec();
         spec["linux"]["cgroupsPath"] = json!(given);
-        assert_eq!(load(&spec).unwrap().container.cgroup_path, expected);
+        let bundle = load(&spec).unwrap();
+        assert_eq!((bundle.container.cgroup_path.as_str(), bundle.systemd_cgroup), (expected, systemd));
+    }
+    for wrong in ["a:cri:abc", ".slice:cri:abc", "a--b.slice:cri:abc", "-a.slice:cri:abc", "a.slice:cri:"] {
+        let mut spec = ctr_spec();
+        spec["linux"]["cgroupsPath"] = json!(wrong);
+        let error = load(&spec).unwrap_err().to_string();
+        assert!(error.starts_with("linux.cgroupsPath: must be SLICE:PREFIX:NAME"), "{error}");
     }
 }

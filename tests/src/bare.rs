@@ -1,0 +1,180 @@
+//! A shim started as containerd starts it, and no containerd: for what `ctr` has
+//! no option for, and for what two containerds do to each other.
+
+use std::{
+    os::unix::fs::DirBuilderExt,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context, Result, ensure};
+use containerd_shim_protos::{
+    Client,
+    api::{
+        ConnectRequest, ConnectResponse, CreateTaskRequest, DeleteRequest, KillRequest, ShutdownRequest,
+        StartRequest, StateRequest, StateResponse, WaitRequest,
+    },
+    protobuf::{Message, well_known_types::any::Any},
+    ttrpc,
+};
+use serde_json::Value;
+
+use crate::{
+    job::{self, Finished, Input},
+    scale,
+    world::World,
+};
+
+/// Where the tests' containerd takes events.
+const EVENTS: &str = "/run/containerd/containerd.sock.ttrpc";
+
+/// A shim with one bundle.
+pub struct Bare {
+    program: PathBuf,
+    arguments: Vec<String>,
+    config: PathBuf,
+    id: String,
+    bundle: PathBuf,
+    client: Client,
+}
+
+impl Bare {
+    /// Starts the shim of the container `id` for the containerd at `address`, with
+    /// a bundle of its own that holds `spec`.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn start(world: &World, address: &str, id: &str, spec: &Value) -> Result<Self> {
+        let bundle = world.dir().join(format!("bare-{}", address.replace('/', "_"))).join(id);
+        std::fs::DirBuilder::new().recursive(true).mode(0o711).create(&bundle)?;
+        std::fs::write(bundle.join("config.json"), serde_json::to_vec(spec)?)?;
+        let arguments = ["-namespace", "default", "-address", address, "-id", id];
+        let arguments: Vec<String> = arguments.iter().map(|&argument| argument.to_owned()).collect();
+        let program = world.stage().shim();
+        let config = world.config_path();
+        let mut command = Command::new(&program);
+        command.args(&arguments).arg("start").current_dir(&bundle).stdin(Stdio::null());
+        command.env("TTRPC_ADDRESS", EVENTS).env("RVM_CONFIG", &config);
+        let started = job::run(command, Input::Nothing, scale::command())?.success()?;
+        let client = Client::connect(started.text().trim()).context("connecting to the shim")?;
+        Ok(Self { program, arguments, config, id: id.to_owned(), bundle, client })
+    }
+
+    /// Its bundle.
+    pub fn bundle(&self) -> &Path {
+        &self.bundle
+    }
+
+    /// Creates the task with a client's options, of a type and encoded.
+    ///
+    /// # Errors
+    /// What the shim answers.
+    pub fn create(&self, options: Option<(&str, &[u8])>) -> Result<(), ttrpc::Status> {
+        let any = |(kind, value): (&str, &[u8])| Any {
+            type_url: kind.to_owned(),
+            value: value.to_owned(),
+            ..Default::default()
+        };
+        let request = CreateTaskRequest {
+            id: self.id.clone(),
+            bundle: self.bundle.to_string_lossy().into_owned(),
+            options: options.map(any).into(),
+            ..Default::default()
+        };
+        self.call("Create", &request).map(drop)
+    }
+
+    /// Starts the task.
+    ///
+    /// # Errors
+    /// What the shim answers.
+    pub fn start_task(&self) -> Result<(), ttrpc::Status> {
+        self.call("Start", &StartRequest { id: self.id.clone(), ..Default::default() }).map(drop)
+    }
+
+    /// The task's state.
+    ///
+    /// # Errors
+    /// What the shim answers.
+    pub fn state(&self) -> Result<StateResponse> {
+        let answer = self.call("State", &StateRequest { id: self.id.clone(), ..Default::default() });
+        Ok(StateResponse::parse_from_bytes(&answer.map_err(said)?)?)
+    }
+
+    /// The shim's process.
+    ///
+    /// # Errors
+    /// What the shim answers.
+    pub fn pid(&self) -> Result<u32> {
+        let answer = self.call("Connect", &ConnectRequest { id: self.id.clone(), ..Default::default() });
+        Ok(ConnectResponse::parse_from_bytes(&answer.map_err(said)?)?.shim_pid)
+    }
+
+    /// Kills the task, waits for its end and deletes it.
+    ///
+    /// # Errors
+    /// What the shim answers.
+    pub fn end_task(&self) -> Result<()> {
+        let id = &self.id;
+        let kill = KillRequest { id: id.clone(), signal: 9, all: true, ..Default::default() };
+        self.call("Kill", &kill).map_err(said)?;
+        self.call("Wait", &WaitRequest { id: id.clone(), ..Default::default() }).map_err(said)?;
+        self.call("Delete", &DeleteRequest { id: id.clone(), ..Default::default() }).map_err(said)?;
+        Ok(())
+    }
+
+    /// Runs the shim's `delete`, as containerd does for a shim that has gone.
+    ///
+    /// # Errors
+    /// When it cannot be started or does not end.
+    pub fn delete(&self) -> Result<Finished> {
+        let mut command = Command::new(&self.program);
+        command.args(&self.arguments).arg("-bundle").arg(&self.bundle).arg("delete");
+        command.current_dir(&self.bundle).env("RVM_CONFIG", &self.config);
+        job::run(command, Input::Nothing, scale::command())
+    }
+
+    /// Ends the shim and removes its bundle.
+    ///
+    /// # Errors
+    /// When it goes on.
+    pub fn shut_down(self) -> Result<()> {
+        let pid = self.pid()?;
+        let ended = crate::host::Process::read(pid.cast_signed()).context("the shim is gone already")?;
+        // The answer may be lost with the connection.
+        let _ = self.call("Shutdown", &ShutdownRequest { id: self.id.clone(), ..Default::default() });
+        drop(self.client);
+        let until = std::time::Instant::now() + scale::command();
+        let there = || {
+            crate::host::Process::read(ended.pid)
+                .is_some_and(|now| now.start_ticks == ended.start_ticks && now.state != 'Z')
+        };
+        while there() {
+            ensure!(std::time::Instant::now() < until, "the shim goes on after Shutdown");
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        std::fs::remove_dir_all(self.bundle.parent().context("a bundle has a parent")?)?;
+        Ok(())
+    }
+
+    /// The response's payload.
+    fn call(&self, method: &str, message: &impl Message) -> Result<Vec<u8>, ttrpc::Status> {
+        let payload = message.write_to_bytes().unwrap_or_default();
+        let request = ttrpc::Request {
+            service: "containerd.task.v2.Task".into(),
+            method: method.into(),
+            timeout_nano: i64::try_from(scale::container().as_nanos()).unwrap_or(i64::MAX),
+            payload,
+            ..Default::default()
+        };
+        match self.client.request(request) {
+            Ok(response) => Ok(response.payload),
+            Err(ttrpc::Error::RpcStatus(status)) => Err(status),
+            Err(error) => Err(ttrpc::get_status(ttrpc::Code::UNKNOWN, format!("{method}: {error}"))),
+        }
+    }
+}
+
+fn said(status: ttrpc::Status) -> anyhow::Error {
+    anyhow::anyhow!("{}", status.message)
+}
