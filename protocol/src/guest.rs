@@ -18,10 +18,15 @@ pub const READY_PORT: u32 = 1025;
 /// Guest port for processes' standard streams; see [`StreamHeader`].
 pub const STDIO_PORT: u32 = 1026;
 
-/// virtio-fs tag of the sandbox's share.
-pub const SHARE_TAG: &str = "rvm";
-/// Where the agent mounts the share.
-pub const SHARE_DIR: &str = "/run/rvm/share";
+/// virtio-fs tag of the containers' layers: read-only, and constant but for
+/// containers that come and go.
+pub const LAYERS_TAG: &str = "layers";
+/// Where the agent mounts the layers; a container's are at its id.
+pub const LAYERS_DIR: &str = "/run/rvm/layers";
+/// virtio-fs tag of what containers see of the host's files, which may change.
+pub const VOLUMES_TAG: &str = "volumes";
+/// Where the agent mounts the volumes; all of a container's are below its id.
+pub const VOLUMES_DIR: &str = "/run/rvm/volumes";
 /// Where the agent mounts the scratch.
 pub const SCRATCH_DIR: &str = "/run/rvm/scratch";
 /// virtio-blk serial of the scratch device.

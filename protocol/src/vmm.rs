@@ -99,7 +99,8 @@ pub struct ShareConfig {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CachePolicy {
-    /// The tree does not change while it is shared.
+    /// Nothing below the root directory's entries changes while it is shared;
+    /// the entries themselves may come and go, as mounts do.
     Always,
     /// The host may change it: attributes and names are asked again after a second.
     #[default]

@@ -184,8 +184,8 @@ mod tests {
         let (bundle, socket) = (root.path().join("bundle"), root.path().join("socket"));
         let dir = root.path().join("state/default/web");
         fs::create_dir_all(&bundle).unwrap();
-        fs::create_dir_all(dir.join("share/web/rootfs")).unwrap();
-        fs::create_dir_all(dir.join("share/web/mounts/2")).unwrap();
+        fs::create_dir_all(dir.join("share/layers")).unwrap();
+        fs::create_dir_all(dir.join("share/volumes")).unwrap();
         fs::write(dir.join("console.log"), "booting").unwrap();
         fs::write(&socket, "").unwrap();
         fs::write(bundle.join(ADDRESS_FILE), format!("unix://{}", socket.display())).unwrap();

@@ -54,24 +54,16 @@ pub fn bind_idmapped(
     user_namespace: &OwnedFd,
     all: bool,
 ) -> io::Result<()> {
-    let source = CString::new(source.as_os_str().as_bytes())?;
+    let tree = clone_tree(source, recursive)?;
     let target = CString::new(target.as_os_str().as_bytes())?;
-    let deep = |yes| if yes { libc::AT_RECURSIVE.cast_unsigned() } else { 0 };
-    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | deep(recursive);
-    // SAFETY: `source` is a C string that outlives the call.
-    let fd = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, source.as_ptr(), flags) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the kernel has just returned this descriptor, nobody else owns it.
-    let tree = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+    let deep = |yes| if yes { libc::AT_RECURSIVE } else { 0 };
     let attributes = libc::mount_attr {
         attr_set: libc::MOUNT_ATTR_IDMAP,
         attr_clr: 0,
         propagation: 0,
         userns_fd: user_namespace.as_raw_fd().unsigned_abs().into(),
     };
-    set_attr(tree.as_raw_fd(), c"", libc::AT_EMPTY_PATH | deep(all).cast_signed(), &attributes)?;
+    set_attr(tree.as_raw_fd(), c"", libc::AT_EMPTY_PATH | deep(all), &attributes)?;
     // SAFETY: both paths are C strings that outlive the call.
     let moved = unsafe {
         libc::syscall(
@@ -84,6 +76,25 @@ pub fn bind_idmapped(
         )
     };
     if moved == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// A second mount of what is mounted at `path`, without what is mounted below
+/// it. It is at no place and goes with its descriptor.
+pub fn clone(path: &Path) -> io::Result<OwnedFd> {
+    clone_tree(path, false)
+}
+
+fn clone_tree(path: &Path, recursive: bool) -> io::Result<OwnedFd> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let deep = if recursive { libc::AT_RECURSIVE.cast_unsigned() } else { 0 };
+    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | deep;
+    // SAFETY: `path` is a C string that outlives the call.
+    let fd = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just returned this descriptor, nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
 /// Mounts a file system.
@@ -123,6 +134,12 @@ pub fn seal_readonly(target: &Path, recursive: bool) -> io::Result<()> {
     set_attributes(target, recursive, libc::MOUNT_ATTR_RDONLY, libc::MS_PRIVATE)
 }
 
+/// Makes the mount at `target` read-only, with every mount below it where
+/// `recursive`.
+pub fn make_readonly(target: &Path, recursive: bool) -> io::Result<()> {
+    set_attributes(target, recursive, libc::MOUNT_ATTR_RDONLY, 0)
+}
+
 /// Cuts the mount at `target` off from mounts the host makes later.
 pub fn seal(target: &Path, recursive: bool) -> io::Result<()> {
     set_attributes(target, recursive, 0, libc::MS_PRIVATE)
@@ -151,11 +168,12 @@ fn set_attr(dir: RawFd, path: &CStr, flags: i32, attributes: &libc::mount_attr) 
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Takes the topmost mount off `target` and everything below it; it is fine
-/// that there is none.
-pub fn detach(target: &Path) -> io::Result<()> {
+/// Takes the topmost mount off `target` and everything below it; says whether
+/// there was one.
+pub fn detach(target: &Path) -> io::Result<bool> {
     match umount2(target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
-        Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => Ok(()),
+        Ok(()) => Ok(true),
+        Err(Errno::EINVAL | Errno::ENOENT) => Ok(false),
         Err(error) => Err(error.into()),
     }
 }

@@ -227,13 +227,8 @@ fn mount_flag(option: &str) -> Option<MsFlags> {
 }
 
 /// Mounts `layers`, or the directory `root` where there are none, read-only on
-/// `target`, which has to be detached as often as this says in the end.
-pub(crate) fn mount_readonly(
-    layers: &[Layer],
-    root: &Path,
-    target: &Path,
-    mut mounted: impl FnMut(),
-) -> Result<(), RootfsError> {
+/// `target`: one mount on top of the other where there are several.
+pub(crate) fn mount_readonly(layers: &[Layer], root: &Path, target: &Path) -> Result<(), RootfsError> {
     if layers.is_empty() && !root.is_dir() {
         let source = fs::metadata(root).err().unwrap_or_else(|| io::ErrorKind::NotADirectory.into());
         return Err(RootfsError::Root { path: root.to_owned(), source });
@@ -250,10 +245,7 @@ pub(crate) fn mount_readonly(
             ),
         };
         result
-            .and_then(|()| {
-                mounted();
-                mount::seal_readonly(target, false)
-            })
+            .and_then(|()| mount::seal_readonly(target, false))
             .map_err(|source| RootfsError::Mount { what, source })?;
     }
     Ok(())

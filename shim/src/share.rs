@@ -1,13 +1,29 @@
-//! The directory tree a sandbox's guest sees over virtio-fs.
+//! What a sandbox's guest sees of the host's files over virtio-fs: two trees.
 //!
-//! Each container has a directory in it, `<id>/rootfs` with its layers and
-//! `<id>/mounts/<n>` with what its spec binds from the host. All of it is mounts
-//! in a namespace that only the shim and the monitor are in.
+//! `layers/<id>` is a container's root file system below its own writes: read-only
+//! and constant, so that the guest keeps what it has read for good. `volumes/<id>/<n>`
+//! is what the container's spec binds from the host, which may change; a single
+//! file is `volumes/<id>/<n>/file`, so that it too is in a directory that is a
+//! mount, and has a device number of its own in the guest.
+//!
+//! The trees are skeletons of mount points, tmpfs of their own that the server
+//! sees read-only: a guest changes nothing in them, whatever it asks for. The
+//! shim makes its mount points through a second, writable mount that is at no
+//! place. All of it is in a mount namespace that only shim and monitor are in.
 
 use std::{
     fs, io,
-    os::unix::fs::{DirBuilderExt, FileTypeExt},
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::fs::{DirBuilderExt, FileTypeExt},
+    },
     path::{Path, PathBuf},
+};
+
+use nix::{
+    fcntl::{OFlag, openat},
+    mount::MsFlags,
+    sys::stat::{Mode, mkdirat},
 };
 
 use crate::{
@@ -16,6 +32,11 @@ use crate::{
     spec::{Bundle, Volume},
     user_namespace::user_namespace,
 };
+
+/// The tree of layers, below the share's directory.
+pub const LAYERS: &str = "layers";
+/// The tree of volumes, below the share's directory.
+pub const VOLUMES: &str = "volumes";
 
 /// Why a container's part of the share cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -58,32 +79,39 @@ pub enum ShareError {
 /// The share of one sandbox. Dropping it takes every mount off again.
 #[derive(Debug)]
 pub struct Share {
-    dir: PathBuf,
-    /// Mount points, in the order they were mounted on.
-    mounted: Vec<PathBuf>,
+    layers: Skeleton,
+    volumes: Skeleton,
+    /// Removed after both.
+    _dir: Directory,
 }
 
 impl Share {
-    /// Makes the share's directory.
+    /// Makes the share's directory, with nothing in either tree.
     pub fn create(dir: PathBuf) -> Result<Self, ShareError> {
-        make_dir(&dir)?;
-        Ok(Self { dir, mounted: Vec::new() })
+        let dir = Directory::create(dir)?;
+        Ok(Self {
+            layers: Skeleton::create(dir.0.join(LAYERS))?,
+            volumes: Skeleton::create(dir.0.join(VOLUMES))?,
+            _dir: dir,
+        })
     }
 
     /// Adds a container: its layers, and what its spec binds. On an error what
     /// was mounted so far stays until [`Share::remove`].
     pub fn add(&mut self, bundle: &Bundle, layers: &[Layer]) -> Result<(), ShareError> {
-        let rootfs = self.dir.join(&bundle.container.rootfs.share_path);
-        make_dir(&rootfs)?;
-        let mounted = &mut self.mounted;
-        rootfs::mount_readonly(layers, &bundle.root, &rootfs, || mounted.push(rootfs.clone()))?;
+        let rootfs = self.layers.make_dir(&bundle.container.rootfs.share_path)?;
+        rootfs::mount_readonly(layers, &bundle.root, &rootfs)?;
+        if !bundle.volumes.is_empty() {
+            // A mount of its own: in the guest all of a container's volumes go with it.
+            self.volumes.make_mount(&bundle.container.container_id)?;
+        }
         for volume in &bundle.volumes {
             self.add_volume(volume)?;
         }
         Ok(())
     }
 
-    fn add_volume(&mut self, volume: &Volume) -> Result<(), ShareError> {
+    fn add_volume(&self, volume: &Volume) -> Result<(), ShareError> {
         let failed =
             |source| ShareError::Volume { field: volume.field.clone(), path: volume.source.clone(), source };
         let kind = fs::metadata(&volume.source).map_err(failed)?.file_type();
@@ -103,13 +131,14 @@ impl Share {
                 problem,
             });
         }
-        let target = self.dir.join(&volume.share_path);
-        if kind.is_dir() {
-            make_dir(&target)?;
-        } else {
-            make_dir(target.parent().unwrap_or(&self.dir))?;
-            fs::File::create_new(&target).map_err(failed)?;
-        }
+        let target = match (kind.is_dir(), volume.share_path.rsplit_once('/')) {
+            (true, _) => self.volumes.make_dir(&volume.share_path)?,
+            (false, Some((parent, _))) => {
+                self.volumes.make_mount(parent)?;
+                self.volumes.make_file(&volume.share_path)?
+            }
+            (false, None) => return Err(failed(io::ErrorKind::InvalidInput.into())),
+        };
         match &volume.idmap {
             None => mount::bind(&volume.source, &target, volume.recursive),
             Some((map, all)) => user_namespace(map).and_then(|namespace| {
@@ -117,79 +146,152 @@ impl Share {
             }),
         }
         .map_err(failed)?;
-        self.mounted.push(target.clone());
-        if volume.readonly {
-            mount::seal_readonly(&target, volume.recursive)
-        } else {
-            mount::seal(&target, volume.recursive)
-        }
-        .map_err(failed)
+        let sealed = || {
+            if !volume.follows_host {
+                mount::seal(&target, volume.recursive)?;
+            }
+            if volume.readonly {
+                mount::make_readonly(&target, volume.recursive && volume.readonly_below)?;
+            }
+            Ok(())
+        };
+        sealed().map_err(failed)
     }
 
-    /// Takes a container's mounts off and removes its directory.
+    /// Takes a container's mounts off; nothing is left of it in either tree.
     pub fn remove(&mut self, id: &str) {
-        let dir = self.dir.join(id);
-        self.detach(&dir);
-        remove_mount_points(&dir);
+        self.layers.remove(id);
+        self.volumes.remove(id);
     }
+}
 
-    fn detach(&mut self, below: &Path) {
-        for target in self.mounted.iter().rev().filter(|target| target.starts_with(below)) {
-            if let Err(error) = mount::detach(target) {
-                log::warn!("unmounting {}: {error}", target.display());
+/// A tree of mount points: a tmpfs of its own, mounted read-only.
+#[derive(Debug)]
+struct Skeleton {
+    dir: Directory,
+    /// The same file system, writable, at no place. Nothing that is mounted on
+    /// the other mount can be reached through it.
+    writable: OwnedFd,
+}
+
+impl Skeleton {
+    fn create(path: PathBuf) -> Result<Self, ShareError> {
+        let dir = Directory::create(path)?;
+        let failed = |source| ShareError::Directory { path: dir.0.clone(), source };
+        // Directories and empty files take inodes only.
+        mount::mount_fs("tmpfs", "rvm", &dir.0, MsFlags::empty(), Some("mode=755,size=64k"))
+            .map_err(failed)?;
+        let sealed = || {
+            mount::seal(&dir.0, false)?;
+            let writable = mount::clone(&dir.0)?;
+            mount::seal_readonly(&dir.0, false)?;
+            Ok(writable)
+        };
+        match sealed() {
+            Ok(writable) => Ok(Self { dir, writable }),
+            Err(source) => {
+                let error = failed(source);
+                let _ = mount::detach(&dir.0);
+                Err(error)
             }
         }
-        self.mounted.retain(|target| !target.starts_with(below));
+    }
+
+    /// The path of `name` as the server sees it.
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.0.join(name)
+    }
+
+    fn made(&self, name: &str, result: nix::Result<()>) -> Result<PathBuf, ShareError> {
+        let path = self.path(name);
+        match result {
+            Ok(()) => Ok(path),
+            Err(errno) => Err(ShareError::Directory { path, source: errno.into() }),
+        }
+    }
+
+    /// Makes a directory to mount on.
+    fn make_dir(&self, name: &str) -> Result<PathBuf, ShareError> {
+        self.made(name, mkdirat(&self.writable, name, Mode::from_bits_truncate(0o755)))
+    }
+
+    /// Makes an empty file to mount on.
+    fn make_file(&self, name: &str) -> Result<PathBuf, ShareError> {
+        let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_WRONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        self.made(name, openat(&self.writable, name, flags, Mode::from_bits_truncate(0o644)).map(drop))
+    }
+
+    /// Makes a directory that is a mount of itself, as read-only as the tree.
+    fn make_mount(&self, name: &str) -> Result<PathBuf, ShareError> {
+        let path = self.make_dir(name)?;
+        match mount::bind(&path, &path, false) {
+            Ok(()) => Ok(path),
+            Err(source) => Err(ShareError::Directory { path, source }),
+        }
+    }
+
+    /// Takes off what is mounted at and below `name`, and removes it.
+    fn remove(&self, name: &str) {
+        let path = self.path(name);
+        // One on top of the other where the client sent several.
+        while match mount::detach(&path) {
+            Ok(was_there) => was_there,
+            Err(error) => {
+                log::warn!("unmounting {}: {error}", path.display());
+                false
+            }
+        } {}
+        let below_writable = format!("/proc/self/fd/{}/{name}", self.writable.as_raw_fd());
+        match fs::remove_dir_all(below_writable) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                log::warn!("{} stays: {error}", path.display());
+            }
+            _ => {}
+        }
     }
 }
 
-impl Drop for Share {
+impl Drop for Skeleton {
     fn drop(&mut self) {
-        let dir = self.dir.clone();
-        self.detach(&dir);
-        remove_dir(&dir);
+        // With everything below it; the tmpfs goes with its last mount.
+        if let Err(error) = mount::detach(&self.dir.0) {
+            log::warn!("unmounting {}: {error}", self.dir.0.display());
+        }
     }
 }
 
-fn make_dir(path: &Path) -> Result<(), ShareError> {
-    fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o755)
-        .create(path)
-        .map_err(|source| ShareError::Directory { path: path.to_owned(), source })
-}
+/// A directory that goes with its value.
+#[derive(Debug)]
+struct Directory(PathBuf);
 
-/// Removes a container's directory in the share. Only the mount points
-/// themselves are removed, and only while they are empty: were a mount still on
-/// one, what is below it would be somebody's data.
-pub(crate) fn remove_mount_points(container: &Path) {
-    let mounts = container.join("mounts");
-    for entry in fs::read_dir(&mounts).into_iter().flatten().flatten() {
-        remove_mount_point(&entry.path());
-    }
-    for path in [&mounts, &container.join("rootfs"), container] {
-        remove_mount_point(path);
+impl Directory {
+    fn create(path: PathBuf) -> Result<Self, ShareError> {
+        match fs::DirBuilder::new().mode(0o755).create(&path) {
+            Ok(()) => Ok(Self(path)),
+            Err(source) => Err(ShareError::Directory { path, source }),
+        }
     }
 }
 
-fn remove_mount_point(path: &Path) {
-    let Ok(found) = fs::symlink_metadata(path) else { return };
-    let result = if found.is_dir() {
-        fs::remove_dir(path)
-    } else if found.is_file() && found.len() == 0 {
-        fs::remove_file(path)
-    } else {
-        Err(io::Error::other("is neither an empty directory nor an empty file"))
-    };
-    if let Err(error) = result {
-        log::warn!("{} stays: {error}", path.display());
+impl Drop for Directory {
+    fn drop(&mut self) {
+        remove_empty(&self.0);
     }
 }
 
-/// Removes the share's directory with every container's in it.
+fn remove_empty(dir: &Path) {
+    match fs::remove_dir(dir) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            log::warn!("{} stays: {error}", dir.display());
+        }
+        _ => {}
+    }
+}
+
+/// Removes what a share leaves when its shim has ended and its mounts with it:
+/// empty directories that no guest has ever seen.
 pub(crate) fn remove_dir(share: &Path) {
-    for entry in fs::read_dir(share).into_iter().flatten().flatten() {
-        remove_mount_points(&entry.path());
+    for dir in [&share.join(LAYERS), &share.join(VOLUMES), share] {
+        remove_empty(dir);
     }
-    remove_mount_point(share);
 }

@@ -12,6 +12,7 @@ mod exec;
 mod exec_robust;
 mod failures;
 mod hooks;
+mod hostile;
 mod limits;
 mod parity;
 mod process;

@@ -105,7 +105,7 @@ impl Plan {
             None => Limits::default(),
         };
         let devices = devices::all(devices);
-        let lower = share::path(&request.rootfs.share_path);
+        let lower = share::layers(&request.rootfs.share_path)?;
         let rootfs = Rootfs::new(&request, lower, scratch.layer().clone())?;
         let ids = namespaces.user.as_ref().map(|user| user.ids.clone());
         let container_id = request.container_id.clone();

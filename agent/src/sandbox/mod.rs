@@ -90,10 +90,11 @@ impl Sandbox {
             return Err(Error::Precondition("the sandbox has been set up already".into()));
         }
         check_id("layers_tag", &request.layers_tag)?;
+        check_id("volumes_tag", &request.volumes_tag)?;
         clock::set(request.wall_clock_ns)?;
         set_up::hostname(&request.hostname)?;
         sysctl::apply_to_guest(&request.sysctl)?;
-        share::mount(&request.layers_tag)?;
+        share::mount(&request.layers_tag, &request.volumes_tag)?;
         state.is_set_up = true;
         Ok(())
     }
@@ -123,10 +124,11 @@ impl Sandbox {
     async fn make_container(&self, id: &str, request: agent::CreateContainerRequest) -> Result<u32, Error> {
         let scratch = Arc::new(Scratch::mount(id, &request.scratch)?);
         let made = self.make_container_on(id, request, &scratch).await;
-        if made.is_err()
-            && let Err(error) = scratch.discard()
-        {
-            log::error!("container {id}: {error}");
+        if made.is_err() {
+            share::release_container(id);
+            if let Err(error) = scratch.discard() {
+                log::error!("container {id}: {error}");
+            }
         }
         made
     }
@@ -155,6 +157,7 @@ impl Sandbox {
     /// Removes a container with everything it owned in the guest.
     async fn remove(&self, id: &str, container: &Container) -> Result<(), Error> {
         container.remove().await?;
+        share::release_container(id);
         container.scratch().unmount()?;
         self.state().containers.remove(id);
         Ok(())

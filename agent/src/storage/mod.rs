@@ -1,5 +1,5 @@
-//! Where containers' files come from and go to: the share, and each container's
-//! scratch.
+//! Where containers' files come from and go to: the shares, and each
+//! container's scratch.
 
 mod block;
 mod scratch;

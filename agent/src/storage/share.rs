@@ -1,33 +1,91 @@
-//! The share: the host directory tree this sandbox sees over virtio-fs.
+//! What this sandbox sees of the host's files over virtio-fs: containers' layers
+//! and their volumes, one file system each.
+//!
+//! In both, what the host has mounted is a mount here too, which the kernel makes
+//! when somebody walks into it: a file system of its own with its own device
+//! number. It has to be unmounted when its container goes, or else the guest
+//! keeps what it knows of it, and the host its files open.
 
-use std::path::{Path, PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
-use nix::mount::{MntFlags, MsFlags};
-use rvm_protocol::guest::SHARE_DIR;
+use nix::{
+    errno::Errno,
+    mount::{MntFlags, MsFlags},
+    sys::stat::{major, minor, stat},
+};
+use rvm_protocol::guest::{LAYERS_DIR, VOLUMES_DIR};
 
 use crate::{
     error::{Step, StepResult},
     init::mounts::make_dir,
 };
 
-/// Mounts the share with this tag. No `nosuid` or `nodev`: bind mounts of
-/// volumes inherit the flags of this mount, and theirs are the spec's to choose.
-pub fn mount(tag: &str) -> StepResult<()> {
-    let target = Path::new(SHARE_DIR);
-    make_dir(target)?;
-    nix::mount::mount(Some(tag), target, Some("virtiofs"), MsFlags::empty(), None::<&str>)
-        .step(|| format!("mount the virtio-fs share {tag:?}"))
+/// The most the monitor gives in one answer to READ.
+const READ_AHEAD_KIB: u32 = 1024;
+
+/// Mounts both. No `nosuid` or `nodev`: bind mounts of volumes inherit the flags
+/// of this mount, and theirs are the spec's to choose.
+pub fn mount(layers_tag: &str, volumes_tag: &str) -> StepResult<()> {
+    for (tag, target, flags) in
+        [(layers_tag, LAYERS_DIR, MsFlags::MS_RDONLY), (volumes_tag, VOLUMES_DIR, MsFlags::empty())]
+    {
+        make_dir(Path::new(target))?;
+        nix::mount::mount(Some(tag), target, Some("virtiofs"), flags, None::<&str>)
+            .step(|| format!("mount virtio-fs {tag:?}"))?;
+        read_ahead(Path::new(target));
+    }
+    Ok(())
 }
 
-/// A path of the share as the guest sees it; `relative` has been checked.
-pub fn path(relative: &str) -> PathBuf {
-    Path::new(SHARE_DIR).join(relative)
+/// Lets the kernel ask for as much at once as one request carries; by itself it
+/// stays at 128 KiB. File systems mounted below have it from this one.
+fn read_ahead(mounted: &Path) {
+    let set = || -> std::io::Result<()> {
+        let device = stat(mounted)?.st_dev;
+        let file = format!("/sys/class/bdi/{}:{}/read_ahead_kb", major(device), minor(device));
+        fs::write(file, READ_AHEAD_KIB.to_string())
+    };
+    if let Err(error) = set() {
+        log::warn!("read ahead in {mounted:?}: {error}");
+    }
 }
 
-/// Unmounts the share.
+/// The layers at `relative`, which has been checked, mounted: OverlayFS takes no
+/// place whose mount is still to be made.
+pub fn layers(relative: &str) -> StepResult<PathBuf> {
+    let path = Path::new(LAYERS_DIR).join(relative);
+    // Walking through it, which the last component alone is not, makes it.
+    fs::metadata(path.join(".")).step(|| format!("find the image's layers at {path:?}"))?;
+    Ok(path)
+}
+
+/// The volume at `relative`, which has been checked.
+pub fn volume(relative: &str) -> PathBuf {
+    Path::new(VOLUMES_DIR).join(relative)
+}
+
+/// Lets go of a container's layers and volumes.
+pub fn release_container(id: &str) {
+    for dir in [LAYERS_DIR, VOLUMES_DIR] {
+        unmount(&Path::new(dir).join(id));
+    }
+}
+
+/// Unmounts both.
 pub fn release() {
-    // Nothing is lost if it stays: everything has been written out.
-    if let Err(errno) = nix::mount::umount2(SHARE_DIR, MntFlags::MNT_DETACH) {
-        log::debug!("unmount the share: {errno}");
+    for dir in [LAYERS_DIR, VOLUMES_DIR] {
+        unmount(Path::new(dir));
+    }
+}
+
+/// With everything below it. Nothing is lost if it stays: all has been written out.
+fn unmount(target: &Path) {
+    match nix::mount::umount2(target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+        // Nothing there, or nobody has walked into it.
+        Ok(()) | Err(Errno::ENOENT | Errno::EINVAL) => {}
+        Err(errno) => log::warn!("unmount {target:?}: {errno}"),
     }
 }

@@ -271,7 +271,7 @@ async fn read_only_root(machine: &Machine) {
 }
 
 async fn bind_mounts(machine: &Machine) {
-    let share = Path::new(rvm_protocol::guest::SHARE_DIR).join("binds");
+    let share = Path::new(rvm_protocol::guest::VOLUMES_DIR).join("binds");
     fs::create_dir_all(share.join("dir")).unwrap();
     fs::write(share.join("dir/inside"), "in a directory\n").unwrap();
     fs::write(share.join("file"), "a file\n").unwrap();
@@ -514,10 +514,10 @@ async fn failures_name_the_step(machine: &Machine) {
             container("fails", Process { cwd: "/nope".into(), ..shell("") }),
             "chdir to cwd (\"/nope\") set in config.json failed: no such file or directory",
         ),
-        (missing_mount, "bind mount \"/run/rvm/share/not/there\" at \"/x\": no such file or directory"),
+        (missing_mount, "bind mount \"/run/rvm/volumes/not/there\" at \"/x\": no such file or directory"),
         (bad_option, "mount \"tmpfs\" at \"/x\": tmpfs: Unknown parameter 'sise'"),
         (no_such_type, "mount \"nofs\" at \"/x\": no such device"),
-        (no_image, "copy the attributes of the image's root: no such file or directory"),
+        (no_image, "find the image's layers at \"/run/rvm/layers/nothing/here\": no such file or directory"),
     ] {
         let error = machine.create(request).await.map(|_| ()).unwrap_err();
         let error = error.to_string();

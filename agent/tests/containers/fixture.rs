@@ -25,7 +25,7 @@ use tokio::{
     net::UnixStream,
 };
 
-/// Path below the share of the image.
+/// Path below the layers of the image.
 const IMAGE: &str = "image/rootfs";
 /// What containerd gives a container by default.
 const DEFAULT_CAPABILITIES: u64 = 0xa804_25fb;
@@ -43,9 +43,9 @@ pub fn prepare_machine() {
     fs::create_dir_all(&image).expect("a directory");
     mount(Some("/"), &image, none, MsFlags::MS_BIND, none).expect("the root file system a second time");
     mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), none).expect("a fresh /run");
-    let share = Path::new(guest::SHARE_DIR);
-    fs::create_dir_all(share.join(IMAGE)).expect("a share");
-    mount(Some(&image), &share.join(IMAGE), none, MsFlags::MS_MOVE, none).expect("the image in the share");
+    let layers = Path::new(guest::LAYERS_DIR).join(IMAGE);
+    fs::create_dir_all(&layers).expect("a place for layers");
+    mount(Some(&image), &layers, none, MsFlags::MS_MOVE, none).expect("the image as layers");
     fs::remove_dir(&image).expect("an empty directory");
     fs::create_dir_all(MOUNT_POINT).expect("a place for root file systems");
     mount(Some("cgroup2"), "/sys/fs/cgroup", Some("cgroup2"), MsFlags::empty(), none).expect("cgroup v2");

@@ -19,7 +19,7 @@ fn hook(script: &str, timeout_s: u32) -> Hook {
 
 /// A container with the share's directory `hooks` at `/run/out`.
 fn with_volume(id: &str, process: Process) -> (CreateContainerRequest, std::path::PathBuf) {
-    let volume = Path::new(rvm_protocol::guest::SHARE_DIR).join("hooks");
+    let volume = Path::new(rvm_protocol::guest::VOLUMES_DIR).join("hooks");
     fs::create_dir_all(&volume).unwrap();
     fs::set_permissions(&volume, std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
     let mut request = container(id, process);

@@ -37,7 +37,7 @@ async fn end(machine: &Machine, id: &str, running: Running) {
 }
 
 pub async fn user_namespace(machine: &Machine) {
-    let volume = Path::new(rvm_protocol::guest::SHARE_DIR).join("volume");
+    let volume = Path::new(rvm_protocol::guest::VOLUMES_DIR).join("volume");
     fs::create_dir_all(&volume).unwrap();
     fs::set_permissions(&volume, std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
     let script = "tr -s ' ' < /proc/self/uid_map; id -u; id -G; hostname; echo pid=$$; \

@@ -7,7 +7,7 @@ use rvm_protocol::agent::{CreateContainerRequest, Mount};
 use crate::fixture::{Machine, container, mount_of, shell};
 
 fn share(name: &str) -> std::path::PathBuf {
-    let dir = Path::new(rvm_protocol::guest::SHARE_DIR).join(name);
+    let dir = Path::new(rvm_protocol::guest::VOLUMES_DIR).join(name);
     fs::create_dir_all(&dir).unwrap();
     dir
 }

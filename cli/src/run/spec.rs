@@ -140,7 +140,7 @@ mod tests {
         let bundle = of_image_dir(dir.path(), "run-1", &strings(&["/bin/true", "x"])).unwrap();
         assert_eq!(bundle.root, dir.path());
         assert_eq!(bundle.container.process.args, ["/bin/true", "x"]);
-        assert_eq!(bundle.container.rootfs.share_path, "run-1/rootfs");
+        assert_eq!(bundle.container.rootfs.share_path, "run-1");
         assert!(bundle.volumes.is_empty(), "{:?}", bundle.volumes);
         assert!(bundle.not_applied.is_empty(), "{:?}", bundle.not_applied);
     }

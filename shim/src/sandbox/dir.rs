@@ -190,7 +190,7 @@ mod tests {
         assert_eq!(error.to_string(), "sandbox default/web is running already");
         state.shim.start_ticks += 1;
         state.write(dir.path()).unwrap();
-        fs::create_dir_all(dir.path().join("share/web/rootfs")).unwrap();
+        fs::create_dir_all(dir.path().join("share/volumes")).unwrap();
         dir.fd.unlock().unwrap();
         std::mem::forget(dir);
         let dir = SandboxDir::create(root.path(), "default", "web").unwrap();

@@ -11,8 +11,8 @@ use std::{
 
 use rvm_protocol::{
     agent::SetUpSandboxRequest,
-    guest::{GUEST_CID, READY_PORT, SHARE_TAG, ready_line},
-    vmm::{ShareConfig, VmConfig, VsockConfig},
+    guest::{GUEST_CID, LAYERS_TAG, READY_PORT, VOLUMES_TAG, ready_line},
+    vmm::{CachePolicy, ShareConfig, VmConfig, VsockConfig},
 };
 use tokio::{net::UnixListener, time::timeout};
 
@@ -22,7 +22,7 @@ use crate::{
     cgroup::HostCgroup,
     config::Config,
     process_id::ProcessId,
-    sysctl,
+    share, sysctl,
     timeline::Timeline,
     vmm::{self, Exited, Monitor},
     vsock::{self, Vsock, VsockError},
@@ -213,12 +213,21 @@ fn vm_config(config: &Config, plan: &Plan) -> VmConfig {
         console_log: Some(CONSOLE_LOG.into()),
         control_socket: Some(vmm::CONTROL_SOCKET.into()),
         vsock: Some(VsockConfig { guest_cid: GUEST_CID, socket: vsock::SOCKET.into() }),
-        shares: vec![ShareConfig {
-            tag: SHARE_TAG.into(),
-            dir: dir::SHARE.into(),
-            readonly: plan.share_readonly,
-            cache: plan.share_cache,
-        }],
+        shares: vec![
+            ShareConfig {
+                tag: LAYERS_TAG.into(),
+                dir: Path::new(dir::SHARE).join(share::LAYERS),
+                readonly: true,
+                cache: CachePolicy::Always,
+            },
+            // Each mount in it says for itself whether it may be written to.
+            ShareConfig {
+                tag: VOLUMES_TAG.into(),
+                dir: Path::new(dir::SHARE).join(share::VOLUMES),
+                readonly: false,
+                cache: CachePolicy::Auto,
+            },
+        ],
         disks: Vec::new(),
     }
 }
@@ -233,8 +242,8 @@ fn host_name() -> Option<String> {
 fn set_up_request(plan: &Plan) -> SetUpSandboxRequest {
     SetUpSandboxRequest {
         hostname: host_name().unwrap_or_else(|| plan.id.chars().take(MAX_HOSTNAME_LEN).collect()),
-        layers_tag: SHARE_TAG.into(),
-        volumes_tag: SHARE_TAG.into(),
+        layers_tag: LAYERS_TAG.into(),
+        volumes_tag: VOLUMES_TAG.into(),
         ..Default::default()
     }
 }

@@ -3,8 +3,6 @@
 
 use std::path::PathBuf;
 
-use rvm_protocol::vmm::CachePolicy;
-
 use super::ledger::{Claim, Ledger};
 use crate::{
     config::Guest,
@@ -38,10 +36,6 @@ pub struct Plan {
     pub cgroup_path: String,
     /// Fields of that container's specification that have no effect.
     pub not_applied: Vec<String>,
-    /// Whether nothing of the host may be written to, and how long the guest may
-    /// keep what it has read.
-    pub(super) share_readonly: bool,
-    pub(super) share_cache: CachePolicy,
     /// What it starts with.
     pub size: Size,
     /// How many vCPUs it may come to have.
@@ -74,12 +68,6 @@ impl Plan {
             bundle: bundle.dir.clone(),
             cgroup_path: bundle.container.cgroup_path.clone(),
             not_applied: bundle.not_applied.clone(),
-            // Each mount in the share says for itself whether it may be written to;
-            // where none may, the monitor refuses it of itself, and the guest opens
-            // files without asking.
-            share_readonly: bundle.volumes.iter().all(|volume| volume.readonly),
-            // Layers never change; what the host shares with others does.
-            share_cache: if bundle.volumes.is_empty() { CachePolicy::Always } else { CachePolicy::Auto },
             size,
             max_vcpus: most.max(size.vcpus),
             room: Room::of(size, host),

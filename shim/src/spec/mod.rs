@@ -15,6 +15,7 @@ mod pod;
 mod process;
 pub(crate) mod resources;
 mod scheduling;
+mod submounts;
 #[cfg(test)]
 mod tests;
 
@@ -234,7 +235,7 @@ fn translate(dir: &Path, id: &str, spec: &Spec, compat: &Compat) -> Result<Bundl
         ..Default::default()
     };
     let rootfs = container.rootfs.mut_or_insert_default();
-    rootfs.share_path = format!("{id}/rootfs");
+    rootfs.share_path = id.to_owned();
     rootfs.readonly = root.readonly().unwrap_or(false);
 
     let linux = spec.linux().as_ref().ok_or_else(|| {

@@ -9,7 +9,7 @@ use std::{
 use oci_spec::runtime as oci;
 use rvm_protocol::agent::{CreateContainerRequest, IdMapping, Mount};
 
-use super::{HostDisk, SpecError, namespaces::mappings, path_text, text};
+use super::{HostDisk, SpecError, namespaces::mappings, path_text, submounts, text};
 use crate::user_namespace::{IdMap, IdRange};
 
 /// Options that mean something to a mount whatever its file system is; the
@@ -81,6 +81,9 @@ pub(crate) const MOUNT_OPTIONS: [&str; 60] = [
 const ALWAYS_THERE: [&str; 8] =
     ["cgroup2", "devpts", "devtmpfs", "mqueue", "overlay", "proc", "sysfs", "tmpfs"];
 
+/// Propagation by which mounts of the host arrive. None leave the guest.
+const FOLLOWING: [&str; 4] = ["slave", "rslave", "shared", "rshared"];
+
 /// Something of the host that the container sees, by way of the share.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Volume {
@@ -88,12 +91,17 @@ pub struct Volume {
     pub field: String,
     /// File or directory of the host.
     pub source: PathBuf,
-    /// Where in the share it is bound, relative to the share.
+    /// Where it is bound, relative to the tree of volumes: a file one level deeper
+    /// than a directory ([`crate::share`]).
     pub share_path: String,
     /// With everything mounted below it.
     pub recursive: bool,
     /// Held read-only by the host.
     pub readonly: bool,
+    /// And everything mounted below it too.
+    pub readonly_below: bool,
+    /// What the host mounts and unmounts below it later is followed.
+    pub follows_host: bool,
     /// How its files' owners are mapped, and whether in the mounts below it too.
     pub idmap: Option<(IdMap, bool)>,
 }
@@ -144,15 +152,26 @@ pub(super) fn translate(
             let source = source.ok_or_else(|| {
                 SpecError::field(format!("{at}.source"), "is missing; a bind mount needs a path of the host")
             })?;
-            let share_path = format!("{}/mounts/{n}", container.container_id);
+            let source = bundle.join(source);
+            let mut share_path = format!("{}/{n}", container.container_id);
+            if source.metadata().is_ok_and(|found| !found.is_dir()) {
+                share_path.push_str("/file");
+            }
             from_host.volumes.push(Volume {
                 field: format!("{at}.source"),
-                source: bundle.join(source),
+                source: source.clone(),
                 share_path: share_path.clone(),
                 recursive: has("rbind"),
                 readonly: is_readonly(&message.options),
+                readonly_below: has("rro"),
+                follows_host: FOLLOWING.into_iter().any(has),
                 idmap,
             });
+            // Its own options come after, and win.
+            message.options.splice(0..0, submounts::flags_of(&source));
+            if message.options.iter().any(|option| option == "rbind") {
+                message.submounts = submounts::below(&source);
+            }
             message.type_ = "bind".into();
             message.source = share_path;
             message.from_share = true;

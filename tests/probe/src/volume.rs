@@ -1,13 +1,17 @@
-//! Locks and shared mappings of one file.
+//! Locks and shared mappings of one file, and a file without a name.
 
 use std::{
+    ffi::CString,
     fs::File,
     io::Result,
-    os::{fd::AsRawFd, unix::fs::FileExt},
+    os::{
+        fd::AsRawFd,
+        unix::fs::{FileExt, OpenOptionsExt},
+    },
 };
 
 use crate::{
-    calls::{Shown, address_mut, call},
+    calls::{Shown, address_mut, call, signed, text},
     out::Out,
 };
 
@@ -77,5 +81,19 @@ fn try_print(path: &str) -> Result<()> {
         "msync = {}",
         Shown(call(libc::SYS_msync, [page as usize, 2 * PAGE, libc::MS_SYNC as usize]))
     ));
+    nameless(path)
+}
+
+/// A file without a name, which gets one once it is whole.
+fn nameless(path: &str) -> Result<()> {
+    let dir = std::path::Path::new(path).parent().unwrap_or(std::path::Path::new("/"));
+    let file = File::options().read(true).write(true).custom_flags(libc::O_TMPFILE).mode(0o640).open(dir)?;
+    file.write_all_at(b"whole", 0)?;
+    let from = CString::new(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+    let to = CString::new(format!("{path}.named"))?;
+    let here = signed(libc::AT_FDCWD.into());
+    let linked =
+        call(libc::SYS_linkat, [here, text(&from), here, text(&to), libc::AT_SYMLINK_FOLLOW as usize]);
+    Out::line(&format!("named = {}", Shown(linked)));
     Ok(())
 }

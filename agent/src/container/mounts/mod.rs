@@ -19,7 +19,7 @@ use nix::{
 pub use options::Options;
 use rvm_protocol::agent;
 
-use super::paths::{Place, Root, clean, kind};
+use super::paths::{Place, Root, clean, kind, open_path};
 use crate::{
     error::{Error, Step, StepError, StepResult, check_relative},
     init::mounts::CGROUP_ROOT,
@@ -60,9 +60,18 @@ enum Kind {
     Block { fs_type: String, mount: OwnedFd },
     /// A place of the guest, seen at a second place.
     Bind { source: PathBuf, recursive: bool },
+    /// A volume, with what the host has mounted below it.
+    Volume { source: PathBuf, recursive: bool, submounts: Vec<Submount> },
     /// What is mounted there already, with other flags; and where `whole`, with
     /// other options of its file system.
     Remount { whole: bool },
+}
+
+/// A mount of the host's below a volume.
+#[derive(Debug)]
+struct Submount {
+    path: PathBuf,
+    attributes: Attributes,
 }
 
 /// Whether something else may be mounted at this place of `/proc`.
@@ -74,6 +83,23 @@ fn allowed_in_proc(path: &Path) -> bool {
 
 fn inside_proc(path: &Path) -> String {
     format!("{path:?} cannot be mounted because it is inside /proc")
+}
+
+impl Submount {
+    /// Walks into it, which makes the mount. It may have gone meanwhile, and a
+    /// file has none of its own.
+    fn make(&self, volume: &Path) {
+        let place = volume.join(&self.path).join(".");
+        let made = open_path(&place).and_then(|mount| {
+            if self.attributes.is_empty() {
+                return Ok(());
+            }
+            set_attributes(mount.as_fd(), self.attributes, false)
+        });
+        if let Err(errno) = made {
+            log::debug!("mount {place:?}: {errno}");
+        }
+    }
 }
 
 impl Mount {
@@ -99,7 +125,17 @@ impl Mount {
             _ if options.remount => Kind::Remount { whole: bind.is_none() },
             Some(recursive) if mount.from_share => {
                 check_relative(&field("source"), &mount.source)?;
-                Kind::Bind { source: share::path(&mount.source), recursive }
+                let submounts = mount.submounts.iter().map(|submount| {
+                    check_relative(&field("submounts"), &submount.path)?;
+                    let options = Options::parse(&submount.options);
+                    let options = options.map_err(|reason| Error::invalid(field("submounts"), reason))?;
+                    Ok(Submount { path: submount.path.clone().into(), attributes: options.attributes })
+                });
+                Kind::Volume {
+                    source: share::volume(&mount.source),
+                    recursive,
+                    submounts: submounts.collect::<Result<_, Error>>()?,
+                }
             }
             Some(recursive) if mount.source.starts_with('/') => {
                 Kind::Bind { source: PathBuf::from(&mount.source), recursive }
@@ -158,7 +194,7 @@ impl Mount {
 
     /// Whether this mount brings a `/dev` that is complete already.
     pub fn brings_devices(&self) -> bool {
-        self.destination == Path::new("/dev") && matches!(self.kind, Kind::Bind { .. })
+        self.destination == Path::new("/dev") && matches!(self.kind, Kind::Bind { .. } | Kind::Volume { .. })
     }
 
     fn make(&self, source: Option<OwnedFd>, root: &Root) -> StepResult<Option<OwnedFd>> {
@@ -166,14 +202,23 @@ impl Mount {
             (Kind::New { fs_type, source }, _) => self.make_new(root, fs_type, source),
             (Kind::Remount { whole }, _) => self.remount(root, *whole).map(|()| None),
             (Kind::Block { mount, .. }, _) => self.put(root, mount).map(|()| None),
-            (Kind::Bind { .. }, Some(mount)) => self.put(root, &mount).map(|()| None),
-            (Kind::Bind { .. }, None) => refused(|| self.describe(), "it has no source"),
+            (Kind::Bind { .. } | Kind::Volume { .. }, Some(mount)) => self.put(root, &mount).map(|()| None),
+            (Kind::Bind { .. } | Kind::Volume { .. }, None) => {
+                refused(|| self.describe(), "it has no source")
+            }
         }
     }
 
     /// A mount of what a bind mount shows, with its attributes, at no place yet.
     fn open_source(&self) -> StepResult<Option<OwnedFd>> {
-        let Kind::Bind { source, recursive } = &self.kind else { return Ok(None) };
+        let (source, recursive) = match &self.kind {
+            Kind::Bind { source, recursive } => (source, recursive),
+            Kind::Volume { source, recursive, submounts } => {
+                submounts.iter().for_each(|submount| submount.make(source));
+                (source, recursive)
+            }
+            _ => return Ok(None),
+        };
         let mount = clone_tree(AT_FDCWD, source, *recursive).step(|| self.describe())?;
         for (attributes, recursive) in [(self.options.attributes, false), (self.options.recursive, true)] {
             if !attributes.is_empty() {
@@ -188,7 +233,9 @@ impl Mount {
             Kind::New { fs_type, .. } | Kind::Block { fs_type, .. } => {
                 format!("mount {fs_type:?} at {:?}", self.destination)
             }
-            Kind::Bind { source, .. } => format!("bind mount {source:?} at {:?}", self.destination),
+            Kind::Bind { source, .. } | Kind::Volume { source, .. } => {
+                format!("bind mount {source:?} at {:?}", self.destination)
+            }
             Kind::Remount { .. } => format!("remount {:?}", self.destination),
         }
     }

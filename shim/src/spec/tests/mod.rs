@@ -89,7 +89,7 @@ fn what_ctr_writes_goes_through() {
     assert!(bundle.not_applied.is_empty(), "{:?}", bundle.not_applied);
     let container = &bundle.container;
     assert_eq!((container.container_id.as_str(), container.hostname.as_str()), ("web", "web"));
-    assert_eq!(container.rootfs.share_path, "web/rootfs");
+    assert_eq!(container.rootfs.share_path, "web");
     assert!(!container.rootfs.readonly);
     assert_eq!(container.cgroup_path, "/default/web");
     assert_eq!(container.namespaces.len(), 6);
@@ -110,9 +110,9 @@ fn binds_come_from_the_share() {
     let bundle = load(&ctr_spec()).unwrap();
     let mounts = &bundle.container.mounts;
     assert!(!mounts[0].from_share);
-    assert_eq!((mounts[1].destination.as_str(), mounts[1].source.as_str()), ("/data", "web/mounts/1"));
+    assert_eq!((mounts[1].destination.as_str(), mounts[1].source.as_str()), ("/data", "web/1"));
     assert!(mounts[1].from_share);
-    assert_eq!((mounts[2].type_.as_str(), mounts[2].source.as_str()), ("bind", "web/mounts/2"));
+    assert_eq!((mounts[2].type_.as_str(), mounts[2].source.as_str()), ("bind", "web/2"));
     let volumes: Vec<_> = bundle
         .volumes
         .iter()

@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use rvm_protocol::{
-    guest::{DEFAULT_CMDLINE, GUEST_CID, READY_PORT, SHARE_TAG},
+    guest::{DEFAULT_CMDLINE, GUEST_CID, READY_PORT, VOLUMES_TAG},
     vmm::{Metrics, Request, Response, ShareConfig, VmConfig, VsockConfig},
 };
 use rvm_tests::{
@@ -59,7 +59,7 @@ impl Monitor {
             control_socket: Some("vmm.sock".into()),
             vsock: Some(VsockConfig { guest_cid: GUEST_CID, socket: "vsock.sock".into() }),
             shares: vec![ShareConfig {
-                tag: SHARE_TAG.into(),
+                tag: VOLUMES_TAG.into(),
                 dir: "share".into(),
                 readonly: false,
                 cache: Default::default(),

@@ -7,8 +7,9 @@ use std::sync::Arc;
 use rvm_protocol::vmm::{CachePolicy, ShareConfig};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
+use super::message::FuseServer;
 use super::passthrough::{Passthrough, Policy};
-use super::worker::{FsWorker, FuseServer};
+use super::worker::FsWorker;
 use super::{DEVICE_TYPE, FsError, MAX_REQUEST_QUEUES, QUEUE_SIZE, TAG_BYTES};
 use crate::devices::virtio::ring::Ring;
 use crate::devices::virtio::worker::Worker;
@@ -98,23 +99,13 @@ impl VirtioDevice for Fs {
             }
         }
         let root = self.root.try_clone().map_err(ActivateError::Worker)?;
-        let tree = Passthrough::new(root.into(), self.policy).map(Arc::new).map_err(ActivateError::Worker)?;
-        let server = Arc::new(FuseServer::new(Arc::clone(&tree)));
-        let mut rings = rings.into_iter();
-        let mut first: Vec<Ring> = rings.by_ref().take(2).collect();
-        loop {
-            let worker = FsWorker {
-                memory: memory.clone(),
-                rings: first,
-                server: Arc::clone(&server),
-                tree: Arc::clone(&tree),
-            };
+        let tree = Passthrough::new(root.into(), self.policy).map_err(ActivateError::Worker)?;
+        let server = Arc::new(FuseServer::new(tree));
+        for ring in rings {
+            let worker = FsWorker { memory: memory.clone(), ring, server: Arc::clone(&server) };
             self.workers.push(Worker::spawn(self.name(), worker).map_err(ActivateError::Worker)?);
-            match rings.next() {
-                Some(ring) => first = vec![ring],
-                None => return Ok(()),
-            }
         }
+        Ok(())
     }
 
     fn reset(&mut self) {

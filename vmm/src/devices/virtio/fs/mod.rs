@@ -6,6 +6,7 @@
 //! `pwritev`. The server itself is in [`passthrough`].
 
 mod device;
+mod message;
 mod passthrough;
 mod state;
 #[cfg(test)]
@@ -30,6 +31,9 @@ pub const QUEUE_SIZE: u16 = 256;
 pub const TAG_BYTES: usize = 36;
 /// Request queues, and threads serving them, of one share at most.
 pub const MAX_REQUEST_QUEUES: u16 = 4;
+
+/// Bytes of a file moved by one request: what the guest is told at INIT.
+const MAX_IO_BYTES: u32 = 1 << 20;
 
 /// Why a share cannot be served, or why its device stops.
 #[derive(Debug, Error)]

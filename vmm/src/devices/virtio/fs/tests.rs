@@ -44,6 +44,9 @@ const FALLOCATE: u32 = 43;
 const READDIRPLUS: u32 = 44;
 const RENAME2: u32 = 45;
 const LSEEK: u32 = 46;
+const IOCTL: u32 = 39;
+const SYNCFS: u32 = 50;
+const TMPFILE: u32 = 51;
 
 const ROOT: u64 = 1;
 const IN_HEADER: usize = 40;
@@ -375,14 +378,24 @@ fn what_means_something_to_the_host_is_not_the_guests_to_make() {
     let mut set = |attribute: &str| {
         client.call(SETXATTR, file, &[words(&[1, 0]), name(attribute), b"x".to_vec()].concat()).0
     };
-    for refused in [
-        "trusted.overlay.opaque",
-        "trusted.rvm.device",
-        "security.selinux",
-        "security.ima",
-        "system.nfs4_acl",
-    ] {
+    for refused in ["security.selinux", "security.ima", "system.nfs4_acl"] {
         assert_eq!(set(refused), libc::EPERM, "{refused}");
+    }
+    // Where the tests may set trusted attributes at all.
+    if set("trusted.overlay.opaque") == 0 {
+        let on_host = fs::File::open(client.path("file")).unwrap();
+        let has = |attribute: &std::ffi::CStr| {
+            use std::os::fd::AsRawFd;
+            // SAFETY: a C string; no room is given.
+            unsafe { libc::fgetxattr(on_host.as_raw_fd(), attribute.as_ptr(), std::ptr::null_mut(), 0) >= 0 }
+        };
+        assert!(!has(c"trusted.overlay.opaque") && has(c"trusted.rvm.guest.overlay.opaque"));
+        let asked = [words(&[100, 0]), name("trusted.overlay.opaque")].concat();
+        assert_eq!(client.call(GETXATTR, file, &asked).1, b"x");
+        let (_, names) = client.call(LISTXATTR, file, &words(&[1000, 0]));
+        assert!(String::from_utf8_lossy(&names).contains("trusted.overlay.opaque\0"));
+        assert!(!String::from_utf8_lossy(&names).contains("rvm"));
+        assert_eq!(client.call(REMOVEXATTR, file, &name("trusted.overlay.opaque")).0, 0);
     }
     let marks = [words(&[100, 0]), name("trusted.overlay.opaque")].concat();
     assert_eq!(client.call(GETXATTR, file, &marks).0, libc::ENODATA);
@@ -461,10 +474,17 @@ fn an_immutable_share_is_read_without_being_opened() {
         assert_eq!((names.len(), distinct.len()), (302, 302), "opcode {op}, {size} bytes");
         assert!(distinct.contains("entry-299") && distinct.contains("."));
     }
-    // The guest may remember for long that there is nothing.
-    let (error, none) = client.call(LOOKUP, ROOT, &name("none"));
+    // The guest may remember for long that there is nothing, or what there is.
+    let (error, none) = client.call(LOOKUP, dir, &name("none"));
     assert_eq!((error, u64_at(&none, 0)), (0, 0));
     assert!(u64_at(&none, 16) > 3600);
+    let (_, entry) = client.call(LOOKUP, dir, &name("entry-1"));
+    assert!(u64_at(&entry, 16) > 3600);
+    // Not of the root's own entries, which come and go with containers.
+    assert_eq!(client.call(LOOKUP, ROOT, &name("none")).0, libc::ENOENT);
+    let (_, entry) = client.call(LOOKUP, ROOT, &name("dir"));
+    assert_eq!((u64_at(&entry, 16), u32_at(&entry, 32)), (0, 0));
+    assert!(u64_at(&entry, 24) > 3600);
 }
 
 #[test]
@@ -537,6 +557,60 @@ fn descriptors_below(dir: &Path) -> usize {
     entries
         .filter(|fd| fs::read_link(fd.as_ref().unwrap().path()).is_ok_and(|path| path.starts_with(dir)))
         .count()
+}
+
+#[test]
+fn a_file_without_a_name_gets_one() {
+    let mut client = Client::new(false, CachePolicy::Auto);
+    let body = [words(&[(libc::O_TMPFILE | libc::O_RDWR) as u32, 0o666, 0o022, 0]), name("/")].concat();
+    let (error, made) = client.call(TMPFILE, ROOT, &body);
+    if error == libc::EOPNOTSUPP {
+        return; // The host's file system has none.
+    }
+    assert_eq!(error, 0);
+    let (file, handle) = (u64_at(&made, 0), u64_at(&made, ENTRY_BYTES));
+    assert_eq!(client.call(WRITE_OP, file, &write_body(handle, 0, 0, b"content")).0, 0);
+    assert_eq!(fs::read_dir(client.dir.path()).unwrap().count(), 0);
+    assert_eq!(client.call(LINK, ROOT, &[file.to_le_bytes().to_vec(), name("named")].concat()).0, 0);
+    assert_eq!(fs::read(client.path("named")).unwrap(), b"content");
+    assert_eq!(fs::metadata(client.path("named")).unwrap().permissions().mode() & 0o7777, 0o644);
+    assert_eq!(client.lookup(ROOT, "named"), Ok(file));
+    assert_eq!(client.call(SYNCFS, ROOT, &[0; 8]).0, 0);
+}
+
+/// A chain may name one buffer over and over: nothing is allocated for that.
+#[test]
+fn a_message_is_no_larger_than_any_that_is_right() {
+    const PIECE: u32 = 1 << 20;
+    const PIECES: usize = 240;
+    let most_resident = || -> u64 {
+        let status = fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse().unwrap()
+    };
+    let mut client = Client::new(false, CachePolicy::Auto);
+    let before = most_resident();
+    // Each says that all of it belongs to the request.
+    let size = PIECE * PIECES as u32;
+    let ioctl = [vec![0; 24], words(&[size, 0])].concat();
+    let attribute = words(&[size, 0]);
+    for (op, body, expected) in [
+        (IOCTL, ioctl, libc::ENOSYS),
+        (SETXATTR, attribute, libc::EINVAL),
+        (LOOKUP, Vec::new(), libc::EINVAL),
+    ] {
+        let message = [client.header(op, ROOT, size as usize), body].concat();
+        client.queue.write(DATA, &message);
+        let mut chain = vec![(DATA, message.len() as u32, 0)];
+        chain.extend([(DATA, PIECE, 0); PIECES]);
+        chain.push((ANSWER, 4096, WRITE));
+        client.queue.send(1, &chain);
+        let len = client.queue.wait_used(1) as usize;
+        assert_eq!(client.answer(len).0, expected, "opcode {op}");
+    }
+    let grown = most_resident() - before;
+    assert!(grown < 64 << 10, "{grown} KiB");
+    assert_eq!(client.call(GETATTR, ROOT, &[0; 16]).0, 0);
 }
 
 #[test]

@@ -236,6 +236,21 @@ impl<K: PartialEq, V> Recent<K, V> {
         entries.remove(at).map(|(_, value)| value)
     }
 
+    /// A copy of one, which becomes the most recent.
+    pub(super) fn get(&self, key: &K) -> Option<V>
+    where
+        V: Clone,
+    {
+        let mut entries = self.lock();
+        let at = entries.iter().position(|(other, _)| other == key)?;
+        if at > 0
+            && let Some(found) = entries.remove(at)
+        {
+            entries.push_front(found);
+        }
+        entries.front().map(|(_, value)| value.clone())
+    }
+
     /// Puts one in, and the least recent one out if there are too many.
     pub(super) fn put(&self, key: K, value: V) {
         let mut entries = self.lock();
@@ -281,8 +296,7 @@ mod tests {
         let recent = Recent::new(2);
         recent.put(1, 'a');
         recent.put(2, 'b');
-        assert_eq!(recent.take(&1), Some('a'));
-        recent.put(1, 'a');
+        assert_eq!((recent.get(&1), recent.get(&7)), (Some('a'), None));
         recent.put(3, 'c');
         assert_eq!((recent.take(&2), recent.take(&1), recent.take(&3)), (None, Some('a'), Some('c')));
     }

@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::ffi::{CStr, CString};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use fuse_backend_rs::api::filesystem::ROOT_ID;
@@ -37,16 +37,30 @@ enum FileId {
 /// How to get at a file.
 enum Place {
     Handle(Arc<FileHandle>),
-    Name { parent: Arc<Inode>, name: CString },
+    Name {
+        parent: Arc<Inode>,
+        name: CString,
+    },
     Fd(OwnedFd),
+    /// The root of the share, always held.
+    Root(OwnedFd),
 }
 
-/// A mount the guest knows files of. Its id is not given to another mount as
-/// long as this lives.
+/// Some open file of a mount, by which handles are opened.
+enum Anchor {
+    /// Of a mount that was made for the guest.
+    Held(OwnedFd),
+    /// Of one below a volume, that the host may unmount at any time: it is found
+    /// again each time, as what is held open cannot be unmounted.
+    Found { parent: Arc<Inode>, name: CString },
+}
+
+/// A mount the guest knows files of.
 struct Mount {
     id: u64,
-    /// Some file of it, by which handles are opened.
-    anchor: OwnedFd,
+    /// Its file system.
+    dev: u64,
+    anchor: Anchor,
     /// File handles can be made and opened.
     handles: bool,
     /// Nobody changes anything in it.
@@ -60,12 +74,35 @@ pub(super) struct Inode {
     mount: Arc<Mount>,
     /// Its type, `S_IFMT` bits of its mode.
     kind: u32,
+    /// It is known to have no `security.capability`.
+    no_capability: AtomicBool,
 }
 
 impl Inode {
     /// Whether it may be opened: opening anything else has effects of its own.
     pub(super) fn is_file_or_dir(&self) -> bool {
         matches!(self.kind, libc::S_IFREG | libc::S_IFDIR)
+    }
+
+    /// Whether it was found to have no `security.capability`; only of what is
+    /// immutable.
+    pub(super) fn lacks_capability(&self) -> bool {
+        self.no_capability.load(Ordering::Relaxed)
+    }
+
+    /// Remembers that for the next time.
+    pub(super) fn note_no_capability(&self) {
+        self.no_capability.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it is the root of the share.
+    pub(super) fn is_root(&self) -> bool {
+        matches!(self.place, Place::Root(_))
+    }
+
+    /// Writes what its file system holds to the host's disk.
+    pub(super) fn sync_fs(&self) -> io::Result<()> {
+        sys::sync_fs(self.mount.anchor()?.as_fd())
     }
 
     /// Whether neither host nor guest changes it, or what is in it.
@@ -76,9 +113,9 @@ impl Inode {
     /// A descriptor that stands for it, not open for data.
     pub(super) fn path_fd(&self) -> io::Result<Fd<'_>> {
         match &self.place {
-            Place::Fd(fd) => Ok(Fd::Borrowed(fd.as_fd())),
+            Place::Fd(fd) | Place::Root(fd) => Ok(Fd::Borrowed(fd.as_fd())),
             Place::Handle(handle) => {
-                sys::open_handle(self.mount.anchor.as_fd(), handle, libc::O_PATH).map(Fd::Owned)
+                sys::open_handle(self.mount.anchor()?.as_fd(), handle, libc::O_PATH).map(Fd::Owned)
             }
             Place::Name { parent, name } => {
                 let dir = parent.path_fd()?;
@@ -93,8 +130,8 @@ impl Inode {
             return Err(io::Error::from_raw_os_error(libc::ENXIO));
         }
         match &self.place {
-            Place::Fd(fd) => sys::reopen(fd.as_fd(), flags),
-            Place::Handle(handle) => sys::open_handle(self.mount.anchor.as_fd(), handle, flags),
+            Place::Fd(fd) | Place::Root(fd) => sys::reopen(fd.as_fd(), flags),
+            Place::Handle(handle) => sys::open_handle(self.mount.anchor()?.as_fd(), handle, flags),
             Place::Name { parent, name } => sys::open_at(parent.path_fd()?.as_fd(), name, flags, 0),
         }
     }
@@ -116,6 +153,8 @@ struct Tables {
 pub(super) struct Inodes {
     tables: Mutex<Tables>,
     mounts: Mutex<HashMap<u64, Weak<Mount>>>,
+    /// The file system of the root.
+    root_dev: u64,
     policy: Policy,
     next: AtomicU64,
 }
@@ -132,21 +171,30 @@ pub(super) struct Found {
     pub stat: Stat,
     /// Whether its attributes and content do not change.
     pub immutable: bool,
+    /// Whether it is a directory something is mounted on.
+    pub is_submount: bool,
 }
 
 impl Inodes {
     /// Knows nothing but `root`.
     pub(super) fn new(root: OwnedFd, policy: Policy) -> io::Result<Self> {
         let stat = sys::stat(root.as_fd(), c"")?;
-        let mount = Arc::new(Mount::open(policy, root.as_fd(), &stat)?);
+        let mount = Arc::new(Mount::open(policy, root.as_fd(), &stat, None)?);
         let mounts = HashMap::from([(stat.mount, Arc::downgrade(&mount))]);
-        let inode = Inode { key: number(&stat), kind: libc::S_IFDIR, place: Place::Fd(root), mount };
+        let inode = Inode {
+            key: number(&stat),
+            kind: libc::S_IFDIR,
+            place: Place::Root(root),
+            mount,
+            no_capability: AtomicBool::new(false),
+        };
         let mut tables = Tables::default();
         tables.by_key.insert(inode.key.clone(), ROOT_ID);
         tables.by_id.insert(ROOT_ID, Known { inode: Arc::new(inode), lookups: 1 });
         Ok(Self {
             tables: Mutex::new(tables),
             mounts: Mutex::new(mounts),
+            root_dev: stat.attr.st_dev,
             policy,
             next: AtomicU64::new(ROOT_ID + 1),
         })
@@ -169,21 +217,26 @@ impl Inodes {
             // Nothing can come between two calls by name where nothing changes.
             let stat = sys::stat(dir, name)?;
             if stat.mount == parent.mount.id {
-                return self.found(Arc::clone(&parent.mount), At::Name { parent, dir, name }, stat);
+                return self.found(parent, Arc::clone(&parent.mount), At::Name { parent, dir, name }, stat);
             }
         }
-        let fd = sys::open_at(dir, name, libc::O_PATH, 0)?;
+        self.found_open(parent, name, sys::open_at(dir, name, libc::O_PATH, 0)?)
+    }
+
+    /// The same of the file `name` of `parent` that is open already, with `O_PATH`.
+    pub(super) fn found_open(&self, parent: &Arc<Inode>, name: &CStr, fd: OwnedFd) -> io::Result<Found> {
         let mut stat = sys::stat(fd.as_fd(), c"")?;
         nodes::restore(fd.as_fd(), &mut stat.attr);
         let mount = match stat.mount == parent.mount.id {
             true => Arc::clone(&parent.mount),
-            false => self.mount(fd.as_fd(), &stat)?,
+            false => self.mount(parent, name, fd.as_fd(), &stat)?,
         };
-        self.found(mount, At::Fd(fd), stat)
+        self.found(parent, mount, At::Fd(fd), stat)
     }
 
-    fn found(&self, mount: Arc<Mount>, at: At<'_>, stat: Stat) -> io::Result<Found> {
+    fn found(&self, parent: &Inode, mount: Arc<Mount>, at: At<'_>, stat: Stat) -> io::Result<Found> {
         let immutable = mount.immutable;
+        let is_submount = mount.id != parent.mount.id && stat.attr.st_mode & libc::S_IFMT == libc::S_IFDIR;
         let handle = match (mount.handles, &at) {
             (false, _) => None,
             (true, At::Name { dir, name, .. }) => sys::handle_of(*dir, name)?,
@@ -204,10 +257,11 @@ impl Inodes {
                     }
                     (None, At::Fd(fd)) => Place::Fd(fd),
                 };
-                self.insert(Inode { key, place, mount, kind: stat.attr.st_mode & libc::S_IFMT })
+                let kind = stat.attr.st_mode & libc::S_IFMT;
+                self.insert(Inode { key, place, mount, kind, no_capability: AtomicBool::new(false) })
             }
         };
-        Ok(Found { id, stat, immutable })
+        Ok(Found { id, stat, immutable, is_submount })
     }
 
     /// The node id of a file the guest knows already; counts as one lookup.
@@ -260,12 +314,20 @@ impl Inodes {
     }
 
     /// The mount of a file found at the end of another one.
-    fn mount(&self, file: BorrowedFd<'_>, stat: &Stat) -> io::Result<Arc<Mount>> {
+    fn mount(
+        &self,
+        parent: &Arc<Inode>,
+        name: &CStr,
+        file: BorrowedFd<'_>,
+        stat: &Stat,
+    ) -> io::Result<Arc<Mount>> {
         let mut mounts = self.mounts.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(mount) = mounts.get(&stat.mount).and_then(Weak::upgrade) {
             return Ok(mount);
         }
-        let mount = Arc::new(Mount::open(self.policy, file, stat)?);
+        let again = (parent.mount.dev != self.root_dev)
+            .then(|| Anchor::Found { parent: Arc::clone(parent), name: name.to_owned() });
+        let mount = Arc::new(Mount::open(self.policy, file, stat, again)?);
         mounts.retain(|_, mount| mount.strong_count() > 0);
         mounts.insert(stat.mount, Arc::downgrade(&mount));
         Ok(mount)
@@ -273,22 +335,41 @@ impl Inodes {
 }
 
 impl Mount {
-    /// The mount of `file`, an `O_PATH` descriptor.
-    fn open(policy: Policy, file: BorrowedFd<'_>, stat: &Stat) -> io::Result<Self> {
-        // Handles are opened by a file that is really open, which nothing but
-        // files and directories may be.
-        let anchor = match stat.attr.st_mode & libc::S_IFMT {
-            libc::S_IFDIR => sys::open_at(file, c".", libc::O_RDONLY | libc::O_DIRECTORY, 0),
-            libc::S_IFREG => sys::reopen(file, libc::O_RDONLY | libc::O_NONBLOCK),
-            _ => file.try_clone_to_owned(),
-        }?;
+    /// The mount of `file`, an `O_PATH` descriptor; `again` is how to find it
+    /// where it is not to be held.
+    fn open(policy: Policy, file: BorrowedFd<'_>, stat: &Stat, again: Option<Anchor>) -> io::Result<Self> {
+        let held = anchor(file, stat)?;
         // Being able to make handles does not mean being able to open them: that
         // takes CAP_DAC_READ_SEARCH, and a file system that decodes them.
         let handles = sys::handle_of(file, c"")?
-            .is_some_and(|handle| sys::open_handle(anchor.as_fd(), &handle, libc::O_PATH).is_ok());
+            .is_some_and(|handle| sys::open_handle(held.as_fd(), &handle, libc::O_PATH).is_ok());
         let readonly = policy.readonly || sys::is_readonly(file)?;
         let immutable = policy.constant && readonly || sys::is_layers(file, stat.mount);
-        Ok(Self { id: stat.mount, anchor, handles, immutable })
+        let anchor = again.unwrap_or(Anchor::Held(held));
+        Ok(Self { id: stat.mount, dev: stat.attr.st_dev, anchor, handles, immutable })
+    }
+
+    fn anchor(&self) -> io::Result<Fd<'_>> {
+        let (parent, name) = match &self.anchor {
+            Anchor::Held(fd) => return Ok(Fd::Borrowed(fd.as_fd())),
+            Anchor::Found { parent, name } => (parent, name),
+        };
+        let file = sys::open_at(parent.path_fd()?.as_fd(), name, libc::O_PATH, 0)?;
+        let stat = sys::stat(file.as_fd(), c"")?;
+        if stat.mount != self.id {
+            return Err(io::Error::from_raw_os_error(libc::ESTALE));
+        }
+        anchor(file.as_fd(), &stat).map(Fd::Owned)
+    }
+}
+
+/// Handles are opened by a file that is really open, which nothing but files and
+/// directories may be.
+fn anchor(file: BorrowedFd<'_>, stat: &Stat) -> io::Result<OwnedFd> {
+    match stat.attr.st_mode & libc::S_IFMT {
+        libc::S_IFDIR => sys::open_at(file, c".", libc::O_RDONLY | libc::O_DIRECTORY, 0),
+        libc::S_IFREG => sys::reopen(file, libc::O_RDONLY | libc::O_NONBLOCK),
+        _ => file.try_clone_to_owned(),
     }
 }
 

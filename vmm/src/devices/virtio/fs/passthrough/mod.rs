@@ -22,6 +22,7 @@ mod inodes;
 mod nodes;
 mod ops;
 mod sys;
+mod xattrs;
 
 use std::ffi::CStr;
 use std::fs::File;
@@ -31,6 +32,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
+use fuse_backend_rs::abi::fuse_abi::ATTR_SUBMOUNT;
 use fuse_backend_rs::api::filesystem::{Entry, FsOptions, OpenOptions};
 
 use files::{DirStream, Handles, OpenFile, Recent};
@@ -46,13 +48,8 @@ const RECENT_FILES: usize = 64;
 const RECENT_DIRS: usize = 16;
 /// Files and directories the guest may have open, however many the host allows.
 const MAX_OPEN_FILES: usize = 32 << 10;
-/// Bytes of a file moved by one request: what the guest is told at INIT.
-const MAX_IO_BYTES: u32 = 1 << 20;
 /// Bytes of directory entries in one answer.
 const MAX_DIR_BYTES: u32 = 1 << 20;
-/// Bytes of one extended attribute, and of the list of their names (`XATTR_SIZE_MAX`).
-const MAX_XATTR_BYTES: u32 = 64 << 10;
-
 /// How a share is served.
 #[derive(Clone, Copy, Debug)]
 pub struct Policy {
@@ -86,6 +83,8 @@ pub struct Passthrough {
     /// FUSE_NO_OPENDIR_SUPPORT were agreed on.
     no_open: AtomicBool,
     no_opendir: AtomicBool,
+    /// The guest is told which directories are mounts, and mounts them.
+    submounts: AtomicBool,
     proc_self_fd: File,
 }
 
@@ -100,6 +99,7 @@ impl Passthrough {
             recent_dirs: Recent::new(RECENT_DIRS),
             no_open: AtomicBool::new(false),
             no_opendir: AtomicBool::new(false),
+            submounts: AtomicBool::new(false),
             proc_self_fd: File::open("/proc/self/fd")?,
         })
     }
@@ -121,7 +121,8 @@ impl Passthrough {
             | FsOptions::CACHE_SYMLINKS
             | FsOptions::DONT_MASK
             | FsOptions::POSIX_ACL
-            | FsOptions::HANDLE_KILLPRIV_V2;
+            | FsOptions::HANDLE_KILLPRIV_V2
+            | FsOptions::SUBMOUNTS;
         if !self.policy.constant {
             wanted |= FsOptions::AUTO_INVAL_DATA;
         }
@@ -131,6 +132,7 @@ impl Passthrough {
         let agreed = wanted & offered;
         self.no_open.store(agreed.contains(FsOptions::ZERO_MESSAGE_OPEN), Ordering::Relaxed);
         self.no_opendir.store(agreed.contains(FsOptions::ZERO_MESSAGE_OPENDIR), Ordering::Relaxed);
+        self.submounts.store(agreed.contains(FsOptions::SUBMOUNTS), Ordering::Relaxed);
         agreed
     }
 
@@ -152,13 +154,20 @@ impl Passthrough {
     }
 
     fn entry(&self, parent: &Inode, found: &Found) -> Entry {
+        let submount = found.is_submount && self.submounts.load(Ordering::Relaxed);
         Entry {
             inode: found.id,
             generation: 0,
             attr: found.stat.attr,
-            attr_flags: 0,
+            attr_flags: if submount { ATTR_SUBMOUNT } else { 0 },
             attr_timeout: self.timeout(found.immutable),
-            entry_timeout: self.timeout(parent.is_immutable()),
+            // What is in the root comes and goes with containers, whatever the
+            // rest does; not keeping it lets the guest forget what has gone.
+            entry_timeout: if parent.is_root() {
+                Duration::ZERO
+            } else {
+                self.timeout(parent.is_immutable())
+            },
         }
     }
 
@@ -185,12 +194,17 @@ impl Passthrough {
         if !self.no_open.load(Ordering::Relaxed) {
             return self.handles.file(id, handle);
         }
-        let file = match self.recent_files.take(&id) {
-            Some(file) => file,
-            None => Arc::new(self.open_for(&*self.inodes.get(id)?, libc::O_RDONLY.cast_unsigned())?),
-        };
+        if let Some(file) = self.recent_files.get(&id) {
+            return Ok(file);
+        }
+        let file = Arc::new(self.open_for(&*self.inodes.get(id)?, libc::O_RDONLY.cast_unsigned())?);
         self.recent_files.put(id, Arc::clone(&file));
         Ok(file)
+    }
+
+    /// Writes what the host's file system of a node holds to its disk.
+    pub fn sync_fs(&self, id: u64) -> io::Result<()> {
+        if self.policy.readonly { Ok(()) } else { self.inodes.get(id)?.sync_fs() }
     }
 
     fn open_dir(&self, inode: &Inode) -> io::Result<DirStream> {

@@ -13,7 +13,7 @@ use super::sys;
 
 /// The attribute: `b` or `c`, and the numbers as `MAJOR:MINOR`.
 const ATTRIBUTE: &CStr = c"trusted.rvm.device";
-/// All our attributes; a guest neither sees nor sets them.
+/// All our attributes; a guest does not see them under these names.
 pub(super) const PREFIX: &[u8] = b"trusted.rvm.";
 /// Longest value: a letter, a space, 12 and 20 bits in decimal, a colon.
 const MAX_VALUE_BYTES: usize = 2 + 4 + 1 + 7;
@@ -56,6 +56,14 @@ pub(super) fn restore(node: BorrowedFd<'_>, attr: &mut libc::stat64) {
     }
 }
 
+/// The type, `S_IFMT` bits of a mode, that `name` in `dir` has to guests.
+pub(super) fn kind(dir: BorrowedFd<'_>, name: &CStr) -> io::Result<u32> {
+    let node = sys::open_at(dir, name, libc::O_PATH, 0)?;
+    let mut attr = sys::stat(node.as_fd(), c"")?.attr;
+    restore(node.as_fd(), &mut attr);
+    Ok(attr.st_mode & libc::S_IFMT)
+}
+
 fn parse(value: &[u8]) -> Option<(u32, u64)> {
     let (kind, number) = str::from_utf8(value).ok()?.split_once(' ')?;
     let kind = match kind {
@@ -65,14 +73,6 @@ fn parse(value: &[u8]) -> Option<(u32, u64)> {
     };
     let (major, minor) = number.split_once(':')?;
     Some((kind, libc::makedev(major.parse().ok()?, minor.parse().ok()?)))
-}
-
-/// Takes our attributes out of a list of names, each ended by a NUL.
-pub(super) fn hide(names: &mut Vec<u8>) {
-    if names.windows(PREFIX.len()).any(|window| window == PREFIX) {
-        let kept = names.split_inclusive(|byte| *byte == 0).filter(|name| !name.starts_with(PREFIX));
-        *names = kept.flatten().copied().collect();
-    }
 }
 
 #[cfg(test)]
@@ -87,14 +87,5 @@ mod tests {
         for wrong in [&b"c 1"[..], b"d 1:3", b"c -1:3", b"c 1:3 ", b"\xff", b""] {
             assert_eq!(parse(wrong), None, "{wrong:?}");
         }
-    }
-
-    #[test]
-    fn only_our_names_are_hidden() {
-        let mut names = b"user.a\0trusted.rvm.device\0trusted.rvm\0".to_vec();
-        hide(&mut names);
-        assert_eq!(names, b"user.a\0trusted.rvm\0");
-        hide(&mut names);
-        assert_eq!(names, b"user.a\0trusted.rvm\0");
     }
 }

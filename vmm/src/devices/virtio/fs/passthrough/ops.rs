@@ -15,11 +15,13 @@ use fuse_backend_rs::api::filesystem::{
     SetattrValid, ZeroCopyReader, ZeroCopyWriter,
 };
 
+use super::super::MAX_IO_BYTES;
 use super::files::{Dirent, OpenFile};
 use super::inodes::Inode;
 use super::nodes;
 use super::sys::{self, ActingFor, Lent};
-use super::{MAX_DIR_BYTES, MAX_IO_BYTES, MAX_XATTR_BYTES, Passthrough, component};
+use super::xattrs::{self, Found};
+use super::{MAX_DIR_BYTES, Passthrough, component};
 
 /// `fallocate(2)` modes FUSE knows.
 const ALLOCATE_MODES: i32 =
@@ -32,16 +34,6 @@ fn errno<T>(number: i32) -> io::Result<T> {
 /// An offset or length as the host's kernel takes it.
 fn signed(value: u64) -> io::Result<i64> {
     i64::try_from(value).or_else(|_| errno(libc::EINVAL))
-}
-
-/// The extended attributes a guest may change: its users', capabilities of
-/// executables, ACLs. The rest (`trusted.*`, labels of the host's security
-/// modules) means something to the host.
-fn changeable(name: &CStr) -> io::Result<()> {
-    const WHOLE: [&[u8]; 3] =
-        [b"security.capability", b"system.posix_acl_access", b"system.posix_acl_default"];
-    let name = name.to_bytes();
-    if name.starts_with(b"user.") || WHOLE.contains(&name) { Ok(()) } else { errno(libc::EPERM) }
 }
 
 /// Takes set-user-id and set-group-id off a file somebody without the right
@@ -81,6 +73,38 @@ impl Passthrough {
         self.find(&parent, dir.as_fd(), name)
     }
 
+    /// Makes a file without a name in `parent` for a process of the guest, open
+    /// (`O_TMPFILE`); `link` may name it later.
+    pub fn make_nameless(
+        &self,
+        uid: u32,
+        gid: u32,
+        parent: u64,
+        args: &CreateIn,
+    ) -> io::Result<(Entry, u64, OpenOptions)> {
+        self.change()?;
+        let parent = self.inodes.get(parent)?;
+        let flags = args.flags.cast_signed();
+        const KEPT: i32 = libc::O_ACCMODE | libc::O_EXCL | libc::O_APPEND | libc::O_SYNC | libc::O_DSYNC;
+        let file = {
+            let dir = parent.path_fd()?;
+            let _acting = ActingFor::new(uid, gid, args.umask)?;
+            sys::open_at(dir.as_fd(), c".", libc::O_TMPFILE | flags & KEPT, args.mode & 0o7777)?
+        };
+        let found = self.inodes.found_open(&parent, c"", sys::reopen(file.as_fd(), libc::O_PATH)?)?;
+        let opened = self.inodes.get(found.id).and_then(|inode| {
+            let handle = self.handles.add_file(found.id, OpenFile::new(file, flags & libc::O_APPEND != 0))?;
+            Ok((handle, self.open_options(&inode, false)))
+        });
+        match opened {
+            Ok((handle, options)) => Ok((self.entry(&parent, &found), handle, options)),
+            Err(error) => {
+                self.inodes.forget([(found.id, 1)]);
+                Err(error)
+            }
+        }
+    }
+
     fn resize(&self, inode: &Inode, id: u64, handle: Option<u64>, size: i64, kill: bool) -> io::Result<()> {
         let file = match handle {
             Some(handle) => self.handles.file(id, handle)?,
@@ -112,7 +136,11 @@ impl FileSystem for Passthrough {
         let parent = self.inodes.get(parent)?;
         match self.find(&parent, parent.path_fd()?.as_fd(), name) {
             // Node id 0 lets the guest remember that there is nothing.
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) && parent.is_immutable() => {
+            Err(error)
+                if error.raw_os_error() == Some(libc::ENOENT)
+                    && parent.is_immutable()
+                    && !parent.is_root() =>
+            {
                 Ok(Entry { entry_timeout: self.timeout(true), ..Entry::default() })
             }
             found => found,
@@ -423,11 +451,12 @@ impl FileSystem for Passthrough {
         if size > MAX_DIR_BYTES {
             return errno(libc::EINVAL);
         }
-        self.read_dir(inode, handle, offset, &mut |_, entry| {
+        self.read_dir(inode, handle, offset, &mut |dir, entry| {
             let mut added = dir_entry(&entry);
             if added.type_ == u32::from(libc::DT_CHR) {
-                // It may stand for another type.
-                added.type_ = libc::DT_UNKNOWN.into();
+                // It may stand for another type; and overlayfs, which looks for its
+                // whiteouts by type, wants to be told for certain.
+                added.type_ = nodes::kind(dir, entry.name).map_or(libc::DT_UNKNOWN.into(), |kind| kind >> 12);
             }
             Ok(add_entry(added)? > 0)
         })
@@ -464,46 +493,27 @@ impl FileSystem for Passthrough {
     }
 
     fn getxattr(&self, _ctx: &Context, inode: u64, name: &CStr, size: u32) -> io::Result<GetxattrReply> {
-        // Marks of the host's overlays are not for the guest's, which asks for
-        // one with every file it looks up.
-        let bytes = name.to_bytes();
-        if bytes.starts_with(b"trusted.overlay.") || bytes.starts_with(nodes::PREFIX) {
-            return errno(libc::ENODATA);
-        }
-        let inode = self.inodes.get(inode)?;
-        let mut value = vec![0; size.min(MAX_XATTR_BYTES) as usize];
-        let len = sys::get_xattr(inode.path_fd()?.as_fd(), name, &mut value)?;
-        if size == 0 {
-            return Ok(GetxattrReply::Count(len as u32));
-        }
-        value.truncate(len);
-        Ok(GetxattrReply::Value(value))
+        Ok(match xattrs::get(&*self.inodes.get(inode)?, name, size)? {
+            Found::Len(len) => GetxattrReply::Count(len),
+            Found::Bytes(value) => GetxattrReply::Value(value),
+        })
     }
 
     fn listxattr(&self, _ctx: &Context, inode: u64, size: u32) -> io::Result<ListxattrReply> {
-        let inode = self.inodes.get(inode)?;
-        let mut names = vec![0; size.min(MAX_XATTR_BYTES) as usize];
-        let len = sys::list_xattr(inode.path_fd()?.as_fd(), &mut names)?;
-        if size == 0 {
-            return Ok(ListxattrReply::Count(len as u32));
-        }
-        names.truncate(len);
-        nodes::hide(&mut names);
-        Ok(ListxattrReply::Names(names))
+        Ok(match xattrs::list(&*self.inodes.get(inode)?, size)? {
+            Found::Len(len) => ListxattrReply::Count(len),
+            Found::Bytes(names) => ListxattrReply::Names(names),
+        })
     }
 
     fn setxattr(&self, _ctx: &Context, inode: u64, name: &CStr, value: &[u8], flags: u32) -> io::Result<()> {
         self.change()?;
-        changeable(name)?;
-        let inode = self.inodes.get(inode)?;
-        sys::set_xattr(inode.path_fd()?.as_fd(), name, value, flags.cast_signed())
+        xattrs::set(&*self.inodes.get(inode)?, name, value, flags)
     }
 
     fn removexattr(&self, _ctx: &Context, inode: u64, name: &CStr) -> io::Result<()> {
         self.change()?;
-        changeable(name)?;
-        let inode = self.inodes.get(inode)?;
-        sys::remove_xattr(inode.path_fd()?.as_fd(), name)
+        xattrs::remove(&*self.inodes.get(inode)?, name)
     }
 }
 

@@ -269,6 +269,12 @@ pub(super) fn set_append(fd: BorrowedFd<'_>, append: bool) -> io::Result<()> {
     check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags) }).map(drop)
 }
 
+/// `syncfs(2)` of the file system of an open file.
+pub(super) fn sync_fs(fd: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: touches no memory.
+    check(unsafe { libc::syncfs(fd.as_raw_fd()) }).map(drop)
+}
+
 /// `fstatvfs(3)`.
 pub(super) fn stat_fs(fd: BorrowedFd<'_>) -> io::Result<libc::statvfs64> {
     let mut buffer = MaybeUninit::<libc::statvfs64>::zeroed();

@@ -1,0 +1,181 @@
+//! One FUSE message: what stands between a descriptor chain and the library.
+//!
+//! `fuse-backend-rs` allocates what a message asks for, as far as its buffers go.
+//! So it only sees messages whose buffers are no larger than any that is right,
+//! and only with the opcodes the server knows; what the library does not know
+//! but Linux asks for is answered here.
+//!
+//! A message lies in memory the guest can change after it was looked at. What
+//! holds in spite of that is the bound: it is taken of the very buffers that the
+//! library reads from. A guest that changes the opcode meanwhile gains no more
+//! than an allocation of that size.
+
+use std::io::{self, Write};
+use std::sync::Arc;
+
+use fuse_backend_rs::abi::fuse_abi::{CreateIn, EntryOut, InHeader, Opcode, OpenOut, OutHeader};
+use fuse_backend_rs::api::server::Server;
+use fuse_backend_rs::transport::{Reader, VirtioFsWriter, Writer};
+use virtio_queue::DescriptorChain;
+use vm_memory::ByteValued;
+
+use super::passthrough::Passthrough;
+use crate::memory::GuestRam;
+
+/// Bytes of the largest message: a WRITE of [`super::MAX_IO_BYTES`] with its headers.
+const MAX_MESSAGE_BYTES: usize = super::MAX_IO_BYTES as usize + 4096;
+
+/// Opcodes Linux has and the library has not.
+const SYNCFS: u32 = 50;
+const TMPFILE: u32 = 51;
+
+/// What is done with a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Handling {
+    /// The library decodes it.
+    Library,
+    /// Everything a file system holds goes to the host's disk.
+    SyncFs,
+    /// A file without a name is made.
+    TmpFile,
+    /// No answer is expected to what is not done.
+    Silence,
+    /// The guest's kernel does without, and asks no more.
+    Unknown,
+}
+
+fn handling(opcode: u32) -> Handling {
+    const LIBRARY: [Opcode; 33] = [
+        Opcode::Lookup,
+        Opcode::Forget,
+        Opcode::Getattr,
+        Opcode::Setattr,
+        Opcode::Readlink,
+        Opcode::Symlink,
+        Opcode::Mknod,
+        Opcode::Mkdir,
+        Opcode::Unlink,
+        Opcode::Rmdir,
+        Opcode::Rename,
+        Opcode::Link,
+        Opcode::Open,
+        Opcode::Read,
+        Opcode::Write,
+        Opcode::Statfs,
+        Opcode::Release,
+        Opcode::Fsync,
+        Opcode::Setxattr,
+        Opcode::Getxattr,
+        Opcode::Listxattr,
+        Opcode::Removexattr,
+        Opcode::Init,
+        Opcode::Opendir,
+        Opcode::Readdir,
+        Opcode::Releasedir,
+        Opcode::Fsyncdir,
+        Opcode::Create,
+        Opcode::Destroy,
+        Opcode::BatchForget,
+        Opcode::Fallocate,
+        Opcode::Readdirplus,
+        Opcode::Rename2,
+    ];
+    match opcode {
+        SYNCFS => Handling::SyncFs,
+        TMPFILE => Handling::TmpFile,
+        _ if opcode == Opcode::Interrupt as u32 => Handling::Silence,
+        _ if opcode == Opcode::Lseek as u32 => Handling::Library,
+        _ if LIBRARY.iter().any(|known| *known as u32 == opcode) => Handling::Library,
+        _ => Handling::Unknown,
+    }
+}
+
+/// Answers a guest's messages.
+pub(super) struct FuseServer {
+    library: Server<Arc<Passthrough>>,
+    tree: Arc<Passthrough>,
+}
+
+impl FuseServer {
+    pub(super) fn new(tree: Passthrough) -> Self {
+        let tree = Arc::new(tree);
+        Self { library: Server::new(Arc::clone(&tree)), tree }
+    }
+
+    pub(super) fn tree(&self) -> &Passthrough {
+        &self.tree
+    }
+
+    /// Answers one request; returns the bytes of the answer, 0 for none.
+    pub(super) fn answer(&self, memory: &GuestRam, chain: DescriptorChain<&GuestRam>) -> u32 {
+        let written = self.serve(memory, chain.clone()).unwrap_or_else(|| {
+            // A driver must not take what lies in its buffer for an answer.
+            let request = header(memory, chain.clone())?;
+            reply(memory, chain, request.unique, Err(libc::EINVAL))
+        });
+        written.and_then(|written| u32::try_from(written).ok()).unwrap_or(0)
+    }
+
+    /// The bytes of the answer; `None` where the message could not be decoded.
+    fn serve(&self, memory: &GuestRam, chain: DescriptorChain<&GuestRam>) -> Option<Option<usize>> {
+        let request = header(memory, chain.clone())?;
+        match handling(request.opcode) {
+            Handling::Library => {
+                let reader = Reader::from_descriptor_chain(memory, chain.clone()).ok()?;
+                if reader.available_bytes() > MAX_MESSAGE_BYTES {
+                    return None;
+                }
+                let writer = VirtioFsWriter::new(memory, chain).ok()?;
+                self.library.handle_message(reader, Writer::VirtioFs(writer), None, None).ok().map(Some)
+            }
+            Handling::SyncFs => {
+                let result = self.tree.sync_fs(request.nodeid).map(|()| Vec::new());
+                Some(reply(memory, chain, request.unique, result.map_err(number)))
+            }
+            Handling::TmpFile => {
+                let result = self.make_nameless(memory, chain.clone());
+                Some(reply(memory, chain, request.unique, result.map_err(number)))
+            }
+            Handling::Silence => Some(Some(0)),
+            Handling::Unknown => Some(reply(memory, chain, request.unique, Err(libc::ENOSYS))),
+        }
+    }
+
+    /// The answer to a TMPFILE: as to a CREATE.
+    fn make_nameless(&self, memory: &GuestRam, chain: DescriptorChain<&GuestRam>) -> io::Result<Vec<u8>> {
+        let invalid = |_| io::Error::from_raw_os_error(libc::EINVAL);
+        let mut reader = Reader::from_descriptor_chain(memory, chain).map_err(invalid)?;
+        let request: InHeader = reader.read_obj()?;
+        let args: CreateIn = reader.read_obj()?;
+        let made = self.tree.make_nameless(request.uid, request.gid, request.nodeid, &args);
+        let (entry, handle, options) = made?;
+        let open = OpenOut { fh: handle, open_flags: options.bits(), passthrough: 0 };
+        Ok([EntryOut::from(entry).as_slice(), open.as_slice()].concat())
+    }
+}
+
+fn number(error: io::Error) -> i32 {
+    error.raw_os_error().unwrap_or(libc::EINVAL)
+}
+
+fn header(memory: &GuestRam, chain: DescriptorChain<&GuestRam>) -> Option<InHeader> {
+    Reader::from_descriptor_chain(memory, chain).ok()?.read_obj().ok()
+}
+
+/// Answers with a result or an error number; `None` where there is no room.
+fn reply(
+    memory: &GuestRam,
+    chain: DescriptorChain<&GuestRam>,
+    unique: u64,
+    result: Result<Vec<u8>, i32>,
+) -> Option<usize> {
+    let (error, body) = match result {
+        Ok(body) => (0, body),
+        Err(error) => (-error, Vec::new()),
+    };
+    let len = size_of::<OutHeader>() + body.len();
+    let header = OutHeader { len: u32::try_from(len).ok()?, error, unique };
+    let mut writer = VirtioFsWriter::new(memory, chain).ok()?;
+    writer.write_all(&[header.as_slice(), &body].concat()).ok()?;
+    Some(len)
+}
