@@ -1,10 +1,10 @@
 //! The root file system's mounts as containerd hands them over, turned into one
-//! read-only tree.
+//! tree.
 //!
-//! The guest gets the image's layers merged and read-only; what the container
-//! writes goes to the guest's own upper layer. So of an overlay only the lower
-//! layers are mounted, by the host's kernel, which resolves whiteouts and opaque
-//! directories once for everybody.
+//! Where what the container writes stays in the guest, it gets the image's layers
+//! merged and read-only: of an overlay only the lower layers are mounted, by the
+//! host's kernel, which resolves whiteouts and opaque directories once for
+//! everybody. Where it goes to the host, the mounts are made as they are.
 
 use std::{
     fs, io,
@@ -89,20 +89,35 @@ pub(crate) enum Step {
     },
 }
 
+/// Whether what a container writes goes to its mounts on the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Access {
+    /// No: the layers alone are mounted.
+    ReadOnly,
+    /// Yes: they are mounted as they are.
+    Writable,
+}
+
 /// What to mount for containerd's `layers`; `root` is used where there are
 /// none, `is_empty` tells whether an upper directory holds nothing.
 pub(crate) fn plan(
     layers: &[Layer],
     root: &Path,
+    access: Access,
     is_empty: impl Fn(&Path) -> bool,
 ) -> Result<Vec<Step>, RootfsError> {
     if layers.is_empty() {
         return Ok(vec![Step::Bind(root.to_owned())]);
     }
-    layers.iter().enumerate().map(|(index, layer)| step(index, layer, &is_empty)).collect()
+    layers.iter().enumerate().map(|(index, layer)| step(index, layer, access, &is_empty)).collect()
 }
 
-fn step(index: usize, layer: &Layer, is_empty: &impl Fn(&Path) -> bool) -> Result<Step, RootfsError> {
+fn step(
+    index: usize,
+    layer: &Layer,
+    access: Access,
+    is_empty: &impl Fn(&Path) -> bool,
+) -> Result<Step, RootfsError> {
     let wrong = |field, problem: &str| Err(RootfsError::Layer { index, field, problem: problem.to_owned() });
     if !matches!(layer.target.as_str(), "" | "/") {
         return wrong("target", "mounts below the root are not supported");
@@ -118,7 +133,7 @@ fn step(index: usize, layer: &Layer, is_empty: &impl Fn(&Path) -> bool) -> Resul
         return Ok(Step::Bind(layer.source.clone().into()));
     }
     if layer.kind == "overlay" {
-        return overlay(index, &layer.options, is_empty);
+        return overlay(index, &layer.options, access, is_empty);
     }
     let mut flags = MsFlags::empty();
     let mut data = Vec::new();
@@ -139,7 +154,12 @@ fn step(index: usize, layer: &Layer, is_empty: &impl Fn(&Path) -> bool) -> Resul
     })
 }
 
-fn overlay(index: usize, options: &[String], is_empty: &impl Fn(&Path) -> bool) -> Result<Step, RootfsError> {
+fn overlay(
+    index: usize,
+    options: &[String],
+    access: Access,
+    is_empty: &impl Fn(&Path) -> bool,
+) -> Result<Step, RootfsError> {
     let wrong = |problem: String| RootfsError::Layer { index, field: "options", problem };
     let mut lower = Vec::new();
     let mut upper = None;
@@ -147,12 +167,14 @@ fn overlay(index: usize, options: &[String], is_empty: &impl Fn(&Path) -> bool) 
     for option in options {
         match option.split_once('=') {
             Some(("lowerdir", dirs)) => lower = split_lower(dirs),
+            Some(("upperdir" | "workdir", _)) if access == Access::Writable => others.push(option.clone()),
             Some(("upperdir", dir)) => upper = Some(dir.to_owned()),
             Some(("workdir", _)) => {}
             Some(("uidmap" | "gidmap", _)) => {
                 return Err(wrong(format!("{option:?}: idmapped layers are not supported")));
             }
-            _ if option == "volatile" || mount_flag(option).is_some() => {}
+            _ if mount_flag(option).is_some() => {}
+            _ if option == "volatile" && access == Access::ReadOnly => {}
             _ => others.push(option.clone()),
         }
     }
@@ -163,10 +185,11 @@ fn overlay(index: usize, options: &[String], is_empty: &impl Fn(&Path) -> bool) 
     {
         lower.insert(0, upper);
     }
+    let writable = others.iter().any(|option| option.starts_with("upperdir="));
     match lower.as_slice() {
         [] => Err(wrong("\"lowerdir\" is missing: an overlay needs layers".into())),
         // Overlayfs without an upper layer wants two.
-        [only] => Ok(Step::Bind(unescape(only).into())),
+        [only] if !writable => Ok(Step::Bind(unescape(only).into())),
         _ => Ok(Step::Overlay { lower, options: others }),
     }
 }
@@ -229,23 +252,44 @@ fn mount_flag(option: &str) -> Option<MsFlags> {
 /// Mounts `layers`, or the directory `root` where there are none, read-only on
 /// `target`: one mount on top of the other where there are several.
 pub(crate) fn mount_readonly(layers: &[Layer], root: &Path, target: &Path) -> Result<(), RootfsError> {
+    mount_all(layers, root, target, Access::ReadOnly)
+}
+
+/// The same as the client would mount it, with what is mounted below it.
+pub(crate) fn mount_writable(layers: &[Layer], root: &Path, target: &Path) -> Result<(), RootfsError> {
+    mount_all(layers, root, target, Access::Writable)
+}
+
+fn mount_all(layers: &[Layer], root: &Path, target: &Path, access: Access) -> Result<(), RootfsError> {
     if layers.is_empty() && !root.is_dir() {
         let source = fs::metadata(root).err().unwrap_or_else(|| io::ErrorKind::NotADirectory.into());
         return Err(RootfsError::Root { path: root.to_owned(), source });
     }
-    for step in plan(layers, root, is_empty_dir)? {
-        let (what, result) = match &step {
-            Step::Bind(source) => (source.display().to_string(), mount::bind(source, target, false)),
+    let flag = match access {
+        Access::ReadOnly => MsFlags::MS_RDONLY,
+        Access::Writable => MsFlags::empty(),
+    };
+    for (index, step) in plan(layers, root, access, is_empty_dir)?.iter().enumerate() {
+        let (what, result) = match step {
+            Step::Bind(source) => {
+                (source.display().to_string(), mount::bind(source, target, access == Access::Writable))
+            }
             Step::Overlay { lower, options } => {
-                (format!("an overlay of {} layers", lower.len()), mount_overlay(lower, options, target))
+                let what = format!("an overlay of {} layers", lower.len());
+                (what, mount_overlay(lower, options, target, flag))
             }
             Step::FileSystem { kind, source, flags, data } => (
                 format!("{source} ({kind})"),
-                mount::mount_fs(kind, source, target, *flags | MsFlags::MS_RDONLY, Some(data)),
+                mount::mount_fs(kind, source, target, *flags | flag, Some(data)),
             ),
         };
+        let asked = layers.get(index).is_some_and(|layer| layer.options.iter().any(|option| option == "ro"));
         result
-            .and_then(|()| mount::seal_readonly(target, false))
+            .and_then(|()| match access {
+                Access::ReadOnly => mount::seal_readonly(target, false),
+                Access::Writable if asked => mount::make_readonly(target, false),
+                Access::Writable => Ok(()),
+            })
             .map_err(|source| RootfsError::Mount { what, source })?;
     }
     Ok(())
@@ -255,10 +299,10 @@ fn is_empty_dir(dir: &Path) -> bool {
     fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_none())
 }
 
-fn mount_overlay(lower: &[String], options: &[String], target: &Path) -> io::Result<()> {
+fn mount_overlay(lower: &[String], options: &[String], target: &Path, flags: MsFlags) -> io::Result<()> {
     let data = overlay_data(lower, options);
     if data.len() <= MAX_MOUNT_DATA {
-        return mount::mount_fs("overlay", "overlay", target, MsFlags::MS_RDONLY, Some(&data));
+        return mount::mount_fs("overlay", "overlay", target, flags, Some(&data));
     }
     // Many layers: name them from the directory they have in common.
     let Some((dir, relative)) = relative_to_common(lower) else {
@@ -274,7 +318,6 @@ fn mount_overlay(lower: &[String], options: &[String], target: &Path) -> io::Res
             format!("the layers' paths are {} bytes long, {MAX_MOUNT_DATA} are possible", data.len()),
         ));
     }
-    let flags = MsFlags::MS_RDONLY;
     mount::mount_fs_from(Path::new(&unescape(&dir)), "overlay", "overlay", target, flags, &data)
 }
 
@@ -316,7 +359,7 @@ mod tests {
     fn overlay_of(options: &[&str], upper_is_empty: bool) -> Result<Vec<Step>, RootfsError> {
         let options = options.iter().map(|option| (*option).to_owned()).collect();
         let layer = Layer { kind: "overlay".into(), source: "overlay".into(), options, ..Layer::default() };
-        plan(&[layer], Path::new("/unused"), |_| upper_is_empty)
+        plan(&[layer], Path::new("/unused"), Access::ReadOnly, |_| upper_is_empty)
     }
 
     #[test]
@@ -353,12 +396,18 @@ mod tests {
             options: vec!["rbind".into(), "rw".into()],
             ..Layer::default()
         };
-        assert_eq!(plan(&[bind], Path::new("/unused"), |_| true).unwrap(), [Step::Bind("/s/1/fs".into())]);
+        assert_eq!(
+            plan(&[bind], Path::new("/unused"), Access::ReadOnly, |_| true).unwrap(),
+            [Step::Bind("/s/1/fs".into())]
+        );
     }
 
     #[test]
     fn no_mounts_mean_the_bundles_root() {
-        assert_eq!(plan(&[], Path::new("/b/rootfs"), |_| true).unwrap(), [Step::Bind("/b/rootfs".into())]);
+        assert_eq!(
+            plan(&[], Path::new("/b/rootfs"), Access::ReadOnly, |_| true).unwrap(),
+            [Step::Bind("/b/rootfs".into())]
+        );
     }
 
     #[test]
@@ -370,7 +419,7 @@ mod tests {
             ..Layer::default()
         };
         assert_eq!(
-            plan(&[layer], Path::new("/unused"), |_| true).unwrap(),
+            plan(&[layer], Path::new("/unused"), Access::ReadOnly, |_| true).unwrap(),
             [Step::FileSystem {
                 kind: "ext4".into(),
                 source: "/dev/mapper/x".into(),
@@ -382,7 +431,9 @@ mod tests {
 
     #[test]
     fn errors_name_the_mount() {
-        let error = |layer: Layer| plan(&[layer], Path::new("/"), |_| true).unwrap_err().to_string();
+        let error = |layer: Layer| {
+            plan(&[layer], Path::new("/"), Access::ReadOnly, |_| true).unwrap_err().to_string()
+        };
         assert_eq!(error(Layer::default()), "rootfs[0].type: is missing");
         assert_eq!(
             error(Layer { kind: "bind".into(), ..Layer::default() }),
@@ -399,6 +450,28 @@ mod tests {
         assert_eq!(
             overlay_of(&["lowerdir=/a:/b", "uidmap=0:1000:10"], true).unwrap_err().to_string(),
             "rootfs[0].options: \"uidmap=0:1000:10\": idmapped layers are not supported"
+        );
+    }
+
+    #[test]
+    fn what_is_written_to_is_mounted_as_it_is() {
+        let options =
+            ["index=off", "workdir=/s/3/work", "upperdir=/s/3/fs", "lowerdir=/s/1/fs", "volatile", "rw"];
+        let layer = Layer {
+            kind: "overlay".into(),
+            options: options.iter().map(|option| (*option).to_owned()).collect(),
+            ..Layer::default()
+        };
+        assert_eq!(
+            plan(&[layer], Path::new("/unused"), Access::Writable, |_| false).unwrap(),
+            [Step::Overlay {
+                lower: vec!["/s/1/fs".into()],
+                options: options
+                    .iter()
+                    .filter(|o| !["lowerdir=/s/1/fs", "rw"].contains(o))
+                    .map(|o| (*o).to_owned())
+                    .collect(),
+            }]
         );
     }
 

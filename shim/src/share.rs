@@ -99,11 +99,17 @@ impl Share {
     /// Adds a container: its layers, and what its spec binds. On an error what
     /// was mounted so far stays until [`Share::remove`].
     pub fn add(&mut self, bundle: &Bundle, layers: &[Layer]) -> Result<(), ShareError> {
-        let rootfs = self.layers.make_dir(&bundle.container.rootfs.share_path)?;
-        rootfs::mount_readonly(layers, &bundle.root, &rootfs)?;
-        if !bundle.volumes.is_empty() {
+        let root = &bundle.container.rootfs;
+        if root.on_volumes || !bundle.volumes.is_empty() {
             // A mount of its own: in the guest all of a container's volumes go with it.
             self.volumes.make_mount(&bundle.container.container_id)?;
+        }
+        if root.on_volumes {
+            let target = self.volumes.make_dir(&root.share_path)?;
+            rootfs::mount_writable(layers, &bundle.root, &target)?;
+        } else {
+            let target = self.layers.make_dir(&root.share_path)?;
+            rootfs::mount_readonly(layers, &bundle.root, &target)?;
         }
         for volume in &bundle.volumes {
             self.add_volume(volume)?;

@@ -100,7 +100,8 @@ impl Tasks {
         let label = format!("{}/{}", self.namespace, create.id);
         let _creating = self.reserve(&create.id)?;
         let config = create.options.config()?;
-        let bundle = Bundle::load(&create.bundle, &create.id, &config.compat)?;
+        let mut bundle = Bundle::load(&create.bundle, &create.id, &config.compat)?;
+        bundle.settle_writes(config.writes, &create.layers);
         create.options.check(&bundle)?;
         bundle.check_file_systems(&config.guest.kernel)?;
         create.options.join_cgroup()?;

@@ -127,17 +127,78 @@ fn a_killed_sandbox_leaves_a_file_system_that_mounts_again() {
     });
 }
 
-/// No snapshot, no place beside it: the file lives and dies with the sandbox.
+/// Asked for by its specification, a directory is left as it is: with no snapshot
+/// there is no place beside it, and the scratch lives and dies with the sandbox.
 #[test]
-fn a_plain_directory_as_root() {
+fn a_plain_directory_that_is_not_written_to() {
     with_block(|world| {
-        let rootfs = world.rootfs()?.to_string_lossy().into_owned();
-        let run = world.ctr().container("plain").with(&["--rootfs", &rootfs]);
-        // No image, no PATH.
+        let spec = world.ctr().run(&["oci", "spec"], scale::command())?.success()?;
+        let mut spec: serde_json::Value = serde_json::from_slice(&spec.stdout)?;
+        spec["root"]["path"] = world.rootfs()?.to_string_lossy().into_owned().into();
         let script = "PATH=/bin; grep -c ' / overlay ' /proc/mounts; echo x > /new && cat /new";
-        let finished = run.run(&["/bin/sh", "-c", script])?.success()?;
-        ensure!(finished.text() == "1\nx\n", "{finished}");
-        ensure!(!world.rootfs()?.join("new").exists(), "written to the directory itself");
+        spec["process"]["args"] = serde_json::json!(["/bin/sh", "-c", script]);
+        spec["annotations"] = serde_json::json!({"io.rvm.writes": "guest"});
+        let path = world.write_file("spec.json", spec.to_string())?;
+        let finished = world.ctr().container("plain").with(&["--config", &path]).run(&[]);
+        std::fs::remove_file(path)?;
+        let finished = finished?.success()?;
+        if world.stage().is_rvm() {
+            ensure!(finished.text() == "1\nx\n", "{finished}");
+            ensure!(!world.rootfs()?.join("new").exists(), "written to the directory itself");
+        }
+        Ok(())
+    });
+}
+
+/// As under runc: it is the container's, with what is mounted below it.
+#[test]
+fn a_directory_of_the_host_as_root() {
+    case(|world| {
+        let dir = world.dir().join("root");
+        let result = (|| {
+            shell(&format!(
+                "cp -a {} {1} && mkdir {1}/below && mount -t tmpfs tmpfs {1}/below && echo deep > {1}/below/file",
+                world.rootfs()?.display(),
+                dir.display()
+            ))?;
+            let run = world.ctr().container("plain").with(&["--rootfs", &dir.to_string_lossy()]);
+            // No image, no PATH.
+            let script = "PATH=/bin; echo x > /new && cat /new /below/file; rm /etc/hosts; echo y > /below/new; \
+                          stat -c %d / /below | sort -u | wc -l; mknod /node c 1 3 && echo z > /node && echo opened";
+            let finished = run.run(&["/bin/sh", "-c", script])?.success()?;
+            ensure!(finished.text() == "x\ndeep\n2\nopened\n", "{finished}");
+            let read = |name: &str| std::fs::read_to_string(dir.join(name));
+            ensure!(read("new")? == "x\n" && read("below/new")? == "y\n" && read("etc/hosts").is_err());
+            Ok(())
+        })();
+        shell(&format!("umount {0}/below; rm -rf {0} /run/mount", dir.display()))?;
+        result
+    });
+}
+
+/// Written to its snapshot, what a container writes is there for everybody who
+/// asks containerd.
+#[test]
+fn what_is_written_to_the_host_is_in_the_snapshot() {
+    case(|world| {
+        world.set_config(&world.config().text("scratch", "writes", "host"))?;
+        let script = "if test -e /kept; then cat /kept /dir/file; test ! -e /etc/hosts && stat -c '%a %u' /dir; \
+                      else mkdir -m 1751 /dir; chown 7 /dir; rm /etc/hosts; echo inside > /dir/file; \
+                      echo kept > /kept; chmod 4755 /bin/busybox; fi";
+        let run = world.ctr().container("host").kept();
+        run.shell(script)?.success()?;
+        let diff = world.ctr().run(&["snapshots", "diff", &run.id], scale::container())?.success()?;
+        let archive = world.write_file("diff.tar", &diff.stdout)?;
+        let listed = shell(&format!("tar tvf {archive}"));
+        std::fs::remove_file(archive)?;
+        let listed = listed?;
+        for name in [" kept", " dir/", " dir/file", " etc/.wh.hosts"] {
+            ensure!(listed.lines().any(|line| line.ends_with(name)), "{name:?} is missing: {listed}");
+        }
+        ensure!(scratch_files(world)?.is_empty(), "nothing else takes it");
+        let again = start_again(world, &run)?.success()?;
+        ensure!(again.text() == "kept\ninside\n1751 7\n", "{again}");
+        world.ctr().run(&["containers", "rm", &run.id], scale::command())?.success()?;
         Ok(())
     });
 }

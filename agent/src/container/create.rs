@@ -42,7 +42,7 @@ use crate::{
     error::{Error, Step, StepResult},
     io::ChildEnds,
     sandbox::check_name,
-    storage::{Scratch, share},
+    storage::Scratch,
     sys::process::{Child, fork_sibling, spawn},
 };
 
@@ -105,8 +105,7 @@ impl Plan {
             None => Limits::default(),
         };
         let devices = devices::all(devices);
-        let lower = share::layers(&request.rootfs.share_path)?;
-        let rootfs = Rootfs::new(&request, lower, scratch.layer().clone())?;
+        let rootfs = Rootfs::new(&request, scratch)?;
         let ids = namespaces.user.as_ref().map(|user| user.ids.clone());
         let container_id = request.container_id.clone();
         let common = Arc::new(Common { container_id, filter, personality: request.personality, ids });

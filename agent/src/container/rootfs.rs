@@ -25,7 +25,7 @@ use rvm_protocol::agent;
 use super::paths::{Root, kind, open_path};
 use crate::{
     error::{Error, Step, StepResult, check_relative},
-    storage::Layer,
+    storage::{Layer, Scratch, share},
     sys::mount::{Attributes, FsContext, attach, clone_tree, set_attributes},
 };
 
@@ -36,13 +36,20 @@ pub const MOUNT_POINT: &str = "/run/rvm/rootfs";
 /// A root file system to be mounted.
 #[derive(Debug)]
 pub struct Rootfs {
-    lower: PathBuf,
-    layer: Layer,
+    base: Base,
     readonly: bool,
     /// Propagation, and whether of the mounts below too.
     propagation: (u64, bool),
     masked: Vec<String>,
     readonly_paths: Vec<String>,
+}
+
+#[derive(Debug)]
+enum Base {
+    /// The image's layers, and what differs from them in the guest.
+    Layers { lower: PathBuf, layer: Layer },
+    /// A root of the host's, written to as it is.
+    Volume(PathBuf),
 }
 
 /// Checks the part of a request that describes the root file system.
@@ -85,10 +92,14 @@ fn propagation(name: &str) -> Result<(u64, bool), Error> {
 
 impl Rootfs {
     /// A root file system as asked for by a request that passed [`check`].
-    pub fn new(request: &agent::CreateContainerRequest, lower: PathBuf, layer: Layer) -> Result<Self, Error> {
+    pub fn new(request: &agent::CreateContainerRequest, scratch: &Scratch) -> Result<Self, Error> {
+        let path = &request.rootfs.share_path;
+        let base = match request.rootfs.on_volumes {
+            true => Base::Volume(share::volume(path)),
+            false => Base::Layers { lower: share::layers(path)?, layer: scratch.layer().clone() },
+        };
         Ok(Self {
-            lower,
-            layer,
+            base,
             readonly: request.rootfs.readonly,
             propagation: propagation(&request.rootfs.propagation)?,
             masked: request.masked_paths.clone(),
@@ -103,18 +114,14 @@ impl Rootfs {
         let slave = Attributes { propagation: MsFlags::MS_SLAVE.bits(), ..Attributes::default() };
         set_attributes(old.as_fd(), slave, true).step(|| "detach the mount namespace")?;
 
-        if self.layer.fresh {
-            copy_attributes(&self.lower, &self.layer.upper)
-                .step(|| "copy the attributes of the image's root")?;
+        match &self.base {
+            Base::Layers { lower, layer } => mount_overlay(lower, layer)?,
+            Base::Volume(path) => {
+                let step = || format!("mount the root file system {path:?}");
+                let tree = clone_tree(AT_FDCWD, path, true).step(step)?;
+                attach(tree, open_path(Path::new(MOUNT_POINT)).step(step)?).step(step)?;
+            }
         }
-        let options = format!(
-            "lowerdir={},upperdir={},workdir={}",
-            self.lower.display(),
-            self.layer.upper.display(),
-            self.layer.work.display()
-        );
-        mount(Some("overlay"), MOUNT_POINT, Some("overlay"), MsFlags::empty(), Some(options.as_str()))
-            .step(|| format!("mount the root file system ({options})"))?;
         Root::open(Path::new(MOUNT_POINT)).step(|| "open the root file system")
     }
 
@@ -140,6 +147,20 @@ impl Rootfs {
         }
         Ok(())
     }
+}
+
+fn mount_overlay(lower: &Path, layer: &Layer) -> StepResult<()> {
+    if layer.fresh {
+        copy_attributes(lower, &layer.upper).step(|| "copy the attributes of the image's root")?;
+    }
+    let options = format!(
+        "lowerdir={},upperdir={},workdir={}",
+        lower.display(),
+        layer.upper.display(),
+        layer.work.display()
+    );
+    mount(Some("overlay"), MOUNT_POINT, Some("overlay"), MsFlags::empty(), Some(options.as_str()))
+        .step(|| format!("mount the root file system ({options})"))
 }
 
 /// A second mount of the root file system, on top of the one that was copied

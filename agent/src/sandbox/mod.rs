@@ -122,7 +122,10 @@ impl Sandbox {
     }
 
     async fn make_container(&self, id: &str, request: agent::CreateContainerRequest) -> Result<u32, Error> {
-        let scratch = Arc::new(Scratch::mount(id, &request.scratch)?);
+        let scratch = Arc::new(match request.rootfs.on_volumes {
+            true => Scratch::none(),
+            false => Scratch::mount(id, &request.scratch)?,
+        });
         let made = self.make_container_on(id, request, &scratch).await;
         if made.is_err() {
             share::release_container(id);

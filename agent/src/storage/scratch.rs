@@ -74,9 +74,8 @@ impl Scratch {
         }
     }
 
-    /// One that is nowhere.
-    #[cfg(test)]
-    pub fn in_memory() -> Self {
+    /// That of a container whose writes go to the host.
+    pub fn none() -> Self {
         let layer = Layer { upper: PathBuf::new(), work: PathBuf::new(), fresh: true };
         Self { target: PathBuf::new(), device: None, layer }
     }

@@ -46,6 +46,8 @@ pub struct Config {
     pub guest: Guest,
     /// Where writable layers live.
     pub scratch: Scratch,
+    /// Where what a container writes goes, unless it says so itself.
+    pub writes: Writes,
     /// Programs and directories of the host.
     pub host: Host,
     /// What is accepted from clients although it cannot be done.
@@ -98,6 +100,32 @@ pub enum Scratch {
         /// Size of the file in bytes.
         size_bytes: u64,
     },
+}
+
+/// Where what a container writes to its root file system goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Writes {
+    /// To the scratch.
+    Guest,
+    /// To the client's own snapshot or directory.
+    Host,
+    /// To the guest's memory.
+    Memory,
+}
+
+impl Writes {
+    /// Their names, in configurations and annotations.
+    pub const NAMES: [&str; 3] = ["guest", "host", "memory"];
+
+    /// The one of that name.
+    pub fn named(name: &str) -> Option<Self> {
+        Some(match name {
+            "guest" => Self::Guest,
+            "host" => Self::Host,
+            "memory" => Self::Memory,
+            _ => return None,
+        })
+    }
 }
 
 /// Programs and directories of the host.
@@ -221,6 +249,7 @@ impl Config {
                 boot_timeout: Duration::from_secs(table.integer("guest", "boot_timeout_s", 1, 3600)?),
             },
             scratch: scratch(table)?,
+            writes: writes(table)?,
             host: Host {
                 monitor: table.path("host", "monitor")?,
                 state_dir: table.path("host", "state_dir")?,
@@ -300,6 +329,13 @@ fn scratch(table: &Table) -> Result<Scratch, ConfigError> {
         return Err(table.wrong("scratch", "size_mib", expected));
     }
     Ok(Scratch::Block { size_bytes: size_mib << 20 })
+}
+
+fn writes(table: &Table) -> Result<Writes, ConfigError> {
+    let name = table.one_of("scratch", "writes", &Writes::NAMES)?;
+    Writes::named(name).ok_or_else(|| {
+        table.wrong("scratch", "writes", format!("must be one of {}", Writes::NAMES.join(", ")))
+    })
 }
 
 fn log_level(table: &Table) -> Result<log::LevelFilter, ConfigError> {

@@ -63,6 +63,7 @@ fn every_key_and_section_is_documented_above_it() {
         "log.level",
         "scratch.backing",
         "scratch.size_mib",
+        "scratch.writes",
     ];
     assert_eq!(keys.iter().map(String::as_str).collect::<Vec<_>>(), read);
 }
@@ -80,7 +81,9 @@ fn a_users_file_changes_what_it_names() {
     assert_eq!(config.scratch, Scratch::Block { size_bytes: 1 << 30 });
     assert!(config.compat.ignore_labels && !defaults.compat.ignore_labels);
     let tmpfs = Config::parse("[scratch]\nbacking = 'tmpfs'\n", "config.toml").unwrap();
-    assert_eq!(tmpfs.scratch, Scratch::Tmpfs { size_bytes: 0 });
+    assert_eq!((tmpfs.scratch, tmpfs.writes), (Scratch::Tmpfs { size_bytes: 0 }, Writes::Guest));
+    let host = Config::parse("[scratch]\nwrites = 'host'\n", "config.toml").unwrap();
+    assert_eq!(host.writes, Writes::Host);
     assert_eq!(config.log_level, log::LevelFilter::Debug);
     assert_eq!(config.guest.kernel, defaults.guest.kernel);
     assert_eq!(config.host, defaults.host);

@@ -94,9 +94,11 @@ impl Preparing {
         timeline: &Arc<Timeline>,
     ) -> Result<Self, SandboxError> {
         let container = bundle.container.container_id.clone();
-        let (scratch, tmpfs_bytes) = match config.scratch {
-            config::Scratch::Tmpfs { size_bytes } => (None, size_bytes),
-            config::Scratch::Block { size_bytes } => {
+        let (scratch, tmpfs_bytes) = match bundle.scratch(config.scratch) {
+            // The agent makes none where all is written to the host.
+            None => (None, 0),
+            Some(config::Scratch::Tmpfs { size_bytes }) => (None, size_bytes),
+            Some(config::Scratch::Block { size_bytes }) => {
                 let noted = timeline.clone();
                 let done = move || noted.mark("scratch ready");
                 let scratch =
@@ -119,9 +121,7 @@ impl Preparing {
             tmpfs_bytes,
             disks: bundle.disks.clone(),
             claim: Claim::of(bundle),
-            writes: scratch.is_some()
-                || bundle.volumes.iter().any(|volume| !volume.readonly)
-                || bundle.disks.iter().any(|disk| !disk.readonly),
+            writes: scratch.is_some() || bundle.writes_to_host(),
             scratch,
         })
     }

@@ -18,6 +18,7 @@ mod scheduling;
 mod submounts;
 #[cfg(test)]
 mod tests;
+mod writes;
 
 use std::{
     collections::HashMap,
@@ -30,7 +31,7 @@ use rvm_protocol::agent::{CreateContainerRequest, Device, NamespaceType, Process
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::config::Compat;
+use crate::config::{Compat, Writes};
 
 pub use disks::HostDisk;
 pub use hooks::{Hook, HostHooks};
@@ -118,6 +119,8 @@ pub struct Bundle {
     pub hooks: HostHooks,
     /// The specification's version, for the state that hooks are given.
     pub oci_version: String,
+    /// Where what it writes goes; see [`Bundle::settle_writes`].
+    pub writes: Option<Writes>,
     /// The specification's annotations.
     pub annotations: HashMap<String, String>,
     /// Fields that were accepted and have no effect.
@@ -267,6 +270,7 @@ fn translate(dir: &Path, id: &str, spec: &Spec, compat: &Compat) -> Result<Bundl
         disks,
         hooks,
         oci_version: spec.version().clone(),
+        writes: writes::of(&annotations)?,
         annotations,
         not_applied,
     })

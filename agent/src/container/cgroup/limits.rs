@@ -251,7 +251,7 @@ mod tests {
     use super::*;
 
     fn plan(resources: &Resources) -> Result<Limits, Error> {
-        Limits::plan("resources", resources, &Scratch::in_memory())
+        Limits::plan("resources", resources, &Scratch::none())
     }
 
     /// A directory with these files stands for a cgroup.
