@@ -14,8 +14,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use fuse_backend_rs::api::filesystem::ROOT_ID;
 
+use super::files::Recent;
 use super::sys::{self, Fd, FileHandle, Stat};
 use super::{Policy, nodes};
+
+/// Directories of one mount that are kept open.
+const RECENT_DIRS: usize = 64;
 
 /// What tells one file from another.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -65,10 +69,14 @@ struct Mount {
     handles: bool,
     /// Nobody changes anything in it.
     immutable: bool,
+    /// Directories found by name and used last, so that what is deep below is not
+    /// looked for from the root each time. By node id.
+    dirs: Recent<u64, Arc<OwnedFd>>,
 }
 
 /// A file the guest knows.
 pub(super) struct Inode {
+    id: u64,
     key: Key,
     place: Place,
     mount: Arc<Mount>,
@@ -118,8 +126,16 @@ impl Inode {
                 sys::open_handle(self.mount.anchor()?.as_fd(), handle, libc::O_PATH).map(Fd::Owned)
             }
             Place::Name { parent, name } => {
-                let dir = parent.path_fd()?;
-                sys::open_at(dir.as_fd(), name, libc::O_PATH, 0).map(Fd::Owned)
+                if let Some(fd) = self.mount.dirs.get(&self.id) {
+                    return Ok(Fd::Shared(fd));
+                }
+                let fd = sys::open_at(parent.path_fd()?.as_fd(), name, libc::O_PATH, 0)?;
+                if self.kind != libc::S_IFDIR {
+                    return Ok(Fd::Owned(fd));
+                }
+                let fd = Arc::new(fd);
+                self.mount.dirs.put(self.id, Arc::clone(&fd));
+                Ok(Fd::Shared(fd))
             }
         }
     }
@@ -182,6 +198,7 @@ impl Inodes {
         let mount = Arc::new(Mount::open(policy, root.as_fd(), &stat, None)?);
         let mounts = HashMap::from([(stat.mount, Arc::downgrade(&mount))]);
         let inode = Inode {
+            id: ROOT_ID,
             key: number(&stat),
             kind: libc::S_IFDIR,
             place: Place::Root(root),
@@ -258,7 +275,8 @@ impl Inodes {
                     (None, At::Fd(fd)) => Place::Fd(fd),
                 };
                 let kind = stat.attr.st_mode & libc::S_IFMT;
-                self.insert(Inode { key, place, mount, kind, no_capability: AtomicBool::new(false) })
+                let id = self.next.fetch_add(1, Ordering::Relaxed);
+                self.insert(Inode { id, key, place, mount, kind, no_capability: AtomicBool::new(false) })
             }
         };
         Ok(Found { id, stat, immutable, is_submount })
@@ -282,7 +300,7 @@ impl Inodes {
             known.lookups = known.lookups.saturating_add(1);
             return id;
         }
-        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let id = inode.id;
         tables.by_key.insert(inode.key.clone(), id);
         tables.by_id.insert(id, Known { inode: Arc::new(inode), lookups: 1 });
         id
@@ -346,7 +364,8 @@ impl Mount {
         let readonly = policy.readonly || sys::is_readonly(file)?;
         let immutable = policy.constant && readonly || sys::is_layers(file, stat.mount);
         let anchor = again.unwrap_or(Anchor::Held(held));
-        Ok(Self { id: stat.mount, dev: stat.attr.st_dev, anchor, handles, immutable })
+        let dirs = Recent::new(RECENT_DIRS);
+        Ok(Self { id: stat.mount, dev: stat.attr.st_dev, anchor, handles, immutable, dirs })
     }
 
     fn anchor(&self) -> io::Result<Fd<'_>> {

@@ -10,6 +10,7 @@ use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
 
 /// Largest file handle the kernel makes (`MAX_HANDLE_SZ`).
 const MAX_HANDLE_BYTES: usize = 128;
@@ -413,6 +414,7 @@ fn set_fs_id(call: libc::c_long, id: u32) -> io::Result<()> {
 /// A descriptor held for the time of an operation, or only borrowed for it.
 pub(super) enum Fd<'a> {
     Owned(OwnedFd),
+    Shared(Arc<OwnedFd>),
     Borrowed(BorrowedFd<'a>),
 }
 
@@ -420,6 +422,7 @@ impl AsFd for Fd<'_> {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match self {
             Self::Owned(fd) => fd.as_fd(),
+            Self::Shared(fd) => fd.as_fd(),
             Self::Borrowed(fd) => *fd,
         }
     }
