@@ -301,3 +301,96 @@ pub(crate) fn remove_dir(share: &Path) {
         remove_empty(dir);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::OnceLock;
+
+    use nix::sched::{CloneFlags, unshare};
+
+    use super::*;
+    use crate::config::{Compat, Writes};
+
+    /// Runs `test` on a thread with a mount namespace of its own, with a directory.
+    fn apart(test: impl FnOnce(&Path) + Send) {
+        let dir = tempfile::tempdir().unwrap();
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                unshare(CloneFlags::CLONE_NEWNS).expect("the tests run as root");
+                let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+                nix::mount::mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
+                test(dir.path());
+            });
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        });
+    }
+
+    /// A container with a read-write, a read-only and a file volume, in `dir`.
+    fn bundle(dir: &Path, writes: Writes) -> Bundle {
+        static SPEC: OnceLock<serde_json::Value> = OnceLock::new();
+        let mut spec = SPEC
+            .get_or_init(|| {
+                serde_json::json!({
+                    "ociVersion": "1.0.2",
+                    "process": {"args": ["true"], "cwd": "/", "user": {"uid": 0, "gid": 0}},
+                    "root": {"path": "root"},
+                    "linux": {"namespaces": [{"type": "mount"}, {"type": "network"}, {"type": "pid"}]},
+                })
+            })
+            .clone();
+        spec["mounts"] = serde_json::json!([
+            {"destination": "/w", "type": "bind", "source": dir.join("w"), "options": ["rbind", "rw"]},
+            {"destination": "/r", "type": "bind", "source": dir.join("r"), "options": ["rbind", "ro"]},
+            {"destination": "/f", "type": "bind", "source": dir.join("w/file"), "options": ["bind", "rw"]},
+        ]);
+        for name in ["w", "r", "root"] {
+            let _ = fs::create_dir(dir.join(name));
+        }
+        fs::write(dir.join("w/file"), "content").unwrap();
+        let compat = Compat::default();
+        let mut bundle = Bundle::parse(dir, "c1", spec.to_string().as_bytes(), &compat).unwrap();
+        bundle.writes = Some(writes);
+        bundle.settle_writes(writes, &[]);
+        bundle
+    }
+
+    /// What the server, who sees the trees as anybody does, can do to a place.
+    fn refused(place: &Path) -> bool {
+        let readonly =
+            |result: io::Result<()>| result.is_err_and(|error| error.raw_os_error() == Some(libc::EROFS));
+        readonly(fs::create_dir(place.join("made")))
+            && readonly(fs::File::create(place.join("made")).map(drop))
+            && readonly(std::os::unix::fs::symlink("/etc", place.join("made")))
+            && readonly(fs::set_permissions(place, std::os::unix::fs::PermissionsExt::from_mode(0o777)))
+    }
+
+    #[test]
+    fn nothing_but_what_is_given_can_be_written_to() {
+        apart(|dir| {
+            let share_dir = dir.join("share");
+            let mut share = Share::create(share_dir.clone()).unwrap();
+            for _ in 0..2 {
+                share.add(&bundle(dir, Writes::Guest), &[]).unwrap();
+                let volumes = share_dir.join("volumes");
+                for sealed in ["layers", "layers/c1", "volumes", "volumes/c1", "volumes/c1/1", "volumes/c1/2"]
+                {
+                    assert!(refused(&share_dir.join(sealed)), "{sealed}");
+                }
+                fs::write(volumes.join("c1/0/new"), "new").unwrap();
+                assert_eq!(fs::read_to_string(volumes.join("c1/2/file")).unwrap(), "content");
+                fs::write(volumes.join("c1/2/file"), "changed").unwrap();
+                assert_eq!(fs::read_to_string(dir.join("w/file")).unwrap(), "changed");
+                share.remove("c1");
+                for tree in ["layers", "volumes"] {
+                    assert_eq!(fs::read_dir(share_dir.join(tree)).unwrap().count(), 0, "{tree}");
+                }
+            }
+            share.add(&bundle(dir, Writes::Host), &[]).unwrap();
+            fs::write(share_dir.join("volumes/c1/rootfs/new"), "new").unwrap();
+            assert!(dir.join("root/new").exists());
+            drop(share);
+            // Nothing of the host's went with it.
+            assert!(!share_dir.exists() && dir.join("w/new").exists() && dir.join("root/new").exists());
+        });
+    }
+}

@@ -24,6 +24,7 @@ const RECENT_DIRS: usize = 64;
 /// What tells one file from another.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Key {
+    /// [`Mount::number`].
     mount: u64,
     file: FileId,
 }
@@ -61,7 +62,11 @@ enum Anchor {
 
 /// A mount the guest knows files of.
 struct Mount {
+    /// The kernel's number. It is given to another once the mount is gone, which
+    /// one that is held is not.
     id: u64,
+    /// Our own, which no other gets.
+    number: u64,
     /// Its file system.
     dev: u64,
     anchor: Anchor,
@@ -195,11 +200,11 @@ impl Inodes {
     /// Knows nothing but `root`.
     pub(super) fn new(root: OwnedFd, policy: Policy) -> io::Result<Self> {
         let stat = sys::stat(root.as_fd(), c"")?;
-        let mount = Arc::new(Mount::open(policy, root.as_fd(), &stat, None)?);
+        let mount = Arc::new(Mount::open(policy, 0, root.as_fd(), &stat, None)?);
         let mounts = HashMap::from([(stat.mount, Arc::downgrade(&mount))]);
         let inode = Inode {
             id: ROOT_ID,
-            key: number(&stat),
+            key: by_number(&mount, &stat),
             kind: libc::S_IFDIR,
             place: Place::Root(root),
             mount,
@@ -261,8 +266,8 @@ impl Inodes {
         }
         .map(Arc::new);
         let key = match &handle {
-            Some(handle) => Key { mount: mount.id, file: FileId::Handle(Arc::clone(handle)) },
-            None => number(&stat),
+            Some(handle) => Key { mount: mount.number, file: FileId::Handle(Arc::clone(handle)) },
+            None => by_number(&mount, &stat),
         };
         let id = match self.known(&key) {
             Some(id) => id,
@@ -340,12 +345,15 @@ impl Inodes {
         stat: &Stat,
     ) -> io::Result<Arc<Mount>> {
         let mut mounts = self.mounts.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(mount) = mounts.get(&stat.mount).and_then(Weak::upgrade) {
+        if let Some(mount) = mounts.get(&stat.mount).and_then(Weak::upgrade)
+            && mount.is_at(parent, name, stat)
+        {
             return Ok(mount);
         }
         let again = (parent.mount.dev != self.root_dev)
             .then(|| Anchor::Found { parent: Arc::clone(parent), name: name.to_owned() });
-        let mount = Arc::new(Mount::open(self.policy, file, stat, again)?);
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let mount = Arc::new(Mount::open(self.policy, number, file, stat, again)?);
         mounts.retain(|_, mount| mount.strong_count() > 0);
         mounts.insert(stat.mount, Arc::downgrade(&mount));
         Ok(mount)
@@ -355,7 +363,13 @@ impl Inodes {
 impl Mount {
     /// The mount of `file`, an `O_PATH` descriptor; `again` is how to find it
     /// where it is not to be held.
-    fn open(policy: Policy, file: BorrowedFd<'_>, stat: &Stat, again: Option<Anchor>) -> io::Result<Self> {
+    fn open(
+        policy: Policy,
+        number: u64,
+        file: BorrowedFd<'_>,
+        stat: &Stat,
+        again: Option<Anchor>,
+    ) -> io::Result<Self> {
         let held = anchor(file, stat)?;
         // Being able to make handles does not mean being able to open them: that
         // takes CAP_DAC_READ_SEARCH, and a file system that decodes them.
@@ -365,7 +379,17 @@ impl Mount {
         let immutable = policy.constant && readonly || sys::is_layers(file, stat.mount);
         let anchor = again.unwrap_or(Anchor::Held(held));
         let dirs = Recent::new(RECENT_DIRS);
-        Ok(Self { id: stat.mount, dev: stat.attr.st_dev, anchor, handles, immutable, dirs })
+        Ok(Self { id: stat.mount, number, dev: stat.attr.st_dev, anchor, handles, immutable, dirs })
+    }
+
+    /// Whether it is the one found there now, and not another with its id.
+    fn is_at(&self, place: &Arc<Inode>, at: &CStr, stat: &Stat) -> bool {
+        match &self.anchor {
+            Anchor::Held(_) => true,
+            Anchor::Found { parent, name } => {
+                Arc::ptr_eq(parent, place) && name.as_c_str() == at && self.dev == stat.attr.st_dev
+            }
+        }
     }
 
     fn anchor(&self) -> io::Result<Fd<'_>> {
@@ -392,6 +416,6 @@ fn anchor(file: BorrowedFd<'_>, stat: &Stat) -> io::Result<OwnedFd> {
     }
 }
 
-fn number(stat: &Stat) -> Key {
-    Key { mount: stat.mount, file: FileId::Number { dev: stat.attr.st_dev, ino: stat.attr.st_ino } }
+fn by_number(mount: &Mount, stat: &Stat) -> Key {
+    Key { mount: mount.number, file: FileId::Number { dev: stat.attr.st_dev, ino: stat.attr.st_ino } }
 }
