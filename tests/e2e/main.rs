@@ -23,4 +23,5 @@ mod rvmctl;
 mod scratch;
 mod seccomp;
 mod size;
+mod soak;
 mod volumes;

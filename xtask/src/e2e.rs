@@ -2,6 +2,7 @@
 //! image, and a program of `tests/` that runs where KVM can run a kernel.
 
 use std::ffi::OsString;
+use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -61,8 +62,14 @@ impl Prepared {
             purposes.push(Purpose::Devhost);
         }
         packages::ensure(&purposes)?;
-        let dir = build::target_dir().join("rvm").join("stage").join(profile.as_str());
+        let stages = build::target_dir().join("rvm").join("stage");
+        let dir = stages.join(profile.as_str());
+        std::fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
+        // Another run of the same target directory puts the same files in place.
+        let lock = File::create(stages.join("lock"))?;
+        lock.lock().context("lock the stage")?;
         let prefix = install::stage(&dir, profile)?;
+        drop(lock);
         let image = build::busybox_image()?;
         // The names are those of tests/src/stage.rs.
         let env = vec![

@@ -16,9 +16,18 @@ pub struct Args {
     /// Run pjdfstest's tests whose names contain one of these; all otherwise.
     patterns: Vec<String>,
     /// Operations of each run of fsx.
-    #[arg(long, default_value_t = 1000)]
+    #[arg(long, default_value_t = OPERATIONS)]
     operations: u32,
 }
+
+impl Default for Args {
+    fn default() -> Self {
+        Self { patterns: Vec::new(), operations: OPERATIONS }
+    }
+}
+
+/// Operations of a run of fsx where nothing else is asked for.
+const OPERATIONS: u32 = 1000;
 
 /// The programs and their versions, from crates.io.
 const TOOLS: [(&str, &str); 2] = [("pjdfstest", "0.2.2"), ("fsx", "0.3.2")];

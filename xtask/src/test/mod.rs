@@ -12,6 +12,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use crate::build::{self, Profile};
 use crate::devhost;
 use crate::e2e::{self, Output, Prepared};
+use crate::fstest;
 use crate::host::Host;
 use crate::parity;
 use tally::{Reader, Tally};
@@ -33,6 +34,10 @@ pub struct Args {
     /// and 4 GiB of memory.
     #[arg(long, value_name = "N", default_value_t = default_shards())]
     shards: usize,
+    /// Everything of the gate, then what takes an hour more: other releases of containerd, other cgroup
+    /// hierarchies, file system tests, soaks.
+    #[arg(long, conflicts_with_all = ["filter", "containerd", "cgroups"])]
+    all: bool,
 }
 
 /// Two where there are processors for them.
@@ -69,8 +74,69 @@ impl From<Result<String>> for Outcome {
 /// Module of the cases for a KVM that cannot run a kernel.
 const RING0: &str = "ring0::";
 
+/// Module of the cases that do the same many times.
+const SOAK: &str = "soak::";
+
+/// Releases of containerd that `--all` tries, and the cases for which they matter: those about its API.
+const CONTAINERDS: [&str; 2] = ["trixie", "sid"];
+const CONTAINERDS_CASES: [&str; 5] = ["run::", "exec::", "death::", "failures::", "process::"];
+
+/// Hierarchies of cgroups that `--all` tries, and the cases about the host's cgroups.
+const HIERARCHIES: [devhost::Cgroups; 2] = [devhost::Cgroups::Hybrid, devhost::Cgroups::V1];
+const HIERARCHIES_CASES: [&str; 3] = ["size::", "run::exit_codes", "death::"];
+
 /// Module of the cases in a whole Debian, which takes a while to make.
 const DEBIAN: &str = "debian";
+
+/// Which end-to-end cases, and where.
+struct Selection {
+    /// What the summary calls it.
+    name: String,
+    /// Parts of the cases' names; all where there are none.
+    filters: Vec<String>,
+    /// Beginnings of names of cases that are left out.
+    without: Vec<&'static str>,
+    containerd: Option<String>,
+    cgroups: devhost::Cgroups,
+    shards: usize,
+}
+
+impl Selection {
+    /// What the arguments ask for: without a filter the gate's, which leaves soaks out.
+    fn of(args: &Args) -> Self {
+        let without = if args.filter.is_empty() && !args.all { vec![RING0, SOAK] } else { vec![RING0] };
+        Self {
+            name: "end to end".to_owned(),
+            filters: args.filter.clone(),
+            without,
+            containerd: args.containerd.clone(),
+            cgroups: args.cgroups,
+            shards: args.shards,
+        }
+    }
+
+    /// What `--all` runs beside the gate.
+    fn others(args: &Args) -> Vec<Self> {
+        let owned = |cases: &[&str]| cases.iter().map(|&case| case.to_owned()).collect();
+        let containerds = CONTAINERDS.iter().map(|release| Self {
+            name: format!("end to end, containerd of {release}"),
+            filters: owned(&CONTAINERDS_CASES),
+            containerd: Some((*release).to_owned()),
+            ..Self::of(args)
+        });
+        let hierarchies = HIERARCHIES.iter().map(|&cgroups| Self {
+            name: format!("end to end, cgroups {}", cgroups.as_str()),
+            filters: owned(&HIERARCHIES_CASES),
+            cgroups,
+            ..Self::of(args)
+        });
+        containerds.chain(hierarchies).collect()
+    }
+
+    fn has(&self, module: &str) -> bool {
+        self.filters.is_empty() || self.filters.iter().any(|filter| filter.contains(module))
+    }
+}
 
 /// Runs `cargo xtask test`: every part, also after one has failed. Exits with 1
 /// when one has.
@@ -82,15 +148,23 @@ pub fn run(args: Args) -> Result<()> {
         parts.act("clippy", || cargo(&lints).into());
         parts.act("unit tests", unit_tests);
     }
-    end_to_end(&args, &mut parts);
+    let selection = Selection::of(&args);
+    end_to_end(&selection, &mut parts);
+    if args.all {
+        for other in Selection::others(&args) {
+            end_to_end(&other, &mut parts);
+        }
+        parts
+            .act("file system tests", || fstest::run(fstest::Args::default()).map(|()| String::new()).into());
+    }
     parts.end()
 }
 
-/// The end-to-end cases that `args` ask for.
-fn end_to_end(args: &Args, parts: &mut Parts) {
+/// The end-to-end cases of a selection.
+fn end_to_end(selection: &Selection, parts: &mut Parts) {
     let mut built = None;
     parts.act("build", || {
-        build_for(args)
+        build_for(selection)
             .map(|everything| {
                 let place = everything.0.host.to_string();
                 built = Some(everything);
@@ -99,35 +173,34 @@ fn end_to_end(args: &Args, parts: &mut Parts) {
             .into()
     });
     let Some((prepared, program)) = built else { return };
-    let on_ring0 = prepared.host != Host::Hardware;
-    if on_ring0 && (args.filter.is_empty() || args.filter.iter().any(|filter| filter.contains("ring0"))) {
+    if prepared.host != Host::Hardware && selection.has("ring0") {
         parts.act("end to end, without a KVM that runs kernels", || {
             let mut arguments = libtest_arguments();
             arguments.push(RING0.to_owned());
             libtest(|output| prepared.run_here(&program, &arguments, output))
         });
     }
-    parts.several("end to end", || {
-        let cases = shards::cases(&program, &args.filter, RING0)?;
+    parts.several(&selection.name, || {
+        let cases = shards::cases(&program, &selection.filters, &selection.without)?;
         if cases.is_empty() {
-            bail!("no case is named like {:?}", args.filter);
+            bail!("no case is named like {:?}", selection.filters);
         }
-        let most = if prepared.host == Host::Hardware { 1 } else { args.shards };
+        let most = if prepared.host == Host::Hardware { 1 } else { selection.shards };
         shards::run(&prepared, &program, &shards::plan(&cases, most))
     });
 }
 
 /// Builds everything and the cases' program.
-fn build_for(args: &Args) -> Result<(Prepared, PathBuf)> {
+fn build_for(selection: &Selection) -> Result<(Prepared, PathBuf)> {
     let mut prepared = Prepared::new(Profile::Fast)?;
     let program = cases()?;
-    if args.filter.is_empty() || args.filter.iter().any(|filter| filter.contains(DEBIAN)) {
+    if selection.has(DEBIAN) {
         prepared.set("RVM_TEST_DEBIAN_IMAGE", build::debian_image()?);
     }
     prepared.set("RUST_BACKTRACE", "0");
-    prepared.cgroups = args.cgroups;
+    prepared.cgroups = selection.cgroups;
     prepared.set(parity::PROBE_ENV, build::probe()?);
-    if let Some(release) = &args.containerd {
+    if let Some(release) = &selection.containerd {
         let cache = build::debian_cache_dir()?;
         let unpacked = rootfs_builder::debian::fetch_from(release, "containerd", &cache)?;
         prepared.set("RVM_CONTAINERD_DIR", unpacked.join("usr/bin"));

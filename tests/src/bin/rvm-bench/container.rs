@@ -1,4 +1,4 @@
-//! A container's start and an added process, side by side with runc.
+//! A container's start, an added process and a container that joins a running sandbox, side by side with runc.
 //!
 //! Rounds of one run each in turn, so that what slows the machine for a while
 //! slows both.
@@ -86,10 +86,48 @@ fn timed(world: &World, runs: usize) -> Result<Value> {
     for (ctr, holder) in ctrs.iter().zip(&holders) {
         stop(world, ctr, holder)?;
     }
-    Ok(result(&times, &client, &steps, runs))
+    let joins = joins(world, &ctrs, runs)?;
+    Ok(result(&times, &client, &steps, &joins, runs))
 }
 
-fn result(times: &[Times; 2], client: &[f64], steps: &[(String, f64)], runs: usize) -> Value {
+/// A pod as containerd's CRI plugin makes it: a container that holds the sandbox, and others that
+/// join it and three of its namespaces. Milliseconds of a container's start under runc, which makes
+/// all that by itself, and of one that joins, under rvm.
+fn joins(world: &World, ctrs: &[Ctr; 2], runs: usize) -> Result<[Vec<f64>; 2]> {
+    let [runc, rvm] = ctrs;
+    let pod = rvm.container("pod").detached();
+    let of_pod = format!("io.kubernetes.cri.sandbox-id={}", pod.id);
+    let sandbox = ["--annotation", "io.kubernetes.cri.container-type=sandbox", "--annotation", &of_pod];
+    pod.clone().with(&sandbox).run(&["sleep", "100000"])?.success()?;
+    let tasks = rvm.list(&["task", "ls"]);
+    let pid = tasks.iter().find_map(|task| task.strip_prefix(&pod.id)?.split_whitespace().next());
+    let pid = pid.context("the pod has no task")?;
+    let namespaces = [("network", "net"), ("ipc", "ipc"), ("uts", "uts")]
+        .map(|(kind, link)| format!("{kind}:/proc/{pid}/ns/{link}"));
+    let mut member =
+        vec!["--annotation", "io.kubernetes.cri.container-type=container", "--annotation", &of_pod];
+    member.extend(namespaces.iter().flat_map(|namespace| ["--with-ns", namespace]));
+    let mut times = [Vec::new(), Vec::new()];
+    for round in 0..=runs {
+        let alone = ms(|| runc.container("bench").run(&["/bin/true"])?.success().map(drop))?;
+        let joined = ms(|| rvm.container("member").with(&member).run(&["/bin/true"])?.success().map(drop))?;
+        eprintln!("join, round {round}: runc's start {alone:.0} ms, rvm's join {joined:.0} ms");
+        if round > 0 {
+            times[0].push(alone);
+            times[1].push(joined);
+        }
+    }
+    stop(world, rvm, &pod)?;
+    Ok(times)
+}
+
+fn result(
+    times: &[Times; 2],
+    client: &[f64],
+    steps: &[(String, f64)],
+    joins: &[Vec<f64>; 2],
+    runs: usize,
+) -> Value {
     let [runc, rvm] = times;
     let (start, exec) = (median(&rvm.start), median(&rvm.exec));
     let calls = |times: &Times| -> Vec<f64> {
@@ -117,16 +155,19 @@ fn result(times: &[Times; 2], client: &[f64], steps: &[(String, f64)], runs: usi
         "ratios": {
             "rvm/runc, start": start / median(&runc.start),
             "rvm/runc, exec": exec / median(&runc.exec),
+            "rvm/runc, join": median(&joins[1]) / median(&joins[0]),
         },
         "medians_ms": {
             "start": { "rvm": start, "runc": median(&runc.start) },
             "exec": { "rvm": exec, "runc": median(&runc.exec) },
+            "join": { "rvm": median(&joins[1]), "runc": median(&joins[0]) },
             "exec, the shim's calls": { "rvm": by_name(&rvm_calls), "runc": by_name(&runc_calls) },
             "ctr version": median(client),
         },
         "runs_ms": {
             "start": { "rvm": rvm.start, "runc": runc.start },
             "exec": { "rvm": rvm.exec, "runc": runc.exec },
+            "join": { "rvm": joins[1], "runc": joins[0] },
         },
         "parts_ms": { "start": start_parts, "exec": exec_parts },
         "largest_parts": { "start": largest(&start_parts), "exec": largest(&exec_parts) },
@@ -135,6 +176,7 @@ fn result(times: &[Times; 2], client: &[f64], steps: &[(String, f64)], runs: usi
             "guest": "vCPUs and memory as the configuration's defaults say",
             "start": "ctr run --rm of /bin/true in the busybox image, from ctr's start to its end",
             "exec": "ctr task exec of /bin/true in a running container, from ctr's start to its end",
+            "join": "the same as start: under rvm in a running sandbox, by the annotations of containerd's CRI plugin and its network, IPC and UTS namespaces; under runc by itself",
             "parts": "rvm's steps are medians of as many ctr run --detach",
             "host_kernel": std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim(),
             "devhost": std::env::var(rvm_tests::host::DEVHOST_ENV).ok(),
