@@ -1,16 +1,28 @@
 //! The agent's ttrpc service, over the sandbox's vsock.
+//!
+//! Every request but a wait has a deadline, which its error names. A connection
+//! that was lost is made anew by the next request.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use rvm_protocol::{
     agent::{
         AgentClient, ConsoleSize, ContainerRef, ContainerStats, CreateContainerRequest, CreateExecRequest,
-        Empty, ExitStatus, Process, ProcessInfo, ProcessRef, ResizePtyRequest, Resources,
-        SetUpSandboxRequest, SignalProcessRequest, UpdateResourcesRequest, WaitMemoryRequest, WaitOomRequest,
+        Empty, ExitStatus, OnlineCpusRequest, Process, ProcessInfo, ProcessRef, RemoveDisksRequest,
+        ResizePtyRequest, Resources, SetUpSandboxRequest, SignalProcessRequest, UpdateResourcesRequest,
+        WaitMemoryRequest, WaitOomRequest,
     },
     guest::AGENT_PORT,
 };
-use ttrpc::{Code, asynchronous::Client, context};
+use tokio::{sync::Mutex, time::timeout};
+use ttrpc::{
+    Code,
+    asynchronous::{Client, transport::Socket},
+    context,
+};
 
 use crate::vsock::{Vsock, VsockError};
 
@@ -36,27 +48,33 @@ pub enum AgentError {
         /// The agent's reason.
         message: String,
     },
-    /// The connection ended, or the agent did not answer in time.
-    #[error("the agent does not answer: {0}")]
-    Lost(String),
+    /// The connection ended.
+    #[error("the agent does not answer {request}: {problem}")]
+    Lost {
+        /// What was asked.
+        request: &'static str,
+        /// What happened.
+        problem: String,
+    },
+    /// It did not answer in time.
+    #[error("the agent does not answer {request} within {} s", limit.as_secs())]
+    TimedOut {
+        /// What was asked.
+        request: &'static str,
+        /// How long it was waited for.
+        limit: Duration,
+    },
 }
 
 impl AgentError {
+    /// Whether there was no answer, whatever the agent did.
+    pub fn is_unanswered(&self) -> bool {
+        !matches!(self, Self::Refused { .. })
+    }
+
     /// Whether the agent knows nothing of what it was asked about.
     pub fn is_not_found(&self) -> bool {
         matches!(self, Self::Refused { code: Code::NOT_FOUND, .. })
-    }
-}
-
-impl From<ttrpc::Error> for AgentError {
-    fn from(error: ttrpc::Error) -> Self {
-        match error {
-            ttrpc::Error::RpcStatus(status) => {
-                let code = status.code();
-                Self::Refused { code, message: printable(status.message) }
-            }
-            other => Self::Lost(printable(other.to_string())),
-        }
     }
 }
 
@@ -66,10 +84,20 @@ pub(crate) fn printable(text: String) -> String {
     text.chars().take(MAX_LEN).map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
-/// A connection to the agent of one guest.
+/// The agent of one guest; clones share one connection.
 #[derive(Clone)]
 pub struct Agent {
-    client: AgentClient,
+    vsock: Vsock,
+    connection: Arc<Mutex<Connection>>,
+}
+
+/// The connection there is.
+#[derive(Default)]
+struct Connection {
+    /// How many there were; tells which one a request has failed on.
+    number: u64,
+    /// None from when a request has found it lost.
+    client: Option<AgentClient>,
 }
 
 /// Which process: a container's first one where `exec_id` is empty.
@@ -81,29 +109,77 @@ fn container_ref(container_id: &str) -> ContainerRef {
     ContainerRef { container_id: container_id.to_owned(), ..Default::default() }
 }
 
-fn limited() -> context::Context {
-    context::with_duration(ANSWER_TIMEOUT)
+/// Asks the agent; `$limit` is how long it may take.
+macro_rules! ask {
+    ($agent:expr, $limit:expr, $method:ident, $request:expr) => {{
+        let agent: &Agent = $agent;
+        let request = stringify!($method);
+        let limit: Option<Duration> = $limit;
+        let asked = async {
+            let (number, client) = agent.connected().await?;
+            // The deadline is kept here; the agent is told of none.
+            match client.$method(context::with_timeout(0), $request).await {
+                Ok(answer) => Ok(answer),
+                Err(error) => Err(agent.failed(number, request, error).await),
+            }
+        };
+        match limit {
+            None => asked.await,
+            Some(limit) => {
+                timeout(limit, asked).await.unwrap_or(Err(AgentError::TimedOut { request, limit }))
+            }
+        }
+    }};
 }
 
 impl Agent {
     /// Connects to a guest whose agent has announced itself.
     pub async fn connect(vsock: &Vsock) -> Result<Self, AgentError> {
-        let stream = vsock.connect(AGENT_PORT).await?;
-        let socket = ttrpc::asynchronous::transport::Socket::new(stream);
-        Ok(Self { client: AgentClient::new(Client::new(socket)) })
+        let agent = Self { vsock: vsock.clone(), connection: Arc::default() };
+        agent.connected().await?;
+        Ok(agent)
+    }
+
+    /// The connection, made anew where it was lost.
+    async fn connected(&self) -> Result<(u64, AgentClient), AgentError> {
+        let mut connection = self.connection.lock().await;
+        if let Some(client) = &connection.client {
+            return Ok((connection.number, client.clone()));
+        }
+        let stream = self.vsock.connect(AGENT_PORT).await?;
+        let client = AgentClient::new(Client::new(Socket::new(stream)));
+        connection.number += 1;
+        connection.client = Some(client.clone());
+        Ok((connection.number, client))
+    }
+
+    async fn failed(&self, number: u64, request: &'static str, error: ttrpc::Error) -> AgentError {
+        match error {
+            ttrpc::Error::RpcStatus(status) => {
+                let code = status.code();
+                AgentError::Refused { code, message: printable(status.message) }
+            }
+            other => {
+                let mut connection = self.connection.lock().await;
+                if connection.number == number {
+                    connection.client = None;
+                }
+                AgentError::Lost { request, problem: printable(other.to_string()) }
+            }
+        }
     }
 
     /// Sets the sandbox up; see the protocol.
     pub async fn set_up_sandbox(&self, mut request: SetUpSandboxRequest) -> Result<(), AgentError> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         request.wall_clock_ns = i64::try_from(now.as_nanos()).unwrap_or(i64::MAX);
-        self.client.set_up_sandbox(limited(), &request).await?;
+        ask!(self, Some(ANSWER_TIMEOUT), set_up_sandbox, &request)?;
         Ok(())
     }
 
     /// Makes a container; returns its first process's pid in the guest.
     pub async fn create_container(&self, request: &CreateContainerRequest) -> Result<u32, AgentError> {
-        Ok(self.client.create_container(limited(), request).await?.pid)
+        Ok(ask!(self, Some(ANSWER_TIMEOUT), create_container, request)?.pid)
     }
 
     /// Registers an exec.
@@ -119,25 +195,25 @@ impl Agent {
             process: Some(process).into(),
             ..Default::default()
         };
-        self.client.create_exec(limited(), &request).await?;
+        ask!(self, Some(ANSWER_TIMEOUT), create_exec, &request)?;
         Ok(())
     }
 
     /// Starts a created process; returns its pid in the container.
     pub async fn start(&self, process: &ProcessRef) -> Result<u32, AgentError> {
-        Ok(self.client.start_process(limited(), process).await?.pid)
+        Ok(ask!(self, Some(ANSWER_TIMEOUT), start_process, process)?.pid)
     }
 
     /// Waits for a process's end, however long that takes.
     pub async fn wait(&self, process: &ProcessRef) -> Result<ExitStatus, AgentError> {
-        Ok(self.client.wait_process(context::with_timeout(0), process).await?)
+        Ok(ask!(self, None, wait_process, process)?)
     }
 
     /// Sends a signal to a process, or to all of its container's.
     pub async fn signal(&self, process: ProcessRef, signal: u32, all: bool) -> Result<(), AgentError> {
         let request =
             SignalProcessRequest { process: Some(process).into(), signal, all, ..Default::default() };
-        self.client.signal_process(limited(), &request).await?;
+        ask!(self, Some(ANSWER_TIMEOUT), signal_process, &request)?;
         Ok(())
     }
 
@@ -146,24 +222,24 @@ impl Agent {
         let size = ConsoleSize { width, height, ..Default::default() };
         let request =
             ResizePtyRequest { process: Some(process).into(), size: Some(size).into(), ..Default::default() };
-        self.client.resize_pty(limited(), &request).await?;
+        ask!(self, Some(ANSWER_TIMEOUT), resize_pty, &request)?;
         Ok(())
     }
 
     /// The container's processes.
     pub async fn processes(&self, container_id: &str) -> Result<Vec<ProcessInfo>, AgentError> {
-        Ok(self.client.list_processes(limited(), &container_ref(container_id)).await?.processes)
+        Ok(ask!(self, Some(ANSWER_TIMEOUT), list_processes, &container_ref(container_id))?.processes)
     }
 
     /// Stops the container's processes where they are.
     pub async fn pause(&self, container_id: &str) -> Result<(), AgentError> {
-        self.client.pause_container(limited(), &container_ref(container_id)).await?;
+        ask!(self, Some(ANSWER_TIMEOUT), pause_container, &container_ref(container_id))?;
         Ok(())
     }
 
     /// Lets them go on.
     pub async fn resume(&self, container_id: &str) -> Result<(), AgentError> {
-        self.client.resume_container(limited(), &container_ref(container_id)).await?;
+        ask!(self, Some(ANSWER_TIMEOUT), resume_container, &container_ref(container_id))?;
         Ok(())
     }
 
@@ -174,7 +250,7 @@ impl Agent {
             resources: Some(resources).into(),
             ..Default::default()
         };
-        self.client.update_resources(limited(), &request).await?;
+        ask!(self, Some(ANSWER_TIMEOUT), update_resources, &request)?;
         Ok(())
     }
 
@@ -182,31 +258,98 @@ impl Agent {
     /// many are.
     pub async fn wait_memory(&self, bytes: u64) -> Result<u64, AgentError> {
         let request = WaitMemoryRequest { plugged_bytes: bytes, ..Default::default() };
-        Ok(self.client.wait_memory(context::with_duration(MEMORY_TIMEOUT), &request).await?.bytes)
+        Ok(ask!(self, Some(MEMORY_TIMEOUT), wait_memory, &request)?.bytes)
     }
 
     /// The container's cgroup files and network interfaces.
     pub async fn stats(&self, container_id: &str) -> Result<ContainerStats, AgentError> {
-        Ok(self.client.get_stats(limited(), &container_ref(container_id)).await?)
+        Ok(ask!(self, Some(ANSWER_TIMEOUT), get_stats, &container_ref(container_id))?)
     }
 
     /// Waits until the kernel has killed more processes of the container for
     /// want of memory than `known`, however long that takes; returns how many.
     pub async fn wait_oom(&self, container_id: &str, known: u64) -> Result<u64, AgentError> {
         let request = WaitOomRequest { container_id: container_id.to_owned(), known, ..Default::default() };
-        Ok(self.client.wait_oom(context::with_timeout(0), &request).await?.count)
+        Ok(ask!(self, None, wait_oom, &request)?.count)
     }
 
     /// Forgets an ended process.
     pub async fn delete(&self, process: &ProcessRef) -> Result<(), AgentError> {
-        self.client.delete_process(limited(), process).await?;
+        ask!(self, Some(ANSWER_TIMEOUT), delete_process, process)?;
         Ok(())
+    }
+
+    /// Lets go of the disks with these serials.
+    pub async fn remove_disks(&self, serials: Vec<String>) -> Result<(), AgentError> {
+        let request = RemoveDisksRequest { serials, ..Default::default() };
+        ask!(self, Some(ANSWER_TIMEOUT), remove_disks, &request)?;
+        Ok(())
+    }
+
+    /// Brings CPUs up or down until `count` are used; returns how many are.
+    pub async fn online_cpus(&self, count: u8) -> Result<u32, AgentError> {
+        let request = OnlineCpusRequest { count: count.into(), ..Default::default() };
+        Ok(ask!(self, Some(ANSWER_TIMEOUT), online_cpus, &request)?.count)
     }
 
     /// Flushes file systems and powers the guest off. The connection may end
     /// before the answer arrives.
     pub async fn shut_down(&self) -> Result<(), AgentError> {
-        self.client.shutdown(limited(), &Empty::default()).await?;
+        ask!(self, Some(ANSWER_TIMEOUT), shutdown, &Empty::default())?;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use protobuf::Message;
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::UnixListener,
+    };
+
+    use super::*;
+    use crate::vsock::{self, SOCKET, open_dir};
+
+    /// A monitor's side of one connection, and the agent's behind it: takes one
+    /// request and answers it with an exit code, or hangs up.
+    async fn one_connection(listener: &UnixListener, exit_code: Option<u32>) {
+        const HEADER_LEN: usize = 10;
+        const RESPONSE: u8 = 2;
+        let (mut stream, _) = listener.accept().await.unwrap();
+        vsock::read_line(&mut stream).await.unwrap();
+        stream.write_all(b"OK 1\n").await.unwrap();
+        let mut header = [0; HEADER_LEN];
+        stream.read_exact(&mut header).await.unwrap();
+        let length = u32::from_be_bytes(header[..4].try_into().unwrap());
+        stream.read_exact(&mut vec![0; length as usize]).await.unwrap();
+        let Some(exit_code) = exit_code else { return };
+        let mut response = ttrpc::Response::new();
+        response.payload = ExitStatus { exit_code, ..Default::default() }.write_to_bytes().unwrap();
+        let body = response.write_to_bytes().unwrap();
+        header[..4].copy_from_slice(&u32::try_from(body.len()).unwrap().to_be_bytes());
+        header[8] = RESPONSE;
+        stream.write_all(&[&header[..], &body].concat()).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_lost_connection_is_made_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let listener = Arc::new(UnixListener::bind(dir.path().join(SOCKET)).unwrap());
+        let peer = tokio::spawn({
+            let listener = listener.clone();
+            async move {
+                one_connection(&listener, None).await;
+                one_connection(&listener, Some(7)).await;
+            }
+        });
+        let agent = Agent::connect(&Vsock::new(open_dir(dir.path()).unwrap())).await.unwrap();
+        let error = agent.wait(&process_ref("c", "")).await.unwrap_err();
+        assert!(error.is_unanswered(), "{error}");
+        assert!(error.to_string().starts_with("the agent does not answer wait_process: "), "{error}");
+        assert_eq!(agent.wait(&process_ref("c", "")).await.unwrap().exit_code, 7);
+        peer.await.unwrap();
     }
 }

@@ -21,7 +21,11 @@ use nix::unistd::{ForkResult, fork, setsid};
 use protobuf::Message;
 use sha2::{Digest, Sha256};
 
-use crate::{flags::Flags, mount};
+use crate::{
+    flags::Flags,
+    mount,
+    spec::{Role, SpecError, role_in},
+};
 
 /// Where containerd's shims have their sockets.
 const SOCKET_DIR: &str = "/run/containerd/s";
@@ -47,6 +51,18 @@ pub enum BootstrapError {
         /// Its path.
         path: PathBuf,
         /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The bundle.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// Nothing to join.
+    #[error("sandbox {sandbox}, which the container's annotations name, does not run: {source}")]
+    NoSandbox {
+        /// As the annotations name it.
+        sandbox: String,
+        /// What its socket says.
         #[source]
         source: io::Error,
     },
@@ -78,9 +94,21 @@ pub struct Serve {
 /// the other one, which has answered containerd, with `None`.
 pub fn start(flags: &Flags) -> Result<Option<Serve>, BootstrapError> {
     let params = read_params(flags)?;
-    let socket = socket_path(params.socket_dir.as_deref(), &flags.address, &flags.namespace, &flags.id);
+    let role = role_in(Path::new(""))?;
+    let sandbox = match &role {
+        Role::Alone | Role::Sandbox => &flags.id,
+        Role::Member { sandbox } => sandbox,
+    };
+    let socket = socket_path(params.socket_dir.as_deref(), &flags.address, &flags.namespace, sandbox);
     let address = format!("unix://{}", socket.display());
     let failed = |source| BootstrapError::Socket { path: socket.clone(), source };
+    if let Role::Member { sandbox } = &role {
+        // Whether the sandbox takes it is for its shim to say.
+        UnixStream::connect(&socket)
+            .map_err(|source| BootstrapError::NoSandbox { sandbox: sandbox.clone(), source })?;
+        write_address(&address).map_err(address_failed)?;
+        return answer(&address, params.protocol).map(|()| None);
+    }
     let Some(listener) = listen(&socket).map_err(failed)? else {
         // A shim of this name serves already.
         answer(&address, params.protocol)?;
@@ -95,7 +123,7 @@ pub fn start(flags: &Flags) -> Result<Option<Serve>, BootstrapError> {
         debug: flags.debug,
     };
     let started = write_address(&address)
-        .map_err(|source| BootstrapError::Socket { path: ADDRESS_FILE.into(), source })
+        .map_err(address_failed)
         .and_then(|()| mount::isolate().map_err(BootstrapError::Namespace))
         .and_then(|()| daemonize());
     match started {
@@ -106,6 +134,10 @@ pub fn start(flags: &Flags) -> Result<Option<Serve>, BootstrapError> {
             Err(error)
         }
     }
+}
+
+fn address_failed(source: io::Error) -> BootstrapError {
+    BootstrapError::Socket { path: ADDRESS_FILE.into(), source }
 }
 
 /// How containerd speaks to `start`.

@@ -7,15 +7,27 @@ use std::{
 };
 
 use containerd_shim_protos::api::DeleteResponse;
+use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    background, bootstrap::ADDRESS_FILE, config::Config, events::timestamp, flags::Flags, hooks,
-    process::Exit, process_id::ProcessId, sandbox, state::State,
+    background,
+    bootstrap::ADDRESS_FILE,
+    config::Config,
+    events::timestamp,
+    flags::Flags,
+    hooks,
+    process::Exit,
+    process_id::ProcessId,
+    sandbox::{self, Member},
+    spec::{Role, role_in},
+    state::State,
 };
 
 /// How long containerd is kept waiting: after five seconds it kills a `delete`.
 const LIMIT: Duration = Duration::from_secs(4);
+/// How long the end of a killed process may take.
+const MEMBER_LIMIT: Duration = Duration::from_secs(1);
 /// Written into the bundle: see [`Note`].
 const NOTE_FILE: &str = "rvm-sandbox";
 
@@ -67,7 +79,10 @@ pub fn delete(flags: &Flags) -> DeleteResponse {
 fn clean_up(flags: &Flags) {
     let bundle = if flags.bundle.as_os_str().is_empty() { Path::new(".") } else { &flags.bundle };
     let note = read_note(bundle).ok();
-    for dir in sandbox_dirs(note.as_ref(), flags) {
+    if let Ok(Role::Member { sandbox }) = role_in(bundle) {
+        return end_member(flags, &sandbox, note.as_ref(), bundle);
+    }
+    for dir in sandbox_dirs(note.as_ref(), &flags.namespace, &flags.id) {
         if is_ours(&dir, note.as_ref(), bundle) {
             sandbox::clean_up(&dir);
         } else if dir.exists() {
@@ -81,14 +96,28 @@ fn clean_up(flags: &Flags) {
     }
 }
 
+/// Ends a container in a sandbox that is not its own to remove: its shim, where it
+/// lives, ends it when the process that stands for it has gone.
+fn end_member(flags: &Flags, sandbox: &str, note: Option<&Note>, bundle: &Path) {
+    for dir in sandbox_dirs(note, &flags.namespace, sandbox) {
+        let is_ours = |member: &Member| member.id == flags.id && is_same(&member.bundle, bundle);
+        for member in Member::list(&dir).into_iter().filter(is_ours) {
+            if let Err(error) = member.holder.kill_and_wait(Signal::SIGKILL, MEMBER_LIMIT) {
+                log::warn!("killing process {}: {error}", member.holder.pid);
+            }
+        }
+    }
+    hooks::after_dead_shim(bundle, &flags.id);
+}
+
 fn read_note(bundle: &Path) -> io::Result<Note> {
     Ok(serde_json::from_slice(&fs::read(bundle.join(NOTE_FILE))?)?)
 }
 
 /// Where the sandbox may be: where its shim noted, and where the configuration
 /// of today puts it.
-fn sandbox_dirs(note: Option<&Note>, flags: &Flags) -> Vec<PathBuf> {
-    let name = Path::new(&flags.namespace).join(&flags.id);
+fn sandbox_dirs(note: Option<&Note>, namespace: &str, id: &str) -> Vec<PathBuf> {
+    let name = Path::new(namespace).join(id);
     let mut dirs = Vec::new();
     if let Some(note) = note
         // Not a path somebody else put there.

@@ -125,7 +125,7 @@ mod tests {
         assert_eq!(code(refused(Code::NOT_FOUND)), Code::UNKNOWN);
         assert_eq!(code(refused(Code::INVALID_ARGUMENT)), Code::INVALID_ARGUMENT);
         assert_eq!(code(refused(Code::UNIMPLEMENTED)), Code::INVALID_ARGUMENT);
-        assert_eq!(code(AgentError::Lost("gone".into())), Code::UNKNOWN);
+        assert_eq!(code(AgentError::Lost { request: "wait_process", problem: "gone".into() }), Code::UNKNOWN);
     }
 
     #[test]

@@ -15,7 +15,7 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, mpsc},
     time::Duration,
 };
 
@@ -30,6 +30,7 @@ use nix::{
 use tokio::{
     io::{AsyncReadExt, unix::AsyncFd},
     net::unix::pipe,
+    sync::oneshot,
     time::timeout,
 };
 
@@ -158,7 +159,7 @@ impl Hooks {
 
     async fn run(&self, hook: &Hook, state: &[u8]) -> Result<(), HookError> {
         let (field, path) = (hook.field.clone(), hook.path.clone());
-        let mut running = match Running::start(hook, state, &self.bundle) {
+        let mut running = match Running::start(hook, state, &self.bundle).await {
             Ok(running) => running,
             Err(source) => return Err(HookError::Run { field, path, source }),
         };
@@ -215,10 +216,12 @@ struct Running {
     output: Arc<Mutex<Vec<u8>>>,
     reading: tokio::task::JoinHandle<()>,
     ended: bool,
+    /// Keeps the thread that started it, with which it would die.
+    _parent: mpsc::Sender<()>,
 }
 
 impl Running {
-    fn start(hook: &Hook, state: &[u8], bundle: &Path) -> io::Result<Self> {
+    async fn start(hook: &Hook, state: &[u8], bundle: &Path) -> io::Result<Self> {
         let (reader, writer) = io::pipe()?;
         let mut command = Command::new(&hook.path);
         if let [name, args @ ..] = &hook.args[..] {
@@ -249,9 +252,7 @@ impl Running {
         // SAFETY: the closure makes system calls only and allocates nothing, as
         // is required between fork and exec.
         unsafe { command.pre_exec(prepare) };
-        let mut child = command.spawn()?;
-        // It holds the pipe's other end.
-        drop(command);
+        let (mut child, parent) = spawn(command).await?;
         let watched = || -> io::Result<_> {
             // SAFETY: the AsyncFd owns the descriptor, which stays open and the
             // same for as long as it is registered.
@@ -260,7 +261,9 @@ impl Running {
             Ok((pidfd, output.clone(), follow(reader, output)?))
         };
         match watched() {
-            Ok((pidfd, output, reading)) => Ok(Self { child, pidfd, output, reading, ended: false }),
+            Ok((pidfd, output, reading)) => {
+                Ok(Self { child, pidfd, output, reading, ended: false, _parent: parent })
+            }
             Err(error) => {
                 let _ = child.kill();
                 let _ = child.wait();
@@ -306,6 +309,31 @@ impl Drop for Running {
         self.kill();
         self.reading.abort();
     }
+}
+
+/// Starts a hook on a thread of its own: its program may lie on a file system that
+/// does not answer. The thread is there until the sender is dropped.
+async fn spawn(mut command: Command) -> io::Result<(Child, mpsc::Sender<()>)> {
+    let (started, starting) = oneshot::channel();
+    let (parent, over) = mpsc::channel::<()>();
+    let run = move || {
+        let child = command.spawn();
+        // It holds the pipe's other end.
+        drop(command);
+        match started.send(child) {
+            Ok(()) => drop(over.recv()),
+            // Nobody waits for it any more.
+            Err(child) => {
+                if let Ok(mut child) = child {
+                    let _ = child.kill();
+                    let _ = child.wait();
+                }
+            }
+        }
+    };
+    std::thread::Builder::new().name("hook".into()).spawn(run)?;
+    let child = starting.await.map_err(io::Error::other)??;
+    Ok((child, parent))
 }
 
 /// A file with `state` in it, at its beginning.

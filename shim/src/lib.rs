@@ -19,6 +19,7 @@ pub mod error;
 pub mod events;
 pub mod features;
 pub mod flags;
+pub mod holder;
 pub mod hooks;
 pub mod io;
 mod logger;

@@ -192,7 +192,7 @@ impl Task for TaskService {
     }
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
-        let listed = self.tasks.container(&request.id)?.processes().await?;
+        let listed = self.tasks.container(&request.id)?.processes().await;
         let mut response = PidsResponse::new();
         for process in listed {
             let mut info = ProcessInfo { pid: process.pid, ..Default::default() };

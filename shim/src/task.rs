@@ -1,7 +1,7 @@
 //! What one shim serves: its sandbox and the containers in it.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -24,7 +24,7 @@ use crate::{
     process::Exit,
     rootfs::Layer,
     sandbox::{Plan, Sandbox},
-    spec::Bundle,
+    spec::{Bundle, Pod, Role},
     timeline::Timeline,
 };
 
@@ -57,22 +57,45 @@ pub struct Tasks {
 #[derive(Default)]
 struct Slots {
     containers: BTreeMap<String, Arc<Container>>,
-    /// The one that is being created: its name is taken.
-    creating: Option<String>,
+    /// Those that are being created or deleted: their names are taken.
+    changing: BTreeSet<String>,
+    home: Home,
+    /// Whether containerd wants the shim to end as soon as nothing is left.
+    shut_down: bool,
+}
+
+/// The sandbox of a shim.
+#[derive(Default)]
+enum Home {
+    /// There is none yet.
+    #[default]
+    None,
+    /// It is made for this container.
+    Starting(String),
+    /// It runs, as long as the container that it was made for is there.
+    Running(Arc<Sandbox>),
+    /// It is ending; containers that were in it are still to be deleted.
+    Closed,
 }
 
 impl Slots {
     fn are_used(&self) -> bool {
-        !self.containers.is_empty() || self.creating.is_some()
+        !self.containers.is_empty() || !self.changing.is_empty()
     }
 }
 
-/// Frees the name when a creation ends, however it does.
-struct Creating<'a>(&'a Tasks);
+/// Frees the name when a creation or a deletion ends, however it does.
+struct Changing<'a>(&'a Tasks, String);
 
-impl Drop for Creating<'_> {
+impl Drop for Changing<'_> {
     fn drop(&mut self) {
-        self.0.change(|slots| slots.creating = None);
+        self.0.change(|slots| {
+            slots.changing.remove(&self.1);
+            let given_up = matches!(&slots.home, Home::Starting(id) if *id == self.1);
+            if given_up || matches!(slots.home, Home::Closed) && !slots.are_used() {
+                slots.home = Home::None;
+            }
+        });
     }
 }
 
@@ -93,71 +116,125 @@ impl Tasks {
         &self.events
     }
 
-    /// Creates a task with a sandbox of its own and returns its pid. Nothing is
-    /// left of it on an error, nor when the future is dropped.
+    /// Creates a task, with a sandbox of its own or in the one that its annotations
+    /// name, and returns its pid. Nothing is left of it on an error, nor when the
+    /// future is dropped.
     pub async fn create(&self, create: CreateTask) -> Result<u32, Error> {
         let timeline = Arc::new(Timeline::begin());
         let label = format!("{}/{}", self.namespace, create.id);
         let _creating = self.reserve(&create.id)?;
         let config = create.options.config()?;
-        let mut bundle = Bundle::load(&create.bundle, &create.id, &config.compat)?;
+        let mut bundle = Bundle::load_in(&self.pod(), &create.bundle, &create.id, &config.compat)?;
         bundle.settle_writes(config.writes, &create.layers);
         create.options.check(&bundle)?;
         bundle.check_file_systems(&config.guest.kernel)?;
-        create.options.join_cgroup()?;
         check_terminal(&bundle, &create.stdio)?;
+        let home = self.home_of(&bundle)?;
+        if home.is_none() {
+            create.options.join_cgroup()?;
+        }
         log_not_applied(&label, &bundle.not_applied);
         timeline.mark("spec checked");
         let endpoints = Endpoints::open(&create.stdio, &self.namespace, &create.id).await?;
-        let dir = config.host.state_dir.join(&self.namespace).join(&create.id);
+        let first = home.as_ref().map_or(create.id.as_str(), |home| home.first());
+        let dir = config.host.state_dir.join(&self.namespace).join(first);
         delete::note(&create.bundle, &dir);
 
-        let plan = Plan::of(&self.namespace, &create.id, &bundle, &config.guest);
-        let (sandbox, attached) =
-            Sandbox::start_for(&config, plan, &bundle, &create.layers, timeline).await?;
+        let (sandbox, attached) = match home {
+            Some(sandbox) => {
+                let preparing = sandbox.prepare(&config, &bundle, &create.layers, &timeline)?;
+                let attached = sandbox.attach(preparing).await?;
+                sandbox.add_member(&create.id, &bundle.dir, attached.holder().id());
+                (sandbox, attached)
+            }
+            None => {
+                let plan = Plan::of(&self.namespace, &create.id, &bundle, &config.guest);
+                let timeline = timeline.clone();
+                Sandbox::start_for(&config, plan, &bundle, &create.layers, timeline).await?
+            }
+        };
+        let (id, pid) = (create.id.clone(), attached.holder().id().pid);
         let hooks = Arc::new(Hooks::of(&bundle));
         let create = Create {
             hooks: hooks.clone(),
             bundle,
             layers: create.layers,
-            attached,
             stdio: create.stdio,
             endpoints,
             compat: config.compat,
+            timeline,
         };
+        let mut attached = Some(attached);
         let container = async {
-            with_sandbox(&sandbox, hooks.before_create(sandbox.pid())).await?;
-            Container::create(sandbox.clone(), &self.namespace, create, self.events.clone()).await
+            with_sandbox(&sandbox, hooks.before_create(pid)).await?;
+            Container::create(&sandbox, &self.namespace, create, &mut attached, self.events.clone()).await
         };
-        let container = container.await;
-        let container = match container {
+        let container = match container.await {
             Ok(container) => container,
             Err(error) => {
                 let error = better_reason(error, &sandbox).await;
-                sandbox.close().await;
+                match attached {
+                    Some(attached) if !sandbox.is_first(&id) => sandbox.detach(attached).await,
+                    _ => sandbox.close().await,
+                }
                 hooks.after_stop().await;
                 return Err(error);
             }
         };
-        self.change(|slots| slots.containers.insert(container.id.clone(), container.clone()));
+        self.change(|slots| {
+            if sandbox.is_first(&id) {
+                slots.home = Home::Running(sandbox);
+            }
+            slots.containers.insert(id, container.clone());
+        });
         log::info!("{label}: created");
-        Ok(container.process("")?.pid())
+        Ok(pid)
     }
 
-    /// A sandbox of this version holds one container.
-    fn reserve(&self, id: &str) -> Result<Creating<'_>, Error> {
-        let slots = self.slots();
-        if slots.containers.contains_key(id) || slots.creating.as_deref() == Some(id) {
+    /// Takes a name.
+    fn reserve(&self, id: &str) -> Result<Changing<'_>, Error> {
+        let taken = |slots: &Slots| slots.containers.contains_key(id) || slots.changing.contains(id);
+        if taken(&self.slots()) {
             return Err(Error::AlreadyExists(format!("container {id} exists already")));
         }
-        if let Some(other) = slots.containers.keys().next().or(slots.creating.as_ref()) {
-            return Err(Error::FailedPrecondition(format!(
-                "this sandbox is container {other}'s; this version puts one container into each"
-            )));
+        self.change(|slots| {
+            slots.changing.insert(id.to_owned());
+            slots.shut_down = false;
+        });
+        Ok(Changing(self, id.to_owned()))
+    }
+
+    /// The sandbox a container comes to; none where one is to be made for it, which
+    /// is then taken note of.
+    fn home_of(&self, bundle: &Bundle) -> Result<Option<Arc<Sandbox>>, Error> {
+        let mut slots = self.slots();
+        let id = &bundle.container.container_id;
+        match (&bundle.role, &slots.home) {
+            (Role::Member { sandbox }, Home::Running(running)) if running.is_first(sandbox) => {
+                Ok(Some(running.clone()))
+            }
+            (Role::Member { sandbox }, _) => Err(Error::FailedPrecondition(format!(
+                "sandbox {sandbox}, which the annotations of container {id} name, does not run here"
+            ))),
+            (_, Home::None) => {
+                slots.home = Home::Starting(id.clone());
+                Ok(None)
+            }
+            (_, Home::Starting(other)) => Err(other_home(id, other)),
+            (_, Home::Running(sandbox)) => Err(other_home(id, sandbox.first())),
+            (_, Home::Closed) => Err(Error::FailedPrecondition("the sandbox has ended".into())),
         }
-        drop(slots);
-        self.change(|slots| slots.creating = Some(id.to_owned()));
-        Ok(Creating(self))
+    }
+
+    /// What a specification may refer to.
+    fn pod(&self) -> Pod {
+        let slots = self.slots();
+        let Home::Running(sandbox) = &slots.home else { return Pod::default() };
+        Pod {
+            monitor: Some(sandbox.monitor_pid()),
+            neighbours: slots.containers.values().map(|container| container.neighbour()).collect(),
+            shm: sandbox.shm().cloned(),
+        }
     }
 
     /// A container by its id.
@@ -167,17 +244,19 @@ impl Tasks {
     }
 
     /// Forgets an ended process, with its container where it is the first one,
-    /// and with the sandbox where that is the last.
+    /// and with the sandbox where that was made for the container.
     pub async fn delete(&self, id: &str, exec_id: &str) -> Result<(u32, Exit), Error> {
         let container = self.container(id)?;
         if !exec_id.is_empty() {
             return container.delete_exec(exec_id).await;
         }
         let (pid, exit) = container.end().await?;
-        if self.change(|slots| slots.containers.remove(id)).is_none() {
-            return Err(Error::NotFound(format!("container {id} was deleted meanwhile")));
+        let sandbox = container.sandbox();
+        let _deleting = self.forget(&container)?;
+        match sandbox.is_first(id) {
+            true => sandbox.close().await,
+            false => container.leave().await,
         }
-        container.sandbox().close().await;
         container.hooks().after_stop().await;
         self.events.publish(TaskDelete {
             container_id: id.to_owned(),
@@ -190,11 +269,28 @@ impl Tasks {
         Ok((pid, exit))
     }
 
-    /// Ends the shim, unless it has something left to do.
-    pub fn shut_down(&self) {
-        if !self.slots().are_used() {
-            self.done.notify_one();
+    /// Strikes a container off, whose name stays taken while it is being deleted.
+    fn forget(&self, container: &Container) -> Result<Changing<'_>, Error> {
+        let id = &container.id;
+        let known = self.change(|slots| {
+            let known = slots.containers.remove(id).is_some();
+            if known {
+                slots.changing.insert(id.clone());
+                if container.sandbox().is_first(id) {
+                    slots.home = Home::Closed;
+                }
+            }
+            known
+        });
+        match known {
+            true => Ok(Changing(self, id.clone())),
+            false => Err(Error::NotFound(format!("container {id} was deleted meanwhile"))),
         }
+    }
+
+    /// Ends the shim as soon as it has nothing left to do.
+    pub fn shut_down(&self) {
+        self.change(|slots| slots.shut_down = true);
     }
 
     /// Waits until there has been nothing to do for `limit`.
@@ -214,15 +310,20 @@ impl Tasks {
         self.done.notified().await;
     }
 
-    /// Ends whatever runs, as the shim itself has to go.
+    /// Ends whatever runs, as the shim itself has to go: what belongs on the host is
+    /// written first.
     pub async fn close_all(&self) {
-        let containers: Vec<_> = self.slots().containers.values().cloned().collect();
+        let (home, containers) = self.change(|slots| {
+            let home = std::mem::replace(&mut slots.home, Home::Closed);
+            (home, slots.containers.values().cloned().collect::<Vec<_>>())
+        });
+        if let Home::Running(sandbox) = home {
+            sandbox.close().await;
+        }
         for container in containers {
-            container.sandbox().kill();
             if let Ok(init) = container.process("") {
                 init.wait().await;
             }
-            container.sandbox().close().await;
         }
     }
 
@@ -231,12 +332,21 @@ impl Tasks {
         let mut slots = self.slots();
         let result = change(&mut slots);
         self.busy.send_replace(slots.are_used());
+        if slots.shut_down && !slots.are_used() {
+            self.done.notify_one();
+        }
         result
     }
 
     fn slots(&self) -> MutexGuard<'_, Slots> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn other_home(id: &str, other: &str) -> Error {
+    Error::FailedPrecondition(format!(
+        "this shim's sandbox is container {other}'s, and no annotation of container {id} says that it joins it"
+    ))
 }
 
 /// Specification and request both say whether there is a terminal.
@@ -255,7 +365,7 @@ fn check_terminal(bundle: &Bundle, stdio: &Stdio) -> Result<(), Error> {
 async fn better_reason(error: Error, sandbox: &Sandbox) -> Error {
     use crate::agent::AgentError;
     const MOMENT: Duration = Duration::from_millis(500);
-    if !matches!(error, Error::Io(_) | Error::Agent(AgentError::Lost(_) | AgentError::Connect(_))) {
+    if !matches!(error, Error::Io(_) | Error::Agent(AgentError::Lost { .. } | AgentError::Connect(_))) {
         return error;
     }
     match timeout(MOMENT, sandbox.ended()).await {
@@ -266,6 +376,8 @@ async fn better_reason(error: Error, sandbox: &Sandbox) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     fn tasks() -> Tasks {
@@ -277,13 +389,44 @@ mod tests {
         let tasks = tasks();
         let creating = tasks.reserve("a").unwrap();
         assert!(matches!(tasks.reserve("a"), Err(Error::AlreadyExists(_))));
-        assert!(matches!(tasks.reserve("b"), Err(Error::FailedPrecondition(_))));
+        // Who asks for the end while there is work gets it when there is none.
         tasks.shut_down();
         assert!(timeout(Duration::from_millis(10), tasks.done()).await.is_err());
         drop(creating);
-        tasks.reserve("b").map(drop).unwrap();
-        tasks.shut_down();
         tasks.done().await;
+        tasks.reserve("a").map(drop).unwrap();
+    }
+
+    #[tokio::test]
+    async fn one_sandbox_is_made_and_others_join_only_that() {
+        let tasks = tasks();
+        let bundle = |id: &str, annotations: serde_json::Value| {
+            let spec = serde_json::json!({
+                "ociVersion": "1.0.2",
+                "process": {"cwd": "/", "args": ["true"], "user": {"uid": 0, "gid": 0}},
+                "root": {"path": "rootfs"},
+                "linux": {"namespaces": [{"type": "mount"}, {"type": "network"}]},
+                "annotations": annotations,
+            });
+            Bundle::parse(Path::new("/b"), id, spec.to_string().as_bytes(), &Default::default()).unwrap()
+        };
+        let member = bundle(
+            "b",
+            serde_json::json!({"io.kubernetes.cri.container-type": "container",
+                               "io.kubernetes.cri.sandbox-id": "a"}),
+        );
+        let refused = |bundle: &Bundle| tasks.home_of(bundle).err().unwrap().to_string();
+        assert_eq!(
+            refused(&member),
+            "sandbox a, which the annotations of container b name, does not run here"
+        );
+        let creating = tasks.reserve("a").unwrap();
+        assert!(tasks.home_of(&bundle("a", serde_json::json!({}))).unwrap().is_none());
+        assert!(refused(&member).contains("does not run here"), "it does not yet");
+        let other = refused(&bundle("c", serde_json::json!({})));
+        assert!(other.starts_with("this shim's sandbox is container a's"), "{other}");
+        drop(creating);
+        assert!(tasks.home_of(&bundle("c", serde_json::json!({}))).unwrap().is_none());
     }
 
     #[tokio::test]

@@ -9,18 +9,24 @@ use std::{
     io,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use rvm_protocol::guest::{MAX_LINE_LEN, STDIO_PORT, STREAM_ATTACHED, StreamHeader};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWriteExt},
     net::{UnixListener, UnixStream},
+    time::timeout,
 };
 
 use crate::mount::short_path;
 
 /// Name of the socket in the sandbox's directory.
 pub const SOCKET: &str = "vsock.sock";
+
+/// How long a monitor and the agent behind it may take for a connection: neither
+/// waits for anybody meanwhile.
+const LIMIT: Duration = Duration::from_secs(10);
 
 /// Why there is no connection.
 #[derive(Debug, thiserror::Error)]
@@ -33,6 +39,14 @@ pub enum VsockError {
         /// Why not.
         #[source]
         source: io::Error,
+    },
+    /// Nobody answers.
+    #[error("vsock port {port}: the monitor or its guest does not answer within {} ms", limit.as_millis())]
+    TimedOut {
+        /// The guest's port.
+        port: u32,
+        /// How long it was waited for.
+        limit: Duration,
     },
     /// The monitor, or the guest behind it, did not take the connection.
     #[error("vsock port {port}: {problem}")]
@@ -48,12 +62,13 @@ pub enum VsockError {
 #[derive(Clone, Debug)]
 pub struct Vsock {
     dir: Arc<File>,
+    limit: Duration,
 }
 
 impl Vsock {
     /// The sockets are in `dir`.
     pub fn new(dir: Arc<File>) -> Self {
-        Self { dir }
+        Self { dir, limit: LIMIT }
     }
 
     /// Where connections of the guest to `port` of the host arrive. The monitor
@@ -65,6 +80,10 @@ impl Vsock {
 
     /// Connects to a port of the guest.
     pub async fn connect(&self, port: u32) -> Result<UnixStream, VsockError> {
+        self.limited(port, self.connect_now(port)).await
+    }
+
+    async fn connect_now(&self, port: u32) -> Result<UnixStream, VsockError> {
         let io = |source| VsockError::Io { port, source };
         let mut stream = UnixStream::connect(self.path(SOCKET)).await.map_err(io)?;
         stream.write_all(format!("CONNECT {port}\n").as_bytes()).await.map_err(io)?;
@@ -77,8 +96,12 @@ impl Vsock {
 
     /// Connects one of a process's standard streams.
     pub async fn stream(&self, header: &StreamHeader) -> Result<UnixStream, VsockError> {
+        self.limited(STDIO_PORT, self.stream_now(header)).await
+    }
+
+    async fn stream_now(&self, header: &StreamHeader) -> Result<UnixStream, VsockError> {
         let io = |source| VsockError::Io { port: STDIO_PORT, source };
-        let mut stream = self.connect(STDIO_PORT).await?;
+        let mut stream = self.connect_now(STDIO_PORT).await?;
         stream.write_all(header.to_line().as_bytes()).await.map_err(io)?;
         let answer = read_line(&mut stream).await.map_err(io)?;
         if answer.as_bytes() == STREAM_ATTACHED.trim_ascii_end() {
@@ -86,6 +109,15 @@ impl Vsock {
         }
         let name = header.stream.as_str();
         Err(VsockError::Refused { port: STDIO_PORT, problem: format!("{name}: {answer:?}") })
+    }
+
+    async fn limited<T>(
+        &self,
+        port: u32,
+        work: impl Future<Output = Result<T, VsockError>>,
+    ) -> Result<T, VsockError> {
+        let limit = self.limit;
+        timeout(limit, work).await.unwrap_or(Err(VsockError::TimedOut { port, limit }))
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -165,6 +197,14 @@ mod tests {
         let mut rest = String::new();
         stream.read_to_string(&mut rest).await.unwrap();
         assert_eq!(rest, "hello");
+    }
+
+    #[tokio::test]
+    async fn a_monitor_that_stands_still_is_told_by_how_long() {
+        let (_dir, mut vsock, _listener) = dir();
+        vsock.limit = Duration::from_millis(20);
+        let error = vsock.connect(1024).await.unwrap_err().to_string();
+        assert_eq!(error, "vsock port 1024: the monitor or its guest does not answer within 20 ms");
     }
 
     #[tokio::test]

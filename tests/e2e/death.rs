@@ -1,6 +1,6 @@
 //! Whoever dies first: the client learns of it, once, and nothing stays.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use rvm_tests::{
     case,
@@ -144,6 +144,112 @@ fn exit_while_containerd_is_away() {
         sandbox.wait_until_gone(scale::command())?;
         // `ctr task rm` removes them, but not where containerd 1.7 has removed the task by itself.
         remove_clients_fifos(&run.id)
+    });
+}
+
+/// The machine's end by the host's kernel is told as what it is.
+#[test]
+fn killed_by_the_host_for_want_of_memory() {
+    case(|world| {
+        let (run, sandbox) = detached(world, "starved")?;
+        let groups = std::fs::read_to_string(format!("/proc/{}/cgroup", sandbox.monitor.pid))?;
+        let limit = groups.lines().find_map(|line| {
+            let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
+            let (root, file) = match controllers {
+                "" => ("/sys/fs/cgroup", "memory.max"),
+                "memory" => ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
+                _ => return None,
+            };
+            Some(format!("{root}{path}/{file}")).filter(|path| std::path::Path::new(path).exists())
+        });
+        let limit = limit.with_context(|| format!("no memory cgroup in {groups:?}"))?;
+        std::fs::write(&limit, "1048576").with_context(|| limit.clone())?;
+        world.events(|events| events.wait_for("/tasks/exit", &run.id, scale::container()))?;
+        let events = world.events(|events| events.of(&run.id))?;
+        let topics: Vec<&str> = events.iter().map(|event| event.topic.as_str()).collect();
+        ensure!(topics[topics.len() - 2..] == ["/tasks/oom", "/tasks/exit"], "{topics:?}");
+        world.ctr().remove(&run.id)?;
+        ensure!(world.events(|events| events.exit_once(&run.id))? == 137, "exit code");
+        remove_clients_fifos()
+    });
+}
+
+/// What runs beside the first process ends with it, and is told before it.
+#[test]
+fn execs_exit_before_the_container() {
+    case(|world| {
+        let (run, _) = detached(world, "order")?;
+        let exec = world.ctr().exec(&run.id, &[], &["sh", "-c", "echo in; sleep 100000"], Input::Open)?;
+        exec.wait_for("in", scale::container())?;
+        world.end(&run.id)?;
+        exec.finish(scale::container())?.exited(137)?;
+        let events = world.events(|events| events.of(&run.id))?;
+        let exits: Vec<bool> = events
+            .iter()
+            .filter(|event| event.topic == "/tasks/exit")
+            .map(|event| event.text("id") == run.id)
+            .collect();
+        ensure!(exits == [false, true], "{events:?}");
+        remove_clients_fifos()
+    });
+}
+
+/// A guest that stands still does not keep containerd from its task: it lists the
+/// first process, as it does of a task that has ended.
+#[test]
+fn a_task_always_lists_a_process() {
+    case(|world| {
+        let ctr = world.ctr();
+        let (run, sandbox) = detached(world, "still")?;
+        let monitor = nix::unistd::Pid::from_raw(sandbox.monitor.pid);
+        let listed = || -> Result<String> {
+            let listed = ctr.run(&["task", "ps", &run.id], scale::command())?.success()?.text();
+            Ok(listed
+                .lines()
+                .nth(1)
+                .unwrap_or_default()
+                .split_whitespace()
+                .next()
+                .unwrap_or_default()
+                .to_owned())
+        };
+        let running = listed()?;
+        nix::sys::signal::kill(monitor, Signal::SIGSTOP)?;
+        let still = listed();
+        nix::sys::signal::kill(monitor, Signal::SIGCONT)?;
+        ensure!(still? == running, "another first process");
+        ctr.run(&["task", "kill", "-s", "SIGKILL", &run.id], scale::command())?.success()?;
+        world.events(|events| events.wait_for("/tasks/exit", &run.id, scale::container()))?;
+        ensure!(listed()? == running, "none after its end");
+        ctr.remove(&run.id)
+    });
+}
+
+/// A shim that is asked to end has the guest write first what belongs on the host.
+#[test]
+fn a_terminated_shim_loses_nothing() {
+    case(|world| {
+        world.set_config(
+            &world.config().text("scratch", "backing", "block").set("scratch", "size_mib", "64"),
+        )?;
+        let ctr = world.ctr();
+        let run = ctr.container("terminated").detached();
+        let script = "if test -e /kept; then cat /kept; else echo kept > /kept; sleep 100000; fi";
+        run.run(&["sh", "-c", script])?.success()?;
+        let sandbox = Sandbox::find(world.stage(), &run.id)?;
+        let written =
+            || ctr.exec(&run.id, &[], &["test", "-s", "/kept"], Input::Nothing)?.finish(scale::container());
+        let until = std::time::Instant::now() + scale::container();
+        while written()?.code() != 0 {
+            ensure!(std::time::Instant::now() < until, "nothing is written");
+        }
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(sandbox.shim.pid), Signal::SIGTERM)?;
+        sandbox.wait_until_gone(scale::container())?;
+        let _ = ctr.run(&["task", "rm", "-f", &run.id], scale::container())?;
+        let again = ctr.run(&["task", "start", &run.id], scale::container())?.success()?;
+        ensure!(again.text() == "kept\n", "{again}");
+        ctr.run(&["containers", "rm", &run.id], scale::command())?.success()?;
+        remove_clients_fifos()
     });
 }
 

@@ -8,6 +8,7 @@ use rvm_tests::{
     case,
     ctr::{Ctr, Run},
     job::{Finished, Input},
+    sandbox::Sandbox,
     scale,
     script::CLOCK,
     task::Shim,
@@ -118,10 +119,14 @@ fn a_processor_by_quota() {
 }
 
 /// Processor time a container's process has used, on the host: under rvm that is its machine's.
-fn processor_ticks(ctr: &Ctr, id: &str) -> Result<u64> {
-    let tasks = ctr.list(&["task", "ls"]);
+fn processor_ticks(world: &World, id: &str) -> Result<u64> {
+    let tasks = world.ctr().list(&["task", "ls"]);
     let pid = tasks.iter().find_map(|task| task.strip_prefix(id)?.split_whitespace().next());
-    let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.context("no such task")?))?;
+    let pid = match Sandbox::find(world.stage(), id) {
+        Ok(sandbox) => sandbox.monitor.pid.to_string(),
+        Err(_) => pid.context("no such task")?.to_owned(),
+    };
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
     // utime and stime, the 14th and 15th field; the second may have spaces in it.
     let after_name = stat.rsplit_once(')').context("no name in stat")?.1;
     let times: Vec<u64> =
@@ -160,7 +165,7 @@ fn one_processor_is_shared_by_weight() {
         };
         let look = || -> Result<Vec<[u64; 2]>> {
             let both = runs.iter().zip(&weights);
-            both.map(|(run, (name, _))| Ok([processor_ticks(&ctr, &run.id)?, done(name)])).collect()
+            both.map(|(run, (name, _))| Ok([processor_ticks(world, &run.id)?, done(name)])).collect()
         };
         let before = look()?;
         std::thread::sleep(std::time::Duration::from_secs(8));

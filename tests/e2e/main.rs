@@ -13,6 +13,7 @@ mod exec_robust;
 mod failures;
 mod hooks;
 mod hostile;
+mod joined;
 mod limits;
 mod parity;
 mod process;

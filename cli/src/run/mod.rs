@@ -244,7 +244,7 @@ impl Run {
             biased;
             reason = sandbox.ended() => Err(RunError::Ended(reason)),
             result = self.container(sandbox, attached, hooks, signals) => match result {
-                Err(RunError::Agent(AgentError::Lost(_)) | RunError::Vsock(_)) => {
+                Err(RunError::Agent(AgentError::Lost { .. }) | RunError::Vsock(_)) => {
                     // Nothing can be done with a guest that does not answer.
                     sandbox.kill();
                     Err(RunError::Ended(sandbox.ended().await))
@@ -263,7 +263,7 @@ impl Run {
     ) -> Result<u8, RunError> {
         let agent = sandbox.agent();
         tokio::select! {
-            result = hooks.before_create(sandbox.pid()) => result?,
+            result = hooks.before_create(attached.holder().id().pid) => result?,
             signal = signals.ending() => return Ok(exit_code_of(signal)),
         }
         let terminal = self.bundle.container.process.terminal;
@@ -275,8 +275,8 @@ impl Run {
         let init = process_ref(&self.id, "");
         agent.start(&init).await?;
         sandbox.timeline().mark("command started");
-        hooks.after_start(sandbox.pid()).await?;
-        sandbox.set_phase(Phase::Running);
+        hooks.after_start(attached.holder().id().pid).await?;
+        sandbox.set_phase(&self.id, Phase::Running);
 
         let raw_mode = (terminal && self.interactive).then(RawMode::enter).transpose();
         let _raw_mode = raw_mode.map_err(|source| RunError::Io { what: "the terminal", source })?;

@@ -112,6 +112,17 @@ impl HostCgroup {
         ceiling.apply(&self.hierarchies, &self.relative)
     }
 
+    /// How many processes in it the host's kernel has killed for want of memory.
+    pub fn oom_kills(&self) -> u64 {
+        // Of v2, then of v1.
+        let files = ["memory.events", "memory.oom_control"];
+        let told = |dir: &PathBuf| {
+            let text = files.iter().find_map(|file| fs::read_to_string(dir.join(file)).ok())?;
+            text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse::<u64>().ok())
+        };
+        self.paths.0.iter().filter_map(told).sum()
+    }
+
     /// For a child between fork and exec: moves the calling process. Allocates
     /// nothing.
     pub fn enter(procs: &[CString]) -> io::Result<()> {
@@ -262,6 +273,24 @@ mod tests {
         fs::write(&procs, "").unwrap();
         join(&hierarchies, Path::new("a")).unwrap();
         assert_eq!(fs::read(procs).unwrap(), MYSELF);
+    }
+
+    #[test]
+    fn kills_are_counted_in_either_version() {
+        let dir = tempfile::tempdir().unwrap();
+        let (v1, v2) = (dir.path().join("v1"), dir.path().join("v2"));
+        for dir in [&v1, &v2] {
+            fs::create_dir(dir).unwrap();
+        }
+        fs::write(v1.join("memory.oom_control"), "oom_kill_disable 0\nunder_oom 0\noom_kill 2\n").unwrap();
+        fs::write(v2.join("memory.events"), "low 0\nhigh 0\nmax 9\noom 1\noom_kill 1\n").unwrap();
+        let cgroup = HostCgroup {
+            paths: Paths(vec![v1, v2, dir.path().join("none")]),
+            hierarchies: Hierarchies { all: Vec::new() },
+            relative: PathBuf::new(),
+            procs: Vec::new(),
+        };
+        assert_eq!(cgroup.oom_kills(), 3);
     }
 
     #[test]

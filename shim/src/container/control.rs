@@ -41,7 +41,7 @@ impl Container {
         self.sandbox.agent().pause(&self.id).await?;
         self.paused.store(true, Ordering::Relaxed);
         self.events.publish(TaskPaused { container_id: self.id.clone(), ..Default::default() });
-        self.sandbox.set_phase(state::Phase::Paused);
+        self.sandbox.set_phase(&self.id, state::Phase::Paused);
         Ok(())
     }
 
@@ -52,7 +52,7 @@ impl Container {
         self.sandbox.agent().resume(&self.id).await?;
         self.paused.store(false, Ordering::Relaxed);
         self.events.publish(TaskResumed { container_id: self.id.clone(), ..Default::default() });
-        self.sandbox.set_phase(state::Phase::Running);
+        self.sandbox.set_phase(&self.id, state::Phase::Running);
         Ok(())
     }
 
@@ -97,7 +97,12 @@ impl Container {
         let mut known = self.oom_kills.lock().unwrap_or_else(PoisonError::into_inner);
         if kills > *known {
             *known = kills;
-            self.events.publish(TaskOOM { container_id: self.id.clone(), ..Default::default() });
+            self.publish_oom();
         }
+    }
+
+    /// Tells that something was killed for want of memory.
+    pub(super) fn publish_oom(&self) {
+        self.events.publish(TaskOOM { container_id: self.id.clone(), ..Default::default() });
     }
 }

@@ -16,21 +16,23 @@ use containerd_shim_protos::{
     events::task::{TaskCreate, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskStart},
     types::mount::Mount,
 };
-use rvm_protocol::agent::{Device, ExitStatus};
-use tokio::time::timeout;
+use rvm_protocol::agent::{Device, ExitStatus, Namespace};
+use tokio::time::{sleep, timeout};
 
 use crate::{
     agent::{AgentError, process_ref},
     config::Compat,
     error::Error,
     events::{Events, timestamp},
+    holder::Holder,
     hooks::{HookError, Hooks},
     io::{Endpoints, ProcessIo, Stdio},
     process::{Exit, Phase, Process},
     rootfs::Layer,
     sandbox::{Attached, Sandbox},
-    spec::{self, Bundle},
+    spec::{self, Bundle, Neighbour},
     state,
+    timeline::Timeline,
 };
 
 /// Above every pid a Linux host has (`PID_MAX_LIMIT`). Pids of the guest are
@@ -43,6 +45,14 @@ pub const GUEST_PIDS_FROM: u32 = 1 << 22;
 const DRAIN_QUIET: Duration = Duration::from_millis(500);
 /// The longest an exit waits for output.
 const DRAIN_LIMIT: Duration = Duration::from_secs(10);
+/// How long a guest may take to list processes; containerd asks for them before it
+/// does anything else.
+const LIST_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long the first process's exit waits for those of the others, which end with
+/// it.
+const EXECS_LIMIT: Duration = Duration::from_secs(10);
+/// Between two attempts to reach an agent whose connection was lost.
+const RECONNECT_AFTER: Duration = Duration::from_millis(500);
 /// How long a guest may take to act on SIGKILL before the machine is stopped.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -53,7 +63,14 @@ pub struct Container {
     /// Its bundle.
     pub bundle: PathBuf,
     sandbox: Arc<Sandbox>,
-    _attached: Attached,
+    /// Stands for it on the host.
+    holder: Arc<Holder>,
+    /// Taken when it leaves the machine.
+    attached: Mutex<Option<Attached>>,
+    /// Its namespaces, as the agent was asked for them.
+    namespaces: Vec<Namespace>,
+    /// The steps of its start.
+    timeline: Arc<Timeline>,
     hooks: Arc<Hooks>,
     namespace: String,
     events: Events,
@@ -81,14 +98,14 @@ pub struct Create {
     pub hooks: Arc<Hooks>,
     /// Its layers, as they were added to the share.
     pub layers: Vec<Layer>,
-    /// Its place in the machine.
-    pub attached: Attached,
     /// Its streams as containerd named them.
     pub stdio: Stdio,
     /// Its streams, opened.
     pub endpoints: Endpoints,
     /// What its specifications may ask for in vain.
     pub compat: Compat,
+    /// Where the steps of its start are noted.
+    pub timeline: Arc<Timeline>,
 }
 
 /// A process as `Pids` tells it.
@@ -102,43 +119,52 @@ pub struct Listed {
 
 impl Container {
     /// Makes the container in the guest; its first process waits for
-    /// [`Container::start`].
+    /// [`Container::start`]. Its place in the machine is taken over when there is
+    /// a container.
     pub async fn create(
-        sandbox: Arc<Sandbox>,
+        sandbox: &Arc<Sandbox>,
         namespace: &str,
         create: Create,
+        place: &mut Option<Attached>,
         events: Events,
     ) -> Result<Arc<Self>, Error> {
-        let Create { bundle, hooks, layers, attached, stdio, endpoints, compat } = create;
+        let Create { bundle, hooks, layers, stdio, endpoints, compat, timeline } = create;
         let mut request = bundle.container;
         let id = request.container_id.clone();
         let resources = request.resources.mut_or_insert_default();
         resources.cpus = sandbox.guest_cpus(&resources.cpus);
-        request.scratch = Some(attached.scratch()).into();
+        request.scratch = place.as_ref().map(Attached::scratch).into();
         let process = request.process.mut_or_insert_default();
         process.terminal = endpoints.terminal;
         (process.stdin, process.stdout, process.stderr) =
             (endpoints.stdin.is_some(), endpoints.stdout.is_some(), endpoints.stderr.is_some());
-        // The monitor answers while the guest works.
-        let (created, ()) =
-            tokio::join!(sandbox.agent().create_container(&request), sandbox.note_monitor_steps());
-        let init_guest_pid = created?;
-        sandbox.timeline().mark("container created");
+        let created = sandbox.agent().create_container(&request);
+        let init_guest_pid = match sandbox.is_first(&id) {
+            // The monitor answers while the guest works.
+            true => tokio::join!(created, sandbox.note_monitor_steps()).0?,
+            false => created.await?,
+        };
+        timeline.mark("container created");
+        let attached = place.take().ok_or_else(|| Error::FailedPrecondition("has no place".into()))?;
+        let pid = attached.holder().id().pid;
         let created = TaskCreate {
             container_id: id.clone(),
             bundle: bundle.dir.to_string_lossy().into_owned(),
             rootfs: layers.into_iter().map(mount_message).collect(),
             io: Some(io_message(&stdio)).into(),
-            pid: sandbox.pid(),
+            pid,
             ..Default::default()
         };
-        let init = Process::new("", stdio, sandbox.pid());
+        let init = Process::new("", stdio, pid);
         request.devices.retain(|device| !device.block_serial.is_empty());
         let container = Arc::new(Self {
             id,
             bundle: bundle.dir,
-            sandbox,
-            _attached: attached,
+            sandbox: sandbox.clone(),
+            holder: attached.holder().clone(),
+            attached: Mutex::new(Some(attached)),
+            namespaces: request.namespaces,
+            timeline,
             hooks,
             namespace: namespace.to_owned(),
             events,
@@ -154,7 +180,17 @@ impl Container {
         });
         container.events.publish(created);
         tokio::spawn(container.clone().follow(container.init.clone()));
+        tokio::spawn(container.clone().follow_holder());
         Ok(container)
+    }
+
+    /// What others in its sandbox may refer to by its pid.
+    pub fn neighbour(&self) -> Neighbour {
+        Neighbour {
+            pid: self.init.pid(),
+            guest_pid: self.init_guest_pid,
+            namespaces: self.namespaces.clone(),
+        }
     }
 
     /// The sandbox it runs in.
@@ -204,16 +240,16 @@ impl Container {
         let endpoints = self.endpoints.lock().unwrap_or_else(PoisonError::into_inner).take();
         let endpoints = endpoints.unwrap_or_default();
         init.set_io(ProcessIo::attach(self.sandbox.vsock(), &self.id, "", endpoints).await?);
-        self.sandbox.timeline().mark("streams attached");
+        self.timeline.mark("streams attached");
         self.sandbox.agent().start(&process_ref(&self.id, "")).await?;
-        self.sandbox.timeline().mark("started");
+        self.timeline.mark("started");
         with_sandbox(&self.sandbox, self.hooks.after_start(init.pid())).await?;
         let pid = init.pid();
         init.set_running(pid);
         self.events.publish(TaskStart { container_id: self.id.clone(), pid, ..Default::default() });
-        self.sandbox.set_phase(state::Phase::Running);
+        self.sandbox.set_phase(&self.id, state::Phase::Running);
         tokio::spawn(self.clone().watch_oom_kills());
-        let steps = self.sandbox.timeline().steps();
+        let steps = self.timeline.steps();
         let steps: Vec<_> = steps.iter().map(|step| format!("{} {:.1}", step.name, step.ms)).collect();
         let label = format!("{}/{}", self.namespace, self.id);
         log::info!("{label}: started; ms since the request: {}", steps.join(", "));
@@ -225,9 +261,20 @@ impl Container {
         self.check_not_paused()?;
         let endpoints = Endpoints::open(&process.stdio, &self.namespace, &self.id).await?;
         let io = ProcessIo::attach(self.sandbox.vsock(), &self.id, exec_id, endpoints).await?;
-        let guest_pid = self.sandbox.agent().start(&process_ref(&self.id, exec_id)).await?;
-        let pid = host_view(guest_pid);
         process.set_io(io);
+        let guest_pid = match self.sandbox.agent().start(&process_ref(&self.id, exec_id)).await {
+            Ok(guest_pid) => guest_pid,
+            Err(error) => {
+                if error.is_unanswered() {
+                    // It may run all the same: it is ended, and its end is told.
+                    tokio::spawn(self.clone().give_up(process.clone()));
+                } else {
+                    process.drop_io();
+                }
+                return Err(error.into());
+            }
+        };
+        let pid = host_view(guest_pid);
         process.set_running(pid);
         self.events.publish(TaskExecStarted {
             container_id: self.id.clone(),
@@ -237,6 +284,15 @@ impl Container {
         });
         tokio::spawn(self.clone().follow(process.clone()));
         Ok(pid)
+    }
+
+    /// Ends an exec of which it is not known whether it was started.
+    async fn give_up(self: Arc<Self>, process: Arc<Process>) {
+        let reference = process_ref(&self.id, &process.exec_id);
+        if let Err(error) = self.sandbox.agent().signal(reference, libc::SIGKILL as u32, false).await {
+            log::debug!("{}/{} exec {}: {error}", self.namespace, self.id, process.exec_id);
+        }
+        self.follow(process).await;
     }
 
     /// Registers a further process, `json` being its specification.
@@ -308,7 +364,8 @@ impl Container {
         match answer {
             Err(error) if error.is_not_found() => Err(finished()),
             // There is nobody left to ask, and no process either.
-            Err(AgentError::Lost(_)) if lethal => {
+            Err(error) if error.is_unanswered() && lethal => {
+                log::warn!("{}/{}: {error}; stopping the machine", self.namespace, self.id);
                 self.sandbox.kill();
                 Ok(())
             }
@@ -339,13 +396,27 @@ impl Container {
         Ok(())
     }
 
-    /// The processes in the container.
-    pub async fn processes(&self) -> Result<Vec<Listed>, Error> {
+    /// The processes in the container. Of one that has ended, and where the guest
+    /// does not answer at once, that is the first one alone: containerd takes a shim
+    /// that lists none for one that has been left behind, and removes it.
+    pub async fn processes(&self) -> Vec<Listed> {
+        let first = || vec![Listed { pid: self.init.pid(), exec_id: None }];
         if self.init.exited().is_some() {
-            return Ok(Vec::new());
+            return first();
         }
-        let mut listed = Vec::new();
-        for process in self.sandbox.agent().processes(&self.id).await? {
+        let listed = match timeout(LIST_TIMEOUT, self.sandbox.agent().processes(&self.id)).await {
+            Ok(Ok(listed)) => listed,
+            Ok(Err(error)) => {
+                log::warn!("{}/{}: listing its processes: {error}", self.namespace, self.id);
+                return first();
+            }
+            Err(_) => {
+                log::warn!("{}/{}: the guest does not list its processes", self.namespace, self.id);
+                return first();
+            }
+        };
+        let mut all = Vec::new();
+        for process in listed {
             let exec_id = Some(process.exec_id).filter(|exec_id| !exec_id.is_empty());
             let exec = exec_id.as_ref().and_then(|exec_id| self.execs().get(exec_id).cloned());
             // What has a pid already keeps it.
@@ -354,9 +425,9 @@ impl Container {
                 None if process.pid == self.init_guest_pid => self.init.pid(),
                 None => host_view(process.pid),
             };
-            listed.push(Listed { pid, exec_id });
+            all.push(Listed { pid, exec_id });
         }
-        Ok(listed)
+        if all.is_empty() { first() } else { all }
     }
 
     /// Forgets an ended exec and returns how it ended.
@@ -415,12 +486,41 @@ impl Container {
         Ok((self.init.pid(), exit))
     }
 
+    /// Takes the ended container out of its sandbox, which goes on.
+    pub async fn leave(&self) {
+        // Where it cannot be asked, the guest has nothing to lose: what it still
+        // has of the container, it has no use for.
+        if let Err(error) = self.sandbox.agent().delete(&process_ref(&self.id, "")).await
+            && !error.is_not_found()
+        {
+            log::warn!("{}/{}: its deletion in the guest: {error}", self.namespace, self.id);
+        }
+        let attached = self.attached.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(attached) = attached {
+            self.sandbox.detach(attached).await;
+        }
+    }
+
     /// Delivers what is left of a process's output and lets go of its FIFOs.
     async fn release_io(&self, process: &Process) {
         if let Some(io) = process.io() {
             io.drain(DRAIN_QUIET, DRAIN_LIMIT).await;
         }
         process.drop_io();
+    }
+
+    /// Ends the container when somebody ends the process that stands for it.
+    async fn follow_holder(self: Arc<Self>) {
+        tokio::select! {
+            _ = self.init.wait() => return,
+            () = self.holder.killed() => {}
+        }
+        if self.init.exited().is_none() {
+            log::warn!("{}/{}: its process on the host was killed", self.namespace, self.id);
+            if let Err(error) = self.kill("", libc::SIGKILL as u32, true).await {
+                log::debug!("{}/{}: {error}", self.namespace, self.id);
+            }
+        }
     }
 
     /// Waits for a process's end and tells it, once: by the agent, or by the
@@ -433,12 +533,18 @@ impl Container {
         let (exit, oom_kills) = match self.exit_of(&process).await {
             Ok(status) => (Exit::now(status.exit_code), status.oom_kills),
             Err(reason) => {
-                log::error!("{label}: ended with its machine: {reason}");
+                log::error!("{label}: {reason}");
+                if process.exec_id.is_empty() && self.sandbox.killed_for_memory() {
+                    self.publish_oom();
+                }
                 (Exit::now(Exit::KILLED), 0)
             }
         };
         if let Some(io) = process.io() {
             io.drain(DRAIN_QUIET, DRAIN_LIMIT).await;
+        }
+        if process.exec_id.is_empty() {
+            self.execs_ended().await;
         }
         // The start is told first, however soon the end comes.
         let _starting = process.starting.lock().await;
@@ -446,6 +552,8 @@ impl Container {
         self.note_oom_kills(oom_kills);
         if process.exec_id.is_empty() {
             self.paused.store(false, Ordering::Relaxed);
+            // Who is told of the end finds the pid gone.
+            self.holder.end();
         }
         let id = if process.exec_id.is_empty() { self.id.clone() } else { process.exec_id.clone() };
         process.set_exited(exit, || {
@@ -459,24 +567,48 @@ impl Container {
             });
         });
         if process.exec_id.is_empty() {
-            self.sandbox.set_phase(state::Phase::Stopped);
+            self.sandbox.set_phase(&self.id, state::Phase::Stopped);
         }
     }
 
+    /// Waits for the exits of what was started beside the first process and ended
+    /// with it, so that its exit is the last one told.
+    async fn execs_ended(&self) {
+        let running = |process: &Arc<Process>| process.phase() == Phase::Running;
+        let execs: Vec<_> = self.execs().values().filter(|process| running(process)).cloned().collect();
+        let ended = async {
+            for exec in execs {
+                exec.wait().await;
+            }
+        };
+        if timeout(EXECS_LIMIT, ended).await.is_err() {
+            log::warn!("{}/{}: an exec outlives the container", self.namespace, self.id);
+        }
+    }
+
+    /// How a process ended. Nothing but the machine's end is taken for one: where
+    /// the agent does not answer any more, it is asked again.
     async fn exit_of(&self, process: &Process) -> Result<ExitStatus, String> {
         let reference = process_ref(&self.id, &process.exec_id);
-        let error = tokio::select! {
-            answer = self.sandbox.agent().wait(&reference) => match answer {
-                Ok(status) => return Ok(status),
-                Err(error) => error,
-            },
-            reason = self.sandbox.ended() => return Err(reason),
+        let asked = async {
+            loop {
+                match self.sandbox.agent().wait(&reference).await {
+                    Ok(status) => return Ok(status),
+                    Err(error) if error.is_unanswered() => {
+                        let (namespace, id) = (&self.namespace, &self.id);
+                        log::warn!("{namespace}/{id}: waiting for {:?}: {error}", process.exec_id);
+                        sleep(RECONNECT_AFTER).await;
+                    }
+                    // It has lost track of the process.
+                    Err(error) => return Err(error.to_string()),
+                }
+            }
         };
-        // An agent that has lost track of a process, or does not answer at all,
-        // cannot be asked about it again: the machine is of no use any more.
-        log::warn!("{}/{}: waiting for {:?}: {error}", self.namespace, self.id, process.exec_id);
-        self.sandbox.kill();
-        Err(format!("{error}; {}", self.sandbox.ended().await))
+        tokio::select! {
+            biased;
+            result = asked => result,
+            reason = self.sandbox.ended() => Err(format!("ended with its machine: {reason}")),
+        }
     }
 
     fn execs(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Process>>> {

@@ -7,19 +7,26 @@
 
 use std::{
     collections::BTreeMap,
+    ffi::CString,
+    io,
+    os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
+    sync::{Arc, Mutex, OnceLock, PoisonError, Weak, atomic::Ordering},
+    time::Duration,
 };
 
-use rvm_protocol::{
-    agent::{Scratch, scratch::Backing},
-    guest::SCRATCH_SERIAL,
+use rvm_protocol::agent::{Scratch, scratch::Backing};
+use tokio::{
+    task::{JoinHandle, spawn_blocking},
+    time::timeout,
 };
-use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::{Claim, Sandbox, SandboxError};
 use crate::{
+    agent::process_ref,
     config::{self, Config},
+    holder::{Holder, Starting},
+    process_id::{ProcessId, pidfd_open},
     rootfs::Layer,
     scratch::Preparation,
     share::{Share, ShareError},
@@ -27,22 +34,63 @@ use crate::{
     timeline::Timeline,
 };
 
+/// How long the end of a container that was given up may take.
+const WITHDRAW_LIMIT: Duration = Duration::from_secs(10);
+
 /// What the containers of a sandbox share on the host.
 pub(super) struct HostSide {
     /// The sandbox's directory.
     pub(super) dir: PathBuf,
     /// Gone once the sandbox is closed.
     share: Mutex<Option<Share>>,
+    /// Of its cgroup.
+    procs: Vec<CString>,
+    /// Whose network namespace is the sandbox's.
+    monitor: OnceLock<OwnedFd>,
+    holders: Mutex<Vec<Weak<Holder>>>,
 }
 
 impl HostSide {
-    pub(super) fn new(dir: &Path, share: Share) -> Arc<Self> {
-        Arc::new(Self { dir: dir.to_owned(), share: Mutex::new(Some(share)) })
+    pub(super) fn new(dir: &Path, share: Share, procs: Vec<CString>) -> Arc<Self> {
+        Arc::new(Self {
+            dir: dir.to_owned(),
+            share: Mutex::new(Some(share)),
+            procs,
+            monitor: OnceLock::new(),
+            holders: Mutex::default(),
+        })
     }
 
-    /// Takes all mounts off. May take as long as a file system of the host does.
+    /// The monitor runs.
+    pub(super) fn set_monitor(&self, monitor: ProcessId) -> io::Result<()> {
+        let _ = self.monitor.set(pidfd_open(monitor.pid)?);
+        Ok(())
+    }
+
+    /// Ends the containers' processes on the host and takes all mounts off. May
+    /// take as long as a file system of the host does.
     pub(super) fn close(&self) {
+        for holder in self.holders().drain(..).filter_map(|holder| holder.upgrade()) {
+            holder.end();
+        }
         drop(self.share.lock().unwrap_or_else(PoisonError::into_inner).take());
+    }
+
+    fn hold(&self) -> io::Result<Starting> {
+        let monitor = self.monitor.get().ok_or(io::ErrorKind::NotFound)?;
+        Holder::start(monitor.as_fd(), &self.procs)
+    }
+
+    fn keep(&self, holder: Holder) -> Arc<Holder> {
+        let holder = Arc::new(holder);
+        let mut holders = self.holders();
+        holders.retain(|holder| holder.strong_count() > 0);
+        holders.push(Arc::downgrade(&holder));
+        holder
+    }
+
+    fn holders(&self) -> std::sync::MutexGuard<'_, Vec<Weak<Holder>>> {
+        self.holders.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn add(&self, bundle: &Bundle, layers: &[Layer]) -> Result<(), ShareError> {
@@ -63,6 +111,7 @@ impl HostSide {
 /// A container's part of the host, being made. Dropping it takes it back.
 pub struct Preparing {
     part: Part,
+    holder: Starting,
     mounts: Option<JoinHandle<Result<(), ShareError>>>,
     scratch: Option<Preparation>,
     tmpfs_bytes: u64,
@@ -77,15 +126,24 @@ struct Part {
     container: String,
 }
 
+impl Part {
+    /// Takes its mounts off, after what is being mounted there.
+    fn remove(&mut self) -> JoinHandle<()> {
+        let (host, container) = (self.host.clone(), std::mem::take(&mut self.container));
+        spawn_blocking(move || host.remove(&container))
+    }
+}
+
 impl Drop for Part {
     fn drop(&mut self) {
-        let (host, container) = (self.host.clone(), std::mem::take(&mut self.container));
-        // Waits for what is being mounted there.
-        spawn_blocking(move || host.remove(&container));
+        if !self.container.is_empty() {
+            self.remove();
+        }
     }
 }
 
 impl Preparing {
+    /// Has to be called on the process's main thread.
     pub(super) fn begin(
         host: &Arc<HostSide>,
         config: &Config,
@@ -93,7 +151,8 @@ impl Preparing {
         layers: &[Layer],
         timeline: &Arc<Timeline>,
     ) -> Result<Self, SandboxError> {
-        let container = bundle.container.container_id.clone();
+        let holder = host.hold().map_err(SandboxError::Holder)?;
+        let part = Part { host: host.clone(), container: bundle.container.container_id.clone() };
         let (scratch, tmpfs_bytes) = match bundle.scratch(config.scratch) {
             // The agent makes none where all is written to the host.
             None => (None, 0),
@@ -101,9 +160,8 @@ impl Preparing {
             Some(config::Scratch::Block { size_bytes }) => {
                 let noted = timeline.clone();
                 let done = move || noted.mark("scratch ready");
-                let scratch =
-                    Preparation::start(size_bytes, &config.host.cache_dir, layers, &host.dir, done)?;
-                (Some(scratch), 0)
+                let cache_dir = &config.host.cache_dir;
+                (Some(Preparation::start(size_bytes, cache_dir, layers, &host.dir, done)?), 0)
             }
         };
         let mounts = spawn_blocking({
@@ -116,7 +174,8 @@ impl Preparing {
             }
         });
         Ok(Self {
-            part: Part { host: host.clone(), container },
+            part,
+            holder,
             mounts: Some(mounts),
             tmpfs_bytes,
             disks: bundle.disks.clone(),
@@ -131,7 +190,7 @@ impl Preparing {
         let Some(mounts) = &mut self.mounts else { return Ok(()) };
         let result = mounts.await;
         self.mounts = None;
-        // A panic on that thread is a fault of ours; there is nothing mounted then.
+        // A panic on that thread is a fault of ours.
         Ok(result.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))?)
     }
 }
@@ -147,11 +206,35 @@ pub(super) struct Disk {
     users: usize,
 }
 
-/// A container's place in the machine, until [`Sandbox::detach`].
+/// A container's place in the machine, until [`Sandbox::detach`]. Dropping it, as
+/// a creation that is given up does, ends the container and takes it out.
 pub struct Attached {
+    sandbox: Weak<Sandbox>,
     part: Part,
+    holder: Arc<Holder>,
     serials: Vec<String>,
     scratch: Scratch,
+    left: bool,
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        let Some(sandbox) = self.sandbox.upgrade().filter(|_| !self.left) else { return };
+        // The machine goes with the first one.
+        if sandbox.is_closed() || sandbox.is_first(&self.part.container) {
+            return;
+        }
+        let container = std::mem::take(&mut self.part.container);
+        let attached = Self {
+            sandbox: self.sandbox.clone(),
+            part: Part { host: self.part.host.clone(), container },
+            holder: self.holder.clone(),
+            serials: std::mem::take(&mut self.serials),
+            scratch: Scratch::default(),
+            left: true,
+        };
+        tokio::spawn(async move { sandbox.withdraw(attached).await });
+    }
 }
 
 impl Attached {
@@ -159,10 +242,16 @@ impl Attached {
     pub fn scratch(&self) -> Scratch {
         self.scratch.clone()
     }
+
+    /// The process on the host that stands for the container.
+    pub fn holder(&self) -> &Arc<Holder> {
+        &self.holder
+    }
 }
 
 impl Sandbox {
     /// Begins with what a container needs on the host, for [`Sandbox::attach`].
+    /// Has to be called on the process's main thread.
     pub fn prepare(
         &self,
         config: &Config,
@@ -175,19 +264,28 @@ impl Sandbox {
 
     /// Brings a container into the running machine. On an error nothing of it
     /// is left.
-    pub async fn attach(&self, mut preparing: Preparing) -> Result<Attached, SandboxError> {
+    pub async fn attach(self: &Arc<Self>, mut preparing: Preparing) -> Result<Attached, SandboxError> {
         preparing.mounted().await?;
-        let Preparing { part, scratch, tmpfs_bytes, disks, claim, writes, .. } = preparing;
+        let Preparing { part, holder, scratch, tmpfs_bytes, disks, claim, writes, .. } = preparing;
+        let holder = holder.ready().await.map_err(SandboxError::Holder)?;
         if writes {
             self.must_flush.store(true, Ordering::Relaxed);
         }
-        let mut attached = Attached { part, serials: Vec::new(), scratch: Scratch::default() };
+        let holder = part.host.keep(holder);
+        let mut attached = Attached {
+            sandbox: Arc::downgrade(self),
+            part,
+            holder,
+            serials: Vec::new(),
+            scratch: Scratch::default(),
+            left: false,
+        };
         let admitted = async {
             self.admit(&attached.part.container, claim).await?;
             attached.scratch.backing = Some(match scratch {
                 None => Backing::TmpfsBytes(tmpfs_bytes),
                 Some(mut scratch) => {
-                    let serial = SCRATCH_SERIAL.to_owned();
+                    let serial = self.scratch_serial();
                     let path = scratch.finished().await?;
                     self.plug("scratch", &serial, &path, false).await?;
                     attached.serials.push(serial.clone());
@@ -209,6 +307,11 @@ impl Sandbox {
         }
     }
 
+    /// No other disk has it: at most the 20 bytes of a virtio-blk serial.
+    fn scratch_serial(&self) -> String {
+        format!("scratch-{}", self.scratches.fetch_add(1, Ordering::Relaxed))
+    }
+
     async fn plug(&self, field: &str, serial: &str, path: &Path, readonly: bool) -> Result<(), SandboxError> {
         let mut disks = self.disks.lock().await;
         if let Some(disk) = disks.get_mut(serial) {
@@ -226,7 +329,57 @@ impl Sandbox {
 
     /// Takes a container that is gone from the guest out of the machine, while
     /// the others run.
-    pub async fn detach(&self, attached: Attached) {
-        drop(attached);
+    pub async fn detach(self: &Arc<Self>, mut attached: Attached) {
+        attached.left = true;
+        attached.holder.end();
+        if self.is_closed() {
+            return;
+        }
+        self.unplug(&attached.serials).await;
+        self.release(&attached.part.container);
+        if let Some(owned) = self.owned().as_mut() {
+            owned.record.remove_member(&attached.part.container);
+        }
+        // It logs for itself what it cannot take off.
+        let _ = attached.part.remove().await;
+    }
+
+    /// Ends a container that may or may not be in the guest, and takes it out.
+    async fn withdraw(self: Arc<Self>, attached: Attached) {
+        let init = process_ref(&attached.part.container, "");
+        if self.agent().signal(init.clone(), libc::SIGKILL as u32, true).await.is_ok() {
+            let _ = timeout(WITHDRAW_LIMIT, self.agent().wait(&init)).await;
+        }
+        if let Err(error) = self.agent().delete(&init).await
+            && !error.is_not_found()
+        {
+            log::warn!("{}: its deletion in the guest: {error}", attached.part.container);
+        }
+        self.detach(attached).await;
+    }
+
+    /// Takes out the disks nobody uses any more.
+    async fn unplug(&self, serials: &[String]) {
+        let mut disks = self.disks.lock().await;
+        let mut unused = Vec::new();
+        for serial in serials {
+            let Some(disk) = disks.get_mut(serial) else { continue };
+            disk.users -= 1;
+            if disk.users == 0 {
+                disks.remove(serial);
+                unused.push(serial.clone());
+            }
+        }
+        if unused.is_empty() {
+            return;
+        }
+        if let Err(error) = self.agent().remove_disks(unused.clone()).await {
+            log::warn!("the guest does not let go of {}: {error}", unused.join(", "));
+        }
+        for serial in unused {
+            if let Err(error) = self.machine.remove_disk(&serial).await {
+                log::warn!("{serial} stays plugged in: {error}");
+            }
+        }
     }
 }

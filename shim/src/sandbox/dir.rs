@@ -8,7 +8,7 @@ use std::{
     sync::Arc,
 };
 
-use super::SandboxError;
+use super::{SandboxError, record::MEMBERS};
 use crate::{mount, name, share, state::State};
 
 /// Name of the share in the directory.
@@ -130,11 +130,15 @@ fn mounts_below(dir: &Path) -> Vec<PathBuf> {
 /// Removes the directory with the files in it, and its namespace's directory
 /// where it was the last one.
 fn remove(dir: &Path) {
-    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
-        if entry.file_type().is_ok_and(|kind| !kind.is_dir()) {
-            let _ = fs::remove_file(entry.path());
+    let members = dir.join(MEMBERS);
+    for dir in [&members, dir] {
+        for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+            if entry.file_type().is_ok_and(|kind| !kind.is_dir()) {
+                let _ = fs::remove_file(entry.path());
+            }
         }
     }
+    let _ = fs::remove_dir(&members);
     match fs::remove_dir(dir) {
         Ok(()) => {}
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}

@@ -54,6 +54,9 @@ pub enum SandboxError {
     /// Where its writable layer lives.
     #[error(transparent)]
     Scratch(#[from] ScratchError),
+    /// The process that stands for a container.
+    #[error("starting the container's process on the host: {0}")]
+    Holder(#[source] io::Error),
     /// Its monitor was not started.
     #[error(transparent)]
     Monitor(#[from] MonitorError),
@@ -92,6 +95,15 @@ pub enum SandboxError {
     Grow {
         /// What was asked for.
         limit: u64,
+        /// Why not.
+        #[source]
+        source: GrowError,
+    },
+    /// Not as many CPUs as its containers ask for.
+    #[error("linux.resources.cpu: the running machine did not come to {vcpus} CPUs: {source}")]
+    Vcpus {
+        /// What was asked for.
+        vcpus: u8,
         /// Why not.
         #[source]
         source: GrowError,

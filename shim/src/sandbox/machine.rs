@@ -14,7 +14,7 @@ use rvm_protocol::{
     guest::{GUEST_CID, LAYERS_TAG, READY_PORT, VOLUMES_TAG, ready_line},
     vmm::{CachePolicy, ShareConfig, VmConfig, VsockConfig},
 };
-use tokio::{net::UnixListener, time::timeout};
+use tokio::{net::UnixListener, task::spawn_blocking, time::timeout};
 
 use super::{CONSOLE_LOG, Plan, SandboxError, dir, failure};
 use crate::{
@@ -24,7 +24,7 @@ use crate::{
     process_id::ProcessId,
     share, sysctl,
     timeline::Timeline,
-    vmm::{self, Exited, Monitor},
+    vmm::{self, Exited, Monitor, MonitorError},
     vsock::{self, Vsock, VsockError},
 };
 
@@ -130,18 +130,14 @@ impl Machine {
 
     /// Adds what the monitor measured of its own start to the timeline.
     pub(super) async fn note_steps(&self, timeline: &Timeline) {
-        const LIMIT: Duration = Duration::from_secs(1);
-        let Ok(answer) = timeout(LIMIT, self.monitor.control().metrics()).await else {
-            return log::warn!("the monitor does not answer on its control socket");
-        };
-        match answer {
+        match self.monitor.control().metrics().await {
             Ok(metrics) => {
                 for (name, us) in metrics.start_us {
                     let after = self.spawned + Duration::from_micros(us);
                     timeline.mark_at(&format!("monitor: {name}"), after);
                 }
             }
-            Err(error) => log::debug!("no steps from the monitor: {error}"),
+            Err(error) => log::warn!("no steps from the monitor: {error}"),
         }
     }
 
@@ -168,33 +164,46 @@ impl Machine {
             log::warn!("the guest did not power off within {} s", SHUTDOWN_TIMEOUT.as_secs());
         }
         self.monitor.kill();
-        self.monitor.exited().await;
+        if timeout(SHUTDOWN_TIMEOUT, self.monitor.exited()).await.is_err() {
+            log::error!("the monitor, process {}, does not end though it was killed", self.id().pid);
+        }
     }
 
-    /// Plugs a disk in. The guest finds it when it is told to use it.
+    /// Plugs the file or block device at `path` in as a disk. The guest finds it
+    /// when it is told to use it.
     pub(super) async fn add_disk(
         &self,
         serial: &str,
         path: &Path,
         readonly: bool,
-    ) -> Result<(), vmm::MonitorError> {
-        let failed = |source| vmm::MonitorError::Disk { path: path.to_owned(), source };
+    ) -> Result<(), MonitorError> {
         let open = {
             let path = path.to_owned();
             // Opening a device may wait for it.
             move || File::options().read(true).write(!readonly).open(path)
         };
-        let opened = tokio::task::spawn_blocking(open).await.map_err(io::Error::other).flatten();
-        self.monitor.control().add_disk(serial, readonly, opened.map_err(failed)?.as_fd()).await
+        let opened = spawn_blocking(open).await.map_err(io::Error::other).flatten();
+        let file = opened.map_err(|source| MonitorError::Disk { path: path.to_owned(), source })?;
+        self.monitor.control().add_disk(serial, readonly, file.as_fd()).await
+    }
+
+    /// Takes a disk out that the guest has let go of.
+    pub(super) async fn remove_disk(&self, serial: &str) -> Result<(), MonitorError> {
+        self.monitor.control().remove_disk(serial).await
+    }
+
+    /// Makes so many vCPUs exist, for the guest to bring them up.
+    pub(super) async fn set_vcpus(&self, count: u8) -> Result<(), MonitorError> {
+        self.monitor.control().set_vcpus(count).await
     }
 
     /// Bytes of memory the guest has plugged in.
-    pub(super) async fn plugged_bytes(&self) -> Result<u64, vmm::MonitorError> {
+    pub(super) async fn plugged_bytes(&self) -> Result<u64, MonitorError> {
         Ok(self.monitor.control().metrics().await?.memory_plugged_bytes)
     }
 
     /// Offers the guest so much memory beside what it started with.
-    pub(super) async fn offer_memory(&self, mib: u64) -> Result<(), vmm::MonitorError> {
+    pub(super) async fn offer_memory(&self, mib: u64) -> Result<(), MonitorError> {
         self.monitor.control().set_hotplug_memory(mib).await
     }
 }
@@ -244,6 +253,7 @@ fn set_up_request(plan: &Plan) -> SetUpSandboxRequest {
         hostname: host_name().unwrap_or_else(|| plan.id.chars().take(MAX_HOSTNAME_LEN).collect()),
         layers_tag: LAYERS_TAG.into(),
         volumes_tag: VOLUMES_TAG.into(),
+        shm_bytes: plan.shm.as_ref().map_or(0, |shm| shm.bytes),
         ..Default::default()
     }
 }
@@ -268,7 +278,7 @@ async fn explain(error: SandboxError, monitor: &Monitor, console: &Path) -> Sand
     const MOMENT: Duration = Duration::from_millis(500);
     if !matches!(
         error,
-        SandboxError::Vsock(_) | SandboxError::Agent(AgentError::Lost(_) | AgentError::Connect(_))
+        SandboxError::Vsock(_) | SandboxError::Agent(AgentError::Lost { .. } | AgentError::Connect(_))
     ) {
         return error;
     }

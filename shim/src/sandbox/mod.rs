@@ -19,9 +19,10 @@ mod resize;
 
 use std::{
     fs, io,
+    path::Path,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
 };
 
@@ -35,15 +36,17 @@ pub use dir::{clean_up, is_held};
 pub use error::SandboxError;
 pub use ledger::{Claim, Ledger};
 pub use plan::{HostSize, Plan, Room, Size};
+pub use record::Member;
 pub use resize::{GrowError, Update};
 
 use crate::{
     agent::Agent,
     cgroup::{Ceiling, Hierarchies, HostCgroup},
     config::Config,
+    process_id::ProcessId,
     rootfs::Layer,
     share::Share,
-    spec::Bundle,
+    spec::{Bundle, Shm},
     state::{Phase, State},
     timeline::Timeline,
     vsock::Vsock,
@@ -55,6 +58,8 @@ pub const CONSOLE_LOG: &str = "console.log";
 /// A sandbox whose guest is booting. Dropping it ends it, and nothing is left.
 pub struct Booting {
     boot: Boot,
+    first: String,
+    shm: Option<Shm>,
     timeline: Arc<Timeline>,
     sizing: resize::Sizing,
     // After the monitor.
@@ -64,10 +69,15 @@ pub struct Booting {
 /// A running microVM whose agent answers, and what it has on the host.
 pub struct Sandbox {
     machine: Machine,
+    /// The container it was made for.
+    first: String,
+    shm: Option<Shm>,
     timeline: Arc<Timeline>,
     host: Arc<attach::HostSide>,
     sizing: resize::Sizing,
     disks: attach::Disks,
+    /// How many scratches were plugged in so far.
+    scratches: AtomicU32,
     /// Whether the guest may hold data that belongs on the host.
     must_flush: AtomicBool,
     /// Gone once the sandbox is closed.
@@ -77,13 +87,13 @@ pub struct Sandbox {
 /// What a sandbox leaves on the host unless it is removed, in the order in
 /// which it has to go.
 struct Owned {
-    cgroup: HostCgroup,
     share: OwnedShare,
+    cgroup: Arc<HostCgroup>,
     record: Record,
     _dir: SandboxDir,
 }
 
-/// Takes the share's mounts off, whoever else knows of it.
+/// Closes the host's side, whoever else knows of it.
 struct OwnedShare(Arc<attach::HostSide>);
 
 impl Drop for OwnedShare {
@@ -109,17 +119,18 @@ impl Booting {
         )?;
         let share = Share::create(dir.path().join(dir::SHARE))?;
         let mut owned = Owned {
-            share: OwnedShare(attach::HostSide::new(dir.path(), share)),
+            share: OwnedShare(attach::HostSide::new(dir.path(), share, cgroup.procs())),
             record: Record::begin(&plan, &dir, &cgroup)?,
-            cgroup,
+            cgroup: Arc::new(cgroup),
             _dir: dir,
         };
         let dir = &owned._dir;
         let boot = Boot::begin(config, &plan, (dir.path(), dir.fd()), &owned.cgroup, &timeline)?;
         let monitor = boot.id();
+        owned.share.0.set_monitor(monitor).map_err(SandboxError::Holder)?;
         owned.record.change(|state| state.monitor = Some(monitor));
         let sizing = resize::Sizing::new(plan.room, plan.size, plan.max_vcpus, plan.ledger, &total);
-        Ok(Self { boot, timeline, sizing, owned })
+        Ok(Self { boot, first: plan.first, shm: plan.shm, timeline, sizing, owned })
     }
 
     /// Begins with what a container needs on the host while the guest boots.
@@ -134,7 +145,7 @@ impl Booting {
 
     /// Waits until the agent has set the sandbox up.
     pub async fn finished(self) -> Result<Sandbox, SandboxError> {
-        let Self { boot, timeline, sizing, mut owned } = self;
+        let Self { boot, first, shm, timeline, sizing, mut owned } = self;
         let machine = boot.finished().await?;
         owned.record.change(|state| {
             state.phase = Phase::Created;
@@ -142,10 +153,13 @@ impl Booting {
         });
         Ok(Sandbox {
             machine,
+            first,
+            shm,
             timeline,
             host: owned.share.0.clone(),
             sizing,
             disks: attach::Disks::default(),
+            scratches: AtomicU32::new(0),
             must_flush: AtomicBool::new(false),
             owned: Mutex::new(Some(owned)),
         })
@@ -182,7 +196,7 @@ impl Sandbox {
     }
 
     /// The monitor's process id on the host.
-    pub fn pid(&self) -> u32 {
+    pub fn monitor_pid(&self) -> u32 {
         self.machine.id().pid
     }
 
@@ -198,7 +212,16 @@ impl Sandbox {
 
     /// Waits for the end of the monitor, whatever its cause, and says why.
     pub async fn ended(&self) -> String {
-        self.machine.ended().await
+        let reason = self.machine.ended().await;
+        match self.killed_for_memory() {
+            true => format!("{reason}; the host killed it for want of memory (memory.max of its cgroup)"),
+            false => reason,
+        }
+    }
+
+    /// Whether the host's kernel has killed the machine for want of memory.
+    pub fn killed_for_memory(&self) -> bool {
+        self.owned().as_ref().is_some_and(|owned| owned.cgroup.oom_kills() > 0)
     }
 
     /// Ends the guest at once: it does not answer, or not as it should.
@@ -206,12 +229,44 @@ impl Sandbox {
         self.machine.kill();
     }
 
-    /// Notes what the sandbox is doing, for who reads its state.
-    pub fn set_phase(&self, phase: Phase) {
-        self.record(|state| {
-            state.phase = phase;
-            state.timeline = self.timeline.steps();
-        });
+    /// Whether it was made for this container.
+    pub fn is_first(&self, container: &str) -> bool {
+        self.first == container
+    }
+
+    /// The container it was made for.
+    pub fn first(&self) -> &str {
+        &self.first
+    }
+
+    /// The `/dev/shm` of the host's in whose place its containers share the guest's.
+    pub fn shm(&self) -> Option<&Shm> {
+        self.shm.as_ref()
+    }
+
+    /// Notes what a container is doing, for who reads its sandbox's record.
+    pub fn set_phase(&self, container: &str, phase: Phase) {
+        if let Some(owned) = self.owned().as_mut() {
+            match self.is_first(container) {
+                true => owned.record.change(|state| {
+                    state.phase = phase;
+                    state.timeline = self.timeline.steps();
+                }),
+                false => owned.record.change_member(container, |member| member.phase = phase),
+            }
+        }
+    }
+
+    /// Notes a container that has joined.
+    pub fn add_member(&self, container: &str, bundle: &Path, holder: ProcessId) {
+        if let Some(owned) = self.owned().as_mut() {
+            owned.record.add_member(container, bundle, holder);
+        }
+    }
+
+    /// Its directory.
+    pub fn dir(&self) -> &Path {
+        &self.host.dir
     }
 
     /// Ends the sandbox and removes what it has on the host. Calling it again
@@ -221,6 +276,11 @@ impl Sandbox {
         let owned = self.owned().take();
         // Mounts may take long to come off.
         let _ = spawn_blocking(move || drop(owned)).await;
+    }
+
+    /// Whether [`Sandbox::close`] has removed it.
+    fn is_closed(&self) -> bool {
+        self.owned().is_none()
     }
 
     fn record(&self, change: impl FnOnce(&mut State)) {

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use super::ledger::{Claim, Ledger};
 use crate::{
     config::Guest,
-    spec::{Bundle, Role},
+    spec::{Bundle, Role, Shm},
 };
 
 /// What kernel and agent use, in MiB: their text and data, and what a running
@@ -30,12 +30,16 @@ pub struct Plan {
     pub namespace: String,
     /// The sandbox's id.
     pub id: String,
-    /// The bundle of the container it is made for.
+    /// The container it is made for.
+    pub first: String,
+    /// That one's bundle.
     pub bundle: PathBuf,
     /// Where on the host the machine is accounted for, as in `linux.cgroupsPath`.
     pub cgroup_path: String,
     /// Fields of that container's specification that have no effect.
     pub not_applied: Vec<String>,
+    /// The `/dev/shm` that its containers share.
+    pub shm: Option<Shm>,
     /// What it starts with.
     pub size: Size,
     /// How many vCPUs it may come to have.
@@ -65,9 +69,11 @@ impl Plan {
         Self {
             namespace: namespace.to_owned(),
             id: id.to_owned(),
+            first: bundle.container.container_id.clone(),
             bundle: bundle.dir.clone(),
             cgroup_path: bundle.container.cgroup_path.clone(),
             not_applied: bundle.not_applied.clone(),
+            shm: bundle.shm.clone(),
             size,
             max_vcpus: most.max(size.vcpus),
             room: Room::of(size, host),

@@ -2,12 +2,12 @@
 //! shrinks with it (docs/decisions/0621).
 
 use std::{
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use rvm_protocol::agent::Resources;
-use tokio::time::sleep;
+use tokio::{task::spawn_blocking, time::sleep};
 
 use super::{Claim, Ledger, Room, Sandbox, SandboxError, Size};
 use crate::{
@@ -104,7 +104,8 @@ fn is_limited(resources: &Resources) -> bool {
 impl Sandbox {
     /// What the machine has.
     pub fn size(&self) -> Size {
-        Size { vcpus: self.sizing.now().vcpus, memory_mib: self.sizing.memory_mib() }
+        let vcpus = self.sizing.now().vcpus;
+        Size { vcpus, memory_mib: self.sizing.memory_mib() }
     }
 
     /// The guest's CPUs that stand for a container's list of the host's.
@@ -123,7 +124,7 @@ impl Sandbox {
         let limit = claim.memory_limit();
         self.sizing.ledger().set(container, claim);
         let result = match self.grow(limit).await {
-            Ok(()) => Ok(self.tell_host()?),
+            Ok(()) => Ok(self.tell_host().await?),
             Err(error) => Err(error),
         };
         if result.is_err() {
@@ -133,12 +134,25 @@ impl Sandbox {
         result
     }
 
-    /// Strikes a container off that has gone, and makes the machine smaller.
-    #[expect(dead_code, reason = "containers leave one by one once they come one by one")]
-    pub(super) async fn release(&self, container: &str) {
-        let _changing = self.sizing.changing.lock().await;
+    /// Strikes a container off that has gone. The machine gets smaller behind the
+    /// caller's back: the guest frees memory at its own pace.
+    pub(super) fn release(self: &Arc<Self>, container: &str) {
+        let known = self.sizing.ledger().claim(container).is_some();
         self.sizing.ledger().remove(container);
-        self.settle().await;
+        if !known {
+            return;
+        }
+        let sandbox = self.clone();
+        tokio::spawn(async move {
+            let _changing = sandbox.sizing.changing.lock().await;
+            if sandbox.is_closed() {
+                return;
+            }
+            sandbox.settle().await;
+            if let Err(error) = sandbox.tell_host().await {
+                log::warn!("the ceiling stays: {error}");
+            }
+        });
     }
 
     /// Makes the machine large enough for what a container's limits will be with
@@ -177,7 +191,7 @@ impl Sandbox {
             self.sizing.ledger().set(&update.container, update.before);
         }
         self.settle().await;
-        Ok(self.tell_host()?)
+        Ok(self.tell_host().await?)
     }
 
     /// Makes the machine as large as the ledger says, where it is smaller.
@@ -195,7 +209,7 @@ impl Sandbox {
     async fn grow_memory(&self, target_mib: u64, before: Now) -> Result<(), GrowError> {
         if before.ceiling {
             let memory_mib = self.sizing.room.boot_mib + target_mib.max(before.plugged_mib);
-            self.set_ceiling(&Ceiling::memory(memory_mib))?;
+            self.set_ceiling(Ceiling::memory(memory_mib)).await?;
         }
         self.sizing.now().wanted_mib = target_mib;
         self.machine.offer_memory(target_mib).await?;
@@ -207,10 +221,26 @@ impl Sandbox {
         Ok(())
     }
 
+    /// Has the guest use so many CPUs, or as many as there can be.
     async fn set_vcpus(&self, vcpus: u8) -> Result<(), SandboxError> {
         let vcpus = vcpus.min(self.sizing.max_vcpus);
-        if vcpus == self.sizing.now().vcpus {
+        let before = self.sizing.now().vcpus;
+        if vcpus == before {
             return Ok(());
+        }
+        let changed = async {
+            if vcpus > before {
+                self.machine.set_vcpus(vcpus).await?;
+            }
+            Ok::<u32, GrowError>(self.machine.agent().online_cpus(vcpus).await?)
+        };
+        let online = changed.await.map_err(|source| SandboxError::Vcpus { vcpus, source })?;
+        // The guest is not trusted with more than it was given.
+        let online = u8::try_from(online).unwrap_or(vcpus).clamp(1, vcpus.max(before));
+        self.sizing.now().vcpus = online;
+        self.record(|state| state.vcpus = online);
+        if online < vcpus {
+            log::warn!("the guest uses {online} CPUs, not {vcpus}");
         }
         Ok(())
     }
@@ -258,8 +288,9 @@ impl Sandbox {
                     );
                 }
                 self.note_plugged(plugged_mib.max(target_mib));
-                let (ceiling, memory_mib) = (self.sizing.now().ceiling, self.sizing.memory_mib());
-                if ceiling && let Err(error) = self.set_ceiling(&Ceiling::memory(memory_mib)) {
+                let ceiling = self.sizing.now().ceiling;
+                let memory_mib = self.sizing.memory_mib();
+                if ceiling && let Err(error) = self.set_ceiling(Ceiling::memory(memory_mib)).await {
                     log::warn!("the ceiling stays: {error}");
                 }
             }
@@ -274,15 +305,19 @@ impl Sandbox {
     }
 
     /// Has the host hold the machine to what the ledger comes to.
-    fn tell_host(&self) -> Result<(), CgroupError> {
+    async fn tell_host(&self) -> Result<(), CgroupError> {
         let total = self.sizing.ledger().total();
-        self.set_ceiling(&Ceiling::of(&total, self.sizing.memory_mib()))?;
+        self.set_ceiling(Ceiling::of(&total, self.sizing.memory_mib())).await?;
         self.sizing.now().ceiling |= is_limited(&total);
         Ok(())
     }
 
-    fn set_ceiling(&self, ceiling: &Ceiling) -> Result<(), CgroupError> {
-        self.owned().as_ref().map_or(Ok(()), |owned| owned.cgroup.update(ceiling))
+    /// On another thread: the kernel may have to make room first.
+    async fn set_ceiling(&self, ceiling: Ceiling) -> Result<(), CgroupError> {
+        let cgroup = self.owned().as_ref().map(|owned| owned.cgroup.clone());
+        let Some(cgroup) = cgroup else { return Ok(()) };
+        let result = spawn_blocking(move || cgroup.update(&ceiling)).await;
+        result.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
     }
 }
 

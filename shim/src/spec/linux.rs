@@ -5,7 +5,7 @@ use std::path::{Component, Path};
 use oci_spec::runtime::{self as oci, LinuxDeviceType, LinuxPersonalityDomain};
 use rvm_protocol::agent::{CreateContainerRequest, Device, Seccomp};
 
-use super::{HostDisk, SpecError, absolute_path, disks, labels, namespaces, path_text, resources, text};
+use super::{HostDisk, Pod, SpecError, absolute_path, disks, labels, namespaces, path_text, resources, text};
 use crate::{
     config::Compat,
     seccomp::{self, SeccompError},
@@ -18,13 +18,14 @@ const SLICE: &str = ".slice";
 pub(super) fn translate(
     linux: &oci::Linux,
     compat: &Compat,
+    pod: &Pod,
     container: &mut CreateContainerRequest,
     disks: &mut Vec<HostDisk>,
     not_applied: &mut Vec<String>,
 ) -> Result<(), SpecError> {
     refuse_unsupported(linux)?;
     labels::selinux("linux.mountLabel", linux.mount_label(), compat, not_applied)?;
-    namespaces::translate(linux, container)?;
+    namespaces::translate(linux, pod, container)?;
     container.rootfs.mut_or_insert_default().propagation = propagation(linux.rootfs_propagation())?;
     container.masked_paths = paths("linux.maskedPaths", linux.masked_paths())?;
     container.readonly_paths = paths("linux.readonlyPaths", linux.readonly_paths())?;

@@ -37,7 +37,7 @@ pub use disks::HostDisk;
 pub use hooks::{Hook, HostHooks};
 pub(crate) use mounts::MOUNT_OPTIONS;
 pub use mounts::Volume;
-pub use pod::{Role, role_in};
+pub use pod::{Neighbour, Pod, Role, Shm, role_in};
 pub(crate) use process::CAPABILITIES;
 
 /// Name of the specification in a bundle.
@@ -107,6 +107,8 @@ pub struct Bundle {
     pub root: PathBuf,
     /// What the container is to its sandbox.
     pub role: Role,
+    /// The `/dev/shm` it shares with others.
+    pub shm: Option<Shm>,
     /// What the agent is asked for; the process's streams are still unset.
     pub container: CreateContainerRequest,
     /// Whether `linux.cgroupsPath` names a unit of systemd's.
@@ -130,13 +132,18 @@ pub struct Bundle {
 impl Bundle {
     /// Reads and checks `dir/config.json` for the container `id`.
     pub fn load(dir: &Path, id: &str, compat: &Compat) -> Result<Self, SpecError> {
-        Self::parse(dir, id, &read(dir)?, compat)
+        Self::load_in(&Pod::default(), dir, id, compat)
+    }
+
+    /// The same for a container that comes to a sandbox in which there are others.
+    pub fn load_in(pod: &Pod, dir: &Path, id: &str, compat: &Compat) -> Result<Self, SpecError> {
+        translate(dir, id, &from_json(CONFIG_FILE, &read(dir)?)?, compat, pod)
     }
 
     /// Checks a specification that has been read.
     pub fn parse(dir: &Path, id: &str, json: &[u8], compat: &Compat) -> Result<Self, SpecError> {
         let spec: Spec = from_json(CONFIG_FILE, json)?;
-        translate(dir, id, &spec, compat)
+        translate(dir, id, &spec, compat, &Pod::default())
     }
 
     /// Refuses what the guest's `kernel` could not mount, before a machine is
@@ -211,7 +218,7 @@ fn rename_scheduler_flags(document: &mut Value) {
     }
 }
 
-fn translate(dir: &Path, id: &str, spec: &Spec, compat: &Compat) -> Result<Bundle, SpecError> {
+fn translate(dir: &Path, id: &str, spec: &Spec, compat: &Compat, pod: &Pod) -> Result<Bundle, SpecError> {
     check_version(spec.version())?;
     refuse_other_platforms(spec)?;
     let mut not_applied = Vec::new();
@@ -247,22 +254,33 @@ fn translate(dir: &Path, id: &str, spec: &Spec, compat: &Compat) -> Result<Bundl
     let (cgroup_path, systemd_cgroup) = linux::cgroup_path(id, linux.cgroups_path().as_deref())?;
     container.cgroup_path = cgroup_path;
     let mut disks = Vec::new();
-    linux::translate(linux, compat, &mut container, &mut disks, &mut not_applied)?;
+    linux::translate(linux, compat, pod, &mut container, &mut disks, &mut not_applied)?;
     for (name, field) in [(&container.hostname, "hostname"), (&container.domainname, "domainname")] {
         if !name.is_empty() && !namespaces::has(&container, NamespaceType::UTS) {
             return Err(SpecError::field(field, "needs a \"uts\" namespace in linux.namespaces"));
         }
     }
     let hooks = hooks::translate(spec, &dir.to_string_lossy(), &mut container)?;
-    let from_host = mounts::translate(dir, spec.mounts().as_deref().unwrap_or_default(), &mut container)?;
+    let annotations = spec.annotations().clone().unwrap_or_default();
+    let role = Role::of(&annotations)?;
+    let mounts = spec.mounts().as_deref().unwrap_or_default();
+    let shm = match role {
+        Role::Sandbox => mounts::shm(mounts),
+        Role::Alone => None,
+        Role::Member { .. } => pod.shm.clone(),
+    };
+    let from_host = mounts::translate(dir, mounts, shm.as_ref(), &mut container)?;
+    if role == Role::Sandbox {
+        namespaces::hold(&mut container.namespaces);
+    }
     for disk in from_host.disks {
         disks::add(&mut disks, disk);
     }
 
-    let annotations = spec.annotations().clone().unwrap_or_default();
     Ok(Bundle {
         dir: dir.to_owned(),
-        role: Role::of(&annotations)?,
+        role,
+        shm,
         root: dir.join(root.path()),
         container,
         systemd_cgroup,

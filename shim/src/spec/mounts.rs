@@ -9,7 +9,7 @@ use std::{
 use oci_spec::runtime as oci;
 use rvm_protocol::agent::{CreateContainerRequest, IdMapping, Mount};
 
-use super::{HostDisk, SpecError, namespaces::mappings, path_text, submounts, text};
+use super::{HostDisk, Shm, SpecError, namespaces::mappings, path_text, submounts, text};
 use crate::user_namespace::{IdMap, IdRange};
 
 /// Options that mean something to a mount whatever its file system is; the
@@ -115,11 +115,21 @@ pub(super) struct FromHost {
     pub(super) disks: Vec<HostDisk>,
 }
 
+/// What the agent knows the sandbox's `/dev/shm` by.
+const SHM: &str = "shm";
+
+/// The `/dev/shm` that a pod's first container is given, to be shared.
+pub(super) fn shm(mounts: &[oci::Mount]) -> Option<Shm> {
+    let mount = mounts.iter().rfind(|mount| mount.destination() == Path::new(Shm::DESTINATION))?;
+    Shm::at(mount.source().as_deref()?)
+}
+
 /// Adds the mounts to `container`, which has its user namespace's mappings, and
 /// returns what they need of the host.
 pub(super) fn translate(
     bundle: &Path,
     mounts: &[oci::Mount],
+    shm: Option<&Shm>,
     container: &mut CreateContainerRequest,
 ) -> Result<FromHost, SpecError> {
     let mut from_host = FromHost::default();
@@ -147,6 +157,13 @@ pub(super) fn translate(
         let has = |name: &str| message.options.iter().any(|option| option == name);
         if has("remount") {
             // Changes what is mounted in the guest already.
+        } else if bind
+            && message.destination == Shm::DESTINATION
+            && shm.is_some_and(|shm| mount.source().as_ref() == Some(&shm.source))
+        {
+            message.type_ = "bind".into();
+            message.source = SHM.into();
+            message.from_sandbox = true;
         } else if bind {
             let source = mount.source().as_deref().filter(|source| !source.as_os_str().is_empty());
             let source = source.ok_or_else(|| {

@@ -5,15 +5,19 @@ use std::{collections::HashMap, path::Path};
 use oci_spec::runtime::{self as oci, LinuxNamespaceType as Kind};
 use rvm_protocol::agent::{CreateContainerRequest, IdMapping, Namespace, NamespaceType, TimeOffset, User};
 
-use super::{SpecError, path_text};
+use super::{Pod, SpecError, path_text, pod::is_sandboxs};
 use crate::container::GUEST_PIDS_FROM;
 
 /// Most mappings a user namespace takes (user_namespaces(7)).
 const MAX_MAPPINGS: usize = 340;
 
 /// Adds the namespaces with their mappings and offsets to `container`.
-pub(super) fn translate(linux: &oci::Linux, container: &mut CreateContainerRequest) -> Result<(), SpecError> {
-    container.namespaces = namespaces(linux.namespaces().as_deref().unwrap_or_default())?;
+pub(super) fn translate(
+    linux: &oci::Linux,
+    pod: &Pod,
+    container: &mut CreateContainerRequest,
+) -> Result<(), SpecError> {
+    container.namespaces = namespaces(linux.namespaces().as_deref().unwrap_or_default(), pod)?;
     container.uid_mappings = mappings("linux.uidMappings", linux.uid_mappings())?;
     container.gid_mappings = mappings("linux.gidMappings", linux.gid_mappings())?;
     check_user_namespace(container)?;
@@ -34,14 +38,21 @@ pub(super) fn has(container: &CreateContainerRequest, kind: NamespaceType) -> bo
 
 /// Whether the container gets a namespace of this type of its own.
 fn is_new(container: &CreateContainerRequest, kind: NamespaceType) -> bool {
-    find(&container.namespaces, kind).is_some_and(|namespace| namespace.path.is_empty())
+    find(&container.namespaces, kind).is_some_and(|namespace| namespace.path.is_empty() && !namespace.sandbox)
 }
 
 fn find(namespaces: &[Namespace], kind: NamespaceType) -> Option<&Namespace> {
     namespaces.iter().find(|namespace| namespace.type_ == kind.into())
 }
 
-fn namespaces(namespaces: &[oci::LinuxNamespace]) -> Result<Vec<Namespace>, SpecError> {
+/// Makes the new ones that a pod's containers share the sandbox's.
+pub(super) fn hold(namespaces: &mut [Namespace]) {
+    for namespace in namespaces.iter_mut().filter(|namespace| namespace.path.is_empty()) {
+        namespace.sandbox = namespace.type_.enum_value().is_ok_and(is_sandboxs);
+    }
+}
+
+fn namespaces(namespaces: &[oci::LinuxNamespace], pod: &Pod) -> Result<Vec<Namespace>, SpecError> {
     let mut out: Vec<Namespace> = Vec::with_capacity(namespaces.len());
     for (n, namespace) in namespaces.iter().enumerate() {
         let at = format!("linux.namespaces[{n}]");
@@ -61,11 +72,10 @@ fn namespaces(namespaces: &[oci::LinuxNamespace]) -> Result<Vec<Namespace>, Spec
                 format!("{} is there twice", namespace.typ()),
             ));
         }
-        let path = match namespace.path().as_deref().filter(|path| !path.as_os_str().is_empty()) {
-            None => String::new(),
-            Some(path) => joined(&format!("{at}.path"), path, link)?,
-        };
-        out.push(Namespace { type_: kind.into(), path, ..Default::default() });
+        out.push(match namespace.path().as_deref().filter(|path| !path.as_os_str().is_empty()) {
+            None => Namespace { type_: kind.into(), ..Default::default() },
+            Some(path) => joined(&format!("{at}.path"), path, (kind, link), pod)?,
+        });
     }
     if find(&out, NamespaceType::MOUNT).is_none() {
         return Err(SpecError::field("linux.namespaces", "must hold a \"mount\" namespace"));
@@ -81,23 +91,36 @@ fn namespaces(namespaces: &[oci::LinuxNamespace]) -> Result<Vec<Namespace>, Spec
     Ok(out)
 }
 
-/// The guest's path of a namespace to join: one of a process in the guest, by
-/// the pid it is known by on the host.
-fn joined(at: &str, path: &Path, link: &str) -> Result<String, SpecError> {
+/// A namespace to join: the sandbox's, or one of a process in the guest, by the
+/// pid it is known by on the host.
+fn joined(
+    at: &str,
+    path: &Path,
+    (kind, link): (NamespaceType, &str),
+    pod: &Pod,
+) -> Result<Namespace, SpecError> {
     let given = path_text(at, path)?;
     let pid_and_link = given.strip_prefix("/proc/").and_then(|rest| rest.split_once("/ns/"));
-    if let Some((pid, kind)) = pid_and_link
-        && let Ok(pid) = pid.parse::<u32>()
-        // 1 is the agent.
-        && let Some(pid) = pid.checked_sub(GUEST_PIDS_FROM).filter(|pid| *pid > 1)
-    {
-        if kind != link {
+    let found = pid_and_link.and_then(|(pid, named)| {
+        let pid = pid.parse::<u32>().ok()?;
+        let namespace = match pid.checked_sub(GUEST_PIDS_FROM) {
+            // 1 is the agent.
+            Some(pid) if pid > 1 => {
+                Namespace { type_: kind.into(), path: format!("/proc/{pid}/ns/{link}"), ..Default::default() }
+            }
+            Some(_) => return None,
+            None => pod.namespace(pid, kind, link)?,
+        };
+        Some((namespace, named))
+    });
+    if let Some((namespace, named)) = found {
+        if named != link {
             return Err(SpecError::field(
                 at,
                 format!("is not of the namespace's type, must end in /ns/{link}, is {given:?}"),
             ));
         }
-        return Ok(format!("/proc/{pid}/ns/{kind}"));
+        return Ok(namespace);
     }
     let reason = match link {
         "net" => format!(

@@ -1,11 +1,17 @@
 //! What a specification says of the pod its container belongs to, in the
 //! annotations of containerd's CRI plugin and of CRI-O.
 
-use std::{collections::HashMap, path::Path};
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+};
 
+use nix::sys::statfs::{TMPFS_MAGIC, statfs};
+use rvm_protocol::agent::{Namespace, NamespaceType};
 use serde::Deserialize;
 
 use super::{CONFIG_FILE, SpecError, from_json, read};
+use crate::name;
 
 /// `sandbox` or `container`, and the pod's id, as containerd and CRI-O write them.
 const KEYS: [(&str, &str); 2] = [
@@ -43,6 +49,8 @@ impl Role {
                             format!("is missing; it names the sandbox that {kind} tells of"),
                         )
                     })?;
+                    name::check("the sandbox", sandbox)
+                        .map_err(|error| SpecError::field(at(id), error.to_string()))?;
                     return Ok(Self::Member { sandbox: sandbox.clone() });
                 }
                 Some(other) => {
@@ -52,6 +60,77 @@ impl Role {
             }
         }
         Ok(Self::Alone)
+    }
+}
+
+/// What a specification may refer to in the sandbox its container comes to.
+#[derive(Clone, Debug, Default)]
+pub struct Pod {
+    /// The process on the host that the sandbox's own namespaces are found by.
+    pub monitor: Option<u32>,
+    /// The containers in it.
+    pub neighbours: Vec<Neighbour>,
+    /// What the containers' `/dev/shm` is on the host, where they share one.
+    pub shm: Option<Shm>,
+}
+
+/// A container in the same sandbox.
+#[derive(Clone, Debug)]
+pub struct Neighbour {
+    /// The pid it is known by on the host.
+    pub pid: u32,
+    /// Its first process's in the guest.
+    pub guest_pid: u32,
+    /// Its namespaces.
+    pub namespaces: Vec<Namespace>,
+}
+
+impl Pod {
+    /// The namespace that `/proc/PID/ns/...` of the host stands for; `None` where
+    /// nothing of the sandbox has that pid.
+    pub(super) fn namespace(&self, pid: u32, kind: NamespaceType, link: &str) -> Option<Namespace> {
+        let of =
+            |path: String, sandbox| Namespace { type_: kind.into(), path, sandbox, ..Default::default() };
+        if self.monitor == Some(pid) {
+            return is_sandboxs(kind).then(|| of(String::new(), true));
+        }
+        let neighbour = self.neighbours.iter().find(|neighbour| neighbour.pid == pid)?;
+        let its = neighbour.namespaces.iter().find(|namespace| namespace.type_ == kind.into());
+        Some(match its {
+            Some(joined) if joined.sandbox || !joined.path.is_empty() => joined.clone(),
+            // A new one, or the guest's.
+            _ => of(format!("/proc/{}/ns/{link}", neighbour.guest_pid), false),
+        })
+    }
+}
+
+/// Whether the agent holds a namespace of this type for a sandbox's containers.
+pub(super) fn is_sandboxs(kind: NamespaceType) -> bool {
+    matches!(kind, NamespaceType::NETWORK | NamespaceType::IPC | NamespaceType::UTS)
+}
+
+/// A pod's `/dev/shm` on the host, in whose place its containers share the guest's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shm {
+    /// Where it is.
+    pub source: PathBuf,
+    /// Its size.
+    pub bytes: u64,
+}
+
+impl Shm {
+    /// Where containers find it.
+    pub(super) const DESTINATION: &str = "/dev/shm";
+
+    /// What is at `source`, where that is a tmpfs made for a pod and not the host's
+    /// own.
+    pub(super) fn at(source: &Path) -> Option<Self> {
+        let found = statfs(source).ok().filter(|found| found.filesystem_type() == TMPFS_MAGIC)?;
+        if source == Path::new(Self::DESTINATION) {
+            return None;
+        }
+        let size = u64::try_from(found.block_size()).ok()?;
+        Some(Self { source: source.to_owned(), bytes: found.blocks().saturating_mul(size) })
     }
 }
 
@@ -92,6 +171,11 @@ mod tests {
             );
             let error = role(&[(kind, "container")]).unwrap_err();
             assert!(error.starts_with(&format!("annotations[{id:?}]: is missing")), "{error}");
+            let error = role(&[(kind, "container"), (id, "../pod")]).unwrap_err();
+            assert!(
+                error.starts_with(&format!("annotations[{id:?}]: the sandbox: \"../pod\" must be")),
+                "{error}"
+            );
             let error = role(&[(kind, "vm")]).unwrap_err();
             assert!(error.starts_with(&format!("annotations[{kind:?}]: must be")), "{error}");
         }

@@ -55,3 +55,50 @@ fn a_host_network_is_refused() {
     let error = load(&spec).unwrap_err();
     assert!(error.starts_with("linux.namespaces: not supported: without a \"network\""), "{error}");
 }
+
+#[test]
+fn namespaces_of_a_sandbox_s_tasks_are_known_by_their_pids() {
+    let own = |kind: NamespaceType| Namespace { type_: kind.into(), ..Default::default() };
+    let held = |kind: NamespaceType| Namespace { sandbox: true, ..own(kind) };
+    let first = Neighbour {
+        pid: 100,
+        guest_pid: 7,
+        namespaces: vec![held(NamespaceType::NETWORK), held(NamespaceType::IPC), own(NamespaceType::PID)],
+    };
+    let pod = Pod { monitor: Some(99), neighbours: vec![first], shm: None };
+    let at = |pid: u32, kind: &str, link: &str| {
+        let mut spec = ctr_spec();
+        let path = format!("/proc/{pid}/ns/{link}");
+        spec["linux"]["namespaces"] = json!([{"type": "mount"}, {"type": "network"}]);
+        let namespace = json!({"type": kind, "path": path});
+        match kind {
+            "network" => spec["linux"]["namespaces"][1] = namespace,
+            _ => spec["linux"]["namespaces"].as_array_mut().unwrap().push(namespace),
+        }
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("config.json"), spec.to_string()).unwrap();
+        let loaded = Bundle::load_in(&pod, dir.path(), "c", &Compat::default());
+        loaded.map(|bundle| bundle.container.namespaces.last().cloned().unwrap()).map_err(|e| e.to_string())
+    };
+    assert_eq!(at(100, "network", "net").unwrap(), held(NamespaceType::NETWORK));
+    assert_eq!(at(99, "ipc", "ipc").unwrap(), held(NamespaceType::IPC));
+    assert_eq!(at(100, "pid", "pid").unwrap().path, "/proc/7/ns/pid");
+    assert!(at(100, "ipc", "net").unwrap_err().contains("must end in /ns/ipc"));
+    for (pid, kind) in [(98, "ipc"), (1, "ipc"), (99, "pid")] {
+        let error = at(pid, kind, kind).unwrap_err();
+        assert!(error.contains(&format!("/proc/{pid}/ns/{kind} is a namespace of the host")), "{error}");
+    }
+}
+
+#[test]
+fn what_holds_a_sandbox_shares_its_namespaces() {
+    let mut spec = ctr_spec();
+    spec["annotations"] = json!({"io.kubernetes.cri.container-type": "sandbox"});
+    let bundle = load(&spec).unwrap();
+    assert_eq!(bundle.role, Role::Sandbox);
+    for namespace in bundle.container.namespaces {
+        let kind = namespace.type_.enum_value().unwrap();
+        let shared = [NamespaceType::NETWORK, NamespaceType::IPC, NamespaceType::UTS].contains(&kind);
+        assert_eq!(namespace.sandbox, shared, "{kind:?}");
+    }
+}

@@ -1,0 +1,160 @@
+//! The process on the host that stands for a container (docs/decisions/0602).
+//!
+//! Clients use a task's pid as they do with containers on the host: they open
+//! `/proc/PID/ns/net`, kill it, look whether it is still there. So each container
+//! has a process that is in its sandbox's network namespace and cgroup, does
+//! nothing, and ends when the container has ended; when somebody ends it, the
+//! container ends.
+
+use std::{
+    ffi::CString,
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+use nix::{
+    sched::{CloneFlags, setns},
+    sys::{
+        signal::{SigSet, SigmaskHow, Signal, kill, sigprocmask},
+        wait::waitpid,
+    },
+    unistd::{ForkResult, Pid, fork, pipe, setsid},
+};
+use tokio::io::unix::AsyncFd;
+
+use crate::{
+    cgroup::HostCgroup,
+    mount,
+    process_id::{ProcessId, pidfd_open},
+};
+
+/// What tools show as its name.
+const NAME: &std::ffi::CStr = c"rvm-container";
+
+/// A container's process on the host. Dropping it ends it.
+pub struct Holder {
+    id: ProcessId,
+    pidfd: AsyncFd<OwnedFd>,
+    ended: AtomicBool,
+}
+
+impl Holder {
+    /// Starts one in the cgroups with these `procs` files and in the network
+    /// namespace of the process `of`. It dies with the calling thread, which has to
+    /// be the process's main thread. [`Holder::ready`] must follow.
+    pub fn start(of: BorrowedFd, procs: &[CString]) -> io::Result<Starting> {
+        let (ready, done) = pipe()?;
+        let parent = std::process::id();
+        let (host, of) = (mount::of_the_host(), of.as_raw_fd());
+        // SAFETY: until it is killed the child makes system calls only, and
+        // allocates nothing.
+        let child = match unsafe { fork() }? {
+            ForkResult::Child => {
+                // SAFETY: the monitor's descriptor is open in this copy of the table.
+                let of = unsafe { BorrowedFd::borrow_raw(of) };
+                let problem = match settle(parent, of, host.map(AsFd::as_fd), procs) {
+                    Ok(()) => 0,
+                    Err(error) => error.raw_os_error().unwrap_or(libc::EIO),
+                };
+                let _ = nix::unistd::write(&done, &problem.to_ne_bytes());
+                // SAFETY: nothing in this process uses a descriptor any more.
+                unsafe { libc::syscall(libc::SYS_close_range, 0, libc::c_uint::MAX, 0) };
+                loop {
+                    // SAFETY: pause(2) takes nothing.
+                    unsafe { libc::pause() };
+                }
+            }
+            ForkResult::Parent { child } => child,
+        };
+        drop(done);
+        let pid = child.as_raw().cast_unsigned();
+        let watched = || -> io::Result<_> {
+            // SAFETY: the AsyncFd owns the descriptor, which stays open and the
+            // same for as long as it is registered.
+            let pidfd = unsafe { AsyncFd::register(pidfd_open(pid)?) }.map_err(io::Error::from)?;
+            Ok((ProcessId::of(pid)?, pidfd))
+        };
+        match watched() {
+            Ok((id, pidfd)) => {
+                Ok(Starting { holder: Self { id, pidfd, ended: AtomicBool::new(false) }, ready })
+            }
+            Err(error) => {
+                end(child);
+                Err(error)
+            }
+        }
+    }
+
+    /// The process.
+    pub fn id(&self) -> ProcessId {
+        self.id
+    }
+
+    /// Waits until somebody has ended it.
+    pub async fn killed(&self) {
+        // An error would mean that the runtime is going down.
+        let _ = self.pidfd.readable().await;
+    }
+
+    /// Ends it: its pid is gone afterwards. Calling it again does nothing.
+    pub fn end(&self) {
+        if !self.ended.swap(true, Ordering::Relaxed) {
+            end(Pid::from_raw(self.id.pid.cast_signed()));
+        }
+    }
+}
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// A holder that is on its way to where it belongs.
+pub struct Starting {
+    holder: Holder,
+    ready: OwnedFd,
+}
+
+impl Starting {
+    /// Waits until it is there.
+    pub async fn ready(self) -> io::Result<Holder> {
+        let mut receiver = tokio::net::unix::pipe::Receiver::from_owned_fd(self.ready)?;
+        let mut problem = [0; size_of::<i32>()];
+        tokio::io::AsyncReadExt::read_exact(&mut receiver, &mut problem).await?;
+        match i32::from_ne_bytes(problem) {
+            0 => Ok(self.holder),
+            errno => Err(io::Error::from_raw_os_error(errno)),
+        }
+    }
+}
+
+/// In the child: everything but waiting.
+fn settle(parent: u32, of: BorrowedFd, host: Option<BorrowedFd>, procs: &[CString]) -> io::Result<()> {
+    // SAFETY: PR_SET_PDEATHSIG takes a signal number and no pointer.
+    if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if nix::unistd::getppid().as_raw().cast_unsigned() != parent {
+        return Err(io::Error::from_raw_os_error(libc::ESRCH));
+    }
+    // Whatever can be blocked: it has handlers of a runtime that is not there.
+    sigprocmask(SigmaskHow::SIG_BLOCK, Some(&SigSet::all()), None)?;
+    let _ = setsid();
+    // SAFETY: PR_SET_NAME reads a C string of at most 16 bytes.
+    unsafe { libc::prctl(libc::PR_SET_NAME, NAME.as_ptr()) };
+    HostCgroup::enter(procs)?;
+    setns(of, CloneFlags::CLONE_NEWNET)?;
+    if let Some(host) = host {
+        // The sandbox's mounts are its shim's and its monitor's alone.
+        setns(host, CloneFlags::CLONE_NEWNS)?;
+    }
+    Ok(nix::unistd::chdir(c"/")?)
+}
+
+/// Kills a child and collects it.
+fn end(child: Pid) {
+    let _ = kill(child, Signal::SIGKILL);
+    while waitpid(child, None) == Err(nix::errno::Errno::EINTR) {}
+}
