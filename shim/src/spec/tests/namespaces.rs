@@ -69,10 +69,10 @@ fn namespaces_of_a_sandbox_s_tasks_are_known_by_their_pids() {
     let at = |pid: u32, kind: &str, link: &str| {
         let mut spec = ctr_spec();
         let path = format!("/proc/{pid}/ns/{link}");
-        spec["linux"]["namespaces"] = json!([{"type": "mount"}, {"type": "network"}]);
+        spec["linux"]["namespaces"] = json!([{"type": "mount"}, {"type": "uts"}, {"type": "network"}]);
         let namespace = json!({"type": kind, "path": path});
         match kind {
-            "network" => spec["linux"]["namespaces"][1] = namespace,
+            "network" => spec["linux"]["namespaces"][2] = namespace,
             _ => spec["linux"]["namespaces"].as_array_mut().unwrap().push(namespace),
         }
         let dir = tempfile::tempdir().unwrap();
