@@ -170,7 +170,7 @@ fn killed_by_the_host_for_want_of_memory() {
         ensure!(topics[topics.len() - 2..] == ["/tasks/oom", "/tasks/exit"], "{topics:?}");
         world.ctr().remove(&run.id)?;
         ensure!(world.events(|events| events.exit_once(&run.id))? == 137, "exit code");
-        remove_clients_fifos()
+        remove_clients_fifos(&run.id)
     });
 }
 
@@ -190,7 +190,7 @@ fn execs_exit_before_the_container() {
             .map(|event| event.text("id") == run.id)
             .collect();
         ensure!(exits == [false, true], "{events:?}");
-        remove_clients_fifos()
+        remove_clients_fifos(&run.id)
     });
 }
 
@@ -249,7 +249,7 @@ fn a_terminated_shim_loses_nothing() {
         let again = ctr.run(&["task", "start", &run.id], scale::container())?.success()?;
         ensure!(again.text() == "kept\n", "{again}");
         ctr.run(&["containers", "rm", &run.id], scale::command())?.success()?;
-        remove_clients_fifos()
+        remove_clients_fifos(&run.id)
     });
 }
 

@@ -1,6 +1,6 @@
 //! A guest that does with its devices what no guest of ours would.
 
-use anyhow::{Result, ensure};
+use anyhow::ensure;
 use rvm_tests::{
     case,
     world::{World, shell},

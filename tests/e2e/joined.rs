@@ -297,12 +297,13 @@ fn namespaces_are_shared_by_pid() {
         ensure!(links(&debug.id)?[0] == own_links[0], "not the target's");
         // What leads elsewhere is refused by its name.
         let elsewhere = path("ipc", "ipc", 1);
-        let refused = pod.container("elsewhere").with(&["--with-ns", &elsewhere]).run(&["true"])?;
+        let run = pod.container("elsewhere").with(&["--with-ns", &elsewhere]);
+        let refused = run.run(&["true"])?;
+        remove_clients_fifos(&run.id)?;
         says(&refused, "/proc/1/ns/ipc is a namespace of the host's kernel")?;
         for run in [&debug, &own, &a, &b] {
             world.end(&run.id)?;
         }
-        remove_clients_fifos()?;
         pod.end(world)
     });
 }
@@ -355,7 +356,7 @@ fn containerd_is_restarted_in_between() {
         ctr.remove(&a.id)?;
         exec(ctr, &b.id, "true")?;
         world.end(&b.id)?;
-        remove_clients_fifos()?;
+        remove_clients_fifos(&a.id)?;
         pod.end(world)
     });
 }
@@ -372,9 +373,9 @@ fn all_end_with(world: &World, end: impl FnOnce(&Sandbox) -> Result<()>) -> Resu
         let _ = pod.ctr.run(&["task", "rm", "-f", id], scale::container())?;
         pod.ctr.run(&["containers", "rm", id], scale::command())?.success()?;
         ensure!(world.events(|events| events.exit_once(id))? == 137, "exit code of {id}");
+        remove_clients_fifos(id)?;
     }
-    pod.sandbox.wait_until_gone(scale::container())?;
-    remove_clients_fifos()
+    pod.sandbox.wait_until_gone(scale::container())
 }
 
 #[test]
@@ -409,6 +410,6 @@ fn nothing_to_join() {
         let refused = run.run(&["true"])?;
         says(&refused, "sandbox no-such-pod, which the container's annotations name, does not run")?;
         ensure!(!Path::new("/run/rvm/default").exists(), "something was made");
-        remove_clients_fifos()
+        remove_clients_fifos(&run.id)
     });
 }

@@ -138,7 +138,6 @@ fn processor_ticks(world: &World, id: &str) -> Result<u64> {
 #[test]
 fn one_processor_is_shared_by_weight() {
     case(|world| {
-        let ctr = world.ctr();
         let out = world.dir().join("progress");
         std::fs::create_dir_all(&out)?;
         let weights = [("light", 512), ("heavy", 3072)];
