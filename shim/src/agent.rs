@@ -3,17 +3,14 @@
 //! Every request but a wait has a deadline, which its error names. A connection
 //! that was lost is made anew by the next request.
 
-use std::{
-    sync::Arc,
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
+use std::{sync::Arc, time::Duration};
 
 use rvm_protocol::{
     agent::{
         AgentClient, ConsoleSize, ContainerRef, ContainerStats, CreateContainerRequest, CreateExecRequest,
         Empty, ExitStatus, OnlineCpusRequest, Process, ProcessInfo, ProcessRef, RemoveDisksRequest,
-        ResizePtyRequest, Resources, SetUpSandboxRequest, SignalProcessRequest, UpdateResourcesRequest,
-        WaitMemoryRequest, WaitOomRequest,
+        ResizePtyRequest, Resources, SetClockRequest, SetUpSandboxRequest, SignalProcessRequest,
+        UpdateResourcesRequest, WaitMemoryRequest, WaitOomRequest,
     },
     guest::AGENT_PORT,
 };
@@ -24,7 +21,10 @@ use ttrpc::{
     context,
 };
 
-use crate::vsock::{Vsock, VsockError};
+use crate::{
+    clock,
+    vsock::{Vsock, VsockError},
+};
 
 /// How long the agent may take to answer anything but a wait. Nothing it is
 /// asked for takes a second; a guest that needs this long is stuck.
@@ -109,6 +109,10 @@ fn container_ref(container_id: &str) -> ContainerRef {
     ContainerRef { container_id: container_id.to_owned(), ..Default::default() }
 }
 
+fn nanoseconds(time: Duration) -> i64 {
+    i64::try_from(time.as_nanos()).unwrap_or(i64::MAX)
+}
+
 /// Asks the agent; `$limit` is how long it may take.
 macro_rules! ask {
     ($agent:expr, $limit:expr, $method:ident, $request:expr) => {{
@@ -171,9 +175,15 @@ impl Agent {
 
     /// Sets the sandbox up; see the protocol.
     pub async fn set_up_sandbox(&self, mut request: SetUpSandboxRequest) -> Result<(), AgentError> {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        request.wall_clock_ns = i64::try_from(now.as_nanos()).unwrap_or(i64::MAX);
+        request.wall_clock_ns = nanoseconds(clock::wall_clock());
         ask!(self, Some(ANSWER_TIMEOUT), set_up_sandbox, &request)?;
+        Ok(())
+    }
+
+    /// Tells the guest the time.
+    pub async fn set_clock(&self, now: Duration) -> Result<(), AgentError> {
+        let request = SetClockRequest { wall_clock_ns: nanoseconds(now), ..Default::default() };
+        ask!(self, Some(ANSWER_TIMEOUT), set_clock, &request)?;
         Ok(())
     }
 

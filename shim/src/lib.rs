@@ -12,6 +12,7 @@ pub mod agent;
 mod background;
 pub mod bootstrap;
 pub mod cgroup;
+pub mod clock;
 pub mod config;
 pub mod container;
 pub mod delete;

@@ -5,6 +5,7 @@
 
 mod broken;
 mod clients;
+mod clock;
 mod death;
 mod debian;
 mod devices;

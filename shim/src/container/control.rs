@@ -50,6 +50,7 @@ impl Container {
         let _changing = self.changing.lock().await;
         self.check_paused(true, "resume")?;
         self.sandbox.agent().resume(&self.id).await?;
+        self.sandbox.clock().resumed();
         self.paused.store(false, Ordering::Relaxed);
         self.events.publish(TaskResumed { container_id: self.id.clone(), ..Default::default() });
         self.sandbox.set_phase(&self.id, state::Phase::Running);

@@ -20,6 +20,7 @@ use super::{CONSOLE_LOG, Plan, SandboxError, dir, failure};
 use crate::{
     agent::{Agent, AgentError},
     cgroup::HostCgroup,
+    clock::Keeper,
     config::Config,
     process_id::ProcessId,
     share, sysctl,
@@ -50,6 +51,7 @@ pub(super) struct Boot {
 pub(super) struct Machine {
     monitor: Monitor,
     agent: Agent,
+    clock: Keeper,
     vsock: Vsock,
     console: PathBuf,
     spawned: Duration,
@@ -111,13 +113,18 @@ impl Boot {
                 Err(_) => Err(SandboxError::TimedOut { limit, console: failure::console_summary(&console) }),
             },
         }?;
-        Ok(Machine { monitor, agent, vsock, console, spawned })
+        let clock = Keeper::start(agent.clone());
+        Ok(Machine { monitor, agent, clock, vsock, console, spawned })
     }
 }
 
 impl Machine {
     pub(super) fn agent(&self) -> &Agent {
         &self.agent
+    }
+
+    pub(super) fn clock(&self) -> &Keeper {
+        &self.clock
     }
 
     pub(super) fn vsock(&self) -> &Vsock {

@@ -42,6 +42,7 @@ pub use resize::{GrowError, Update};
 use crate::{
     agent::Agent,
     cgroup::{Ceiling, Hierarchies, HostCgroup},
+    clock::Keeper,
     config::Config,
     process_id::ProcessId,
     rootfs::Layer,
@@ -188,6 +189,11 @@ impl Sandbox {
     /// The agent.
     pub fn agent(&self) -> &Agent {
         self.machine.agent()
+    }
+
+    /// Who keeps the guest's clock.
+    pub fn clock(&self) -> &Keeper {
+        self.machine.clock()
     }
 
     /// Connections to the guest.
