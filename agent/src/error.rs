@@ -122,6 +122,20 @@ pub fn check_id(field: &str, id: &str) -> Result<(), Error> {
     Ok(())
 }
 
+/// Longest host name the kernel takes (`__NEW_UTS_LEN`).
+const HOST_NAME_MAX: usize = 64;
+
+/// Checks a host or domain name, which may be empty.
+pub fn check_name(field: &str, name: &str) -> Result<(), Error> {
+    if name.len() > HOST_NAME_MAX || name.contains('\0') {
+        return Err(Error::invalid(
+            field,
+            format!("{name:?} must have at most {HOST_NAME_MAX} bytes and no NUL"),
+        ));
+    }
+    Ok(())
+}
+
 /// Checks a path that must stay below a directory: relative, without `..`.
 pub fn check_relative(field: &str, path: &str) -> Result<(), Error> {
     if path.is_empty() || path.starts_with('/') || path.contains('\0') {

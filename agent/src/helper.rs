@@ -7,9 +7,9 @@
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use crate::{
-    container::channel,
+    channel,
     error::{Step, StepResult},
-    init::reaper::{Reaper, ended},
+    reaper::{Reaper, ended},
     sys::process::{close_all_except, fork},
 };
 

@@ -5,6 +5,11 @@
 //!  host ──bytes/vsock──> io ───────────────────> pipes and terminals of the process
 //! ```
 //!
+//! Who knows whom, from the top: `service`, `sandbox`, `container`, then `io` and
+//! `storage`, then `helper` (work in a child), `reaper` (ends of children) and
+//! [`channel`] (talking to them), then `sys`. `init` brings the guest up before
+//! all that.
+//!
 //! # Invariants
 //!
 //! * **One thread.** The agent never starts a second one: no multi-threaded
@@ -15,17 +20,21 @@
 //! * **The child never touches the runtime.** It closes every descriptor it was
 //!   not given before anything else, so it shares no epoll instance, no pipe and
 //!   no connection with its parent.
-//! * **Parent and child meet only through [`container::channel`].**
+//! * **Parent and child meet only through [`channel`].**
 //! * **PID 1 never exits.** It ends by rebooting the VM: asked to
 //!   ([`init::shutdown`]), or because it panicked ([`init::console`]).
 
 use std::{convert::Infallible, sync::Arc};
 
+use rvm_protocol::guest::StreamHeader;
+
+pub mod channel;
 pub mod container;
 pub mod error;
 pub mod helper;
 pub mod init;
 pub mod io;
+pub mod reaper;
 pub mod sandbox;
 pub mod service;
 pub mod storage;
@@ -38,11 +47,27 @@ pub fn serve(listeners: init::Listeners) -> Result<Infallible, init::Error> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.map_err(failed("start the event loop"))?.block_on(async {
         let sandbox = Arc::new(sandbox::Sandbox::new());
+        let streams = Arc::clone(&sandbox);
+        let attach = move |header: &StreamHeader| streams.attach(header);
         let _server = service::start(listeners.agent, Arc::clone(&sandbox)).await?;
         tokio::select! {
-            accepted = io::accept(listeners.stdio, Arc::clone(&sandbox)) => accepted.map_err(failed("accept streams")),
+            accepted = io::accept(listeners.stdio, attach) => accepted.map_err(failed("accept streams")),
             reaped = sandbox.reaper().run() => reaped.map_err(failed("collect ended processes")),
-            never = init::shutdown::wait(&sandbox) => match never {},
+            () = shut_down(&sandbox) => init::shutdown::reboot(),
         }
     })
+}
+
+/// Times the other tasks get to run before the guest goes down: the reply to the
+/// request passes through two of them on its way to the host.
+const TURNS_FOR_REPLY: usize = 16;
+
+/// Returns when the sandbox was asked to end and what is left to do is to reset
+/// the machine.
+async fn shut_down(sandbox: &sandbox::Sandbox) {
+    sandbox.shutdown_requested().await;
+    for _ in 0..TURNS_FOR_REPLY {
+        tokio::task::yield_now().await;
+    }
+    sandbox.release_storage().await;
 }

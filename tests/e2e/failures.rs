@@ -174,10 +174,10 @@ fn program_that_does_not_exist() {
 }
 
 #[test]
-fn working_directory_that_does_not_exist() {
+fn working_directory_that_cannot_be() {
     case(|world| {
-        let run = world.ctr().container("fail").with(&["--cwd", "/no/such/dir"]);
-        refused(&run.run(&["true"])?, &["/no/such/dir"])
+        let run = world.ctr().container("fail").with(&["--cwd", "/etc/passwd/dir"]);
+        refused(&run.run(&["true"])?, &["/etc/passwd/dir", "not a directory"])
     });
 }
 

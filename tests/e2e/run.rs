@@ -221,6 +221,25 @@ fn twenty_one_after_another() {
     });
 }
 
+/// As under runc: also for a user, and below a read-only root.
+#[test]
+fn a_working_directory_is_made() {
+    case(|world| {
+        let script = "pwd; stat -c '%a %u %g' . ..";
+        for options in [&[][..], &["--user", "7:7"], &["--read-only"]] {
+            let under = |ctr: rvm_tests::ctr::Ctr| -> Result<String> {
+                let run = ctr.container("cwd").with(&["--cwd", "/nowhere/at/all"]).with(options);
+                Ok(run.run(&["sh", "-c", script])?.success()?.text())
+            };
+            let runc = under(world.ctr().under("io.containerd.runc.v2"))?;
+            let rvm = under(world.ctr())?;
+            ensure!(rvm == runc, "{options:?}: runc {runc:?}, rvm {rvm:?}");
+            ensure!(rvm == "/nowhere/at/all\n755 0 0\n755 0 0\n", "{options:?}: {rvm:?}");
+        }
+        Ok(())
+    });
+}
+
 #[test]
 fn eight_at_once() {
     case(|world| {

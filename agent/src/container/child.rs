@@ -1,6 +1,9 @@
 //! What every child does between `clone3` and `execve`, first process or added.
 
 use std::{
+    cell::Cell,
+    fs::File,
+    io::Read,
     os::fd::{OwnedFd, RawFd},
     path::Path,
 };
@@ -9,15 +12,16 @@ use nix::{
     errno::Errno,
     fcntl::{OFlag, open},
     sys::stat::{Mode, SFlag, fstat, makedev, umask},
-    unistd::{Uid, dup2_stderr, dup2_stdin, dup2_stdout, setsid},
+    unistd::{Uid, dup2_stderr, dup2_stdin, dup2_stdout, pipe2, setsid},
 };
 use rvm_protocol::agent;
 
-use super::{channel, exec::Program, hooks::Hooks, seccomp::Filter, user, userns::Ids};
+use super::{hooks::Hooks, program::Program, seccomp::Filter, user, userns::Ids};
 use crate::{
-    error::{Step, StepResult},
+    channel,
+    error::{Step, StepError, StepResult},
     io::ChildEnds,
-    sys::process::{close_all_except, reset_signals, set_undumpable},
+    sys::process::{close_all_except, fork_sibling, reset_signals, restore_descriptor_limit, set_undumpable},
 };
 
 /// Exit code of a child that did not get as far as its program.
@@ -59,7 +63,36 @@ pub fn begin(ends: &ChildEnds, keep: &[RawFd]) -> StepResult<()> {
     connect(&ends.stdin, |fd| dup2_stdin(fd))?;
     connect(&ends.stdout, |fd| dup2_stdout(fd))?;
     connect(&ends.stderr, |fd| dup2_stderr(fd))?;
-    close_all_except(keep).step(|| "close descriptors")
+    close_all_except(keep).step(|| "close descriptors")?;
+    restore_descriptor_limit().step(|| "restore the limit of descriptors")
+}
+
+/// Goes on in another child of the agent's, which is born where this process has
+/// chosen for its children, and into what `namespaces` says: into a pid namespace
+/// that has other processes in it, only once nothing of the agent's is left.
+pub fn hand_over(
+    channel: &channel::Child,
+    namespaces: u64,
+    steps: impl FnOnce() -> StepResult<GivenUp>,
+) -> StepResult<GivenUp> {
+    let step = || "create a process";
+    // Closed once the agent knows whom it is to hear from.
+    let (wait, go) = pipe2(OFlag::O_CLOEXEC).step(|| "create a pipe")?;
+    let go = Cell::new(Some(go));
+    let next = fork_sibling(namespaces, || {
+        // In the memory of the second child alone.
+        drop(go.take());
+        run(channel, || {
+            File::from(wait).read_to_end(&mut Vec::new()).step(step)?;
+            setsid().step(|| "create a session")?;
+            steps()
+        })
+    });
+    match next {
+        // What the kernel says of a pid namespace whose PID 1 has ended.
+        Err(Errno::ENOMEM) => Err(StepError::Refused(format!("{}: the container has stopped", step()))),
+        next => channel.moved(next.step(step)?).map(|()| GivenUp),
+    }
 }
 
 /// What all processes of a container have in common.

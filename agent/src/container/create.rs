@@ -1,49 +1,51 @@
 //! Making a container: everything up to the `execve` of its first process.
 //!
-//! Usually the child the agent makes becomes the first process. A container
-//! with a user namespace takes two: one with the privileges of the guest's root,
-//! which prepares what needs them, and its sibling, which is born into the user
-//! namespace, and into the pid namespace that belongs to it, and goes on there.
+//! Usually the child the agent makes becomes the first process. Two kinds of
+//! container take two: one with the privileges of the guest's root, which
+//! prepares what needs them, and its sibling, which goes on
+//!
+//! * in the user namespace of the container, into which it is born, and into the
+//!   pid namespace that belongs to it;
+//! * in the pid namespace that the container joins, where others must not find
+//!   anything of the agent's: the root file system is the container's by then.
 
 use std::{
-    cell::Cell,
-    fs::File,
-    io::Read,
     os::fd::{AsFd, AsRawFd, OwnedFd, RawFd},
     path::Path,
     sync::Arc,
 };
 
 use nix::{
-    fcntl::OFlag,
     sched::{CloneFlags, unshare},
-    unistd::{pipe2, sethostname, setsid},
+    unistd::sethostname,
 };
 use rvm_protocol::agent;
 
 use super::{
     attributes,
     cgroup::{self, Cgroup, limits::Limits},
-    channel,
     child::{self, Common, GivenUp},
     devices::{self, Device},
-    exec,
     hooks::{self, Hooks},
     keyring,
     mounts::{self, Mount},
-    namespaces::{Namespaces, born_in},
+    namespaces::Namespaces,
     paths::Root,
+    program,
     rootfs::{self, Rootfs},
     seccomp::Filter,
+    shared::Shared,
     sysctl, terminal, user,
     userns::{self, UserNamespace},
 };
 use crate::{
-    error::{Error, Step, StepResult},
+    channel,
+    error::{Error, Step, StepResult, check_name},
+    init::mounts::MOUNT_POINT,
     io::ChildEnds,
-    sandbox::check_name,
+    reaper::Reaper,
     storage::Scratch,
-    sys::process::{Child, fork_sibling, spawn},
+    sys::process::{Child, spawn},
 };
 
 /// A request that has been checked, with everything it refers to opened.
@@ -68,14 +70,19 @@ struct Parts {
 
 /// Checks what describes a process, first or added.
 pub fn check_process(field: &str, process: &agent::Process) -> Result<(), Error> {
-    exec::check(field, process)?;
+    program::check(field, process)?;
     attributes::check(field, process)?;
     user::check(field, process)
 }
 
 impl Plan {
-    /// Checks a request for a container that writes to `scratch`. Makes nothing.
-    pub fn new(mut request: agent::CreateContainerRequest, scratch: &Scratch) -> Result<Self, Error> {
+    /// Checks a request for a container that writes to `scratch`, with what the
+    /// sandbox shares where it wants some of that. Makes nothing.
+    pub fn new(
+        mut request: agent::CreateContainerRequest,
+        scratch: &Scratch,
+        shared: Option<&Shared>,
+    ) -> Result<Self, Error> {
         check_process("process", &request.process)?;
         cgroup::check(&request.cgroup_path)?;
         rootfs::check(&request)?;
@@ -83,7 +90,7 @@ impl Plan {
         hooks::check("create_container_hooks", &request.create_container_hooks)?;
         hooks::check("start_container_hooks", &request.start_container_hooks)?;
         let filter = request.seccomp.as_ref().map(Filter::new).transpose()?;
-        let namespaces = Namespaces::plan(&request)?;
+        let namespaces = Namespaces::plan(&request, shared)?;
         for (field, name) in [("hostname", &request.hostname), ("domainname", &request.domainname)] {
             check_name(field, name)?;
             if !name.is_empty() && !namespaces.has_own_names() {
@@ -110,6 +117,14 @@ impl Plan {
         let container_id = request.container_id.clone();
         let common = Arc::new(Common { container_id, filter, personality: request.personality, ids });
         Ok(Self { request, namespaces, rootfs, mounts, devices, limits, common })
+    }
+
+    /// Mounts the file systems of the host's block devices among its mounts.
+    pub async fn mount_disks(&mut self, reaper: &Reaper) -> StepResult<()> {
+        for mount in &mut self.mounts {
+            mount.mount_disk(reaper).await?;
+        }
+        Ok(())
     }
 
     /// The first process.
@@ -145,13 +160,17 @@ impl Plan {
             spawn(cgroup.dir(), namespaces, || child::run(&channel, body))
                 .step(|| "create the container's first process")
         };
-        let child = match &self.namespaces.user {
-            Some(user) => make(0, &|| self.prepare_for(user, &channel, ends))?,
-            None => born_in(self.namespaces.pid.as_ref(), || {
-                make(self.namespaces.born_into(), &|| self.first_process(&channel, ends))
-            })?,
+        let child = match (&self.namespaces.user, &self.namespaces.pid) {
+            (Some(user), _) => make(0, &|| self.prepare_for(user, &channel, ends))?,
+            (None, Some(_)) => make(0, &|| self.prepare_to_join(&channel, ends))?,
+            (None, None) => make(self.namespaces.born_into(), &|| self.first_process(&channel, ends))?,
         };
         Ok((child, parent))
+    }
+
+    /// Whether another child than the one that is made goes on as the first process.
+    pub fn moves(&self) -> bool {
+        self.namespaces.user.is_some() || self.namespaces.pid.is_some()
     }
 
     /// In the child: from a copy of the agent to the container's program.
@@ -161,7 +180,30 @@ impl Plan {
         self.namespaces.make_time()?;
         self.namespaces.enter_time()?;
         let root = self.rootfs.mount()?;
-        self.complete(root, Parts::default(), channel, ends)
+        self.set_names_and_parameters()?;
+        let unfinished = self.fill(&root, Parts::default())?;
+        rootfs::pivot(&root)?;
+        self.complete(unfinished, channel, ends)
+    }
+
+    /// In the first of two children: prepares everything for the second, which
+    /// it makes in the pid namespace that is joined.
+    fn prepare_to_join(&self, channel: &channel::Child, ends: &ChildEnds) -> StepResult<GivenUp> {
+        self.begin(channel, ends)?;
+        self.namespaces.make()?;
+        self.namespaces.make_time()?;
+        self.namespaces.enter_time()?;
+        let root = self.rootfs.mount()?;
+        self.set_names_and_parameters()?;
+        let parts = Parts { sources: Some(mounts::open_sources(&self.mounts)?), devices: None };
+        rootfs::pivot(&root)?;
+        let born_into = self.namespaces.children_pid()?;
+        child::hand_over(channel, born_into, || {
+            // What shows processes shows those of the pid namespace it is made in.
+            let root = Root::open(Path::new("/")).step(|| "open the root file system")?;
+            let unfinished = self.fill(&root, parts)?;
+            self.complete(unfinished, channel, ends)
+        })
     }
 
     /// In the first of two children: prepares everything for the second, which
@@ -176,7 +218,7 @@ impl Plan {
         user.ids.own_standard_streams(&self.request.process.user)?;
         unshare(CloneFlags::CLONE_NEWNS).step(|| "create a mount namespace")?;
         self.rootfs.mount()?;
-        let place = Path::new(rootfs::MOUNT_POINT);
+        let place = Path::new(MOUNT_POINT);
         let devices = devices::make_elsewhere(&self.devices, place)?;
         let parts = Parts { sources: Some(mounts::open_sources(&self.mounts)?), devices: Some(devices) };
 
@@ -184,21 +226,7 @@ impl Plan {
         let born_into = self.namespaces.children_pid()?;
         user.enter()?;
         self.namespaces.make_time()?;
-        // Closed once the agent knows whom it is to hear from.
-        let (wait, go) = pipe2(OFlag::O_CLOEXEC).step(|| "create a pipe")?;
-        let go = Cell::new(Some(go));
-        let step = || "create the container's first process";
-        let first = fork_sibling(born_into, || {
-            // In the memory of the second child alone.
-            drop(go.take());
-            child::run(channel, || {
-                File::from(wait).read_to_end(&mut Vec::new()).step(step)?;
-                self.first_process_in_user_namespace(parts, channel, ends)
-            })
-        })
-        .step(step)?;
-        channel.moved(first)?;
-        Ok(GivenUp)
+        child::hand_over(channel, born_into, || self.first_process_in_user_namespace(parts, channel, ends))
     }
 
     /// In the second of two children.
@@ -208,11 +236,13 @@ impl Plan {
         channel: &channel::Child,
         ends: &ChildEnds,
     ) -> StepResult<GivenUp> {
-        setsid().step(|| "create a session")?;
         userns::become_root()?;
         self.namespaces.make()?;
         let root = rootfs::mount_again()?;
-        self.complete(root, parts, channel, ends)
+        self.set_names_and_parameters()?;
+        let unfinished = self.fill(&root, parts)?;
+        rootfs::pivot(&root)?;
+        self.complete(unfinished, channel, ends)
     }
 
     fn begin(&self, channel: &channel::Child, ends: &ChildEnds) -> StepResult<()> {
@@ -223,33 +253,39 @@ impl Plan {
         self.namespaces.join()
     }
 
-    /// In the container's namespaces: from an empty root file system to `execve`.
+    /// In the container's namespaces, while the agent's `/proc` is in sight.
+    fn set_names_and_parameters(&self) -> StepResult<()> {
+        self.set_names()?;
+        sysctl::apply(&self.request.sysctl)
+    }
+
+    /// In the container's namespaces: mounts and devices below `root`.
+    fn fill(&self, root: &Root, parts: Parts) -> StepResult<mounts::Unfinished> {
+        let ring = keyring::join_session(&self.request.container_id)?;
+        keyring::open_to(ring, self.namespaces.user.is_some())?;
+        let unfinished = mounts::make_all(&self.mounts, parts.sources, root)?;
+        if !self.mounts.iter().any(Mount::brings_devices) {
+            devices::make_all(&self.devices, parts.devices.as_deref(), root)?;
+        }
+        self.hooks("createContainer", &self.request.create_container_hooks, "creating")
+            .run(Some(root.as_fd()))?;
+        Ok(unfinished)
+    }
+
+    /// In the container's root file system: to `execve`.
     fn complete(
         &self,
-        root: Root,
-        parts: Parts,
+        unfinished: mounts::Unfinished,
         channel: &channel::Child,
         ends: &ChildEnds,
     ) -> StepResult<GivenUp> {
         let process = &*self.request.process;
-        let ring = keyring::join_session(&self.request.container_id)?;
-        keyring::open_to(ring, self.namespaces.user.is_some())?;
-        self.set_names()?;
-        sysctl::apply(&self.request.sysctl)?;
-
-        let unfinished = mounts::make_all(&self.mounts, parts.sources, &root)?;
-        if !self.mounts.iter().any(Mount::brings_devices) {
-            devices::make_all(&self.devices, parts.devices.as_deref(), &root)?;
-        }
-        self.hooks("createContainer", &self.request.create_container_hooks, "creating")
-            .run(Some(root.as_fd()))?;
-        rootfs::pivot(&root)?;
-
         if process.terminal {
             let terminal = terminal::open_controlling()?;
             terminal.become_console()?;
             channel.terminal(terminal.master.as_fd())?;
         }
+        make_cwd(&process.cwd)?;
         unfinished.finish()?;
         self.rootfs.protect()?;
         let hooks = self.hooks("startContainer", &self.request.start_container_hooks, "created");
@@ -270,6 +306,13 @@ impl Plan {
         }
         Ok(())
     }
+}
+
+/// As runc does, whatever the image, the user and the read-only flag of the root
+/// file system: a working directory that is not there is made, for root.
+fn make_cwd(cwd: &str) -> StepResult<()> {
+    let made = Root::open(Path::new("/")).and_then(|root| root.make_dir(Path::new(cwd)));
+    made.map(drop).step(|| format!("make the working directory {cwd:?}"))
 }
 
 fn set_domain_name(name: &str) -> nix::Result<()> {

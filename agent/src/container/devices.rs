@@ -15,11 +15,11 @@ use nix::{
 };
 use rvm_protocol::agent;
 
-use super::paths::{Root, clean, open_path};
+use super::paths::{Root, clean};
 use crate::{
     error::{Error, Step, StepResult},
     storage::BlockDevice,
-    sys::mount::{FsContext, attach, clone_tree},
+    sys::mount::{FsContext, attach, clone_tree, open_path},
 };
 
 /// One device node to be made.

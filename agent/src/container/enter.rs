@@ -1,4 +1,10 @@
 //! Adding a process to a container that exists.
+//!
+//! It takes two children, as runc does it: the first one lets go of everything
+//! of the agent's and joins the container's namespaces, all but the pid
+//! namespace, into which nobody can move. The second one is born into that, and
+//! is the first the container can see: where a process of the container may look
+//! into others, it finds the container's own root and nothing of the agent's.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
@@ -8,20 +14,20 @@ use rvm_protocol::agent;
 use super::{
     attributes,
     cgroup::{Cgroup, cgroup_of},
-    channel,
     child::{self, Common, GivenUp},
     keyring,
-    namespaces::{born_in, enter_all_of},
+    namespaces::enter_all_of,
     terminal, user, userns,
 };
 use crate::{
-    error::{Step, StepError, StepResult},
+    channel,
+    error::{Step, StepResult},
     io::ChildEnds,
-    sys::process::{Child, spawn},
+    sys::process::{Child, close_all_except, spawn},
 };
 
 /// Makes a process in the container whose first process `first` stands for. It
-/// prepares itself and then waits.
+/// moves ([`channel::Message::Moved`]), prepares itself and then waits.
 pub fn spawn_into(
     first: &Child,
     cgroup: &Cgroup,
@@ -30,31 +36,21 @@ pub fn spawn_into(
     ends: &ChildEnds,
 ) -> StepResult<(Child, channel::Parent)> {
     let (parent, channel) = channel::pair()?;
-    let child = born_in(Some(first.pidfd.as_fd()), || {
-        let spawn_in = |cgroup| {
-            let body = || added_process(first.pidfd.as_fd(), process, common, &channel, ends);
-            spawn(cgroup, 0, || child::run(&channel, body))
-        };
-        let child = match spawn_in(cgroup.dir()) {
-            // The container has made cgroups of its own with controllers, so
-            // its top one takes no processes any more; its first process has
-            // found a place.
-            Err(Errno::EBUSY) => spawn_in(cgroup_of(first.pid)?.as_fd()),
-            child => child,
-        };
-        match child {
-            // What the kernel says of a pid namespace whose PID 1 has ended.
-            Err(Errno::ENOMEM) => {
-                Err(StepError::Refused("create a process: the container has stopped".into()))
-            }
-            child => child.step(|| "create a process"),
-        }
-    })?;
-    Ok((child, parent))
+    let spawn_in = |cgroup| {
+        let body = || from_outside(first.pidfd.as_fd(), process, common, &channel, ends);
+        spawn(cgroup, 0, || child::run(&channel, body))
+    };
+    let child = match spawn_in(cgroup.dir()) {
+        // The container has made cgroups of its own with controllers, so its top
+        // one takes no processes any more; its first process has found a place.
+        Err(Errno::EBUSY) => spawn_in(cgroup_of(first.pid)?.as_fd()),
+        child => child,
+    };
+    Ok((child.step(|| "create a process")?, parent))
 }
 
-/// In the child: from a copy of the agent to the program.
-fn added_process(
+/// In the first child: from a copy of the agent into the container.
+fn from_outside(
     first: BorrowedFd<'_>,
     process: &agent::Process,
     common: &Common,
@@ -69,6 +65,18 @@ fn added_process(
         attributes::raise_limits(process)?;
     }
     enter_all_of(first, common.ids.is_some())?;
+    // Not even the descriptor of the first process goes along.
+    close_all_except(&[channel.as_fd().as_raw_fd()]).step(|| "close descriptors")?;
+    child::hand_over(channel, 0, || added_process(process, common, channel, ends))
+}
+
+/// In the second child: to the program.
+fn added_process(
+    process: &agent::Process,
+    common: &Common,
+    channel: &channel::Child,
+    ends: &ChildEnds,
+) -> StepResult<GivenUp> {
     if common.ids.is_some() {
         userns::become_root()?;
     }

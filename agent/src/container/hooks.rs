@@ -16,6 +16,7 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
         memfd::{MFdFlags, memfd_create},
+        signal::{Signal, kill},
         stat::{Mode, umask},
     },
     unistd::{chroot, dup2_stderr, dup2_stdin, dup2_stdout, fchdir, pipe2},
@@ -24,7 +25,7 @@ use rvm_protocol::agent::{self, Hook};
 
 use crate::{
     error::{Error, Step, StepError, StepResult},
-    sys::process::{Child, close_all_except, fork, send_signal, wait_any, wait_for},
+    sys::process::{Child, close_all_except, fork, wait_any, wait_for},
 };
 
 /// How much of a failed hook's output goes into the error.
@@ -199,7 +200,9 @@ fn outcome(child: &Child, output: OwnedFd, limit: Option<Duration>) -> StepResul
         }
     };
     if !ended {
-        send_signal(&child.pidfd, libc::SIGKILL).step(|| "kill it")?;
+        // By its number, which is its own until it is collected: a filter may
+        // know no pidfd_send_signal(2).
+        kill(child.pid, Signal::SIGKILL).step(|| "kill it")?;
     }
     let code = wait_for(child.pid).step(step)?;
     Ok((ended.then_some(code), String::from_utf8_lossy(&said).into_owned()))

@@ -6,20 +6,20 @@
 pub mod attributes;
 pub mod capabilities;
 pub mod cgroup;
-pub mod channel;
 pub mod child;
 pub mod create;
 pub mod devices;
 pub mod enter;
-pub mod exec;
 pub mod hooks;
 pub mod keyring;
 pub mod mounts;
 pub mod namespaces;
 pub mod paths;
 pub mod process;
+pub mod program;
 pub mod rootfs;
 pub mod seccomp;
+pub mod shared;
 pub mod sysctl;
 pub mod terminal;
 pub mod user;
@@ -28,11 +28,12 @@ pub mod userns;
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use nix::sys::signal::Signal;
 use rvm_protocol::agent;
-use tokio::sync::watch;
+use tokio::{sync::watch, time::timeout};
 
 use self::{
     cgroup::{Cgroup, limits::Limits, stats},
@@ -41,12 +42,17 @@ use self::{
     process::Process,
 };
 use crate::{
+    channel,
     error::{Error, Step, StepError, StepResult},
-    init::reaper::{ExitReceiver, Reaper, ended},
     io::{ChildEnds, Streams},
+    reaper::{ExitReceiver, Reaper, ended},
     storage::Scratch,
     sys::process::adopt,
 };
+
+/// How long a killed process may take to end. Only one that waits in the kernel
+/// for a device or a file system that does not answer takes any time at all.
+const DEATH_LIMIT: Duration = Duration::from_secs(30);
 
 /// One container.
 #[derive(Debug)]
@@ -73,7 +79,27 @@ struct Added {
 #[derive(Debug)]
 pub struct Preparing {
     channel: channel::Parent,
+    /// Whether another child goes on in its place.
+    moves: bool,
     exit: ExitReceiver,
+}
+
+/// Waits until a process waits before `execve`. Only then, or when it never
+/// will, is it known whose end its end is.
+async fn get_ready(
+    process: &Process,
+    preparing: Preparing,
+    reaper: &Reaper,
+) -> (StepResult<()>, ExitReceiver) {
+    let Preparing { channel, moves, mut exit } = preparing;
+    let adopt = |pid| {
+        // Before any `await`: until then the process is there, even if it has ended.
+        let child = adopt(pid).step(|| "find the process that was created")?;
+        exit = reaper.watch(pid);
+        Ok(child)
+    };
+    let ready = process.ready(channel, moves, adopt).await;
+    (ready, exit)
 }
 
 impl Container {
@@ -109,7 +135,7 @@ impl Container {
             added: Mutex::default(),
             removed: watch::Sender::new(false),
         });
-        Ok((container, Preparing { channel, exit }))
+        Ok((container, Preparing { channel, moves: plan.moves(), exit }))
     }
 
     /// The end of the first process is the end of the container: of a pid
@@ -126,7 +152,24 @@ impl Container {
 
     async fn kill_all(&self) -> StepResult<()> {
         self.cgroup.kill()?;
-        self.cgroup.empty().await
+        match timeout(DEATH_LIMIT, self.cgroup.empty()).await {
+            Ok(empty) => empty,
+            Err(_) => Err(StepError::Refused(format!(
+                "killed processes are still there after {} s: {}",
+                DEATH_LIMIT.as_secs(),
+                self.cgroup.describe_processes()
+            ))),
+        }
+    }
+
+    /// As [`kill_all`](Self::kill_all), and until the first process is collected.
+    async fn end(&self) -> StepResult<()> {
+        self.kill_all().await?;
+        let ended = timeout(DEATH_LIMIT, self.first.wait()).await;
+        ended.map(drop).map_err(|_| {
+            let reason = "its first process, which was killed, is still there";
+            StepError::Refused(format!("{reason} after {} s", DEATH_LIMIT.as_secs()))
+        })
     }
 
     fn added(&self) -> MutexGuard<'_, HashMap<String, Added>> {
@@ -136,22 +179,14 @@ impl Container {
 
     /// Waits until the first process waits before `execve`.
     pub async fn ready(self: &Arc<Self>, preparing: Preparing, reaper: &Reaper) -> StepResult<()> {
-        let Preparing { channel, mut exit } = preparing;
-        let ready = self.first.ready(channel, |pid| {
-            // The last of these two must come before any `await`: until then the
-            // process is there, even if it has ended.
-            let child = adopt(pid).step(|| "find the container's first process")?;
-            exit = reaper.watch(pid);
-            Ok(child)
-        });
-        let ready = ready.await.map_err(|error| match self.cgroup.oom_kills() {
+        let (ready, exit) = get_ready(&self.first, preparing, reaper).await;
+        let ready = ready.map_err(|error| match self.cgroup.oom_kills() {
             0 => error,
             _ => StepError::Refused(
                 "linux.resources.memory.limit: is too low: there was no memory to create the container"
                     .into(),
             ),
         });
-        // Only now is it known whose end that of the container is.
         tokio::spawn(Arc::clone(self).end_with_first(exit));
         ready
     }
@@ -201,19 +236,20 @@ impl Container {
             let ends = self.added().get_mut(exec_id).and_then(|added| added.ends.take());
             let ends = ends
                 .ok_or_else(|| Error::Precondition(format!("exec {exec_id:?} has been started already")))?;
-            let channel = self.spawn_added(&process, ends, reaper)?;
-            let moved = |_| Err(StepError::Refused("an added process does not move".into()));
-            process.ready(channel, moved).await?;
+            let preparing = self.spawn_added(&process, ends, reaper)?;
+            let (ready, exit) = get_ready(&process, preparing, reaper).await;
+            let ending = Arc::clone(&process);
+            tokio::spawn(async move {
+                if let Some(exit) = ended(exit).await {
+                    ending.set_exited(exit);
+                }
+            });
+            ready?;
         }
         process.start().await
     }
 
-    fn spawn_added(
-        &self,
-        process: &Arc<Process>,
-        ends: ChildEnds,
-        reaper: &Reaper,
-    ) -> Result<channel::Parent, Error> {
+    fn spawn_added(&self, process: &Process, ends: ChildEnds, reaper: &Reaper) -> Result<Preparing, Error> {
         let stopped = || Error::Precondition(format!("container {:?} has stopped", self.id));
         let spawned = self
             .first
@@ -221,13 +257,7 @@ impl Container {
         let (child, channel) = spawned.ok_or_else(stopped)??;
         let exit = reaper.watch(child.pid);
         process.spawned(child);
-        let process = Arc::clone(process);
-        tokio::spawn(async move {
-            if let Some(exit) = ended(exit).await {
-                process.set_exited(exit);
-            }
-        });
-        Ok(channel)
+        Ok(Preparing { channel, moves: true, exit })
     }
 
     /// Sends a signal to one process, or to all of the container.
@@ -326,9 +356,11 @@ impl Container {
 
     /// Ends what is left of it and removes its cgroup.
     pub async fn remove(&self) -> StepResult<()> {
-        self.kill_all().await?;
-        self.first.wait().await;
-        self.cgroup.remove()?;
+        // Not where it went before and what came after that failed.
+        if self.cgroup.exists() {
+            self.end().await?;
+            self.cgroup.remove()?;
+        }
         self.removed.send_replace(true);
         Ok(())
     }

@@ -12,12 +12,15 @@ use nix::{
     sched::{CloneFlags, setns, unshare},
     sys::stat::{Mode, fstat, stat},
 };
-use rvm_protocol::agent::{CreateContainerRequest, NamespaceType, TimeOffset};
+use rvm_protocol::agent::{CreateContainerRequest, Namespace, NamespaceType, TimeOffset};
 
-use super::userns::{Ids, UserNamespace};
+use super::{
+    shared::Shared,
+    userns::{Ids, UserNamespace},
+};
 use crate::{
-    error::{Error, Step, StepResult},
-    init::loopback,
+    error::{Error, Step, StepError, StepResult},
+    sys::loopback,
 };
 
 /// `CLONE_NEWTIME`, unknown to `nix`.
@@ -71,7 +74,7 @@ fn flag(kind: NamespaceType) -> CloneFlags {
 impl Namespaces {
     /// Checks what a request asks for, opens what is to be joined and makes the
     /// user namespace.
-    pub fn plan(request: &CreateContainerRequest) -> Result<Self, Error> {
+    pub fn plan(request: &CreateContainerRequest, shared: Option<&Shared>) -> Result<Self, Error> {
         let mut plan = Self {
             pid: None,
             user: None,
@@ -92,7 +95,7 @@ impl Namespaces {
                 ));
             }
             seen.push(kind);
-            plan.add(&field, kind, &namespace.path)?;
+            plan.add(&field, kind, namespace, shared)?;
         }
         if !plan.new.contains(CloneFlags::CLONE_NEWNS) {
             return Err(Error::invalid("namespaces", "a container needs a new mount namespace"));
@@ -114,9 +117,31 @@ impl Namespaces {
         Ok(plan)
     }
 
-    fn add(&mut self, field: &str, kind: NamespaceType, path: &str) -> Result<(), Error> {
+    fn add(
+        &mut self,
+        field: &str,
+        kind: NamespaceType,
+        namespace: &Namespace,
+        shared: Option<&Shared>,
+    ) -> Result<(), Error> {
+        let path = namespace.path.as_str();
         if kind == NamespaceType::UNSPECIFIED {
             return Err(Error::invalid(format!("{field}.type"), "names no namespace type"));
+        }
+        if namespace.sandbox {
+            if !path.is_empty() {
+                return Err(Error::invalid(
+                    format!("{field}.path"),
+                    "must be empty for one of the sandbox's",
+                ));
+            }
+            let held = shared.and_then(|shared| shared.namespace(kind)).ok_or_else(|| {
+                let reason = format!("the sandbox holds no {} namespace", name(kind));
+                Error::invalid(format!("{field}.sandbox"), reason)
+            })?;
+            let what = format!("the sandbox's {} namespace", name(kind));
+            let fd = held.try_clone().step(|| format!("join {what}"))?;
+            return self.join_one(kind, fd, what);
         }
         if path.is_empty() {
             self.new |= flag(kind);
@@ -127,7 +152,10 @@ impl Namespaces {
             return Err(Error::invalid(field, "a container cannot join a mount namespace"));
         }
         let fd = open_namespace(&field, kind, path)?;
-        let what = format!("the {} namespace {path:?}", name(kind));
+        self.join_one(kind, fd, format!("the {} namespace {path:?}", name(kind)))
+    }
+
+    fn join_one(&mut self, kind: NamespaceType, fd: OwnedFd, what: String) -> Result<(), Error> {
         match kind {
             NamespaceType::PID => self.pid = Some(fd),
             // Nobody can join the user namespace they are in.
@@ -259,36 +287,27 @@ fn time_offsets(offsets: &[TimeOffset]) -> Result<String, Error> {
     Ok(text)
 }
 
-/// Runs `spawn` such that the child it makes is born into `pid_namespace`.
-///
-/// Joining a pid namespace changes where children are born, not the caller; the
-/// agent goes back to its own before it returns.
-pub fn born_in<T>(pid_namespace: Option<impl AsFd>, spawn: impl FnOnce() -> StepResult<T>) -> StepResult<T> {
-    let Some(pid_namespace) = pid_namespace else { return spawn() };
-    let own = File::open("/proc/self/ns/pid").step(|| "open the agent's pid namespace")?;
-    setns(pid_namespace, CloneFlags::CLONE_NEWPID).step(|| "join the pid namespace")?;
-    let result = spawn();
-    setns(&own, CloneFlags::CLONE_NEWPID).step(|| "go back to the agent's pid namespace")?;
-    result
-}
-
 /// In the child of an additional process: joins all namespaces of the process a
-/// pidfd refers to, except the pid namespace, into which the child was born. The
-/// user namespace only where the container has another than the guest's.
+/// pidfd refers to; its pid namespace is joined by the children made from here
+/// on. The user namespace only where the container has another than the guest's.
 pub fn enter_all_of(process: BorrowedFd<'_>, user: bool) -> StepResult<()> {
     let mut flags = CloneFlags::CLONE_NEWNS
+        | CloneFlags::CLONE_NEWPID
         | CloneFlags::CLONE_NEWUTS
         | CloneFlags::CLONE_NEWIPC
         | CloneFlags::CLONE_NEWNET
         | CloneFlags::CLONE_NEWCGROUP
         | flag(NamespaceType::TIME);
     flags.set(CloneFlags::CLONE_NEWUSER, user);
-    setns(process, flags).step(|| "join the container's namespaces")
+    match setns(process, flags) {
+        Err(Errno::ESRCH) => Err(StepError::Refused("create a process: the container has stopped".into())),
+        joined => joined.step(|| "join the container's namespaces"),
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use rvm_protocol::agent::{IdMapping, Namespace};
+    use rvm_protocol::agent::IdMapping;
 
     use super::*;
 
@@ -301,7 +320,7 @@ mod tests {
     }
 
     fn plan(namespaces: &[Namespace]) -> Result<Namespaces, String> {
-        Namespaces::plan(&request(namespaces)).map_err(|error| error.to_string())
+        Namespaces::plan(&request(namespaces), None).map_err(|error| error.to_string())
     }
 
     #[test]
@@ -338,7 +357,13 @@ mod tests {
     fn what_cannot_be_done_is_refused_by_name() {
         let mount = || namespace(NamespaceType::MOUNT, "");
         let joined = |kind, path: &str| vec![mount(), namespace(kind, path)];
+        let of_sandbox = |path: &str| {
+            let shared = Namespace { sandbox: true, ..namespace(NamespaceType::IPC, path) };
+            vec![mount(), shared]
+        };
         for (requested, expected) in [
+            (of_sandbox("/a"), "namespaces[1].path: must be empty for one of the sandbox's"),
+            (of_sandbox(""), "namespaces[1].sandbox: the sandbox holds no ipc namespace"),
             (vec![], "namespaces: a container needs a new mount namespace"),
             (vec![mount(), mount()], "namespaces[1].type: mount is given twice"),
             (
@@ -367,7 +392,7 @@ mod tests {
         let mut request = request(&[mount()]);
         request.gid_mappings.push(IdMapping { size: 1, ..Default::default() });
         assert_eq!(
-            Namespaces::plan(&request).unwrap_err().to_string(),
+            Namespaces::plan(&request, None).unwrap_err().to_string(),
             "uid_mappings, gid_mappings: cannot be set without a new user namespace"
         );
     }
@@ -399,7 +424,7 @@ mod tests {
         let mut request = request(&[namespace(NamespaceType::MOUNT, "")]);
         request.time_offsets.push(offset("boottime", 1, 0));
         assert_eq!(
-            Namespaces::plan(&request).unwrap_err().to_string(),
+            Namespaces::plan(&request, None).unwrap_err().to_string(),
             "time_offsets: cannot be set without a new time namespace"
         );
     }

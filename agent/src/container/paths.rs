@@ -17,7 +17,7 @@ use std::{
 
 use nix::{
     errno::Errno,
-    fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, open, openat, openat2, readlinkat},
+    fcntl::{OFlag, OpenHow, ResolveFlag, open, openat, openat2, readlinkat},
     sys::stat::{Mode, SFlag, fstat, mkdirat},
 };
 
@@ -198,11 +198,6 @@ pub fn clean(path: &str) -> PathBuf {
 /// The file type of what a descriptor refers to.
 pub fn kind(fd: impl AsFd) -> nix::Result<SFlag> {
     Ok(SFlag::from_bits_truncate(fstat(fd)?.st_mode & SFlag::S_IFMT.bits()))
-}
-
-/// Opens what a path of the agent's own leads to, without access to its content.
-pub fn open_path(path: &Path) -> nix::Result<OwnedFd> {
-    openat(AT_FDCWD, path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())
 }
 
 #[cfg(test)]

@@ -6,14 +6,12 @@ use nix::{errno::Errno, unistd::Pid};
 use rvm_protocol::agent;
 use tokio::sync::watch;
 
-use super::{
-    attributes,
-    channel::{self, Said},
-};
+use super::attributes;
 use crate::{
-    error::{Error, Step, StepResult},
-    init::reaper::{Exit, ExitReceiver, ended},
+    channel::{self, Message},
+    error::{Error, Step, StepError, StepResult},
     io::Streams,
+    reaper::{Exit, ExitReceiver, ended},
     sys::process::{Child, send_signal},
 };
 
@@ -44,6 +42,10 @@ enum Stage {
     Started(Child),
 }
 
+fn unexpected(said: &Message) -> StepError {
+    StepError::Refused(format!("the child says something out of turn: {said:?}"))
+}
+
 impl Process {
     /// A process that is yet to be spawned.
     pub fn new(spec: agent::Process, streams: Streams) -> Self {
@@ -71,17 +73,27 @@ impl Process {
     }
 
     /// Waits until the child has done everything up to `execve`, or the one it
-    /// made in its place, which `adopt` is told of.
+    /// makes in its place where it `moves`, which `adopt` is told of.
     pub async fn ready(
         &self,
         channel: channel::Parent,
-        mut adopt: impl FnMut(Pid) -> StepResult<Child>,
+        moves: bool,
+        adopt: impl FnOnce(Pid) -> StepResult<Child>,
     ) -> StepResult<()> {
+        if moves {
+            // The first child is the agent's own; what comes later is said where
+            // the container may have a hand in it.
+            match channel.hear().await? {
+                Message::Moved(pid) => self.spawned(adopt(pid)?),
+                said => return Err(unexpected(&said)),
+            }
+            channel.adopted()?;
+        }
         loop {
             match channel.hear().await? {
-                Said::Moved(pid) => self.spawned(adopt(pid)?),
-                Said::Terminal(master) => self.streams.set_terminal(master)?,
-                Said::Ready => break,
+                said @ Message::Moved(_) => return Err(unexpected(&said)),
+                Message::Terminal(master) => self.streams.set_terminal(master)?,
+                Message::Ready => break,
             }
         }
         if let Some(pid) = self.pid() {
@@ -98,6 +110,10 @@ impl Process {
     /// Lets a created process run its program. Returns its pid in the guest's
     /// root pid namespace.
     pub async fn start(&self) -> Result<u32, Error> {
+        // As runc has it: what died while it waited cannot be started.
+        if self.exited().is_some() {
+            return Err(Error::Precondition(channel::STOPPED.into()));
+        }
         let (pid, channel) = {
             let mut stage = self.stage();
             match std::mem::replace(&mut *stage, Stage::Registered) {

@@ -22,16 +22,13 @@ use nix::{
 };
 use rvm_protocol::agent;
 
-use super::paths::{Root, kind, open_path};
+use super::paths::{Root, kind};
 use crate::{
     error::{Error, Step, StepResult, check_relative},
+    init::mounts::MOUNT_POINT,
     storage::{Layer, Scratch, share},
-    sys::mount::{Attributes, FsContext, attach, clone_tree, set_attributes},
+    sys::mount::{Attributes, FsContext, attach, clone_tree, open_path, set_attributes},
 };
-
-/// Where a container's root file system is mounted before it becomes the root.
-/// One place serves all: each container has its own mount namespace.
-pub const MOUNT_POINT: &str = "/run/rvm/rootfs";
 
 /// A root file system to be mounted.
 #[derive(Debug)]

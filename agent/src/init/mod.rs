@@ -6,14 +6,14 @@
 
 pub mod announce;
 pub mod console;
-pub mod loopback;
 pub mod mounts;
-pub mod reaper;
 pub mod shutdown;
 
 use std::time::Instant;
 
 pub use announce::Listeners;
+
+use crate::sys::{loopback, process::raise_descriptor_limit};
 
 /// Why the guest cannot come up.
 #[derive(Debug, thiserror::Error)]
@@ -54,7 +54,10 @@ pub fn boot() -> Result<Listeners, Error> {
         log::warn!("the kernel's errors stay off the console: {error}");
     }
     mounts::make_directories()?;
-    loopback::bring_up()?;
+    loopback::up().map_err(|source| Error::Kernel { step: "bring up the loopback interface", source })?;
+    // Each process has three streams and more, and each is one here.
+    raise_descriptor_limit()
+        .map_err(|source| Error::Kernel { step: "raise the limit of descriptors", source })?;
     log::info!("announced after {announced:.1?}, up after {:.1?}", start.elapsed());
     Ok(listeners)
 }

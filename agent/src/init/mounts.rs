@@ -15,13 +15,16 @@ use nix::{
 
 use super::Error;
 use crate::{
-    container::rootfs::MOUNT_POINT,
     error,
     sys::mount::{attach, clone_tree},
 };
 
 /// Where the guest's cgroup v2 hierarchy is.
 pub const CGROUP_ROOT: &str = "/sys/fs/cgroup";
+
+/// Where a container's root file system is mounted before it becomes the root.
+/// One place serves all: each container has its own mount namespace.
+pub const MOUNT_POINT: &str = "/run/rvm/rootfs";
 
 /// `pivot_root(2)` refuses to replace the initramfs itself, so the agent, and
 /// with it every container's mount namespace, gets a second mount of it on top.

@@ -5,33 +5,41 @@ mod copy;
 mod pty;
 mod streams;
 
-use std::{os::fd::OwnedFd, sync::Arc};
+use std::{convert::Infallible, os::fd::OwnedFd, sync::Arc};
 
 pub use pty::{Pty, Size};
 use rvm_protocol::guest::{self, StreamHeader};
 pub use streams::{Attachment, ChildEnds, Streams};
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 
-use crate::{error::Error, sandbox::Sandbox, vsock::HostListener};
+use crate::{error::Error, vsock::HostListener};
 
 /// Bytes moved at a time; what a pipe holds.
 const BUFFER: usize = 64 * 1024;
 
-/// Accepts stream connections for ever, each served in the background.
-pub async fn accept(listener: OwnedFd, sandbox: Arc<Sandbox>) -> std::io::Result<std::convert::Infallible> {
-    let listener = HostListener::from(listener);
+/// Accepts stream connections for ever, each served in the background; `attach`
+/// finds what the one with a header is to carry.
+pub async fn accept(
+    listener: OwnedFd,
+    attach: impl Fn(&StreamHeader) -> Result<Attachment, Error> + Send + Sync + 'static,
+) -> std::io::Result<Infallible> {
+    let attach = Arc::new(attach);
+    let mut listener = HostListener::from(listener);
     loop {
         let stream = std::future::poll_fn(|cx| listener.poll_accept(cx)).await?;
-        let sandbox = Arc::clone(&sandbox);
+        let attach = Arc::clone(&attach);
         tokio::spawn(async move {
-            serve(stream, &sandbox).await;
+            serve(stream, |header| attach(header)).await;
         });
     }
 }
 
 /// Serves one connection.
-pub async fn serve(connection: impl AsyncRead + AsyncWrite + Send, sandbox: &Sandbox) {
-    if let Err(error) = carry(connection, |header| sandbox.attach(header)).await {
+pub async fn serve(
+    connection: impl AsyncRead + AsyncWrite + Send,
+    attach: impl FnOnce(&StreamHeader) -> Result<Attachment, Error>,
+) {
+    if let Err(error) = carry(connection, attach).await {
         log::info!("stream: {error}");
     }
 }

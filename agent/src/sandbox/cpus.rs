@@ -6,16 +6,23 @@ use crate::error::{Error, Step, StepError, StepResult};
 
 const SYS_CPU: &str = "/sys/devices/system/cpu";
 
-/// Brings CPUs up, the first ones first, or down, the last ones first, until
-/// `wanted` are online or no more can be. Returns how many are.
-pub fn bring_online(wanted: u32) -> Result<u32, Error> {
-    if wanted == 0 {
-        return Err(Error::invalid("count", "must be at least 1"));
+/// Checks how many are asked for.
+pub fn check(wanted: u32) -> Result<(), Error> {
+    match wanted {
+        0 => Err(Error::invalid("count", "must be at least 1")),
+        _ => Ok(()),
     }
-    Ok(bring_online_at(Path::new(SYS_CPU), wanted)?)
 }
 
-fn bring_online_at(sys_cpu: &Path, wanted: u32) -> StepResult<u32> {
+/// How many are online.
+pub fn online() -> StepResult<u32> {
+    Ok(count(&list(Path::new(SYS_CPU), "online")?))
+}
+
+/// Brings CPUs up, the first ones first, or down, the last ones first, until
+/// `wanted` are online or no more can be.
+pub fn bring_online(wanted: u32) -> StepResult<()> {
+    let sys_cpu = Path::new(SYS_CPU);
     let present = list(sys_cpu, "present")?;
     let is_online =
         |cpu: u32, online: &[RangeInclusive<u32>]| online.iter().any(|range| range.contains(&cpu));
@@ -34,7 +41,7 @@ fn bring_online_at(sys_cpu: &Path, wanted: u32) -> StepResult<u32> {
             online = list(sys_cpu, "online")?;
         }
     }
-    Ok(count(&online))
+    Ok(())
 }
 
 fn count(ranges: &[RangeInclusive<u32>]) -> u32 {
@@ -70,7 +77,7 @@ mod tests {
         }
         fs::write(dir.path().join("online"), "x\n").unwrap();
         assert!(list(dir.path(), "online").is_err());
-        assert!(count(&list(Path::new(SYS_CPU), "online").unwrap()) > 0);
-        assert!(bring_online(0).unwrap_err().to_string().starts_with("count: "));
+        assert!(online().unwrap() > 0);
+        assert!(check(0).unwrap_err().to_string().starts_with("count: ") && check(1).is_ok());
     }
 }

@@ -14,6 +14,8 @@ use tokio::time::timeout;
 
 use crate::{
     error::{Step, StepError, StepResult},
+    helper::{self, Outcome},
+    reaper::Reaper,
     sys::{pci, uevent::Uevents},
 };
 
@@ -46,10 +48,10 @@ pub struct Memory {
 impl Memory {
     /// Waits until `wanted` bytes are plugged in and used, or nothing more comes or
     /// goes; returns how many are.
-    pub async fn wait_for(&self, wanted: u64) -> StepResult<u64> {
+    pub async fn wait_for(&self, wanted: u64, reaper: &Reaper) -> StepResult<u64> {
         // First, so that nothing is missed.
         let uevents = Uevents::open().step(|| "listen for the kernel's events")?;
-        let boot = self.boot()?;
+        let boot = self.boot(reaper).await?;
         let start = plugged(boot)?;
         let reached = |now: u64| if start < wanted { now >= wanted } else { now <= wanted };
         let patience = if start < wanted { NOTHING_COMES } else { NOTHING_GOES };
@@ -69,7 +71,7 @@ impl Memory {
     }
 
     /// What the guest started with; looks for the device the first time.
-    fn boot(&self) -> StepResult<u64> {
+    async fn boot(&self, reaper: &Reaper) -> StepResult<u64> {
         if let Some(boot) = self.boot.get() {
             return Ok(*boot);
         }
@@ -77,7 +79,7 @@ impl Memory {
         for (file, value) in [ONLINE, POLICY] {
             fs::write(file, value).step(|| format!("write {value:?} to {file}"))?;
         }
-        pci::rescan()?;
+        helper::run(reaper, "look for plugged memory", || pci::rescan().map(|()| Outcome::default())).await?;
         Ok(*self.boot.get_or_init(|| boot))
     }
 }

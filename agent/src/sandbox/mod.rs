@@ -11,21 +11,21 @@ use std::{
 };
 
 use rvm_protocol::{agent, guest::StreamHeader};
-pub use set_up::check_name;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, OnceCell};
 
 use crate::{
     container::{
         Container,
         create::{Plan, check_process},
         process::Process,
+        shared::{self, Shared},
         sysctl,
     },
-    error::{Error, check_id},
+    error::{Error, StepResult, check_id},
     helper::{self, Outcome},
-    init::reaper::{Exit, Reaper},
     io::Attachment,
-    storage::{BlockDevice, Scratch, share},
+    reaper::{Exit, Reaper},
+    storage::{BlockDevice, Scratch, scratch, share},
     sys::process::SIGNALS,
 };
 
@@ -35,6 +35,7 @@ pub struct Sandbox {
     state: Mutex<State>,
     reaper: Reaper,
     memory: memory::Memory,
+    shared: OnceCell<Shared>,
     shutdown: Notify,
 }
 
@@ -42,6 +43,7 @@ pub struct Sandbox {
 struct State {
     /// By `SetUpSandbox`.
     is_set_up: bool,
+    wanted: shared::Wanted,
     /// None: the name is taken by one that is about to be made.
     containers: HashMap<String, Option<Arc<Container>>>,
 }
@@ -67,8 +69,8 @@ impl Sandbox {
     }
 
     /// A sandbox whose share is in place and that needs no setting up.
-    pub fn already_set_up() -> Self {
-        let state = State { is_set_up: true, ..State::default() };
+    pub fn already_set_up(wanted: shared::Wanted) -> Self {
+        let state = State { is_set_up: true, wanted, ..State::default() };
         Self { state: Mutex::new(state), ..Self::default() }
     }
 
@@ -94,9 +96,20 @@ impl Sandbox {
         clock::set(request.wall_clock_ns)?;
         set_up::hostname(&request.hostname)?;
         sysctl::apply_to_guest(&request.sysctl)?;
+        scratch::prepare()?;
         share::mount(&request.layers_tag, &request.volumes_tag)?;
+        state.wanted = shared::Wanted { pid: request.shared_pid, shm_bytes: request.shm_bytes };
         state.is_set_up = true;
         Ok(())
+    }
+
+    /// What its containers share, for the one with this request.
+    async fn shared(&self, request: &agent::CreateContainerRequest) -> StepResult<Option<&Shared>> {
+        if !Shared::is_wanted_by(request) {
+            return Ok(None);
+        }
+        let wanted = self.state().wanted;
+        self.shared.get_or_try_init(|| Shared::make(wanted)).await.map(Some)
     }
 
     fn container(&self, id: &str) -> Result<Arc<Container>, Error> {
@@ -124,12 +137,12 @@ impl Sandbox {
     async fn make_container(&self, id: &str, request: agent::CreateContainerRequest) -> Result<u32, Error> {
         let scratch = Arc::new(match request.rootfs.on_volumes {
             true => Scratch::none(),
-            false => Scratch::mount(id, &request.scratch)?,
+            false => Scratch::mount(id, &request.scratch, &self.reaper).await?,
         });
         let made = self.make_container_on(id, request, &scratch).await;
         if made.is_err() {
             share::release_container(id);
-            if let Err(error) = scratch.discard() {
+            if let Err(error) = scratch.discard(&self.reaper).await {
                 log::error!("container {id}: {error}");
             }
         }
@@ -142,7 +155,10 @@ impl Sandbox {
         request: agent::CreateContainerRequest,
         scratch: &Arc<Scratch>,
     ) -> Result<u32, Error> {
-        let plan = Plan::new(request, scratch)?;
+        let shared = self.shared(&request).await?;
+        self.find_disks(&request).await?;
+        let mut plan = Plan::new(request, scratch, shared)?;
+        plan.mount_disks(&self.reaper).await?;
         let (container, preparing) = Container::create(id, &plan, Arc::clone(scratch), &self.reaper)?;
         self.state().containers.insert(id.to_owned(), Some(Arc::clone(&container)));
         if let Err(error) = container.ready(preparing, &self.reaper).await {
@@ -157,11 +173,23 @@ impl Sandbox {
         Ok(pid.map_or(0, |pid| pid.as_raw().unsigned_abs()))
     }
 
+    /// Makes the disks known that were plugged in for a container.
+    async fn find_disks(&self, request: &agent::CreateContainerRequest) -> StepResult<()> {
+        let serials: Vec<&str> = disks(request).filter(|serial| !serial.is_empty()).collect();
+        for serial in &serials {
+            if BlockDevice::known(serial)?.is_none() {
+                let find = || BlockDevice::find_all(serials.iter().copied()).map(|()| Outcome::default());
+                return helper::run(&self.reaper, "look for plugged disks", find).await.map(drop);
+            }
+        }
+        Ok(())
+    }
+
     /// Removes a container with everything it owned in the guest.
     async fn remove(&self, id: &str, container: &Container) -> Result<(), Error> {
         container.remove().await?;
         share::release_container(id);
-        container.scratch().unmount()?;
+        container.scratch().unmount(&self.reaper).await?;
         self.state().containers.remove(id);
         Ok(())
     }
@@ -184,7 +212,7 @@ impl Sandbox {
     pub async fn wait_process(&self, process: &agent::ProcessRef) -> Result<Exit, Error> {
         // Holding the process would keep it from being forgotten meanwhile.
         let exit = self.process(process)?.exit_receiver();
-        let exit = crate::init::reaper::ended(exit).await;
+        let exit = crate::reaper::ended(exit).await;
         exit.ok_or_else(|| Error::NotFound("the process was deleted without having been started".into()))
     }
 
@@ -238,12 +266,15 @@ impl Sandbox {
     /// Waits until so many bytes of memory are plugged in, or no more can be;
     /// returns how many are.
     pub async fn wait_memory(&self, request: &agent::WaitMemoryRequest) -> Result<u64, Error> {
-        Ok(self.memory.wait_for(request.plugged_bytes).await?)
+        Ok(self.memory.wait_for(request.plugged_bytes, &self.reaper).await?)
     }
 
     /// Brings CPUs up or down until so many are online; returns how many are.
     pub async fn online_cpus(&self, request: &agent::OnlineCpusRequest) -> Result<u32, Error> {
-        cpus::bring_online(request.count)
+        cpus::check(request.count)?;
+        let bring = || cpus::bring_online(request.count).map(|()| Outcome::default());
+        helper::run(&self.reaper, "bring up CPUs", bring).await?;
+        Ok(cpus::online()?)
     }
 
     /// Brings the wall clock to the host's.
@@ -262,8 +293,7 @@ impl Sandbox {
             }
             Ok(Outcome::default())
         };
-        helper::run(&self.reaper, "remove disks", remove).await?;
-        Ok(())
+        Ok(helper::run(&self.reaper, "remove disks", remove).await.map(drop)?)
     }
 
     /// What a container has used.
@@ -303,11 +333,25 @@ impl Sandbox {
     }
 
     /// Writes everything out and unmounts what was mounted for the sandbox.
-    pub fn release_storage(&self) {
-        nix::unistd::sync();
-        for container in self.state().containers.values().flatten() {
-            container.scratch().release();
+    pub async fn release_storage(&self) {
+        let containers: Vec<_> = self.state().containers.values().flatten().cloned().collect();
+        let release = || {
+            nix::unistd::sync();
+            containers.iter().for_each(|container| container.scratch().release());
+            share::release();
+            Ok(Outcome::default())
+        };
+        if let Err(error) = helper::run(&self.reaper, "write everything out", release).await {
+            log::error!("{error}");
         }
-        share::release();
     }
+}
+
+/// The serials of the disks a container is to have.
+fn disks(request: &agent::CreateContainerRequest) -> impl Iterator<Item = &str> {
+    let mounts = request.mounts.iter().map(|mount| mount.block_serial.as_str());
+    let devices = request.devices.iter().map(|device| device.block_serial.as_str());
+    let rules = request.resources.device_rules.iter().map(|rule| rule.block_serial.as_str());
+    let limits = request.resources.io_limits.iter().map(|limit| limit.serial.as_str());
+    mounts.chain(devices).chain(rules).chain(limits)
 }

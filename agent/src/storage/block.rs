@@ -24,15 +24,22 @@ pub struct BlockDevice {
 }
 
 impl BlockDevice {
-    /// The device whose driver reports `serial`. One that was plugged in while
-    /// the guest ran is not known before the bus is scanned again.
+    /// The device whose driver reports `serial`. One that was plugged in while the
+    /// guest ran has to be [`found`](Self::find_all) first.
     pub fn with_serial(serial: &str) -> StepResult<Self> {
-        if let Some(known) = Self::known(serial)? {
-            return Ok(known);
-        }
-        pci::rescan()?;
         Self::known(serial)?
             .ok_or_else(|| StepError::Refused(format!("no block device has the serial {serial:?}")))
+    }
+
+    /// Looks for devices that were plugged in, where the guest does not know one
+    /// of these. Takes the time their drivers and the host's disks take.
+    pub fn find_all<'a>(serials: impl IntoIterator<Item = &'a str>) -> StepResult<()> {
+        for serial in serials {
+            if Self::known(serial)?.is_none() {
+                return pci::rescan();
+            }
+        }
+        Ok(())
     }
 
     /// Takes its PCI function out of the guest; its driver writes out what it has.

@@ -2,7 +2,7 @@
 //! container's scratch.
 
 mod block;
-mod scratch;
+pub mod scratch;
 pub mod share;
 
 pub use block::BlockDevice;

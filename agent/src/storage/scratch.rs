@@ -3,11 +3,13 @@
 use std::{
     fs,
     io::ErrorKind,
+    os::fd::AsFd,
     path::{Path, PathBuf},
 };
 
 use nix::{
     errno::Errno,
+    fcntl::AT_FDCWD,
     mount::{MntFlags, MsFlags},
 };
 use rvm_protocol::{
@@ -18,7 +20,10 @@ use rvm_protocol::{
 use super::block::BlockDevice;
 use crate::{
     error::{Step, StepResult},
+    helper::{self, Outcome},
     init::mounts::make_dir,
+    reaper::Reaper,
+    sys::mount::{Attributes, attach, clone_tree, open_path, set_attributes},
 };
 
 /// What was deleted is given back to the host; the host's file is sparse, so its
@@ -46,32 +51,62 @@ pub struct Layer {
     pub fresh: bool,
 }
 
+/// Makes the place scratches are mounted in. It is a shared mount: where a
+/// container that is being made has a copy of what is mounted here, that goes as
+/// soon as the scratch is unmounted here, and the device is free.
+pub fn prepare() -> StepResult<()> {
+    let step = || format!("prepare {SCRATCH_DIR:?}");
+    let place = Path::new(SCRATCH_DIR);
+    make_dir(place)?;
+    let mount = clone_tree(AT_FDCWD, place, false).step(step)?;
+    attach(&mount, open_path(place).step(step)?).step(step)?;
+    let shared = Attributes { propagation: MsFlags::MS_SHARED.bits(), ..Attributes::default() };
+    set_attributes(mount.as_fd(), shared, false).step(step)
+}
+
 impl Scratch {
     /// Mounts the scratch of a container.
-    pub fn mount(container_id: &str, scratch: &agent::Scratch) -> StepResult<Self> {
+    pub async fn mount(container_id: &str, scratch: &agent::Scratch, reaper: &Reaper) -> StepResult<Self> {
         let target = Path::new(SCRATCH_DIR).join(container_id);
         make_dir(&target)?;
-        let device = match &scratch.backing {
-            Some(Backing::BlockSerial(serial)) => BlockDevice::with_serial(serial).and_then(|device| {
-                mount_at(&device.path, &target, "ext4", MsFlags::MS_NOATIME, EXT4_OPTIONS)?;
-                Ok(Some(nix::sys::stat::makedev(device.major.into(), device.minor.into())))
-            }),
+        let mounted = match &scratch.backing {
+            Some(Backing::BlockSerial(serial)) => Self::mount_block(&target, serial, reaper).await,
             Some(Backing::TmpfsBytes(bytes)) if *bytes > 0 => {
-                mount_tmpfs(&target, &format!("mode=0700,size={bytes}")).map(|()| None)
+                Self::mount_tmpfs(&target, &format!("mode=0700,size={bytes}"))
             }
             // `Backing` is generated and open to additions. 0 bytes leave the
             // kernel's default limit.
-            Some(_) | None => mount_tmpfs(&target, "mode=0700").map(|()| None),
+            Some(_) | None => Self::mount_tmpfs(&target, "mode=0700"),
         };
-        let device = device.inspect_err(|_| drop(fs::remove_dir(&target)))?;
-        match Layer::below(&target) {
-            Ok(layer) => Ok(Self { target, device, layer }),
-            Err(error) => {
-                // The error at hand is the one to tell.
-                let _ = unmount(&target);
-                Err(error)
-            }
-        }
+        mounted.inspect_err(|_| {
+            // The error at hand is the one to tell.
+            let _ = unmount(&target);
+        })
+    }
+
+    /// In a helper: the device is the host's, whose disk may be slow, and its
+    /// journal may have to be replayed.
+    async fn mount_block(target: &Path, serial: &str, reaper: &Reaper) -> StepResult<Self> {
+        let mount = || {
+            BlockDevice::find_all([serial])?;
+            let device = BlockDevice::with_serial(serial)?;
+            mount_at(&device.path, target, "ext4", MsFlags::MS_NOATIME, EXT4_OPTIONS)?;
+            let layer = Layer::below(target)?;
+            Ok(Outcome { flag: layer.fresh, fd: None })
+        };
+        let fresh = helper::run(reaper, "mount the scratch", mount).await?.flag;
+        let device = BlockDevice::with_serial(serial)?;
+        let device = nix::sys::stat::makedev(device.major.into(), device.minor.into());
+        Ok(Self { target: target.to_owned(), device: Some(device), layer: Layer::at(target, fresh) })
+    }
+
+    fn mount_tmpfs(target: &Path, options: &str) -> StepResult<Self> {
+        mount_at(Path::new("scratch"), target, "tmpfs", MsFlags::empty(), options)?;
+        Ok(Self { target: target.to_owned(), device: None, layer: Layer::below(target)? })
+    }
+
+    fn is_none(&self) -> bool {
+        self.target.as_os_str().is_empty()
     }
 
     /// That of a container whose writes go to the host.
@@ -91,25 +126,36 @@ impl Scratch {
         &self.layer
     }
 
-    /// Unmounts it, which writes everything out.
-    pub fn unmount(&self) -> StepResult<()> {
-        unmount(&self.target)
+    /// Unmounts it, which writes everything out and takes as long as that takes.
+    pub async fn unmount(&self, reaper: &Reaper) -> StepResult<()> {
+        if self.is_none() {
+            return Ok(());
+        }
+        let unmount = || unmount(&self.target).map(|()| Outcome::default());
+        helper::run(reaper, "unmount the scratch", unmount).await.map(drop)
     }
 
     /// Unmounts it when its container came to nothing, without the layer that
     /// was made for it.
-    pub fn discard(&self) -> StepResult<()> {
-        // Memory goes as it is unmounted.
-        if self.layer.fresh && self.device.is_some() {
-            let upper = &self.layer.upper;
-            fs::remove_dir_all(upper).step(|| format!("remove the writable layer {upper:?}"))?;
+    pub async fn discard(&self, reaper: &Reaper) -> StepResult<()> {
+        if self.is_none() {
+            return Ok(());
         }
-        self.unmount()
+        let discard = || {
+            // Memory goes as it is unmounted.
+            if self.layer.fresh && self.device.is_some() {
+                let upper = &self.layer.upper;
+                fs::remove_dir_all(upper).step(|| format!("remove the writable layer {upper:?}"))?;
+            }
+            unmount(&self.target).map(|()| Outcome::default())
+        };
+        helper::run(reaper, "discard the scratch", discard).await.map(drop)
     }
 
-    /// Unmounts it, or at least leaves the file system clean.
+    /// Unmounts it, or at least leaves the file system clean, in whatever time
+    /// that takes.
     pub fn release(&self) {
-        let Err(error) = self.unmount() else { return };
+        let Err(error) = unmount(&self.target) else { return };
         // A process may still hold it; read-only is as good for the journal.
         log::debug!("{error}");
         let read_only = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
@@ -124,11 +170,14 @@ impl Scratch {
 impl Layer {
     /// The one in `dir`, made if it does not exist.
     fn below(dir: &Path) -> StepResult<Self> {
-        let (upper, work) = (dir.join("upper"), dir.join("work"));
-        let fresh = !upper.exists();
-        make_dir(&upper)?;
-        make_dir(&work)?;
-        Ok(Self { upper, work, fresh })
+        let layer = Self::at(dir, !dir.join("upper").exists());
+        make_dir(&layer.upper)?;
+        make_dir(&layer.work)?;
+        Ok(layer)
+    }
+
+    fn at(dir: &Path, fresh: bool) -> Self {
+        Self { upper: dir.join("upper"), work: dir.join("work"), fresh }
     }
 }
 
@@ -143,10 +192,6 @@ fn unmount(target: &Path) -> StepResult<()> {
         Err(error) if error.kind() != ErrorKind::NotFound => Err(error).step(step),
         _ => Ok(()),
     }
-}
-
-fn mount_tmpfs(target: &Path, options: &str) -> StepResult<()> {
-    mount_at(Path::new("scratch"), target, "tmpfs", MsFlags::empty(), options)
 }
 
 fn mount_at(source: &Path, target: &Path, fs_type: &str, flags: MsFlags, options: &str) -> StepResult<()> {

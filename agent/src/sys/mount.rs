@@ -9,7 +9,12 @@ use std::{
     path::Path,
 };
 
-use nix::{NixPath, errno::Errno};
+use nix::{
+    NixPath,
+    errno::Errno,
+    fcntl::{OFlag, open},
+    sys::stat::Mode,
+};
 
 /// fspick(2) and its command of fsconfig(2), which `libc` lacks.
 const FSPICK_CLOEXEC: u32 = 1;
@@ -127,6 +132,11 @@ pub fn clone_tree(dir: impl AsFd, path: &Path, recursive: bool) -> nix::Result<O
         let fd = unsafe { libc::syscall(libc::SYS_open_tree, dir.as_fd().as_raw_fd(), path.as_ptr(), flags) };
         owned_fd(fd)
     })?
+}
+
+/// Opens what a path of the agent's own leads to, without access to its content.
+pub fn open_path(path: &Path) -> nix::Result<OwnedFd> {
+    open(path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())
 }
 
 /// Puts a mount at the place `target` is open at.

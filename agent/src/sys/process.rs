@@ -2,10 +2,17 @@
 
 use std::{
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
-use nix::{errno::Errno, unistd::Pid};
+use nix::{
+    errno::Errno,
+    sys::resource::{Resource, getrlimit, setrlimit},
+    unistd::Pid,
+};
 
 /// linux/sched.h; libc's own constant overflows its type.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
@@ -48,16 +55,26 @@ pub fn spawn(cgroup: BorrowedFd<'_>, namespaces: u64, body: impl FnOnce() -> i32
     clone_with_pidfd(CLONE_INTO_CGROUP | namespaces, cgroup.as_raw_fd() as u64, body)
 }
 
-/// As [`spawn`], in the caller's own cgroup.
+/// As [`spawn`], in the caller's own cgroup. With clone(2), which filters let
+/// through that answer ENOSYS to clone3(2) because they cannot look into its
+/// arguments: Docker's is one.
 pub fn fork(namespaces: u64, body: impl FnOnce() -> i32) -> nix::Result<Child> {
-    clone_with_pidfd(namespaces, 0, body)
+    let mut pidfd: RawFd = -1;
+    let flags = (libc::CLONE_PIDFD | libc::SIGCHLD) as u64 | namespaces;
+    // SAFETY: neither memory nor stack is shared; the kernel stores the pidfd
+    // where the parent's tid would go otherwise.
+    let pid = clone(body, || unsafe { libc::syscall(libc::SYS_clone, flags, 0, &raw mut pidfd, 0, 0) })?;
+    // SAFETY: CLONE_PIDFD stored a new descriptor that nobody else owns.
+    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+    Ok(Child { pid, pidfd })
 }
 
 /// As [`fork`], but makes a child of the caller's parent, which collects it.
 pub fn fork_sibling(namespaces: u64, body: impl FnOnce() -> i32) -> nix::Result<Pid> {
-    // The kernel wants no signal here: a sibling ends with that of the caller.
-    let args = libc::clone_args { flags: libc::CLONE_PARENT as u64 | namespaces, ..no_args() };
-    clone(&args, body)
+    // Its end is told by the same signal as the caller's.
+    let flags = libc::CLONE_PARENT as u64 | namespaces;
+    // SAFETY: neither memory nor stack is shared, and no pointer is passed.
+    clone(body, || unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) })
 }
 
 fn clone_with_pidfd(flags: u64, cgroup: u64, body: impl FnOnce() -> i32) -> nix::Result<Child> {
@@ -65,45 +82,38 @@ fn clone_with_pidfd(flags: u64, cgroup: u64, body: impl FnOnce() -> i32) -> nix:
     let args = libc::clone_args {
         flags: libc::CLONE_PIDFD as u64 | flags,
         pidfd: (&raw mut pidfd) as u64,
-        exit_signal: libc::SIGCHLD as u64,
-        cgroup,
-        ..no_args()
-    };
-    let pid = clone(&args, body)?;
-    // SAFETY: CLONE_PIDFD stored a new descriptor that nobody else owns.
-    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
-    Ok(Child { pid, pidfd })
-}
-
-fn no_args() -> libc::clone_args {
-    libc::clone_args {
-        flags: 0,
-        pidfd: 0,
         child_tid: 0,
         parent_tid: 0,
-        exit_signal: 0,
+        exit_signal: libc::SIGCHLD as u64,
         stack: 0,
         stack_size: 0,
         tls: 0,
         set_tid: 0,
         set_tid_size: 0,
-        cgroup: 0,
-    }
+        cgroup,
+    };
+    let size = size_of::<libc::clone_args>();
+    // SAFETY: `args` is of the size given and outlives the call; neither memory
+    // nor stack is shared.
+    let pid = clone(body, || unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size) })?;
+    // SAFETY: CLONE_PIDFD stored a new descriptor that nobody else owns.
+    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+    Ok(Child { pid, pidfd })
 }
 
-/// `args` must not share memory with the child (`CLONE_VM`).
-fn clone(args: &libc::clone_args, body: impl FnOnce() -> i32) -> nix::Result<Pid> {
+/// Runs `body` in the child that `make` makes, a system call without `CLONE_VM`:
+/// the child has a copy of this address space and stack and returns as after
+/// fork(2).
+fn clone(body: impl FnOnce() -> i32, make: impl FnOnce() -> libc::c_long) -> nix::Result<Pid> {
     // "." and ".." and one entry for every thread. A child has one by
     // construction, and not necessarily a /proc.
     if !in_child() && nix::sys::stat::stat("/proc/self/task")?.st_nlink != 3 {
         return Err(Errno::EDEADLK);
     }
-    // SAFETY: without CLONE_VM the child has a copy of this address space and
-    // stack and returns here as after fork(2). glibc does not see the clone, so
-    // its cached thread id is wrong in the child; nothing the child calls uses
-    // it. The process has one thread, so no lock is held by a missing one.
-    let result = unsafe { libc::syscall(libc::SYS_clone3, args, size_of::<libc::clone_args>()) };
-    match Errno::result(result)? {
+    // glibc does not see the clone, so its cached thread id is wrong in the
+    // child; nothing the child calls uses it. The process has one thread, so no
+    // lock is held by a missing one.
+    match Errno::result(make())? {
         0 => {
             IN_CHILD.store(true, Ordering::Relaxed);
             exit_child(body())
@@ -196,10 +206,51 @@ pub fn close_all_except(keep: &[RawFd]) -> nix::Result<()> {
     close_range(first, u32::MAX)
 }
 
+/// Closes every descriptor of this process, its standard streams too.
+pub fn close_all() -> nix::Result<()> {
+    close_range(0, u32::MAX)
+}
+
 fn close_range(first: u32, last: u32) -> nix::Result<()> {
     // SAFETY: only called by a child that owns none of these descriptors any more.
     let result = unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
-    Errno::result(result).map(drop)
+    match Errno::result(result) {
+        // A filter that is older than the call.
+        Err(Errno::ENOSYS | Errno::EPERM) => {
+            let (open, _) = getrlimit(Resource::RLIMIT_NOFILE)?;
+            for fd in first..=last.min(open.try_into().unwrap_or(u32::MAX)) {
+                // SAFETY: as above. Most are not open, which is no harm.
+                unsafe { libc::close(fd.cast_signed()) };
+            }
+            Ok(())
+        }
+        closed => closed.map(drop),
+    }
+}
+
+/// Descriptors of an ordinary process, `(soft, hard)`: the limits this one was
+/// started with.
+static DESCRIPTORS: OnceLock<(u64, u64)> = OnceLock::new();
+
+/// Lets this process have as many descriptors as the kernel allows, or its limit.
+pub fn raise_descriptor_limit() -> nix::Result<()> {
+    let started_with = getrlimit(Resource::RLIMIT_NOFILE)?;
+    let most = std::fs::read_to_string("/proc/sys/fs/nr_open").ok().and_then(|text| text.trim().parse().ok());
+    let most = most.unwrap_or(started_with.1).max(started_with.1);
+    let (_, hard) = started_with;
+    setrlimit(Resource::RLIMIT_NOFILE, most, most)
+        .or_else(|_| setrlimit(Resource::RLIMIT_NOFILE, hard, hard))?;
+    // It is called once.
+    let _ = DESCRIPTORS.set(started_with);
+    Ok(())
+}
+
+/// In a child: as if its parent had not raised its limit.
+pub fn restore_descriptor_limit() -> nix::Result<()> {
+    match DESCRIPTORS.get() {
+        Some((soft, hard)) => setrlimit(Resource::RLIMIT_NOFILE, *soft, *hard),
+        None => Ok(()),
+    }
 }
 
 /// Keeps other processes from looking into this one through `/proc`, its

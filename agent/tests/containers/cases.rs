@@ -14,6 +14,7 @@ use crate::{
     isolation::*,
     lifecycle::*,
     limits::*,
+    sandbox::*,
 };
 
 use crate::mounts::{
@@ -97,6 +98,14 @@ cases![
     process_attributes,
     hooks_inside,
     hooks_that_fail,
+    hooks_under_a_filter,
+    a_working_directory_that_is_not_there,
+    a_created_container_that_died_does_not_start,
+    two_hundred_at_once,
+    namespaces_of_the_sandbox,
+    what_the_sandbox_does_not_hold,
+    a_pid_namespace_of_the_sandbox,
+    nothing_of_the_agent_is_in_sight,
 ];
 
 /// `true` unless the future panicked.
@@ -511,8 +520,8 @@ async fn failures_name_the_step(machine: &Machine) {
         (container("fails", program(&["/nope"])), "exec: \"/nope\": stat /nope: no such file or directory"),
         (container("fails", program(&["/etc"])), "exec: \"/etc\": is a directory"),
         (
-            container("fails", Process { cwd: "/nope".into(), ..shell("") }),
-            "chdir to cwd (\"/nope\") set in config.json failed: no such file or directory",
+            container("fails", Process { cwd: "/etc/passwd/x".into(), ..shell("") }),
+            "make the working directory \"/etc/passwd/x\": not a directory",
         ),
         (missing_mount, "bind mount \"/run/rvm/volumes/not/there\" at \"/x\": no such file or directory"),
         (bad_option, "mount \"tmpfs\" at \"/x\": tmpfs: Unknown parameter 'sise'"),

@@ -16,7 +16,7 @@ const ALLOW: (u16, u8, u8, u32) = (0x06, 0, 0, 0x7fff_0000);
 const NO_MEDIUM: (u16, u8, u8, u32) = (0x06, 0, 0, 0x0005_0000 | libc::ENOMEDIUM as u32);
 
 /// A filter by which these system calls fail, and the others work.
-fn without(calls: &[libc::c_long]) -> Seccomp {
+pub fn without(calls: &[libc::c_long]) -> Seccomp {
     let mut program = vec![LOAD_NUMBER];
     for (index, call) in calls.iter().enumerate() {
         let to_the_end = (calls.len() - index) as u8;

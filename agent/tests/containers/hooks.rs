@@ -5,7 +5,10 @@ use std::{fs, path::Path};
 use protobuf::MessageField;
 use rvm_protocol::agent::{CreateContainerRequest, Hook, HookState, Process, User};
 
-use crate::fixture::{Machine, container, mount_of, program, shell};
+use crate::{
+    confinement::without,
+    fixture::{Machine, container, mount_of, program, shell},
+};
 
 fn hook(script: &str, timeout_s: u32) -> Hook {
     Hook {
@@ -105,4 +108,27 @@ pub async fn hooks_that_fail(machine: &Machine) {
         assert!(!Path::new(&cgroup).exists());
     }
     fs::remove_dir_all(volume).unwrap();
+}
+
+/// Filters that do not know a newer call answer as if the kernel did not.
+pub async fn hooks_under_a_filter(machine: &Machine) {
+    for no_new_privileges in [true, false] {
+        let process = Process { no_new_privileges, ..shell("cat /run/out/order") };
+        let (mut request, volume) = with_volume("filtered", process);
+        request.start_container_hooks = vec![hook("echo hooked > /run/out/order", 10), hook("sleep 1000", 1)];
+        request.seccomp = MessageField::some(without(&[
+            libc::SYS_clone3,
+            libc::SYS_pidfd_open,
+            libc::SYS_pidfd_send_signal,
+        ]));
+        let running = machine.create(request.clone()).await.unwrap();
+        let error = running.start().await.unwrap_err().to_string();
+        assert_eq!(error, "startContainer hook 1 (\"/bin/sh\"): timed out after 1 s");
+        running.wait().await;
+        running.delete().await.unwrap();
+        request.start_container_hooks.pop();
+        let output = machine.run_request(request).await.unwrap();
+        assert_eq!(output.stdout, "hooked\n");
+        fs::remove_dir_all(volume).unwrap();
+    }
 }

@@ -100,9 +100,26 @@ impl Cgroup {
         fs::write(self.path.join("cgroup.kill"), "1").step(|| "kill the container's processes")
     }
 
+    /// Whether it has not been removed.
+    pub fn exists(&self) -> bool {
+        self.path.exists()
+    }
+
     /// Waits until no process is left.
     pub async fn empty(&self) -> StepResult<()> {
         self.events()?.wait_for("populated", |populated| populated == 0).await.map(drop)
+    }
+
+    /// Some of its processes, each with its name and what it waits for.
+    pub fn describe_processes(&self) -> String {
+        const SOME: usize = 8;
+        let describe = |pid: &Pid| {
+            let read = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
+            format!("{pid} ({}) in {:?}", read("comm").trim_end(), read("wchan"))
+        };
+        let processes = self.processes().unwrap_or_default();
+        let some: Vec<String> = processes.iter().take(SOME).map(describe).collect();
+        some.join(", ")
     }
 
     fn events(&self) -> StepResult<Watched> {

@@ -19,12 +19,17 @@ use nix::{
 pub use options::Options;
 use rvm_protocol::agent;
 
-use super::paths::{Place, Root, clean, kind, open_path};
+use super::{
+    paths::{Place, Root, clean, kind},
+    shared::SHM_DIR,
+};
 use crate::{
     error::{Error, Step, StepError, StepResult, check_relative},
+    helper::{self, Outcome},
     init::mounts::CGROUP_ROOT,
+    reaper::Reaper,
     storage::{BlockDevice, share},
-    sys::mount::{Attributes, FsContext, attach, clone_tree, set_attributes},
+    sys::mount::{Attributes, FsContext, attach, clone_tree, open_path, set_attributes},
 };
 
 /// Files below `/proc` that may be covered, as with runc: what lxcfs provides,
@@ -55,9 +60,9 @@ pub struct Mount {
 enum Kind {
     /// A file system of its own.
     New { fs_type: String, source: String },
-    /// The file system on a block device, mounted at no place yet: by the agent,
+    /// The file system on a block device, mounted at no place yet: for the agent,
     /// whom neither device rules nor a user namespace keep from it.
-    Block { fs_type: String, mount: OwnedFd },
+    Block { fs_type: String, device: PathBuf, mount: Option<OwnedFd> },
     /// A place of the guest, seen at a second place.
     Bind { source: PathBuf, recursive: bool },
     /// A volume, with what the host has mounted below it.
@@ -137,10 +142,17 @@ impl Mount {
                     submounts: submounts.collect::<Result<_, Error>>()?,
                 }
             }
+            Some(recursive) if mount.from_sandbox => match mount.source.as_str() {
+                "shm" => Kind::Bind { source: SHM_DIR.into(), recursive },
+                _ => return Err(Error::invalid(field("source"), "the sandbox shares \"shm\" only")),
+            },
             Some(recursive) if mount.source.starts_with('/') => {
                 Kind::Bind { source: PathBuf::from(&mount.source), recursive }
             }
             Some(_) => return Err(Error::invalid(field("source"), "must be an absolute path of the guest")),
+            None if mount.from_sandbox => {
+                return Err(Error::invalid(field("from_sandbox"), "is for a bind mount"));
+            }
             None if mount.from_share => {
                 return Err(Error::invalid(
                     field("from_share"),
@@ -159,13 +171,8 @@ impl Mount {
                 Kind::New { fs_type: fs_type.to_owned(), source: mount.source.clone() }
             }
             None => {
-                let source = BlockDevice::with_serial(&mount.block_serial)?.path;
-                let fs_type = mount.type_.clone();
-                let kind = Kind::New { fs_type: fs_type.clone(), source: String::new() };
-                let planned = Self { destination, kind, options };
-                let context = FsContext::new(&fs_type).step(|| planned.describe())?;
-                let mount = planned.configure(&context, &source.to_string_lossy(), None, false)?;
-                return Ok(Self { kind: Kind::Block { fs_type, mount }, ..planned });
+                let device = BlockDevice::with_serial(&mount.block_serial)?.path;
+                Kind::Block { fs_type: mount.type_.clone(), device, mount: None }
             }
         };
         if options.copy_up && mount.type_ != "tmpfs" {
@@ -187,9 +194,24 @@ impl Mount {
     /// The descriptor the child needs, if any.
     pub fn descriptor(&self) -> Option<RawFd> {
         match &self.kind {
-            Kind::Block { mount, .. } => Some(mount.as_raw_fd()),
+            Kind::Block { mount, .. } => mount.as_ref().map(AsRawFd::as_raw_fd),
             _ => None,
         }
+    }
+
+    /// Mounts the file system of a block device, as long as that may take.
+    pub async fn mount_disk(&mut self, reaper: &Reaper) -> StepResult<()> {
+        let Kind::Block { fs_type, device, .. } = &self.kind else { return Ok(()) };
+        let mount = || {
+            let context = FsContext::new(fs_type).step(|| self.describe())?;
+            let mount = self.configure(&context, &device.to_string_lossy(), None, false)?;
+            Ok(Outcome { flag: true, fd: Some(mount) })
+        };
+        let mounted = helper::run(reaper, &self.describe(), mount).await?.fd;
+        if let Kind::Block { mount, .. } = &mut self.kind {
+            *mount = mounted;
+        }
+        Ok(())
     }
 
     /// Whether this mount brings a `/dev` that is complete already.
@@ -201,7 +223,8 @@ impl Mount {
         match (&self.kind, source) {
             (Kind::New { fs_type, source }, _) => self.make_new(root, fs_type, source),
             (Kind::Remount { whole }, _) => self.remount(root, *whole).map(|()| None),
-            (Kind::Block { mount, .. }, _) => self.put(root, mount).map(|()| None),
+            (Kind::Block { mount: Some(mount), .. }, _) => self.put(root, mount).map(|()| None),
+            (Kind::Block { mount: None, .. }, _) => refused(|| self.describe(), "it has not been mounted"),
             (Kind::Bind { .. } | Kind::Volume { .. }, Some(mount)) => self.put(root, &mount).map(|()| None),
             (Kind::Bind { .. } | Kind::Volume { .. }, None) => {
                 refused(|| self.describe(), "it has no source")

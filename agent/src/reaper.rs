@@ -18,13 +18,11 @@ use tokio::{io::Interest, sync::watch};
 
 use crate::sys::{process::wait_any, register};
 
-/// How and when a process ended.
+/// How a process ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Exit {
     /// 0 to 255; 128 + n after signal n.
     pub code: u32,
-    /// Wall clock, nanoseconds since the epoch.
-    pub at_ns: i64,
 }
 
 /// Resolves once the process has ended.
@@ -75,9 +73,8 @@ impl Reaper {
                 Err(errno) => return log::error!("wait for children: {errno}"),
             };
             if let Some(sender) = self.awaited().remove(&pid.as_raw()) {
-                let exit = Exit { code, at_ns: now_ns() };
                 log::debug!("process {pid} ended with {code}");
-                sender.send_replace(Some(exit));
+                sender.send_replace(Some(Exit { code }));
             }
         }
     }
@@ -86,9 +83,4 @@ impl Reaper {
 /// Resolves once the process has ended.
 pub async fn ended(mut receiver: ExitReceiver) -> Option<Exit> {
     receiver.wait_for(Option::is_some).await.ok().and_then(|exit| *exit)
-}
-
-fn now_ns() -> i64 {
-    nix::time::clock_gettime(nix::time::ClockId::CLOCK_REALTIME)
-        .map_or(0, |now| now.tv_sec().saturating_mul(1_000_000_000).saturating_add(now.tv_nsec()))
 }

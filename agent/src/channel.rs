@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   child                                   parent
-//!     │ ── Moved(pid) ──────────────────────> │   another child goes on from here
+//!     │ ── Moved(pid) ──────────────────────> │   another child goes on from here,
+//!     │ <───────────────────────── adopted ── │   once the agent knows it
 //!     │ ── Terminal(master) ────────────────> │   where the process has one
 //!     │ ── Ready ───────────────────────────> │   everything is made, execve is next
 //!     │ <───────────────────────── start ──── │
@@ -46,10 +47,14 @@ const READY: u8 = b'R';
 const FAILED: u8 = b'F';
 const DONE: u8 = b'D';
 const START: u8 = b'S';
+const ADOPTED: u8 = b'A';
+
+/// What runc says of a start that comes too late.
+pub const STOPPED: &str = "cannot start a container that has stopped";
 
 /// What a child says before it is started.
 #[derive(Debug)]
-pub enum Said {
+pub enum Message {
     /// The child with this pid, in the agent's pid namespace, goes on instead.
     Moved(Pid),
     /// The master side of its terminal.
@@ -79,21 +84,26 @@ pub fn pair() -> StepResult<(Parent, Child)> {
 
 impl Parent {
     /// The next thing the child says until it is ready, or why it never will be.
-    pub async fn hear(&self) -> StepResult<Said> {
+    pub async fn hear(&self) -> StepResult<Message> {
         let (message, fd) = self.receive().await?;
         match (message.split_first(), fd) {
             (Some((&MOVED, pid)), _) => match pid.try_into() {
-                Ok(pid) => Ok(Said::Moved(Pid::from_raw(i32::from_le_bytes(pid)))),
+                Ok(pid) => Ok(Message::Moved(Pid::from_raw(i32::from_le_bytes(pid)))),
                 Err(_) => Err(StepError::Refused("the child's message has the wrong length".into())),
             },
-            (Some((&TERMINAL, _)), Some(master)) => Ok(Said::Terminal(master)),
-            (Some((&READY, _)), _) => Ok(Said::Ready),
+            (Some((&TERMINAL, _)), Some(master)) => Ok(Message::Terminal(master)),
+            (Some((&READY, _)), _) => Ok(Message::Ready),
             (Some((&FAILED, text)), _) => Err(failed(text)),
             (None, _) => Err(StepError::Refused("the process was killed while it was being created".into())),
             (Some((kind, _)), _) => {
                 Err(StepError::Refused(format!("the child's message is of unknown kind {kind}")))
             }
         }
+    }
+
+    /// Tells the child that the one it has made in its place is known.
+    pub fn adopted(&self) -> StepResult<()> {
+        self.send(ADOPTED).map(drop).step(|| "take over the process")
     }
 
     /// The outcome of what a helper was to do; `what` names it in errors.
@@ -108,12 +118,17 @@ impl Parent {
 
     /// Lets the child call `execve` and waits for the outcome.
     pub async fn start(&self) -> StepResult<()> {
-        match send(self.0.get_ref().as_raw_fd(), &[START], MsgFlags::MSG_NOSIGNAL) {
-            // A child that is gone has been reaped or will be: its exit tells more.
-            Ok(_) | Err(Errno::EPIPE | Errno::ECONNRESET) => {}
-            Err(errno) => return Err(errno).step(|| "start the process"),
-        }
-        let (message, _) = self.receive().await?;
+        match self.send(START) {
+            Err(Errno::EPIPE | Errno::ECONNRESET) => return Err(StepError::Refused(STOPPED.into())),
+            sent => sent.step(|| "start the process")?,
+        };
+        let (message, _) = match self.receive().await {
+            // It was killed before it could read the word.
+            Err(StepError::Kernel { errno: Errno::ECONNRESET, .. }) => {
+                return Err(StepError::Refused(STOPPED.into()));
+            }
+            received => received?,
+        };
         match message.split_first() {
             None => Ok(()),
             Some((&FAILED, text)) => Err(failed(text)),
@@ -121,6 +136,10 @@ impl Parent {
                 Err(StepError::Refused(format!("the child's message is of unknown kind {kind}")))
             }
         }
+    }
+
+    fn send(&self, word: u8) -> nix::Result<usize> {
+        send(self.0.get_ref().as_raw_fd(), &[word], MsgFlags::MSG_NOSIGNAL)
     }
 
     /// The next packet, empty once the other end is closed.
@@ -133,11 +152,17 @@ impl Parent {
 }
 
 impl Child {
-    /// Reports that the child `pid` goes on instead of this one.
+    /// Reports that the child `pid` goes on instead of this one, and returns when
+    /// the agent knows it.
     pub fn moved(&self, pid: Pid) -> StepResult<()> {
+        let step = || "hand over to another process";
         let mut message = vec![MOVED];
         message.extend(pid.as_raw().to_le_bytes());
-        self.say(&message).step(|| "hand over to another process")
+        self.say(&message).step(step)?;
+        match self.hear().step(step)? {
+            Some(ADOPTED) => Ok(()),
+            _ => Err(StepError::Refused(format!("{}: the agent has given it up", step()))),
+        }
     }
 
     /// Hands the master side of the terminal to the agent.
@@ -154,12 +179,16 @@ impl Child {
     /// to go on. `false`: the agent has given this child up.
     pub fn ready(&self) -> StepResult<bool> {
         self.say(&[READY]).step(|| "report readiness")?;
-        let mut answer = [0];
+        Ok(self.hear().step(|| "wait for the start")? == Some(START))
+    }
+
+    /// What the agent says next; none once it has given this child up.
+    fn hear(&self) -> nix::Result<Option<u8>> {
+        let mut word = [0];
         loop {
-            match nix::unistd::read(&self.0, &mut answer) {
-                Ok(length) => return Ok(length == 1 && answer == [START]),
+            match nix::unistd::read(&self.0, &mut word) {
                 Err(Errno::EINTR) => {}
-                Err(errno) => return Err(errno).step(|| "wait for the start"),
+                read => return Ok((read? == 1).then_some(word[0])),
             }
         }
     }
@@ -234,12 +263,13 @@ mod tests {
                 child.terminal(zero.as_fd()).unwrap();
                 child.ready().unwrap()
             });
-            assert!(matches!(parent.hear().await, Ok(Said::Moved(pid)) if pid == Pid::from_raw(4711)));
-            let Ok(Said::Terminal(terminal)) = parent.hear().await else { panic!("no terminal") };
+            assert!(matches!(parent.hear().await, Ok(Message::Moved(pid)) if pid == Pid::from_raw(4711)));
+            parent.adopted().unwrap();
+            let Ok(Message::Terminal(terminal)) = parent.hear().await else { panic!("no terminal") };
             let mut byte = [1];
             File::from(terminal).read_exact(&mut byte).unwrap();
             assert_eq!(byte, [0]);
-            assert!(matches!(parent.hear().await, Ok(Said::Ready)));
+            assert!(matches!(parent.hear().await, Ok(Message::Ready)));
             // The thread ends after the start, which closes its end as execve would.
             parent.start().await.unwrap();
             assert!(child.join().unwrap());
@@ -262,6 +292,7 @@ mod tests {
             let (parent, child) = pair().unwrap();
             drop(child);
             assert!(parent.hear().await.is_err());
+            assert_eq!(parent.start().await.unwrap_err().to_string(), STOPPED);
 
             let (parent, child) = pair().unwrap();
             drop(parent);

@@ -1,6 +1,7 @@
 //! The program: finding it as runc does, and `execve`.
 
 use std::{
+    collections::HashSet,
     ffi::CString,
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
@@ -70,9 +71,14 @@ fn c_string(bytes: &[u8]) -> StepResult<CString> {
     CString::new(bytes).map_err(|_| StepError::Refused("exec: a string contains NUL".into()))
 }
 
-/// The environment of the spec, and `HOME` where it has none.
+/// The environment of the spec, each variable once and with its last value, as
+/// runc passes it on, and `HOME` where it has none.
 fn environment(process: &agent::Process) -> Vec<String> {
-    let mut env = process.env.clone();
+    let name = |entry: &str| entry.split_once('=').map_or(entry, |(name, _)| name).to_owned();
+    let mut seen = HashSet::new();
+    let mut env: Vec<String> =
+        process.env.iter().rev().filter(|entry| seen.insert(name(entry))).cloned().collect();
+    env.reverse();
     if variable(&env, "HOME").is_none_or(str::is_empty) {
         env.retain(|entry| !entry.starts_with("HOME="));
         env.push(format!("HOME={}", user::home_directory(process.user.uid)));
@@ -162,6 +168,12 @@ mod tests {
         let env = environment(&process(&[], &["HOME=", "A=1"]));
         assert_eq!(env.len(), 2);
         assert!(variable(&env, "HOME").unwrap().starts_with('/'));
+    }
+
+    #[test]
+    fn a_variable_given_twice_is_there_once() {
+        let env = environment(&process(&[], &["A=1", "HOME=/h", "B=", "A=2", "AB=3"]));
+        assert_eq!(env, ["HOME=/h", "B=", "A=2", "AB=3"]);
     }
 
     #[test]

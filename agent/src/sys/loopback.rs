@@ -7,8 +7,6 @@ use nix::{
     sys::socket::{AddressFamily, SockFlag, SockType, socket},
 };
 
-use super::Error;
-
 /// Brings up `lo` of the current network namespace.
 pub fn up() -> nix::Result<()> {
     let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
@@ -25,9 +23,4 @@ pub fn up() -> nix::Result<()> {
     // SAFETY: SIOCSIFFLAGS reads an ifreq, which `request` is.
     Errno::result(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) })
         .map(drop)
-}
-
-/// Brings up `lo` of the guest.
-pub fn bring_up() -> Result<(), Error> {
-    up().map_err(|source| Error::Kernel { step: "bring up the loopback interface", source })
 }

@@ -1,0 +1,185 @@
+//! What the containers of one sandbox can share: network, ipc and uts
+//! namespaces, a pid namespace where that was asked for, and `/dev/shm`. They
+//! belong to the sandbox: no container has to live for another to join.
+
+use std::{
+    fs::File,
+    io,
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    path::Path,
+};
+
+use nix::{
+    mount::MsFlags,
+    sched::{CloneFlags, setns, unshare},
+    sys::signal::{SigSet, Signal},
+};
+use rvm_protocol::agent::{self, NamespaceType};
+
+use super::{
+    capabilities,
+    child::{self, GivenUp},
+    paths::Root,
+    rootfs,
+};
+use crate::{
+    channel,
+    error::{Step, StepResult},
+    init::mounts::{MOUNT_POINT, make_dir},
+    io::ChildEnds,
+    sys::{
+        loopback,
+        mount::{Attributes, FsContext, attach, open_path, set_attributes},
+        process::{close_all, fork, wait_any},
+    },
+};
+
+/// Where the sandbox's `/dev/shm` is in the guest.
+pub const SHM_DIR: &str = "/run/rvm/shm";
+/// Its size where nobody says otherwise, as of a container's own.
+const SHM_BYTES: u64 = 64 << 20;
+
+/// What is asked for when the sandbox is set up.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Wanted {
+    /// A pid namespace too.
+    pub pid: bool,
+    /// Size of `/dev/shm` in bytes; 0: the usual one.
+    pub shm_bytes: u64,
+}
+
+/// What the sandbox holds, made when the first container asks for it.
+#[derive(Debug)]
+pub struct Shared {
+    network: OwnedFd,
+    ipc: OwnedFd,
+    uts: OwnedFd,
+    pid: Option<OwnedFd>,
+}
+
+impl Shared {
+    /// Whether a container wants something of the sandbox's.
+    pub fn is_wanted_by(request: &agent::CreateContainerRequest) -> bool {
+        request.namespaces.iter().any(|namespace| namespace.sandbox)
+            || request.mounts.iter().any(|mount| mount.from_sandbox)
+    }
+
+    /// Makes it.
+    pub async fn make(wanted: Wanted) -> StepResult<Self> {
+        let [network, ipc, uts] = make_namespaces()?;
+        mount_shm(wanted.shm_bytes)?;
+        let mut shared = Self { network, ipc, uts, pid: None };
+        if wanted.pid {
+            shared.pid = Some(shared.make_pid_namespace().await?);
+        }
+        Ok(shared)
+    }
+
+    /// The namespace of this type, if the sandbox holds one.
+    pub fn namespace(&self, kind: NamespaceType) -> Option<&OwnedFd> {
+        match kind {
+            NamespaceType::NETWORK => Some(&self.network),
+            NamespaceType::IPC => Some(&self.ipc),
+            NamespaceType::UTS => Some(&self.uts),
+            NamespaceType::PID => self.pid.as_ref(),
+            _ => None,
+        }
+    }
+
+    /// Makes a pid namespace, whose end is that of its init.
+    async fn make_pid_namespace(&self) -> StepResult<OwnedFd> {
+        let step = || "create the sandbox's pid namespace";
+        let (child, heard) = {
+            let (parent, channel) = channel::pair()?;
+            let child = fork(libc::CLONE_NEWPID as u64, || {
+                child::run(&channel, || {
+                    self.become_init(&channel)?;
+                    channel.done(false, None)?;
+                    close_all().step(|| "close descriptors")?;
+                    collect_for_ever().step(|| "collect ended processes")
+                })
+            });
+            (child.step(step)?, parent)
+        };
+        // Before the channel is heard: it is collected by whoever collects all.
+        let namespace = File::open(format!("/proc/{}/ns/pid", child.pid)).step(step)?;
+        heard.done(step()).await?;
+        Ok(namespace.into())
+    }
+
+    /// In the init of the pid namespace: what containers will see as PID 1 has no
+    /// files, no privileges and no part of the guest's own namespaces.
+    fn become_init(&self, channel: &channel::Child) -> StepResult<()> {
+        let namespaces = [
+            (&self.network, CloneFlags::CLONE_NEWNET),
+            (&self.ipc, CloneFlags::CLONE_NEWIPC),
+            (&self.uts, CloneFlags::CLONE_NEWUTS),
+        ];
+        let mut keep: Vec<_> = namespaces.iter().map(|(fd, _)| fd.as_raw_fd()).collect();
+        keep.push(channel.as_fd().as_raw_fd());
+        child::begin(&ChildEnds::default(), &keep)?;
+        // The kernel is to take any other process first: all end with this one.
+        match std::fs::write("/proc/self/oom_score_adj", "-1000") {
+            // Of the guest's root this is no privilege; of a test's it may be.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
+            written => written.step(|| "set oom_score_adj")?,
+        }
+        for (fd, flag) in namespaces {
+            setns(fd, flag).step(|| "join the sandbox's namespaces")?;
+        }
+        unshare(CloneFlags::CLONE_NEWNS).step(|| "create a mount namespace")?;
+        let step = || "enter an empty root file system";
+        let old = open_path(Path::new("/")).step(step)?;
+        let slave = Attributes { propagation: MsFlags::MS_SLAVE.bits(), ..Attributes::default() };
+        set_attributes(old.as_fd(), slave, true).step(step)?;
+        let empty =
+            FsContext::new("tmpfs").and_then(|tmpfs| tmpfs.mount(libc::MOUNT_ATTR_RDONLY)).step(step)?;
+        let place = Path::new(MOUNT_POINT);
+        attach(&empty, open_path(place).step(step)?).step(step)?;
+        rootfs::pivot(&Root::open(place).step(step)?)?;
+        let none = agent::Capabilities::default();
+        capabilities::apply_bounding(&none)?;
+        capabilities::apply(&none)?;
+        capabilities::set_no_new_privileges()
+    }
+}
+
+/// New network, ipc and uts namespaces, with the guest's host name and the
+/// loopback interface up. The agent is in them for as long as that takes.
+fn make_namespaces() -> StepResult<[OwnedFd; 3]> {
+    const NAMES: [&str; 3] = ["net", "ipc", "uts"];
+    let step = || "create the sandbox's namespaces";
+    let open = || -> io::Result<[OwnedFd; 3]> {
+        let open = |name| File::open(format!("/proc/self/ns/{name}")).map(OwnedFd::from);
+        let [net, ipc, uts] = NAMES.map(open);
+        Ok([net?, ipc?, uts?])
+    };
+    let own = open().step(step)?;
+    let kinds = [CloneFlags::CLONE_NEWNET, CloneFlags::CLONE_NEWIPC, CloneFlags::CLONE_NEWUTS];
+    unshare(kinds.into_iter().collect()).step(step)?;
+    let made = loopback::up().step(|| "bring up the loopback interface").and_then(|()| open().step(step));
+    for (namespace, kind) in own.iter().zip(kinds) {
+        setns(namespace, kind).step(|| "go back to the guest's own namespaces")?;
+    }
+    made
+}
+
+fn mount_shm(bytes: u64) -> StepResult<()> {
+    make_dir(Path::new(SHM_DIR))?;
+    let bytes = if bytes == 0 { SHM_BYTES } else { bytes };
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    let options = format!("mode=1777,size={bytes}");
+    nix::mount::mount(Some("shm"), SHM_DIR, Some("tmpfs"), flags, Some(options.as_str()))
+        .step(|| format!("mount the sandbox's /dev/shm ({options})"))
+}
+
+/// Collects orphans until it is killed, with the sandbox.
+fn collect_for_ever() -> nix::Result<GivenUp> {
+    let mut ended = SigSet::empty();
+    ended.add(Signal::SIGCHLD);
+    ended.thread_block()?;
+    loop {
+        while wait_any()?.is_some() {}
+        ended.wait()?;
+    }
+}
