@@ -82,8 +82,8 @@ impl Cache {
         self.dir.join(format!("{}-{key}", flavour.as_str()))
     }
 
-    /// The kernel with this key, if it has been built.
-    pub fn find(&self, flavour: Flavour, key: &str) -> Option<Kernel> {
+    /// The kernel with this key, if it has been built of `source`.
+    pub fn find(&self, flavour: Flavour, key: &str, source: &Source) -> Option<Kernel> {
         let dir = self.kernel_dir(flavour, key);
         let manifest: Manifest = serde_json::from_slice(&fs::read(dir.join("kernel.json")).ok()?).ok()?;
         let (vmlinux, config) = (dir.join("vmlinux"), dir.join("config"));
@@ -92,6 +92,7 @@ impl Cache {
             config,
             version: manifest.version,
             package_version: manifest.package_version,
+            released: source.released,
         })
     }
 
@@ -124,7 +125,7 @@ impl Cache {
             _ => {}
         }
         fs::rename(&staging, &dir).map_err(io_error("create", &dir))?;
-        self.find(flavour, key).ok_or_else(|| {
+        self.find(flavour, key, source).ok_or_else(|| {
             let vanished = std::io::Error::from(std::io::ErrorKind::NotFound);
             io_error("read back", &dir)(vanished)
         })
@@ -187,10 +188,18 @@ pub fn hex(bytes: &[u8]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, SystemTime};
+
     use super::*;
+    use crate::MAX_AGE;
 
     fn source(sha256: &str) -> Source {
-        Source { version: "6.12.1-1".into(), sha256: sha256.into(), tarball: "unused".into() }
+        Source {
+            version: "6.12.1-1".into(),
+            sha256: sha256.into(),
+            tarball: "unused".into(),
+            released: SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000),
+        }
     }
 
     #[test]
@@ -205,11 +214,12 @@ mod tests {
     fn a_kernel_is_found_once_it_is_inserted_and_replaces_a_broken_one() {
         let dir = tempfile::tempdir().unwrap();
         let cache = Cache::open(dir.path()).unwrap();
-        assert_eq!(cache.find(Flavour::Rvm, "k"), None);
+        let source = source("a");
+        assert_eq!(cache.find(Flavour::Rvm, "k", &source), None);
         let broken = cache.dir().join("rvm-k");
         fs::create_dir(&broken).unwrap();
         fs::write(broken.join("kernel.json"), "{}").unwrap();
-        assert_eq!(cache.find(Flavour::Rvm, "k"), None);
+        assert_eq!(cache.find(Flavour::Rvm, "k", &source), None);
 
         let scratch = cache.scratch().unwrap();
         let built = Built {
@@ -219,13 +229,16 @@ mod tests {
         };
         fs::write(&built.vmlinux, "elf").unwrap();
         fs::write(&built.config, "CONFIG_A=y").unwrap();
-        let kernel = cache.insert(Flavour::Rvm, "k", &built, &source("a")).unwrap();
+        let kernel = cache.insert(Flavour::Rvm, "k", &built, &source).unwrap();
         drop(scratch);
         assert!(!cache.dir().join("scratch").exists());
         assert_eq!(fs::read_to_string(&kernel.vmlinux).unwrap(), "elf");
         assert_eq!((kernel.version.as_str(), kernel.package_version.as_str()), ("6.12.1", "6.12.1-1"));
-        assert_eq!(cache.find(Flavour::Rvm, "k"), Some(kernel));
-        assert_eq!(cache.find(Flavour::Trial, "k"), None);
+        assert_eq!(kernel.outdated(source.released + MAX_AGE), None);
+        let later = source.released + MAX_AGE + Duration::from_secs(1);
+        assert_eq!(kernel.outdated(later), Some(MAX_AGE + Duration::from_secs(1)));
+        assert_eq!(cache.find(Flavour::Rvm, "k", &source), Some(kernel));
+        assert_eq!(cache.find(Flavour::Trial, "k", &source), None);
     }
 
     #[test]

@@ -22,6 +22,7 @@ mod config;
 mod source;
 
 use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
 
 /// The Debian binary package with the source. It pins the series: Debian keeps
 /// only the newest point release of it, and [`Kernel::version`] says which one
@@ -107,6 +108,10 @@ pub struct BuildOptions<'a> {
     pub progress: &'a dyn Fn(Step, f64),
 }
 
+/// How long after its release a kernel is still taken for current. Debian releases a point release with security fixes
+/// every few weeks.
+pub const MAX_AGE: Duration = Duration::from_secs(90 * 24 * 3600);
+
 /// A built kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Kernel {
@@ -116,8 +121,17 @@ pub struct Kernel {
     pub version: String,
     /// The version of the Debian package it was built from.
     pub package_version: String,
+    /// When Debian released that.
+    pub released: SystemTime,
     /// Its complete configuration.
     pub config: PathBuf,
+}
+
+impl Kernel {
+    /// How long ago it was released, where that is longer than [`MAX_AGE`].
+    pub fn outdated(&self, now: SystemTime) -> Option<Duration> {
+        now.duration_since(self.released).ok().filter(|age| *age > MAX_AGE)
+    }
 }
 
 /// Why there is no kernel.
@@ -203,14 +217,14 @@ pub fn build(options: &BuildOptions<'_>) -> Result<Kernel, Error> {
     // What is in the cache is whole: a build of another flavour is nothing to wait for.
     if let Some(source) = source::cached(&cache)?.filter(|_| !options.refresh) {
         let key = cache::key(&source, options.flavour)?;
-        if let Some(kernel) = cache.find(options.flavour, &key) {
+        if let Some(kernel) = cache.find(options.flavour, &key, &source) {
             return Ok(kernel);
         }
     }
     let _lock = cache.lock(&|| (options.progress)(Step::Wait, 0.0))?;
     let source = source::get(&cache, options)?;
     let key = cache::key(&source, options.flavour)?;
-    if let Some(kernel) = cache.find(options.flavour, &key) {
+    if let Some(kernel) = cache.find(options.flavour, &key, &source) {
         return Ok(kernel);
     }
     let scratch = cache.scratch()?;

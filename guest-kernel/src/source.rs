@@ -10,6 +10,7 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -26,6 +27,8 @@ pub struct Source {
     pub sha256: String,
     /// The archive.
     pub tarball: PathBuf,
+    /// When Debian released it.
+    pub released: SystemTime,
 }
 
 /// `<version>.json`, written after the archive: where it is, the archive is whole.
@@ -38,7 +41,10 @@ struct Manifest {
 
 /// The source in the cache.
 pub fn cached(cache: &Cache) -> Result<Option<Source>, Error> {
-    newest(&cache.source_dir())
+    let Some((Manifest { version, sha256, .. }, tarball)) = newest(&cache.source_dir())? else {
+        return Ok(None);
+    };
+    Ok(Some(Source { version, sha256, released: released(&tarball)?, tarball }))
 }
 
 /// The cached source, or a new one where there is none or a refresh is asked for.
@@ -57,9 +63,9 @@ pub fn get(cache: &Cache, options: &BuildOptions<'_>) -> Result<Source, Error> {
     }
 }
 
-/// The source downloaded last.
-fn newest(dir: &Path) -> Result<Option<Source>, Error> {
-    let mut newest: Option<(u64, Source)> = None;
+/// The source downloaded last, and its archive.
+fn newest(dir: &Path) -> Result<Option<(Manifest, PathBuf)>, Error> {
+    let mut newest: Option<(Manifest, PathBuf)> = None;
     for entry in fs::read_dir(dir).map_err(io_error("read", dir))? {
         let path = entry.map_err(io_error("read", dir))?.path();
         if path.extension().is_none_or(|extension| extension != "json") {
@@ -68,13 +74,12 @@ fn newest(dir: &Path) -> Result<Option<Source>, Error> {
         let text = fs::read(&path).map_err(io_error("read", &path))?;
         let Ok(manifest) = serde_json::from_slice::<Manifest>(&text) else { continue };
         let tarball = tarball_path(dir, &manifest.version);
-        let later = newest.as_ref().is_none_or(|(downloaded, _)| *downloaded < manifest.downloaded);
+        let later = newest.as_ref().is_none_or(|(newest, _)| newest.downloaded < manifest.downloaded);
         if later && tarball.is_file() {
-            let source = Source { version: manifest.version, sha256: manifest.sha256, tarball };
-            newest = Some((manifest.downloaded, source));
+            newest = Some((manifest, tarball));
         }
     }
-    Ok(newest.map(|(_, source)| source))
+    Ok(newest)
 }
 
 fn tarball_path(dir: &Path, version: &str) -> PathBuf {
@@ -97,15 +102,15 @@ fn fetch(cache: &Cache, progress: &dyn Fn(Step, f64)) -> Result<Source, Error> {
     let partial = tarball.with_extension("part");
     let sha256 = extract(&package, &partial)?;
     fs::rename(&partial, &tarball).map_err(io_error("create", &tarball))?;
-    let downloaded = std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
+    let downloaded = SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
         .map_or(0, |since_epoch| since_epoch.as_secs());
     let manifest = Manifest { version: version.clone(), sha256: sha256.clone(), downloaded };
     let path = dir.join(format!("{version}.json"));
     fs::write(&path, cache::json(&manifest)).map_err(io_error("write", &path))?;
     fs::remove_file(&package).map_err(io_error("remove", &package))?;
     progress(Step::Download, 1.0);
-    Ok(Source { version, sha256, tarball })
+    Ok(Source { version, sha256, released: released(&tarball)?, tarball })
 }
 
 /// Copies the archive out of the package and returns its hash.
@@ -172,6 +177,28 @@ pub fn unpack(source: &Source, dir: &Path, progress: &dyn Fn(Step, f64)) -> Resu
     Ok(dir.join(PACKAGE))
 }
 
+/// When Debian released the source: the time of the archive's first member, its top directory.
+fn released(tarball: &Path) -> Result<SystemTime, Error> {
+    let mut xz = Command::new("xz");
+    xz.arg("-dc").arg(tarball).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut decompressor = xz.spawn().map_err(|source| command::spawn_error(&xz, source))?;
+    let mut header = [0; 512];
+    let read = decompressor.stdout.take().map_or(Ok(()), |mut stdout| stdout.read_exact(&mut header));
+    // It ends by itself now that its output is closed, and how it ends says nothing.
+    decompressor.wait().map_err(|source| command::spawn_error(&xz, source))?;
+    read.ok().and_then(|()| modified(&header)).ok_or_else(|| Error::BadPackage {
+        package: tarball.to_owned(),
+        problem: "does not begin with a member of a tar archive".into(),
+    })
+}
+
+/// The time of a tar archive's member by its header: octal digits at a fixed place (POSIX, ustar).
+fn modified(header: &[u8; 512]) -> Option<SystemTime> {
+    let digits = std::str::from_utf8(&header[136..148]).ok()?;
+    let seconds = u64::from_str_radix(digits.trim_matches(['\0', ' ']), 8).ok()?;
+    SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds))
+}
+
 /// The size the archive unpacks to, for the progress.
 fn uncompressed_size(tarball: &Path) -> Result<u64, Error> {
     let list = command::output(Command::new("xz").args(["--robot", "--list"]).arg(tarball))?;
@@ -209,13 +236,13 @@ mod tests {
     #[test]
     fn the_source_downloaded_last_is_taken_and_a_broken_one_is_not() {
         let dir = tempfile::tempdir().unwrap();
-        assert_eq!(newest(dir.path()).unwrap(), None);
+        assert!(newest(dir.path()).unwrap().is_none());
         cached(dir.path(), "6.12.9-1", 1);
         cached(dir.path(), "6.12.10-1", 2);
         fs::write(dir.path().join("6.12.11-1.json"), "{").unwrap();
         cached(dir.path(), "6.12.12-1", 3);
         fs::remove_file(tarball_path(dir.path(), "6.12.12-1")).unwrap();
-        assert_eq!(newest(dir.path()).unwrap().unwrap().version, "6.12.10-1");
+        assert_eq!(newest(dir.path()).unwrap().unwrap().0.version, "6.12.10-1");
     }
 
     #[test]
@@ -228,7 +255,11 @@ mod tests {
         let mut tar = Command::new("tar");
         tar.arg("-C").arg(dir.path()).arg("-cJf").arg(&tarball).arg(PACKAGE);
         command::output(&mut tar).unwrap();
-        let source = Source { version: "1".into(), sha256: "x".into(), tarball: tarball.clone() };
+        let made = fs::metadata(&tree).unwrap().modified().unwrap();
+        let made = made.duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
+        let released = released(&tarball).unwrap();
+        assert_eq!(released, SystemTime::UNIX_EPOCH + Duration::from_secs(made));
+        let source = Source { version: "1".into(), sha256: "x".into(), tarball: tarball.clone(), released };
 
         let to = dir.path().join("to");
         fs::create_dir(&to).unwrap();
@@ -240,5 +271,7 @@ mod tests {
         let whole = fs::read(&tarball).unwrap();
         fs::write(&tarball, &whole[..whole.len() / 2]).unwrap();
         assert!(unpack(&source, &to, &|_, _| ()).is_err());
+        fs::write(&tarball, "no archive").unwrap();
+        assert!(super::released(&tarball).is_err());
     }
 }

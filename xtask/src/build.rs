@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::SystemTime;
 
 use anyhow::{Context, Result, bail};
 use guest_kernel::{BuildOptions, Flavour};
@@ -89,17 +90,34 @@ pub fn artifacts(profile: Profile) -> Result<Artifacts> {
 
 /// The guest kernel of a flavour, from the cache or compiled.
 pub fn kernel(flavour: Flavour) -> Result<guest_kernel::Kernel> {
+    kernel_of(flavour, false)
+}
+
+/// The same; asks Debian for a newer point release first where `refresh` is set.
+pub fn kernel_of(flavour: Flavour, refresh: bool) -> Result<guest_kernel::Kernel> {
     packages::ensure(&[Purpose::GuestKernel])?;
     let step = Step::start(format!("Guest kernel ({})", flavour.as_str()));
     let kernel = guest_kernel::build(&BuildOptions {
         cache_dir: cache_dir()?,
         jobs: std::thread::available_parallelism().map_or(1, usize::from),
         flavour,
-        refresh: false,
+        refresh,
         progress: &|doing, fraction| step.at(fraction, doing.as_str()),
     })?;
     step.done(&kernel.version);
+    if let Some(outdated) = outdated(&kernel) {
+        eprintln!("warning: {outdated}");
+    }
     Ok(kernel)
+}
+
+/// What to say of a kernel that has been released too long ago to have all security fixes.
+pub fn outdated(kernel: &guest_kernel::Kernel) -> Option<String> {
+    let days = kernel.outdated(SystemTime::now())?.as_secs() / 86400;
+    Some(format!(
+        "the guest kernel {} was released {days} days ago; `cargo xtask kernel --refresh` asks Debian for a newer one",
+        kernel.package_version
+    ))
 }
 
 /// A busybox image as an OCI archive for `ctr images import`; its reference is [`BUSYBOX_NAME`].

@@ -8,6 +8,7 @@ mod e2e;
 mod fstest;
 mod host;
 mod install;
+mod kernel;
 mod packages;
 mod parity;
 mod progress;
@@ -38,6 +39,8 @@ enum Command {
     Bench(bench::Args),
     /// pjdfstest and fsx inside a container, under runc and under rvm.
     Fstest(fstest::Args),
+    /// Build the guest kernel and print where it is.
+    Kernel(kernel::Args),
     /// Put binaries, kernel, initramfs and configuration in place.
     Install(install::Args),
 }
@@ -50,6 +53,7 @@ fn main() -> ExitCode {
         Command::Devhost(args) => devhost::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Fstest(args) => fstest::run(args),
+        Command::Kernel(args) => kernel::run(args),
         Command::Install(args) => install::run(args),
     };
     if let Err(error) = outcome {

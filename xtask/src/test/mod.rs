@@ -14,6 +14,7 @@ use crate::devhost;
 use crate::e2e::{self, Output, Prepared};
 use crate::fstest;
 use crate::host::Host;
+use crate::kernel;
 use crate::parity;
 use tally::{Reader, Tally};
 
@@ -156,6 +157,9 @@ pub fn run(args: Args) -> Result<()> {
         }
         parts
             .act("file system tests", || fstest::run(fstest::Args::default()).map(|()| String::new()).into());
+    }
+    if args.filter.is_empty() {
+        parts.act("age of the guest kernel", || kernel::is_current().into());
     }
     parts.end()
 }
