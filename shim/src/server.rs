@@ -8,6 +8,7 @@ use std::{
 };
 
 use log::LevelFilter;
+use nix::sys::prctl;
 use tokio::{
     signal::unix::{SignalKind, signal},
     time::timeout,
@@ -31,6 +32,11 @@ pub fn run(serve: Serve) -> io::Result<()> {
     let level = if serve.debug { configured.max(LevelFilter::Debug) } else { configured };
     // Where containerd does not collect logs there is nobody to tell.
     let _ = logger::init(Path::new("."), sandbox, level);
+    // A core file would hold what containers were given and what they said. The
+    // limit for one is theirs, who inherit this process's.
+    if let Err(errno) = prctl::set_dumpable(false) {
+        log::debug!("PR_SET_DUMPABLE: {errno}");
+    }
     // One thread: the shim waits, and what it starts dies with this thread.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let socket = Socket(serve.socket.clone());

@@ -5,6 +5,11 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use containerd_shim_protos::{api::Status, ttrpc::Code};
+use nix::{
+    errno::Errno,
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use rvm_tests::{
     bare::Bare,
     bundle::{Bundle, spec},
@@ -98,6 +103,31 @@ fn a_shims_oom_score_is_one_above_containerds() {
     });
 }
 
+/// What containers were given and what they said stays in memory.
+#[test]
+fn a_shim_that_crashes_leaves_no_core_file() {
+    case(|world| {
+        if !world.stage().is_rvm() {
+            return Ok(());
+        }
+        let _pattern = Parameter::set("/proc/sys/kernel/core_pattern", "core.of.%p")?;
+        let shim = bare(world, ADDRESS, "core", &["/bin/true"])?;
+        let pid = shim.pid()?.cast_signed();
+        kill(Pid::from_raw(pid), Signal::SIGABRT)?;
+        let until = std::time::Instant::now() + scale::command();
+        while rvm_tests::host::Process::read(pid).is_some_and(|shim| shim.state != 'Z') {
+            ensure!(std::time::Instant::now() < until, "the shim goes on after SIGABRT");
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        let core = shim.bundle().join(format!("core.of.{pid}"));
+        let dumped = core.exists();
+        shim.delete()?.success()?;
+        shell(&format!("rm -rf {}", shim.bundle().parent().context("no parent")?.display()))?;
+        ensure!(!dumped, "{} was written", core.display());
+        Ok(())
+    });
+}
+
 /// Two containerds may use one id: the second cannot have it, and what it does
 /// to clean up is none of the first one's business.
 #[test]
@@ -144,8 +174,7 @@ fn a_cleanup_that_takes_longer_than_containerd_waits() {
         spec["hooks"]["poststop"] = serde_json::json!([{"path": hook}]);
         let shim = Bare::start(world, ADDRESS, "slow", &spec)?;
         shim.create(None).map_err(|status| anyhow::anyhow!("{}", status.message))?;
-        let pid = nix::unistd::Pid::from_raw(shim.pid()?.cast_signed());
-        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL)?;
+        kill(Pid::from_raw(shim.pid()?.cast_signed()), Signal::SIGKILL)?;
         let deleted = shim.delete()?.success()?;
         ensure!(deleted.took < std::time::Duration::from_secs(5), "{deleted}");
         ensure!(deleted.errors().contains("goes on"), "{deleted}");
@@ -261,6 +290,28 @@ fn a_variable_given_twice() {
         let text = run.shell("env")?.success()?.text();
         let of = |name: &str| text.lines().filter(|line| line.starts_with(name)).collect::<Vec<_>>();
         ensure!(of("A=") == ["A=2"] && of("PATH=") == ["PATH=/bin"], "{text}");
+        Ok(())
+    });
+}
+
+/// A daemon that was restarted knows of a task what containerd tells it: it kills
+/// what will not end by its pid, and looks whether that pid is gone.
+#[test]
+fn a_task_killed_by_its_pid_after_a_restart() {
+    case(|world| {
+        let ctr = world.ctr();
+        let run = ctr.container("by-pid").detached();
+        run.run(&["sleep", "100000"])?.success()?;
+        world.restart_containerd(Signal::SIGKILL)?;
+        let tasks = ctr.list(&["task", "ls"]);
+        let mut words =
+            tasks.iter().find_map(|line| line.strip_prefix(&run.id)).context("no task")?.split_whitespace();
+        let pid = Pid::from_raw(words.next().context("no pid")?.parse()?);
+        kill(pid, Signal::SIGKILL)?;
+        world.events(|events| events.wait_for("/tasks/exit", &run.id, scale::container()))?;
+        let gone = kill(pid, None);
+        ctr.remove(&run.id)?;
+        ensure!(gone == Err(Errno::ESRCH), "{pid} is there after its exit was told: {gone:?}");
         Ok(())
     });
 }

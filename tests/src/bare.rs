@@ -52,7 +52,9 @@ impl Bare {
         let arguments: Vec<String> = arguments.iter().map(|&argument| argument.to_owned()).collect();
         let program = world.stage().shim();
         let config = world.config_path();
-        let mut command = Command::new(&program);
+        // Whatever dumps its core does so into the bundle, unless it sees to that.
+        let mut command = Command::new("sh");
+        command.args(["-c", "ulimit -c unlimited; exec \"$0\" \"$@\""]).arg(&program);
         command.args(&arguments).arg("start").current_dir(&bundle).stdin(Stdio::null());
         command.env("TTRPC_ADDRESS", EVENTS).env("RVM_CONFIG", &config);
         let started = job::run(command, Input::Nothing, scale::command())?.success()?;
