@@ -26,4 +26,5 @@ mod scratch;
 mod seccomp;
 mod size;
 mod soak;
+mod specifications;
 mod volumes;
