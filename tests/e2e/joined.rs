@@ -119,7 +119,7 @@ fn holdings(pod: &Pod, witness: &str) -> Result<BTreeMap<String, u64>> {
     all.insert("mounts".into(), mounts.lines().count() as u64);
     let children = |process: &&Process| process.parent == shim.pid;
     all.insert("children of the shim".into(), Process::all().iter().filter(children).count() as u64);
-    let found = shell(&format!("find {} | wc -l", pod.sandbox.dir().display()))?;
+    let found = shell(&format!("find {} -type f | wc -l", pod.sandbox.dir().display()))?;
     all.insert("files".into(), found.trim().parse()?);
     let script = "ls /sys/block | wc -l; ls /sys/bus/pci/devices | wc -l; \
                   awk '$1 == \"memory\" {print $3}' /proc/cgroups; \
@@ -288,9 +288,6 @@ fn namespaces_are_shared_by_pid() {
         // Each sees the others' processes, and pid 1 is the sandbox's.
         let seen = exec(ctr, &a.id, "cat /proc/1/cmdline | tr '\\0' ' '; ls -d /proc/[0-9]* | wc -l")?.text();
         ensure!(seen.starts_with("sleep 100000"), "{seen}");
-        exec(ctr, &a.id, "hostname shared")?;
-        ensure!(exec(ctr, &b.id, "hostname")?.text() == "shared\n", "another host name");
-        ensure!(exec(ctr, &own.id, "hostname")?.text() != "shared\n", "the same host name");
         // One container's alone, as `kubectl debug --target` asks for.
         let target = path("pid", "pid", pid_of(ctr, &own.id)?);
         let debug = pod.member("debug", &["--with-ns", &target])?;
@@ -314,7 +311,7 @@ fn shm_is_shared_where_it_is_the_pod_s() {
     case(|world| {
         let dir = world.dir().join("pod-shm");
         fs::create_dir(&dir)?;
-        shell(&format!("mount -t tmpfs -o size=16m shm {}", dir.display()))?;
+        nix::mount::mount(Some("shm"), &dir, Some("tmpfs"), nix::mount::MsFlags::empty(), Some("size=16m"))?;
         let mount = format!("type=bind,src={},dst=/dev/shm,options=rbind:rw", dir.display());
         let pod = Pod::start(world, &["--mount", &mount])?;
         let a = pod.member("a", &["--mount", &mount])?;
@@ -331,7 +328,8 @@ fn shm_is_shared_where_it_is_the_pod_s() {
             world.end(&run.id)?;
         }
         pod.end(world)?;
-        shell(&format!("umount {0} && rmdir {0}", dir.display())).map(drop)
+        nix::mount::umount(&dir)?;
+        Ok(fs::remove_dir(&dir)?)
     });
 }
 
