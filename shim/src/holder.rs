@@ -10,7 +10,10 @@ use std::{
     ffi::CString,
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use nix::{
@@ -77,7 +80,7 @@ impl Holder {
         };
         match watched() {
             Ok((id, pidfd)) => {
-                Ok(Starting { holder: Self { id, pidfd, ended: AtomicBool::new(false) }, ready })
+                Ok(Starting { holder: Arc::new(Self { id, pidfd, ended: AtomicBool::new(false) }), ready })
             }
             Err(error) => {
                 end(child);
@@ -113,13 +116,18 @@ impl Drop for Holder {
 
 /// A holder that is on its way to where it belongs.
 pub struct Starting {
-    holder: Holder,
+    holder: Arc<Holder>,
     ready: OwnedFd,
 }
 
 impl Starting {
+    /// The process.
+    pub fn holder(&self) -> &Arc<Holder> {
+        &self.holder
+    }
+
     /// Waits until it is there.
-    pub async fn ready(self) -> io::Result<Holder> {
+    pub async fn ready(self) -> io::Result<Arc<Holder>> {
         let mut receiver = tokio::net::unix::pipe::Receiver::from_owned_fd(self.ready)?;
         let mut problem = [0; size_of::<i32>()];
         tokio::io::AsyncReadExt::read_exact(&mut receiver, &mut problem).await?;

@@ -76,17 +76,14 @@ impl HostSide {
         drop(self.share.lock().unwrap_or_else(PoisonError::into_inner).take());
     }
 
+    /// Known from its first moment: the cgroup it is in cannot be removed before it has ended.
     fn hold(&self) -> io::Result<Starting> {
         let monitor = self.monitor.get().ok_or(io::ErrorKind::NotFound)?;
-        Holder::start(monitor.as_fd(), &self.procs)
-    }
-
-    fn keep(&self, holder: Holder) -> Arc<Holder> {
-        let holder = Arc::new(holder);
+        let starting = Holder::start(monitor.as_fd(), &self.procs)?;
         let mut holders = self.holders();
         holders.retain(|holder| holder.strong_count() > 0);
-        holders.push(Arc::downgrade(&holder));
-        holder
+        holders.push(Arc::downgrade(starting.holder()));
+        Ok(starting)
     }
 
     fn holders(&self) -> std::sync::MutexGuard<'_, Vec<Weak<Holder>>> {
@@ -271,7 +268,6 @@ impl Sandbox {
         if writes {
             self.must_flush.store(true, Ordering::Relaxed);
         }
-        let holder = part.host.keep(holder);
         let mut attached = Attached {
             sandbox: Arc::downgrade(self),
             part,
