@@ -147,6 +147,9 @@ pub fn run(args: Args) -> Result<()> {
         parts.act("formatting", || cargo(&["fmt", "--all", "--check"]).into());
         let lints = ["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"];
         parts.act("clippy", || cargo(&lints).into());
+        // No test of the workspace's, so not among all its targets.
+        let lints = ["clippy", "--package", "rvm-tests", "--test", "e2e", "--quiet", "--", "-D", "warnings"];
+        parts.act("clippy, end-to-end cases", || cargo(&lints).into());
         parts.act("unit tests", unit_tests);
     }
     let selection = Selection::of(&args);
