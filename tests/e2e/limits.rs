@@ -181,9 +181,10 @@ fn one_processor_is_shared_by_weight() {
         std::fs::remove_dir_all(&out)?;
         // Weights of 59 and 240; of 20 and 118 on the straight line of runc before 1.3.2.
         let wanted = if world.stage().is_rvm() { 4.1 } else { 5.9 };
-        for (what, used) in [("ticks", used(0)), ("rounds", used(1))] {
+        // What a machine spends on itself is the same for both, and so more of the light one's share.
+        for (what, used, most) in [("ticks", used(0), 1.2), ("rounds", used(1), 1.5)] {
             let ratio = used[1] / used[0].max(1.0);
-            ensure!((wanted * 0.8..wanted * 1.2).contains(&ratio), "{ratio} instead of {wanted} ({what})");
+            ensure!((wanted * 0.8..wanted * most).contains(&ratio), "{ratio} instead of {wanted} ({what})");
         }
         Ok(())
     });

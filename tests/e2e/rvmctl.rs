@@ -105,8 +105,8 @@ fn a_bundle_and_bundles_that_are_wrong() {
         wrong["process"]["cwd"] = "relative".into();
         refused(&wrong.to_string(), "cwd")?;
         let mut wrong = spec.clone();
-        wrong["process"]["cwd"] = "/no/such/dir".into();
-        refused(&wrong.to_string(), "/no/such/dir")?;
+        wrong["process"]["cwd"] = "/bin/busybox/dir".into();
+        refused(&wrong.to_string(), "/bin/busybox/dir")?;
         let mut wrong = spec;
         wrong["root"]["path"] = "/no/such/rootfs".into();
         refused(&wrong.to_string(), "/no/such/rootfs")?;
