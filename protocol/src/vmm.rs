@@ -154,6 +154,10 @@ pub enum Request {
     Pause,
     /// Lets paused vCPUs go on.
     Resume,
+    /// Writes the paused machine into the attached file, empty and open for writing,
+    /// from which another monitor can run it (`rvm-vmm --restore`). Shares and
+    /// memory that was plugged in cannot be saved. It stays paused.
+    Save,
     /// Ends the VM and the monitor.
     Stop,
     /// Reads the counters.

@@ -1,9 +1,10 @@
 //! From a configuration to a machine that can run, in boot order.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::ScopedJoinHandle;
 
 use thiserror::Error;
@@ -13,6 +14,7 @@ use crate::arch::{layout, mptable};
 use crate::boot::initramfs::{self, InitramfsError};
 use crate::boot::kernel::{self, KernelError};
 use crate::boot::params::{self, ParamsError};
+use crate::buses::Buses;
 use crate::config::CheckedConfig;
 use crate::control::socket::ReadOnlySocket;
 use crate::devices::legacy::console_log::ConsoleLog;
@@ -29,9 +31,9 @@ use crate::machine::Machine;
 use crate::memory::{self, GuestRam, MemoryError, Shape};
 use crate::pci::virtio::function::{self, FunctionError};
 use crate::pci::{BusFull, CONFIG_ADDRESS_PORT, PciBus};
+use crate::snapshot::{self, MachineState, SnapshotError};
 use crate::timeline::Timeline;
 use crate::vcpu::{BootEntry, Vcpu, VcpuError, VcpuFactory};
-use crate::vmm::Vmm;
 
 /// Why a machine could not be built.
 #[derive(Debug, Error)]
@@ -65,6 +67,8 @@ pub enum BuildError {
     Pci(#[from] FunctionError),
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
+    #[error("--restore")]
+    Snapshot(#[from] SnapshotError),
     #[error("control_socket: {}", path.display())]
     Control { path: PathBuf, source: io::Error },
 }
@@ -77,10 +81,17 @@ impl From<BusFull> for BuildError {
 
 /// Builds the machine `config` describes. `any_kvm` accepts a `/dev/kvm` that
 /// only emulates kernels, for measuring the monitor where there is no better.
-pub fn build(config: CheckedConfig, any_kvm: bool, timeline: Arc<Timeline>) -> Result<Vmm, BuildError> {
+/// With a `snapshot` the machine is the one that was saved, else a new one.
+pub fn build(
+    config: CheckedConfig,
+    snapshot: Option<File>,
+    any_kvm: bool,
+    timeline: Arc<Timeline>,
+) -> Result<Machine, BuildError> {
     if !any_kvm {
         probe::check()?;
     }
+    let snapshot = snapshot.map(snapshot::open).transpose()?;
     let host = Host::open()?;
     let vm = Arc::new(host.create_vm(config.vm.max_vcpus)?);
     timeline.reached("vm_created");
@@ -93,22 +104,29 @@ pub fn build(config: CheckedConfig, any_kvm: bool, timeline: Arc<Timeline>) -> R
     // Before KVM takes the memory, and before it makes a vCPU, it waits for all who
     // may still look at what was before, which can last longer than all the rest; so
     // the memory is filled meanwhile.
-    std::thread::scope(|scope| {
+    let vmm = std::thread::scope(|scope| {
         let taken = scope.spawn(|| vm.set_memory(&memory));
-        let loaded = scope.spawn(|| load_guest(&config, &memory));
+        let loaded = scope.spawn(|| match &snapshot {
+            Some(snapshot) => snapshot.map_memory(&memory).map(|()| None).map_err(BuildError::from),
+            None => load_guest(&config, &memory).map(Some),
+        });
         let loaded = || joined(loaded).inspect(|_| timeline.reached("guest_loaded"));
         let built = build_on(&config, &host, &vm, &memory, loaded, &timeline);
         joined(taken)?;
         timeline.reached("memory_taken");
-        let Built { machine, vcpus, more_vcpus, disks, socket } = built?;
+        let Built { buses, vcpus, more_vcpus, disks, socket } = built?;
         let (vm, memory) = (Arc::clone(&vm), memory.clone());
-        Ok(Vmm { vm, memory, machine, vcpus, more_vcpus, disks, socket, timeline })
-    })
+        Ok::<_, BuildError>(Machine { vm, memory, buses, vcpus, more_vcpus, disks, socket, timeline })
+    })?;
+    if let Some(snapshot) = snapshot {
+        restore(snapshot.state, &vmm.buses, &vmm.vcpus, vmm.more_vcpus.possible())?;
+    }
+    Ok(vmm)
 }
 
 /// What is built on a VM and its memory.
 struct Built {
-    machine: Arc<Machine>,
+    buses: Arc<Buses>,
     vcpus: Vec<Vcpu>,
     more_vcpus: VcpuFactory,
     disks: HashMap<String, usize>,
@@ -126,7 +144,7 @@ fn build_on(
     host: &Host,
     vm: &Arc<Vm>,
     memory: &GuestRam,
-    loaded: impl FnOnce() -> Result<BootEntry, BuildError>,
+    loaded: impl FnOnce() -> Result<Option<BootEntry>, BuildError>,
     timeline: &Timeline,
 ) -> Result<Built, BuildError> {
     let pci = PciBus::default();
@@ -150,8 +168,30 @@ fn build_on(
         }
         None => None,
     };
-    let machine = Arc::new(Machine { pci, serial: Mutex::new(serial), vm: Arc::clone(vm) });
-    Ok(Built { machine, vcpus, more_vcpus, disks, socket })
+    let buses = Arc::new(Buses { pci, serial: Mutex::new(serial), vm: Arc::clone(vm) });
+    Ok(Built { buses, vcpus, more_vcpus, disks, socket })
+}
+
+/// Makes a built machine the one that was saved: the interrupt controllers first,
+/// which the vCPUs' local ones and the devices' interrupts rely on.
+fn restore(state: MachineState, buses: &Buses, vcpus: &[Vcpu], possible: u8) -> Result<(), SnapshotError> {
+    let MachineState { memory: _, max_vcpus, vm, vcpus: saved, pci, serial } = state;
+    if (saved.len(), max_vcpus) != (vcpus.len(), possible) {
+        return Err(SnapshotError::OtherMachine(format!(
+            "{} of {max_vcpus} vCPUs instead of {} of {possible}",
+            saved.len(),
+            vcpus.len()
+        )));
+    }
+    vm.restore(&buses.vm.fd).map_err(SnapshotError::other)?;
+    for (vcpu, state) in vcpus.iter().zip(&saved) {
+        state.restore(&vcpu.fd).map_err(SnapshotError::other)?;
+    }
+    buses.serial.lock().unwrap_or_else(PoisonError::into_inner).restore(serial);
+    buses
+        .pci
+        .restore(pci)
+        .map_err(|(slot, error)| SnapshotError::OtherMachine(format!("PCI slot {slot}: {error}")))
 }
 
 /// Puts kernel, initramfs, parameters and tables into memory.
@@ -217,12 +257,12 @@ fn create_vcpus(
     vm: &Arc<Vm>,
     factory: &VcpuFactory,
     count: u8,
-    loaded: impl FnOnce() -> Result<BootEntry, BuildError>,
+    loaded: impl FnOnce() -> Result<Option<BootEntry>, BuildError>,
 ) -> Result<Vec<Vcpu>, BuildError> {
     let vcpus = (0..count).map(|index| Vcpu::create(vm, index)).collect::<Result<Vec<_>, _>>()?;
     let boot = loaded()?;
     for vcpu in &vcpus {
-        factory.configure(vcpu, (vcpu.index == 0).then_some(boot))?;
+        factory.configure(vcpu, boot.filter(|_| vcpu.index == 0))?;
     }
     Ok(vcpus)
 }

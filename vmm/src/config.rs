@@ -9,13 +9,14 @@ use std::path::{Path, PathBuf};
 use rvm_protocol::vmm::{MAX_VCPUS, VmConfig};
 use thiserror::Error;
 
-use crate::arch::layout::{CMDLINE_MAX_SIZE, MEMORY_BLOCK};
+use crate::arch::layout::{self, CMDLINE_MAX_SIZE, MEMORY_BLOCK};
+use crate::arch::vendor::Vendor;
 use crate::boot::params;
 use crate::pci::SLOTS;
 
 /// Smallest guest memory, in MiB: kernel, initramfs and a little.
 pub const MIN_MEMORY_MIB: u64 = 32;
-/// Largest guest memory, in MiB: 1 TiB, far below what 46 address bits reach.
+/// Largest guest memory, in MiB: 1 TiB. The CPU's addresses may reach less far.
 pub const MAX_MEMORY_MIB: u64 = 1 << 20;
 /// Longest path of a Unix socket.
 const MAX_SOCKET_PATH: usize = 107;
@@ -119,6 +120,9 @@ pub fn check(mut vm: VmConfig) -> Result<CheckedConfig, ConfigError> {
             format!("{hotplug} given; must be a multiple of {block} up to {most} beside memory_mib");
         return wrong("hotplug_memory_mib", problem);
     }
+    if let Some(problem) = beyond_reach(&vm, Vendor::address_bits()) {
+        return wrong("memory_mib", problem);
+    }
     let cmdline = params::full_cmdline(&vm.cmdline, (vm.max_vcpus > vm.vcpus).then_some(vm.vcpus));
     if !cmdline.bytes().all(|b| b.is_ascii_graphic() || b == b' ') {
         return wrong("cmdline", "must consist of printable ASCII characters".into());
@@ -149,6 +153,21 @@ pub fn check(mut vm: VmConfig) -> Result<CheckedConfig, ConfigError> {
     let kernel = open("kernel", &vm.kernel)?;
     let initramfs = vm.initramfs.as_deref().map(|path| open("initramfs", path)).transpose()?;
     Ok(CheckedConfig { vm, kernel, initramfs, cmdline })
+}
+
+/// What is wrong with memory that addresses of `bits` do not reach.
+fn beyond_reach(vm: &VmConfig, bits: u32) -> Option<String> {
+    let end = layout::end_of_addresses(vm.memory_mib << 20, vm.hotplug_memory_mib << 20);
+    let reach = 1u64.checked_shl(bits).unwrap_or(u64::MAX);
+    (end > reach).then(|| {
+        format!(
+            "{} and hotplug_memory_mib {} given; this CPU's addresses have {bits} bits, so both and the room \
+             between them must end below {} MiB",
+            vm.memory_mib,
+            vm.hotplug_memory_mib,
+            reach >> 20
+        )
+    })
 }
 
 fn first_repeated<'a>(names: impl Iterator<Item = &'a str>) -> Option<&'a str> {
@@ -210,6 +229,24 @@ mod tests {
             assert_eq!((config.vm.max_vcpus, config.cmdline.contains("maxcpus")), (2, false));
         }
         assert_eq!(error(&with(4, 3)), "max_vcpus: 3 given; must be 4 (vcpus) to 255");
+    }
+
+    #[test]
+    fn memory_ends_where_the_cpus_addresses_do() {
+        let end = |boot: u64, more: u64, bits| {
+            let config = text(|c| {
+                c["memory_mib"] = boot.into();
+                c["hotplug_memory_mib"] = more.into();
+            });
+            beyond_reach(&serde_json::from_str(&config).unwrap(), bits)
+        };
+        assert_eq!(end(1024, 0, 39), None);
+        assert_eq!(end(1024, (512 << 10) - 4096, 39), None);
+        assert!(end(1024, (512 << 10) - 4096 + 128, 39).unwrap().contains("39 bits"));
+        assert!(end((512 << 10) - 1024, 0, 39).is_none(), "a GiB of addresses is the devices'");
+        assert!(end(512 << 10, 0, 39).is_some());
+        assert_eq!(end(512 << 10, 512 << 10, 46), None);
+        assert_eq!(end(1, 1, 64), None);
     }
 
     #[test]

@@ -1,19 +1,21 @@
 //! The monitor: one microVM on KVM.
 //!
 //! ```text
-//! config ──> builder ──> vmm ──> vcpu threads ──exits──> machine ──> pci ──> devices
-//!              │           └───> control socket, signals, the parent's death
+//! config ──> builder ──> machine ──> vcpu threads ──exits──> buses ──> pci ──> devices
+//!              │             └───> control: the owner, who looks; signals
 //!              ├── kvm, memory   the VM and its memory
 //!              ├── boot, arch    what is in that memory and in the registers
-//!              └── devices       virtio, one thread each once the guest uses them
+//!              ├── snapshot      or all of it as it was
+//!              └── devices       virtio, on threads of their own
 //! ```
 //!
-//! What the guest can reach are ports and device memory through [`machine`],
+//! What the guest can reach are ports and device memory through [`buses`],
 //! and queues in its own memory that the devices read. All of that is hostile.
 
 pub mod arch;
 pub mod boot;
 pub mod builder;
+pub mod buses;
 pub mod config;
 pub mod control;
 pub mod devices;
@@ -23,6 +25,7 @@ pub mod logging;
 pub mod machine;
 pub mod memory;
 pub mod pci;
+pub mod process;
+pub mod snapshot;
 pub mod timeline;
 pub mod vcpu;
-pub mod vmm;

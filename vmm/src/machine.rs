@@ -1,105 +1,400 @@
-//! The devices as a vCPU sees them: ports and memory addresses.
+//! The running machine: its vCPU threads, and the thread that listens to its
+//! owner (requests, the owner's end), to others (counters, signals) and to its end.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
 
-use crate::arch::layout::SERIAL_PORT;
-use crate::devices::legacy::i8042;
-use crate::devices::legacy::serial::{PORTS as SERIAL_PORTS, Serial};
+use rvm_protocol::vmm::{ExitCounts, Metrics, Request, Response};
+use thiserror::Error;
+use vm_memory::GuestMemoryRegion;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use crate::arch::vendor::Vendor;
+use crate::buses::Buses;
+use crate::control::Served;
+use crate::control::channel::OwnerChannel;
+use crate::control::socket::ReadOnlySocket;
+use crate::hotplug::Hotplug;
 use crate::kvm::Vm;
-use crate::kvm::coalesced::Target;
-use crate::pci::{CONFIG_ADDRESS_PORT, CONFIG_LAST_PORT, PciBus};
+use crate::kvm::state::VmState;
+use crate::memory::{self, GuestRam};
+use crate::snapshot::{self, MachineState, SnapshotError};
+use crate::timeline::Timeline;
+use crate::vcpu::exits::End;
+use crate::vcpu::thread::{EndReport, VcpuThread};
+use crate::vcpu::{Vcpu, VcpuError, VcpuFactory};
 
-const SERIAL_LAST_PORT: u16 = SERIAL_PORT + SERIAL_PORTS - 1;
-
-/// What an access belonged to, for the exit counters.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
-    /// PCI configuration space.
-    PciConfig,
-    /// The serial console.
-    Serial,
-    /// Another port.
-    OtherPort,
-    /// The reset line was pulled.
-    Reset,
+/// Why a machine could not be run.
+#[derive(Debug, Error)]
+pub enum RunError {
+    /// A vCPU's thread could not be started.
+    #[error("a vCPU's thread could not be started")]
+    Thread(#[source] io::Error),
+    /// Events cannot be waited for.
+    #[error("the event loop failed")]
+    Events(#[source] io::Error),
 }
 
-/// Everything on the machine's buses.
+/// Everything built, nothing running yet.
 pub struct Machine {
-    /// The PCI bus.
-    pub pci: PciBus,
-    /// The serial console.
-    pub serial: Mutex<Serial>,
-    /// The VM, which holds the writes that have not taken effect yet.
+    /// The VM.
     pub vm: Arc<Vm>,
+    /// Its memory; outlives the vCPUs.
+    pub memory: GuestRam,
+    /// Its devices.
+    pub buses: Arc<Buses>,
+    /// Its vCPUs.
+    pub vcpus: Vec<Vcpu>,
+    /// Makes those that come later.
+    pub more_vcpus: VcpuFactory,
+    /// Slots of its disks, by serial.
+    pub disks: HashMap<String, usize>,
+    /// The socket for those who look.
+    pub socket: Option<ReadOnlySocket>,
+    /// The start so far.
+    pub timeline: Arc<Timeline>,
 }
+
+/// How long devices may take to stand still or to stop. Only the host's own
+/// storage keeps one that long in a request.
+const PATIENCE: Duration = Duration::from_millis(800);
+
+/// Signals that end the machine in order.
+const STOP_SIGNALS: [libc::c_int; 2] = [libc::SIGTERM, libc::SIGINT];
 
 impl Machine {
-    /// Lets the writes that caused no exit take effect; call it first on every exit.
-    pub fn catch_up(&self) {
-        if let Some(posted) = self.vm.posted() {
-            posted.drain(|target, data| match target {
-                Target::Port(port) => {
-                    self.write_port(port, data);
+    /// Runs the machine to its end: the guest's own, a request's, its owner's or one
+    /// of the `signals`. Everything is stopped when it returns.
+    pub fn run(self, signals: StopSignals, channel: Option<OwnerChannel>) -> Result<End, RunError> {
+        let Self { vm, memory, buses, vcpus, more_vcpus, disks, socket, timeline } = self;
+        let report = Arc::new(EndReport::new().map_err(RunError::Events)?);
+        let events =
+            Events::new(&report, channel.as_ref(), socket.as_ref(), signals).map_err(RunError::Events)?;
+        let hotplug = Hotplug::new(memory.clone(), Arc::clone(&vm), disks);
+        let mut owned = Owned {
+            threads: Vec::new(),
+            paused: false,
+            buses,
+            more_vcpus,
+            report,
+            hotplug,
+            memory,
+            timeline,
+        };
+        let started = vcpus.into_iter().try_for_each(|vcpu| owned.start(vcpu));
+        if owned.more_vcpus.vendor() == Vendor::Amd
+            && let Err(e) = vm.deny_old_counters()
+        {
+            log::warn!("{e}");
+        }
+        let result = match started {
+            Ok(()) => listen(&events, &mut owned, channel, socket),
+            Err(e) => Err(RunError::Thread(e)),
+        };
+        let buses = owned.stop();
+        // The vCPUs have ended; now what they could have called for.
+        buses.pci.shut_down(Instant::now() + PATIENCE);
+        drop(buses);
+        drop(vm);
+        result
+    }
+}
+
+/// What requests are about.
+struct Owned {
+    threads: Vec<VcpuThread>,
+    paused: bool,
+    buses: Arc<Buses>,
+    more_vcpus: VcpuFactory,
+    report: Arc<EndReport>,
+    hotplug: Hotplug,
+    memory: GuestRam,
+    timeline: Arc<Timeline>,
+}
+
+impl Owned {
+    fn start(&mut self, vcpu: Vcpu) -> io::Result<()> {
+        let (buses, report) = (Arc::clone(&self.buses), Arc::clone(&self.report));
+        self.threads.push(VcpuThread::spawn(vcpu, buses, report, Arc::clone(&self.timeline))?);
+        Ok(())
+    }
+
+    /// What the owner's request is answered; `stop` is set where it is to end the machine.
+    fn handle(&mut self, request: Request, file: Option<File>, stop: &mut bool) -> Response {
+        let pci = &self.buses.pci;
+        match (request, file) {
+            (Request::AddDisk { serial, readonly }, file) => {
+                answer(self.hotplug.add_disk(pci, &serial, file, readonly))
+            }
+            (Request::Save, Some(file)) => answer(self.save(&file)),
+            (Request::Save, None) => {
+                Response::Error { message: "no descriptor is attached to the request".into() }
+            }
+            (_, Some(_)) => Response::Error { message: "this request takes no descriptor".into() },
+            (Request::RemoveDisk { serial }, None) => answer(self.hotplug.remove_disk(pci, &serial)),
+            (Request::SetHotplugMemory { mib }, None) => answer(self.hotplug.request(pci, mib)),
+            (Request::SetVcpus { count }, None) => answer(self.set_vcpus(count)),
+            (Request::Metrics, None) => self.metrics(),
+            (Request::Pause, None) => self.pause(),
+            (Request::Resume, None) => {
+                self.paused = false;
+                self.buses.pci.resume();
+                self.threads.iter().for_each(VcpuThread::resume);
+                Response::Ok
+            }
+            (Request::Stop, None) => {
+                *stop = true;
+                Response::Ok
+            }
+        }
+    }
+
+    /// First the vCPUs, then what works for them.
+    fn pause(&mut self) -> Response {
+        self.pause_vcpus();
+        if !self.buses.pci.pause(Instant::now() + PATIENCE) {
+            self.threads.iter().for_each(VcpuThread::resume);
+            let message = "a device is in the middle of a request that the host does not finish".into();
+            return Response::Error { message };
+        }
+        self.paused = true;
+        Response::Ok
+    }
+
+    fn pause_vcpus(&self) {
+        // All are asked first, so that they stop side by side.
+        self.threads.iter().for_each(VcpuThread::pause);
+        self.threads.iter().for_each(VcpuThread::wait_paused);
+        self.buses.catch_up();
+    }
+
+    fn save(&self, file: &File) -> Result<(), SnapshotError> {
+        if !self.paused {
+            return Err(SnapshotError::Unsaved("it is not paused".into()));
+        }
+        if self.memory.growing().is_some_and(|region| region.len() > 0) {
+            return Err(SnapshotError::Unsaved("memory was plugged in".into()));
+        }
+        let mut vcpus = Vec::with_capacity(self.threads.len());
+        for thread in &self.threads {
+            let saved = thread.save(self.more_vcpus.msrs());
+            let saved = saved.ok_or_else(|| SnapshotError::Unsaved("a vCPU has ended".into()))?;
+            vcpus.push(saved.map_err(SnapshotError::unsaved)?);
+        }
+        let pci = self
+            .buses
+            .pci
+            .save()
+            .map_err(|(slot, error)| SnapshotError::Unsaved(format!("slot {slot}: {error}")))?;
+        let state = MachineState {
+            memory: self.memory.boot_regions().iter().map(GuestMemoryRegion::len).collect(),
+            max_vcpus: self.more_vcpus.possible(),
+            vm: VmState::save(&self.buses.vm.fd).map_err(SnapshotError::unsaved)?,
+            vcpus,
+            pci,
+            serial: self.buses.serial.lock().unwrap_or_else(PoisonError::into_inner).save(),
+        };
+        snapshot::write(file, &state, &self.memory)
+    }
+
+    fn set_vcpus(&mut self, count: u8) -> Result<(), SetVcpusError> {
+        let most = self.more_vcpus.possible();
+        if !(1..=most).contains(&count) {
+            return Err(SetVcpusError::Count { count, most });
+        }
+        while let Some(index) = u8::try_from(self.threads.len()).ok().filter(|index| *index < count) {
+            let vcpu = self.more_vcpus.create(index)?;
+            self.start(vcpu)?;
+            if self.paused {
+                self.pause_vcpus();
+            }
+        }
+        Ok(())
+    }
+
+    fn metrics(&self) -> Response {
+        let mut exits = ExitCounts::default();
+        self.threads.iter().for_each(|thread| thread.counters().add_to(&mut exits));
+        let boot_bytes: u64 = self.memory.boot_regions().iter().map(GuestMemoryRegion::len).sum();
+        let plugged_bytes = self.hotplug.plugged_bytes();
+        let memory_resident_bytes = match memory::resident_bytes(&self.memory) {
+            Ok(bytes) => bytes,
+            Err(e) => return Response::Error { message: format!("guest memory cannot be counted: {e}") },
+        };
+        Response::Metrics(Metrics {
+            exits,
+            start_us: self.timeline.steps_us(),
+            memory_bytes: boot_bytes + plugged_bytes,
+            memory_plugged_bytes: plugged_bytes,
+            memory_resident_bytes,
+        })
+    }
+
+    /// Ends the vCPUs: all are told first; dropping each then waits for it.
+    fn stop(self) -> Arc<Buses> {
+        self.threads.iter().for_each(VcpuThread::stop);
+        self.buses
+    }
+}
+
+/// Why there are not as many vCPUs as were asked for.
+#[derive(Debug, Error)]
+enum SetVcpusError {
+    #[error("count: {count} given; must be 1 to {most} (max_vcpus)")]
+    Count { count: u8, most: u8 },
+    #[error(transparent)]
+    Create(#[from] VcpuError),
+    #[error("a vCPU's thread could not be started")]
+    Thread(#[from] io::Error),
+}
+
+/// What a request that may fail is answered: an error with what caused it, in one
+/// line.
+fn answer<E: std::error::Error>(done: Result<(), E>) -> Response {
+    let Err(error) = done else { return Response::Ok };
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    let message = causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"));
+    Response::Error { message }
+}
+
+fn listen(
+    events: &Events,
+    owned: &mut Owned,
+    mut channel: Option<OwnerChannel>,
+    mut socket: Option<ReadOnlySocket>,
+) -> Result<End, RunError> {
+    loop {
+        let mut stop = false;
+        for event in events.wait().map_err(RunError::Events)? {
+            match (event, &mut channel, &mut socket) {
+                (Event::GuestEnded, _, _) => stop = true,
+                (Event::Signal, _, _) => {
+                    log::info!("stopped by a signal");
+                    stop = true;
                 }
-                Target::Memory(address) => self.write_memory(address, data),
-            });
-        }
-    }
-
-    /// Reads a port; one without a device reads as ones.
-    pub fn read_port(&self, port: u16, data: &mut [u8]) -> Access {
-        match port {
-            CONFIG_ADDRESS_PORT..=CONFIG_LAST_PORT => {
-                self.pci.read_port(port, data);
-                Access::PciConfig
-            }
-            SERIAL_PORT..=SERIAL_LAST_PORT => {
-                let mut serial = self.serial.lock().unwrap_or_else(PoisonError::into_inner);
-                data.iter_mut().for_each(|byte| *byte = serial.read(port - SERIAL_PORT));
-                Access::Serial
-            }
-            i8042::DATA_PORT | i8042::COMMAND_PORT => {
-                i8042::read(data);
-                Access::OtherPort
-            }
-            _ => {
-                data.fill(0xff);
-                Access::OtherPort
-            }
-        }
-    }
-
-    /// Writes a port; one without a device takes everything.
-    pub fn write_port(&self, port: u16, data: &[u8]) -> Access {
-        match port {
-            CONFIG_ADDRESS_PORT..=CONFIG_LAST_PORT => {
-                self.pci.write_port(port, data);
-                Access::PciConfig
-            }
-            SERIAL_PORT..=SERIAL_LAST_PORT => {
-                let mut serial = self.serial.lock().unwrap_or_else(PoisonError::into_inner);
-                for byte in data {
-                    if let Err(e) = serial.write(port - SERIAL_PORT, *byte) {
-                        serial.discard_output(&e);
+                (Event::Owner, Some(channel), _) => {
+                    let mut handle = |request, file| owned.handle(request, file, &mut stop);
+                    if channel.serve(&mut handle) == Served::Closed {
+                        log::warn!("stopped because its owner is gone");
+                        stop = true;
                     }
                 }
-                Access::Serial
+                (Event::NewClient, _, Some(socket)) => {
+                    // What goes wrong with one who only looks ends no machine.
+                    if let Some(fd) = socket.accept()
+                        && let Err(e) = events.add(fd, fd as u64)
+                    {
+                        log::warn!("control socket: {e}");
+                        socket.turn_away(fd);
+                    }
+                }
+                (Event::Client(fd), _, Some(socket)) => {
+                    if socket.serve(fd, &mut || owned.metrics()) == Served::Closed {
+                        log::debug!("control client gone");
+                    }
+                }
+                (Event::Owner | Event::NewClient | Event::Client(_), _, _) => {}
             }
-            _ if i8042::is_reset(port, data) => Access::Reset,
-            _ => Access::OtherPort,
+        }
+        if stop {
+            return Ok(owned.report.get().unwrap_or(End::PoweredOff));
         }
     }
+}
 
-    /// Reads device memory; what belongs to no device reads as ones.
-    pub fn read_memory(&self, address: u64, data: &mut [u8]) {
-        if !self.pci.read_memory(address, data) {
-            data.fill(0xff);
+enum Event {
+    GuestEnded,
+    Signal,
+    Owner,
+    NewClient,
+    Client(RawFd),
+}
+
+// Clients are known by their descriptors, which are far below these.
+const GUEST_ENDED: u64 = u64::MAX;
+const SIGNAL: u64 = u64::MAX - 1;
+const OWNER: u64 = u64::MAX - 2;
+const NEW_CLIENT: u64 = u64::MAX - 3;
+
+/// What the listening thread waits for.
+struct Events {
+    epoll: Epoll,
+    signals: StopSignals,
+}
+
+impl Events {
+    fn new(
+        report: &EndReport,
+        channel: Option<&OwnerChannel>,
+        socket: Option<&ReadOnlySocket>,
+        signals: StopSignals,
+    ) -> io::Result<Self> {
+        let events = Self { epoll: Epoll::new()?, signals };
+        events.add(report.event.as_raw_fd(), GUEST_ENDED)?;
+        events.add(events.signals.0.as_raw_fd(), SIGNAL)?;
+        if let Some(channel) = channel {
+            events.add(channel.fd(), OWNER)?;
         }
+        if let Some(socket) = socket {
+            events.add(socket.listener_fd(), NEW_CLIENT)?;
+        }
+        Ok(events)
     }
 
-    /// Writes device memory.
-    pub fn write_memory(&self, address: u64, data: &[u8]) {
-        self.pci.write_memory(address, data);
+    /// Watches `fd` for reading; closing it ends that.
+    fn add(&self, fd: RawFd, token: u64) -> io::Result<()> {
+        self.epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, token))
     }
+
+    fn wait(&self) -> io::Result<Vec<Event>> {
+        let mut events = [EpollEvent::default(); 16];
+        let count = match self.epoll.wait(-1, &mut events) {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => 0,
+            result => result?,
+        };
+        let known = |event: &EpollEvent| match event.data() {
+            GUEST_ENDED => Event::GuestEnded,
+            SIGNAL => Event::Signal,
+            OWNER => Event::Owner,
+            NEW_CLIENT => Event::NewClient,
+            fd => Event::Client(fd as RawFd),
+        };
+        Ok(events[..count].iter().map(known).collect())
+    }
+}
+
+/// SIGTERM and SIGINT, kept until the machine listens to them.
+pub struct StopSignals(OwnedFd);
+
+impl StopSignals {
+    /// Blocks them for this thread and those it will start. Called first of all,
+    /// so that a monitor that is told to end while it builds leaves nothing behind.
+    pub fn block() -> Result<Self, RunError> {
+        block_stop_signals().map(Self).map_err(RunError::Events)
+    }
+}
+
+fn block_stop_signals() -> io::Result<OwnedFd> {
+    let set = vmm_sys_util::signal::create_sigset(&STOP_SIGNALS)
+        .map_err(|e| io::Error::from_raw_os_error(e.errno()))?;
+    // SAFETY: `set` is a valid signal set; the old mask is not asked for.
+    let blocked = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()) };
+    if blocked != 0 {
+        return Err(io::Error::from_raw_os_error(blocked));
+    }
+    // SAFETY: `set` is a valid signal set; -1 asks for a new descriptor.
+    let fd = unsafe { libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
+    owned(fd)
+}
+
+fn owned(fd: RawFd) -> io::Result<OwnedFd> {
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor was just returned to us by the system.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

@@ -1,5 +1,6 @@
 //! `rvm-vmm --config FILE`: runs one microVM; see [`USAGE`].
 
+use std::fs::File;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -8,10 +9,10 @@ use anyhow::{Context, anyhow, bail};
 use log::LevelFilter;
 use rvm_protocol::vmm::exit_code;
 use rvm_vmm::control::channel::OwnerChannel;
+use rvm_vmm::machine::StopSignals;
 use rvm_vmm::timeline::Timeline;
 use rvm_vmm::vcpu::exits::End;
-use rvm_vmm::vmm::StopSignals;
-use rvm_vmm::{builder, config, logging};
+use rvm_vmm::{builder, config, logging, process};
 
 const USAGE: &str = "\
 usage: rvm-vmm --config FILE [OPTION]...
@@ -22,6 +23,8 @@ Runs the microVM described by FILE (JSON, see rvm_protocol::vmm::VmConfig).
                      the working directory
   --control-fd N     take requests on descriptor N, a SOCK_SEQPACKET socket, and
                      end, in order, when its other end is closed
+  --restore FILE     go on with the machine saved in FILE, which is the one that the
+                     configuration describes, instead of booting a kernel
   --log-level LEVEL  off, error, warn (default), info, debug or trace
   --any-kvm          run even where /dev/kvm only emulates kernels, which is
                      far too slow for a guest but enough to measure a start
@@ -35,6 +38,7 @@ wrong; 3 the machine could not be built; 4 the guest crashed.
 struct Arguments {
     config: PathBuf,
     channel: Option<OwnerChannel>,
+    snapshot: Option<File>,
     log_level: LevelFilter,
     any_kvm: bool,
 }
@@ -44,6 +48,7 @@ fn main() -> ExitCode {
     // What the monitor creates, sockets and logs, is for its owner only.
     // SAFETY: umask has no preconditions.
     unsafe { libc::umask(0o077) };
+    process::prepare();
     let (code, error) = match parse_arguments() {
         Ok(None) => return ExitCode::SUCCESS,
         Ok(Some(arguments)) => run(arguments, timeline),
@@ -67,7 +72,7 @@ fn run(arguments: Arguments, timeline: Arc<Timeline>) -> (i32, Option<anyhow::Er
     };
     logging::init(&config.vm.id, arguments.log_level);
     timeline.reached("config_checked");
-    let machine = match builder::build(config, arguments.any_kvm, timeline) {
+    let machine = match builder::build(config, arguments.snapshot, arguments.any_kvm, timeline) {
         Ok(machine) => machine,
         Err(e) => return (exit_code::BUILD_FAILED, Some(e.into())),
     };
@@ -82,6 +87,7 @@ fn run(arguments: Arguments, timeline: Arc<Timeline>) -> (i32, Option<anyhow::Er
 fn parse_arguments() -> anyhow::Result<Option<Arguments>> {
     let mut config = None;
     let mut channel = None;
+    let mut snapshot = None;
     let mut log_level = LevelFilter::Warn;
     let mut any_kvm = false;
     let mut arguments = std::env::args_os().skip(1);
@@ -95,6 +101,11 @@ fn parse_arguments() -> anyhow::Result<Option<Arguments>> {
                 let wrong = || format!("--control-fd: {text:?} must be an inherited SOCK_SEQPACKET socket");
                 let fd = text.parse().with_context(wrong)?;
                 channel = Some(OwnerChannel::inherited(fd).with_context(wrong)?);
+            }
+            "--restore" => {
+                let path = PathBuf::from(value()?);
+                let opened = File::open(&path);
+                snapshot = Some(opened.with_context(|| format!("--restore: {}", path.display()))?);
             }
             "--log-level" => {
                 let text = value()?.to_string_lossy().into_owned();
@@ -115,5 +126,5 @@ fn parse_arguments() -> anyhow::Result<Option<Arguments>> {
         }
     }
     let config = config.context("--config FILE is missing; try --help")?;
-    Ok(Some(Arguments { config, channel, log_level, any_kvm }))
+    Ok(Some(Arguments { config, channel, snapshot, log_level, any_kvm }))
 }

@@ -4,7 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::os::unix::process::CommandExt;
@@ -13,6 +13,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use rvm_protocol::vmm::{Call, MAX_MESSAGE_LEN, Metrics, Reply, Request, Response, exit_code};
+use rvm_vmm::arch::vendor::Vendor;
 use rvm_vmm::kvm::probe;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
@@ -90,7 +91,12 @@ impl Sandbox {
 
     /// Its end is that of the connection, too: of a test that panics nothing is left.
     fn start(&self) -> (Child, Control) {
+        self.start_with(&[])
+    }
+
+    fn start_with(&self, options: &[&str]) -> (Child, Control) {
         let mut command = self.command();
+        command.args(options);
         let (control, monitors_end) = Control::pair();
         let fd = monitors_end.as_raw_fd();
         command.args(["--control-fd", &fd.to_string()]);
@@ -276,6 +282,7 @@ fn others_can_look_and_do_nothing_else() {
         Request::RemoveDisk { serial: "s".into() },
         Request::SetHotplugMemory { mib: 2 },
         Request::SetVcpus { count: 2 },
+        Request::Save,
     ] {
         match at_path(request) {
             Response::Error { message } => assert!(message.contains("its owner's"), "{message}"),
@@ -346,6 +353,162 @@ fn wait_for(mut done: impl FnMut() -> bool) {
 /// Descriptors and threads of a process.
 fn holdings(child: &Child) -> [usize; 2] {
     ["fd", "task"].map(|what| std::fs::read_dir(format!("/proc/{}/{what}", child.id())).unwrap().count())
+}
+
+#[test]
+fn a_monitor_without_descriptors_goes_on() {
+    let sandbox = Sandbox::new(HANG);
+    let (child, mut control) = sandbox.start();
+    control.metrics_of_running();
+    // A few more than it has, so that some of the clients still find room.
+    let most = holdings(&child)[0] as u64 + 3;
+    let limit = libc::rlimit { rlim_cur: most, rlim_max: most };
+    let pid = child.id() as libc::pid_t;
+    // SAFETY: a valid rlimit that the call only reads.
+    let set = unsafe { libc::prlimit(pid, libc::RLIMIT_NOFILE, &raw const limit, std::ptr::null_mut()) };
+    assert_eq!(set, 0);
+    let connect = || UnixStream::connect(sandbox.path("vmm.sock")).unwrap();
+    let mut clients: Vec<_> = (0..12).map(|_| connect()).collect();
+    // Those without room are turned away, and nobody waits for them.
+    let mut turned_away = 0;
+    for client in &mut clients {
+        client.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+        turned_away += usize::from(matches!(client.read(&mut [0]), Ok(0)));
+    }
+    assert!((6..12).contains(&turned_away), "{turned_away}");
+    let file = tempfile::tempfile().unwrap();
+    let message = control.refused(disk("s"), Some(&file));
+    assert!(message.contains("too many files are open"), "{message}");
+    assert_eq!(control.ask(Request::Pause), Response::Ok);
+    assert_eq!(control.ask(Request::Resume), Response::Ok);
+    drop(clients);
+    wait_for(|| matches!(ask_at_path(&sandbox.path("vmm.sock"), &Request::Metrics), Response::Metrics(_)));
+    assert_eq!(control.ask(Request::Stop), Response::Ok);
+    assert_eq!(finish(child).status.code(), Some(exit_code::OK));
+}
+
+/// Prints another letter each time something is plugged into slot 2, and a dash when
+/// it is gone: the letter is in a register, the code in memory.
+fn count_plugs() -> Vec<u8> {
+    let mut code = vec![0xbb, 0x61, 0, 0, 0]; // mov ebx, 'a'
+    let again = code.len();
+    code.extend(WAIT_FOR_SLOT_2);
+    // mov dx, 0x3f8; mov al, bl; out dx, al; mov al, 10; out dx, al; inc ebx
+    code.extend([0x66, 0xba, 0xf8, 0x03, 0x88, 0xd8, 0xee, 0xb0, 0x0a, 0xee, 0xff, 0xc3]);
+    code.extend(WAIT_FOR_NO_SLOT_2);
+    code.extend(print("-\n"));
+    code.push(0xe9); // jmp
+    code.extend((again as i32 - (code.len() as i32 + 4)).to_le_bytes());
+    code
+}
+
+#[test]
+fn a_saved_machine_goes_on_where_it_was() {
+    let first = Sandbox::new(&count_plugs()).set("max_vcpus", 2.into());
+    let (child, mut control) = first.start();
+    control.metrics_of_running();
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(512).unwrap();
+    let printed =
+        |sandbox: &Sandbox| std::fs::read_to_string(sandbox.path("console.log")).unwrap_or_default();
+    let plug = |control: &mut Control, sandbox: &Sandbox, letter: char| {
+        let before = printed(sandbox);
+        assert_eq!(control.ask_with(disk("s"), Some(&file)), Response::Ok);
+        wait_for(|| printed(sandbox) == format!("{before}{letter}\n"));
+        assert_eq!(control.ask(Request::RemoveDisk { serial: "s".into() }), Response::Ok);
+        wait_for(|| printed(sandbox) == format!("{before}{letter}\n-\n"));
+    };
+    plug(&mut control, &first, 'a');
+    plug(&mut control, &first, 'b');
+
+    let snapshot =
+        File::options().read(true).write(true).create_new(true).open(first.path("snapshot")).unwrap();
+    assert!(control.refused(Request::Save, Some(&snapshot)).contains("it is not paused"));
+    assert_eq!(control.ask(Request::Pause), Response::Ok);
+    assert!(control.refused(Request::Save, None).contains("no descriptor"));
+    assert_eq!(control.ask_with(Request::Save, Some(&snapshot)), Response::Ok);
+    // Most of 64 MiB was never touched.
+    let blocks = std::os::unix::fs::MetadataExt::blocks(&snapshot.metadata().unwrap());
+    assert!(snapshot.metadata().unwrap().len() > 64 << 20 && blocks * 512 < 4 << 20, "{blocks}");
+    assert_eq!(control.ask(Request::Resume), Response::Ok);
+    plug(&mut control, &first, 'c');
+    assert_eq!(control.ask(Request::Stop), Response::Ok);
+    assert_eq!(finish(child).status.code(), Some(exit_code::OK));
+
+    // More than once, and no kernel is looked at.
+    for _ in 0..2 {
+        let second = Sandbox::new(HANG).set("max_vcpus", 2.into());
+        let (child, mut control) =
+            second.start_with(&["--restore", first.path("snapshot").to_str().unwrap()]);
+        control.metrics_of_running();
+        plug(&mut control, &second, 'c');
+        plug(&mut control, &second, 'd');
+        assert_eq!(control.ask(Request::Stop), Response::Ok);
+        let output = finish(child);
+        assert_eq!(output.status.code(), Some(exit_code::OK), "{}", stderr(&output));
+        assert_eq!(second.left(), [""; 0]);
+    }
+
+    let good = std::fs::read(first.path("snapshot")).unwrap();
+    let refuse = |sandbox: Sandbox, bytes: &[u8], says: &str| {
+        std::fs::write(sandbox.path("vmlinux.snapshot"), bytes).unwrap();
+        let mut command = sandbox.command();
+        let output = finish(command.args(["--restore", "vmlinux.snapshot"]).spawn().unwrap());
+        let reason = stderr(&output);
+        assert_eq!(output.status.code(), Some(exit_code::BUILD_FAILED), "{reason}");
+        assert!(reason.contains(says) && reason.lines().count() == 1, "{says:?} not in {reason}");
+    };
+    let same = || Sandbox::new(HANG).set("max_vcpus", 2.into());
+    refuse(same(), b"", "it is too short");
+    refuse(same(), &[0xff; 8192], "its header");
+    refuse(same(), &good[..good.len() - 4096], "its memory is not all there");
+    refuse(same(), &good[..100], "its length");
+    for at in [8, 16, 23, 24, 40, 1000] {
+        let mut damaged = good.clone();
+        damaged[at] ^= 0x10;
+        refuse(same(), &damaged, "damaged");
+    }
+    refuse(Sandbox::new(HANG), &good, "1 of 2 vCPUs instead of 1 of 1");
+    refuse(same().set("memory_mib", 65.into()), &good, "bytes instead of");
+    let mut without_vsock = same();
+    without_vsock.config.as_object_mut().unwrap().remove("vsock");
+    refuse(without_vsock, &good, "PCI slot 1: ");
+    let other_cid = serde_json::json!({"guest_cid": 4, "socket": "vsock.sock"});
+    refuse(same().set("vsock", other_cid), &good, "guest_cid 4 is not that of the snapshot, 3");
+}
+
+#[test]
+fn a_share_keeps_a_machine_from_being_saved() {
+    let share = serde_json::json!([{"tag": "rvm", "dir": "."}]);
+    let sandbox = Sandbox::new(HANG).set("shares", share);
+    let (child, mut control) = sandbox.start();
+    control.metrics_of_running();
+    assert_eq!(control.ask(Request::Pause), Response::Ok);
+    let file = tempfile::tempfile().unwrap();
+    let message = control.refused(Request::Save, Some(&file));
+    assert_eq!(message, "this machine cannot be saved: slot 2: a fs device cannot be saved");
+    assert_eq!(control.ask(Request::Stop), Response::Ok);
+    assert_eq!(finish(child).status.code(), Some(exit_code::OK));
+}
+
+/// mov ecx, 0xc0010007; xor eax, eax; xor edx, edx; wrmsr
+const WRITE_OLD_COUNTER: &[u8] = &[0xb9, 0x07, 0x00, 0x01, 0xc0, 0x31, 0xc0, 0x31, 0xd2, 0x0f, 0x30];
+
+#[test]
+fn old_performance_counters_fault_instead_of_reaching_the_hosts_log() {
+    if Vendor::of_host() != Vendor::Amd {
+        return;
+    }
+    // Denied a moment after the guest has started, and long before Linux tries them.
+    let code = [WAIT_FOR_SLOT_2, &print("tries\n"), WRITE_OLD_COUNTER, &print("has them\n"), RESET, HANG];
+    let sandbox = Sandbox::new(&code.concat());
+    let (child, mut control) = sandbox.start();
+    control.metrics_of_running();
+    let file = tempfile::NamedTempFile::new_in(sandbox.dir.path()).unwrap();
+    file.as_file().set_len(512).unwrap();
+    assert_eq!(control.ask_with(disk("s"), Some(file.as_file())), Response::Ok);
+    assert_eq!(finish(child).status.code(), Some(exit_code::GUEST_CRASHED));
+    assert_eq!(std::fs::read_to_string(sandbox.path("console.log")).unwrap(), "tries\n");
 }
 
 #[test]

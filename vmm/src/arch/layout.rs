@@ -94,6 +94,12 @@ pub fn hotplug_region(boot: u64, bytes: u64) -> Option<(u64, u64)> {
     (len > 0).then_some((start, len))
 }
 
+/// The address after the last that a machine uses which starts with `boot` bytes and
+/// can have `more`.
+pub fn end_of_addresses(boot: u64, more: u64) -> u64 {
+    hotplug_region(boot, more).map_or_else(|| end_of_memory(boot), |(start, len)| start.saturating_add(len))
+}
+
 fn end_of_memory(boot: u64) -> u64 {
     ranges(boot).last().map_or(0, |(start, size)| start + size)
 }

@@ -54,6 +54,16 @@ impl Vendor {
         }
     }
 
+    /// Bits of a physical address on this CPU, which a guest has, too: 39 on many of
+    /// Intel's for desktops and laptops.
+    pub fn address_bits() -> u32 {
+        const DEFAULT: u32 = 36;
+        if __cpuid(0x8000_0000).eax < 0x8000_0008 {
+            return DEFAULT;
+        }
+        __cpuid(0x8000_0008).eax & 0xff
+    }
+
     /// Whether KVM wants the addresses of its TSS and identity map before the
     /// first vCPU. Only a CPU known to be AMD's needs neither.
     pub fn needs_tss(self) -> bool {

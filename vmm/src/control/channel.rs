@@ -68,13 +68,20 @@ impl OwnerChannel {
     pub fn serve(&mut self, handle: &mut dyn FnMut(Request, Option<File>) -> Response) -> Served {
         let mut buffer = vec![0; MAX_MESSAGE_LEN];
         for _ in 0..CALLS_AT_ONCE {
+            buffer.fill(0);
             let (count, file) = match self.receive(&mut buffer) {
                 Ok(received) => received,
                 Err(e) => match e.errno() {
                     libc::EAGAIN | libc::EINTR => return Served::Open,
-                    // More descriptors than any request takes, or no room for one.
-                    libc::ENOBUFS | libc::EMFILE | libc::ENFILE => {
-                        log::warn!("control: a call is dropped: {e}");
+                    // More descriptors than any request takes, or no room for one;
+                    // the text is there all the same.
+                    libc::ENOBUFS => {
+                        let text = buffer.split(|byte| *byte == 0).next().unwrap_or(&[]);
+                        let id = serde_json::from_slice(text).map_or(0, |Call { id, .. }| id);
+                        let message = "the request's descriptor could not be taken: there are several, \
+                                       or too many files are open"
+                            .into();
+                        self.answer(&Reply { id, response: Response::Error { message } });
                         continue;
                     }
                     _ => {
@@ -205,6 +212,13 @@ mod tests {
         }
         owner.call(2, Request::Pause, None);
         assert_eq!(monitor.serve(&mut |_, _| Response::Ok), Served::Open);
+        for _ in 0..3 {
+            let reply = owner.reply();
+            assert_eq!(reply.id, 1);
+            assert!(
+                matches!(reply.response, Response::Error { message } if message.contains("could not be taken"))
+            );
+        }
         assert_eq!(owner.reply().id, 2);
         drop(writer);
         assert_eq!(reader.read(&mut [0]).unwrap(), 0, "nobody else has it open");

@@ -2,10 +2,12 @@
 //! and per answer, several clients at a time.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rvm_protocol::vmm::{Request, Response};
 
@@ -15,12 +17,16 @@ use super::Served;
 const MAX_LINE: usize = 4096;
 /// Most clients at a time; more are turned away.
 const MAX_CLIENTS: usize = 16;
+/// How long nobody is accepted when the host has no descriptor left at all.
+const MOMENT: Duration = Duration::from_millis(20);
 
 /// The listening socket and its clients. Dropping it removes the socket.
 pub struct ReadOnlySocket {
     listener: UnixListener,
     path: PathBuf,
     clients: HashMap<RawFd, Client>,
+    /// Closed to make room for a client that has to be turned away.
+    reserve: Option<File>,
 }
 
 struct Client {
@@ -33,7 +39,8 @@ impl ReadOnlySocket {
     pub fn bind(path: &Path) -> io::Result<Self> {
         let listener = UnixListener::bind(path)?;
         listener.set_nonblocking(true)?;
-        Ok(Self { listener, path: path.to_owned(), clients: HashMap::new() })
+        let reserve = Some(File::open("/dev/null")?);
+        Ok(Self { listener, path: path.to_owned(), clients: HashMap::new(), reserve })
     }
 
     /// The listening descriptor; readable when a client waits.
@@ -41,23 +48,48 @@ impl ReadOnlySocket {
         self.listener.as_raw_fd()
     }
 
-    /// Takes a waiting client; its descriptor is to be watched for reading.
-    pub fn accept(&mut self) -> io::Result<Option<RawFd>> {
+    /// Takes a waiting client; its descriptor is to be watched for reading. `None`
+    /// where there is none, or there is no room for it.
+    pub fn accept(&mut self) -> Option<RawFd> {
         let stream = match self.listener.accept() {
             Ok((stream, _)) => stream,
             Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted) => {
-                return Ok(None);
+                return None;
             }
-            Err(e) => return Err(e),
+            Err(e) => {
+                self.refuse_one(&e);
+                return None;
+            }
         };
         if self.clients.len() >= MAX_CLIENTS {
             log::warn!("control socket: more than {MAX_CLIENTS} clients");
-            return Ok(None);
+            return None;
         }
-        stream.set_nonblocking(true)?;
+        if let Err(e) = stream.set_nonblocking(true) {
+            log::warn!("control socket: {e}");
+            return None;
+        }
         let fd = stream.as_raw_fd();
         self.clients.insert(fd, Client { stream, line: Vec::new() });
-        Ok(Some(fd))
+        Some(fd)
+    }
+
+    /// Drops a client that cannot be served.
+    pub fn turn_away(&mut self, fd: RawFd) {
+        self.clients.remove(&fd);
+    }
+
+    /// No descriptor is left for who waits, and as long as he waits the listener
+    /// stays readable: he is taken with the one kept for this, and dropped. Where
+    /// that does not help either, the host is out of them, and there is nothing to
+    /// do but to wait a moment.
+    fn refuse_one(&mut self, cause: &io::Error) {
+        log::warn!("control socket: a client is turned away: {cause}");
+        self.reserve = None;
+        if self.listener.accept().is_err() {
+            std::thread::sleep(MOMENT);
+        }
+        self.reserve = File::open("/dev/null").ok();
     }
 
     /// Reads what client `fd` has sent and answers each whole line: a request for
@@ -149,7 +181,7 @@ mod tests {
 
         fn connect(&mut self) -> (UnixStream, Option<RawFd>) {
             let stream = UnixStream::connect(self.dir.path().join("s")).unwrap();
-            (stream, self.server.accept().unwrap())
+            (stream, self.server.accept())
         }
 
         fn serve(&mut self, fd: RawFd) -> bool {

@@ -12,7 +12,9 @@ use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_CAP_PMU_CAPABILITY, KVM_MAX_CPUID_ENTRIES, KVM_PMU_CAP_DISABLE,
     kvm_enable_cap, kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{
+    Cap, IoEventAddress, Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuFd, VmFd,
+};
 use thiserror::Error;
 use vm_memory::GuestMemoryRegion;
 use vmm_sys_util::errno;
@@ -227,6 +229,27 @@ impl Vm {
         let request = KvmError::request("KVM_UNREGISTER_COALESCED_MMIO");
         let size = (range.end - range.start) as u32;
         self.fd.unregister_coalesced_mmio(IoEventAddress::Mmio(range.start), size).map_err(request)
+    }
+
+    /// Makes AMD's oldest performance counters fault. No CPUID leaf says that they
+    /// are there, so Linux tries them, and KVM without a PMU writes a line to the
+    /// host's log for the first that is written to.
+    ///
+    /// KVM waits for its readers here: not to be called before the guest runs.
+    pub fn deny_old_counters(&self) -> Result<(), KvmError> {
+        if !self.fd.check_extension(Cap::X86MsrFilter) {
+            return Ok(());
+        }
+        // Four event selectors, then four counters.
+        let counters = MsrFilterRange {
+            flags: MsrFilterRangeFlags::READ | MsrFilterRangeFlags::WRITE,
+            base: 0xc001_0000,
+            msr_count: 8,
+            bitmap: &[0],
+        };
+        self.fd
+            .set_msr_filter(MsrFilterDefaultAction::ALLOW, &[counters])
+            .map_err(KvmError::request("KVM_X86_SET_MSR_FILTER"))
     }
 
     /// Gives the VM the memory it starts with, a slot for each region.

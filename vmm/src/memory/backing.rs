@@ -47,6 +47,14 @@ pub fn advise(mapping: &MmapRegion, range: Range<u64>, huge: bool) {
     }
 }
 
+/// Keeps a mapping out of core files.
+pub fn leave_out_of_dumps(mapping: &MmapRegion) {
+    // SAFETY: the range is the mapping's own, and an advice changes no contents.
+    if unsafe { libc::madvise(mapping.as_ptr().cast(), mapping.size(), libc::MADV_DONTDUMP) } < 0 {
+        log::warn!("guest memory may be part of a core file: {}", io::Error::last_os_error());
+    }
+}
+
 fn memfd(size: u64) -> io::Result<File> {
     // SAFETY: the name is a NUL-terminated constant.
     let fd = unsafe {

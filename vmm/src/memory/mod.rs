@@ -62,6 +62,9 @@ pub enum MemoryError {
 /// are left small.
 const SPARSE: Range<u64> = 2 << 20..8 << 20;
 
+/// A large page of the CPU's.
+const HUGE_PAGE: u64 = 2 << 20;
+
 /// How guest memory is to be made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Shape {
@@ -81,7 +84,10 @@ pub fn create(size: u64) -> Result<GuestRam, MemoryError> {
 /// Creates guest memory that can grow, and whose pages may be huge.
 pub fn create_shaped(shape: Shape) -> Result<GuestRam, MemoryError> {
     let growing = layout::hotplug_region(shape.boot, shape.more);
-    let size = shape.boot + growing.map_or(0, |(_, len)| len);
+    // A huge page is one of the file's, too: each region starts with one.
+    let in_file = |len: u64| len.next_multiple_of(HUGE_PAGE);
+    let boot = ranges(shape.boot);
+    let size = boot.iter().chain(&growing).map(|(_, len)| in_file(*len)).sum();
     let file =
         backing::create(size, shape.huge_pages).map_err(|source| MemoryError::Create { size, source })?;
     let file = Arc::new(file);
@@ -93,16 +99,17 @@ pub fn create_shaped(shape: Shape) -> Result<GuestRam, MemoryError> {
             .with_file_offset(FileOffset::from_arc(Arc::clone(&file), offset))
             .build()
             .map_err(MemoryError::Map)?;
+        backing::leave_out_of_dumps(&mapping);
         if shape.huge_pages {
             backing::advise(&mapping, 0..len, true);
             let sparse = SPARSE.start.saturating_sub(start)..SPARSE.end.saturating_sub(start).min(len);
             backing::advise(&mapping, sparse, false);
         }
-        offset += len;
+        offset += in_file(len);
         GuestRegionMmap::new(mapping, GuestAddress(start))
             .ok_or(MemoryError::OutOfRange { start, end: u64::MAX })
     };
-    let boot = ranges(shape.boot).into_iter().map(&mut map).collect::<Result<_, _>>()?;
+    let boot = boot.into_iter().map(&mut map).collect::<Result<_, _>>()?;
     let growing = growing.map(&mut map).transpose()?;
     Ok(GuestRam::new(boot, growing))
 }
@@ -250,6 +257,30 @@ mod tests {
                 .is_none(),
             "less than a block"
         );
+    }
+
+    #[test]
+    fn what_is_plugged_in_can_have_huge_pages_however_odd_the_rest() {
+        for boot in [65 << 20, (3 << 30) + (1 << 20), (64 << 20) + 4096] {
+            let memory = create_shaped(Shape { boot, more: 256 << 20, huge_pages: true }).unwrap();
+            for region in memory.iter() {
+                let offset = region.file_offset().unwrap().start();
+                let start = region.start_addr().0;
+                assert_eq!((offset % HUGE_PAGE, start % HUGE_PAGE), (0, 0), "{boot:#x}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_core_file_has_none_of_it() {
+        let memory = create_shaped(Shape { boot: 64 << 20, more: 256 << 20, ..Shape::default() }).unwrap();
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        for region in memory.iter() {
+            let start = format!("{:x}-", region.as_ptr() as u64);
+            let flags = smaps.lines().skip_while(|line| !line.starts_with(&start));
+            let flags = flags.skip_while(|line| !line.starts_with("VmFlags:")).next().unwrap();
+            assert!(flags.split_whitespace().any(|flag| flag == "dd"), "{flags}");
+        }
     }
 
     #[test]

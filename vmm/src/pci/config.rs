@@ -95,6 +95,21 @@ impl ConfigSpace {
         offset
     }
 
+    /// Takes on the registers of a saved space of the same function: what the guest
+    /// can write. False where it is another's.
+    pub fn restore(&mut self, saved: &Self) -> bool {
+        let same = |(index, mask): (usize, &u8)| {
+            let of = |space: &Self| space.registers.get(index).map(|byte| byte & !mask);
+            of(saved) == of(self)
+        };
+        let layout = |space: &Self| (space.registers.len(), space.bar_size, space.writable.clone());
+        let same_function = layout(saved) == layout(self) && self.writable.iter().enumerate().all(same);
+        if same_function {
+            self.registers.clone_from(&saved.registers);
+        }
+        same_function
+    }
+
     /// Addresses of the BAR where the guest has turned memory decoding on.
     pub fn memory(&self) -> Option<Range<u64>> {
         if self.bar_size == 0 || self.registers[COMMAND] & COMMAND_MEMORY == 0 {

@@ -12,11 +12,15 @@ pub mod config;
 pub mod msix;
 pub mod virtio;
 
+use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Instant;
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
+use virtio::function::{FunctionError, FunctionState};
 
 use crate::arch::layout::{PCI_WINDOW_END, PCI_WINDOW_START};
 
@@ -44,6 +48,15 @@ pub fn bar_address(slot: usize) -> u64 {
 #[error("the PCI bus has room for {SLOTS} devices")]
 pub struct BusFull;
 
+/// The bus as it was.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BusState {
+    address: u32,
+    /// Slots and what is in them.
+    functions: Vec<(usize, FunctionState)>,
+}
+
 /// A device's only function.
 pub trait PciFunction: Send {
     /// Reads configuration space; `offset + data.len()` is at most 256.
@@ -65,8 +78,32 @@ pub trait PciFunction: Send {
     /// Writes to its BAR.
     fn write_memory(&mut self, _offset: u64, _data: &[u8]) {}
 
+    /// What it is, nothing of it being at work.
+    fn save(&self) -> Result<FunctionState, FunctionError> {
+        Err(FunctionError::State)
+    }
+
+    /// Takes on, and to work again, what such a function saved.
+    fn restore(&mut self, _state: FunctionState) -> Result<(), FunctionError> {
+        Err(FunctionError::State)
+    }
+
+    /// Asks what works behind it to stand still, for [`PciFunction::wait`].
+    fn pause(&mut self) {}
+
+    /// Lets what stands still go on.
+    fn resume(&mut self) {}
+
+    /// Waits until nothing is at work; false if something still is at `until`.
+    fn wait(&mut self, _until: Instant) -> bool {
+        true
+    }
+
     /// Stops what works behind it; the machine is ending.
     fn shut_down(&mut self) {}
+
+    /// Waits for that; what still is at work at `until` is left behind.
+    fn wait_for_end(&mut self, _until: Instant) {}
 }
 
 type Slot = Mutex<Option<Box<dyn PciFunction>>>;
@@ -113,11 +150,66 @@ impl PciBus {
         place.take()
     }
 
-    /// Stops everything behind the bus.
-    pub fn shut_down(&self) {
+    /// The bus and what is on it; the slot of what cannot be saved, and why.
+    pub fn save(&self) -> Result<BusState, (usize, FunctionError)> {
+        let mut functions = Vec::new();
+        for index in 0..SLOTS {
+            if let Some(function) = self.lock(index).as_ref() {
+                functions.push((index, function.save().map_err(|error| (index, error))?));
+            }
+        }
+        Ok(BusState { address: self.address.load(Ordering::Relaxed), functions })
+    }
+
+    /// Takes on a saved state of a bus with such functions in the same slots; the
+    /// slot where another is, or none, and why.
+    pub fn restore(&self, state: BusState) -> Result<(), (usize, FunctionError)> {
+        self.address.store(state.address, Ordering::Relaxed);
+        let mut saved: HashMap<usize, FunctionState> = state.functions.into_iter().collect();
+        for index in 0..SLOTS {
+            let mut slot = self.lock(index);
+            match (slot.as_mut(), saved.remove(&index)) {
+                (None, None) => {}
+                (Some(function), Some(state)) => {
+                    function.restore(state).map_err(|error| (index, error))?;
+                    self.update_window(index, function.memory());
+                }
+                _ => return Err((index, FunctionError::State)),
+            }
+        }
+        match saved.into_keys().next() {
+            Some(index) => Err((index, FunctionError::State)),
+            None => Ok(()),
+        }
+    }
+
+    /// Has everything behind the bus stand still; false, and everything goes on, if
+    /// something is still at work at `until`.
+    pub fn pause(&self, until: Instant) -> bool {
+        self.each(|function| function.pause());
+        let mut still = true;
+        self.each(|function| still &= function.wait(until));
+        if !still {
+            self.resume();
+        }
+        still
+    }
+
+    /// Lets what stands still go on.
+    pub fn resume(&self) {
+        self.each(|function| function.resume());
+    }
+
+    /// Stops everything behind the bus, all at once, and waits for it until `until`.
+    pub fn shut_down(&self, until: Instant) {
+        self.each(|function| function.shut_down());
+        self.each(|function| function.wait_for_end(until));
+    }
+
+    fn each(&self, mut act: impl FnMut(&mut dyn PciFunction)) {
         for index in 0..SLOTS {
             if let Some(function) = self.lock(index).as_mut() {
-                function.shut_down();
+                act(function.as_mut());
             }
         }
     }

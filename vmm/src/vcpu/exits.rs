@@ -10,7 +10,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use rvm_protocol::vmm::ExitCounts;
 use vmm_sys_util::errno;
 
-use crate::machine::{Access, Machine};
+use crate::buses::{Access, Buses};
 
 /// Why a guest has come to its end.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,26 +69,26 @@ pub enum Next {
 }
 
 /// Enters the guest once and does what its exit asks for.
-pub fn run_once(vcpu: &mut VcpuFd, machine: &Machine, counters: &ExitCounters) -> Next {
+pub fn run_once(vcpu: &mut VcpuFd, buses: &Buses, counters: &ExitCounters) -> Next {
     let exit = vcpu.run();
-    machine.catch_up();
+    buses.catch_up();
     let failure = match exit {
         Ok(VcpuExit::MmioRead(address, data)) => {
-            machine.read_memory(address, data);
+            buses.read_memory(address, data);
             count(&counters.mmio);
             return Next::Run;
         }
         Ok(VcpuExit::MmioWrite(address, data)) => {
-            machine.write_memory(address, data);
+            buses.write_memory(address, data);
             count(&counters.mmio);
             return Next::Run;
         }
         Ok(VcpuExit::IoIn(port, data)) => {
-            counters.count_access(machine.read_port(port, data));
+            counters.count_access(buses.read_port(port, data));
             return Next::Run;
         }
         Ok(VcpuExit::IoOut(port, data)) => {
-            let access = machine.write_port(port, data);
+            let access = buses.write_port(port, data);
             counters.count_access(access);
             return if access == Access::Reset { Next::End(End::PoweredOff) } else { Next::Run };
         }

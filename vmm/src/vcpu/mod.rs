@@ -56,6 +56,7 @@ pub struct VcpuFactory {
     vendor: Vendor,
     tsc_deadline: bool,
     possible: u8,
+    msrs: Arc<[u32]>,
 }
 
 impl VcpuFactory {
@@ -67,7 +68,18 @@ impl VcpuFactory {
             vendor: host.vendor,
             tsc_deadline: host.has_tsc_deadline(),
             possible,
+            msrs: host.msr_indices()?.into(),
         })
+    }
+
+    /// Every MSR that a vCPU's state consists of.
+    pub fn msrs(&self) -> &Arc<[u32]> {
+        &self.msrs
+    }
+
+    /// The host CPU's vendor.
+    pub fn vendor(&self) -> Vendor {
+        self.vendor
     }
 
     /// The most vCPUs there can be.

@@ -21,8 +21,10 @@ use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use super::Vcpu;
 use super::exits::{End, ExitCounters, Next, run_once};
+use super::state::VcpuState;
 use crate::arch::layout::PAGE_SIZE;
-use crate::machine::Machine;
+use crate::buses::Buses;
+use crate::kvm::KvmError;
 use crate::timeline::Timeline;
 
 /// Where vCPUs report how the guest ended; the first report counts.
@@ -61,6 +63,11 @@ enum Request {
 struct Desk {
     request: Request,
     parked: bool,
+    /// The thread has ended.
+    ended: bool,
+    /// MSRs to be saved with the rest.
+    save: Option<Arc<[u32]>>,
+    saved: Option<Result<VcpuState, KvmError>>,
 }
 
 struct Shared {
@@ -91,13 +98,19 @@ impl VcpuThread {
     /// timeline.
     pub fn spawn(
         mut vcpu: Vcpu,
-        machine: Arc<Machine>,
+        buses: Arc<Buses>,
         report: Arc<EndReport>,
         timeline: Arc<Timeline>,
     ) -> io::Result<Self> {
         install_kick_handler()?;
         let shared = Arc::new(Shared {
-            desk: Mutex::new(Desk { request: Request::Run, parked: false }),
+            desk: Mutex::new(Desk {
+                request: Request::Run,
+                parked: false,
+                ended: false,
+                save: None,
+                saved: None,
+            }),
             changed: Condvar::new(),
             immediate_exit: ImmediateExit::of(&vcpu.fd)?,
             counters: ExitCounters::default(),
@@ -108,7 +121,7 @@ impl VcpuThread {
                 timeline.reached("first_run");
             }
             loop {
-                match run_once(&mut vcpu.fd, &machine, &of_thread.counters) {
+                match run_once(&mut vcpu.fd, &buses, &of_thread.counters) {
                     Next::Run => {}
                     Next::Check => {
                         of_thread.immediate_exit.set(false);
@@ -127,7 +140,9 @@ impl VcpuThread {
                 }
             }
             // Whoever waits for this vCPU to pause has waited long enough.
-            of_thread.desk().parked = true;
+            let mut desk = of_thread.desk();
+            (desk.parked, desk.ended) = (true, true);
+            drop(desk);
             of_thread.changed.notify_all();
         })?;
         Ok(Self { shared, thread: Some(thread) })
@@ -144,6 +159,18 @@ impl VcpuThread {
         while !desk.parked {
             desk = self.shared.wait(desk);
         }
+    }
+
+    /// The state of a paused vCPU, with the MSRs of these indices; `None` of one
+    /// that has ended.
+    pub fn save(&self, msrs: &Arc<[u32]>) -> Option<Result<VcpuState, KvmError>> {
+        let mut desk = self.shared.desk();
+        desk.save = Some(Arc::clone(msrs));
+        self.shared.changed.notify_all();
+        while desk.saved.is_none() && !desk.ended {
+            desk = self.shared.wait(desk);
+        }
+        desk.saved.take()
     }
 
     /// Lets the vCPU go on.
@@ -200,6 +227,10 @@ fn answer(shared: &Shared, fd: &VcpuFd) -> bool {
                     // without KVM's clock has none to tell.
                     let _ = fd.kvmclock_ctrl();
                     desk.parked = true;
+                    shared.changed.notify_all();
+                }
+                if let Some(msrs) = desk.save.take() {
+                    desk.saved = Some(VcpuState::save(fd, &msrs));
                     shared.changed.notify_all();
                 }
                 desk = shared.wait(desk);

@@ -2,10 +2,10 @@
 //!
 //! The transport ([`crate::pci`]) owns what the driver negotiates (status,
 //! features, queue addresses, MSI-X) and calls [`VirtioDevice::activate`] once
-//! on DRIVER_OK. From then on the device serves its queues on a thread of its
+//! on DRIVER_OK. From then on the device serves its queues on threads of its
 //! own, named after it: no lock is shared between a vCPU and the data path, one
 //! slow device does not hold up another, and each kind of thread can have its
-//! own seccomp filter. A device that was never activated has no thread.
+//! own seccomp filter. The threads ([`worker`]) are there from the start and wait.
 //!
 //! Everything read from a queue or written to the configuration space comes
 //! from a hostile guest: lengths and addresses are checked, work per request is
@@ -25,12 +25,14 @@ mod test_queue;
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, Ordering};
 
 use thiserror::Error;
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::GuestRam;
+use worker::{Asked, Threads};
 
 /// Raises one of a device's interrupts in the guest.
 pub trait Interrupt: Send + Sync {
@@ -47,6 +49,39 @@ pub struct ActiveQueue {
     /// Tells the driver that buffers were used; the device asks
     /// `Queue::needs_notification` first.
     pub interrupt: Arc<dyn Interrupt>,
+    /// What is asked of the thread that serves it.
+    pub asked: Asked,
+    /// Where the transport sees how far it was served.
+    pub progress: Arc<Progress>,
+}
+
+/// How far a queue was served: the indices of the next available and the next used
+/// entry. They are of one moment while no thread is at work.
+#[derive(Debug, Default)]
+pub struct Progress {
+    avail: AtomicU16,
+    used: AtomicU16,
+}
+
+impl Progress {
+    /// The next available and the next used entry.
+    pub fn get(&self) -> (u16, u16) {
+        (self.avail.load(Ordering::Acquire), self.used.load(Ordering::Acquire))
+    }
+
+    fn set_avail(&self, index: u16) {
+        self.avail.store(index, Ordering::Release);
+    }
+
+    fn set_used(&self, index: u16) {
+        self.used.store(index, Ordering::Release);
+    }
+
+    /// As it was when it was saved.
+    pub fn set(&self, (avail, used): (u16, u16)) {
+        self.set_avail(avail);
+        self.set_used(used);
+    }
 }
 
 /// What a device receives on DRIVER_OK.
@@ -59,6 +94,8 @@ pub struct Activation {
     pub features: u64,
     /// Tells the driver that the configuration space changed.
     pub config_interrupt: Arc<dyn Interrupt>,
+    /// The device's threads, as many as it asks for, with nothing to do.
+    pub threads: Threads,
 }
 
 /// Why a device could not be activated; the transport then sets
@@ -69,8 +106,22 @@ pub enum ActivateError {
     #[error("queue {0} is not enabled")]
     MissingQueue(usize),
     /// The device's thread or its event descriptors could not be made.
-    #[error("the device's thread could not be started")]
+    #[error("the device's thread could not be given work")]
     Worker(#[source] io::Error),
+}
+
+/// Why a device's own state was not saved or taken on.
+#[derive(Debug, Error)]
+pub enum StateError {
+    /// What it stands for cannot be part of a snapshot.
+    #[error("a {0} device cannot be saved")]
+    Unsaved(String),
+    /// The saved state makes no sense.
+    #[error("the device's state")]
+    Malformed(#[from] serde_json::Error),
+    /// It is another device's.
+    #[error("{0}")]
+    Other(String),
 }
 
 /// A virtio device (virtio specification 1.2), apart from its transport.
@@ -100,12 +151,28 @@ pub trait VirtioDevice: Send {
         0
     }
 
-    /// Starts serving the queues.
+    /// How many threads it serves its queues on.
+    fn threads(&self) -> usize {
+        1
+    }
+
+    /// Starts serving the queues, on its threads.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
 
-    /// Stops serving and joins the device's thread; afterwards the device can
-    /// be activated again. Without effect on a device that is not active.
-    fn reset(&mut self);
+    /// What it is beside what the driver negotiated and how far its queues were
+    /// served. None of its threads is at work.
+    fn save(&self) -> Result<serde_json::Value, StateError> {
+        Err(StateError::Unsaved(self.name().to_owned()))
+    }
+
+    /// Takes on what such a device saved; it is not active.
+    fn restore(&mut self, _state: serde_json::Value) -> Result<(), StateError> {
+        Err(StateError::Unsaved(self.name().to_owned()))
+    }
+
+    /// The driver has let go of it: what the device knows of the driver is to be
+    /// forgotten. Its threads have been told to stop and may not have yet.
+    fn reset(&mut self) {}
 }
 
 /// Answers a read of a configuration space that is `config` and zeroes beyond.

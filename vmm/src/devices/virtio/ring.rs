@@ -14,7 +14,8 @@ use vm_memory::{Bytes, GuestMemory, VolatileSlice};
 use vmm_sys_util::epoll::{Epoll, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{ActiveQueue, Interrupt, worker};
+use super::worker::{self, Asked};
+use super::{ActiveQueue, Interrupt, Progress};
 use crate::memory::GuestRam;
 
 /// Most pieces of guest memory one request may consist of; what Linux takes in
@@ -51,14 +52,16 @@ pub struct Ring {
     queue: Queue,
     kick: EventFd,
     interrupt: Arc<dyn Interrupt>,
+    asked: Asked,
+    progress: Arc<Progress>,
 }
 
 impl Ring {
     /// Takes over a queue; `features` are those both sides agreed on.
     pub fn new(active: ActiveQueue, features: u64) -> Self {
-        let ActiveQueue { mut queue, kick, interrupt } = active;
+        let ActiveQueue { mut queue, kick, interrupt, asked, progress } = active;
         queue.set_event_idx(features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
-        Self { queue, kick, interrupt }
+        Self { queue, kick, interrupt, asked, progress }
     }
 
     /// Has epoll report, by `token`, when the driver adds requests. Edge
@@ -79,17 +82,22 @@ impl Ring {
         &mut self,
         memory: &'m GuestRam,
     ) -> Result<Option<DescriptorChain<&'m GuestRam>>, RingError> {
-        Ok(self.queue.iter(memory)?.next())
+        let chain = self.queue.iter(memory)?.next();
+        self.progress.set_avail(self.queue.next_avail());
+        Ok(chain)
     }
 
     /// Gives back the `count` requests popped last, to be popped again.
     pub fn unpop(&mut self, count: u16) {
         self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(count));
+        self.progress.set_avail(self.queue.next_avail());
     }
 
     /// Returns a request to the driver, `len` bytes of it written.
     pub fn push(&mut self, memory: &GuestRam, head: u16, len: u32) -> Result<(), RingError> {
-        Ok(self.queue.add_used(memory, head, len)?)
+        self.queue.add_used(memory, head, len)?;
+        self.progress.set_used(self.queue.next_used());
+        Ok(())
     }
 
     /// Interrupts the driver if it asked for that since the last call.
@@ -112,7 +120,8 @@ impl Ring {
 
     /// Serves what is available, one queue full at most per call: `answer`
     /// returns the bytes it wrote into a request. What is left over, or comes in
-    /// meanwhile, is seen in the worker's next round.
+    /// meanwhile, is seen in the worker's next round; so is all that follows when
+    /// the thread is asked to leave.
     pub fn serve<'m>(
         &mut self,
         memory: &'m GuestRam,
@@ -120,6 +129,10 @@ impl Ring {
     ) -> Result<(), RingError> {
         self.disarm(memory)?;
         for _ in 0..self.size() {
+            if self.asked.to_leave() {
+                self.kick_again();
+                break;
+            }
             let Some(chain) = self.pop(memory)? else { break };
             let head = chain.head_index();
             let written = answer(chain);
@@ -130,6 +143,11 @@ impl Ring {
             self.kick_again();
         }
         Ok(())
+    }
+
+    /// What is asked of the thread that serves it.
+    pub fn asked(&self) -> Asked {
+        self.asked.clone()
     }
 
     /// Requests the queue holds at most.

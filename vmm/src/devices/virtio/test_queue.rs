@@ -2,7 +2,8 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
@@ -11,6 +12,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::worker::Threads;
 use super::{Activation, ActiveQueue, Interrupt};
 use crate::memory::GuestRam;
 
@@ -61,20 +63,31 @@ pub struct TestQueue {
     pub memory: GuestRam,
     sides: Vec<Side>,
     config: Arc<Bell>,
+    /// More than any device has.
+    threads: Threads,
 }
 
 impl TestQueue {
     pub fn new() -> Self {
         let memory = GuestRam::from_ranges(&[(GuestAddress(0), MEMORY)]);
-        Self { memory, sides: Vec::new(), config: Arc::new(Bell(EventFd::new(EFD_NONBLOCK).unwrap())) }
+        let config = Arc::new(Bell(EventFd::new(EFD_NONBLOCK).unwrap()));
+        Self { memory, sides: Vec::new(), config, threads: Threads::new("test", 8).unwrap() }
     }
 
     /// Sets up `queues` queues as a driver does before DRIVER_OK.
     pub fn activation(&mut self, queues: usize, features: u64) -> Activation {
         self.sides = (0..queues).map(|_| Side::new()).collect();
         let active = (0..queues).map(|index| Some(self.active(index))).collect();
-        let config_interrupt = Arc::clone(&self.config) as _;
-        Activation { memory: self.memory.clone(), queues: active, features, config_interrupt }
+        let config_interrupt: Arc<dyn Interrupt> = Arc::clone(&self.config) as _;
+        self.threads.begin(Arc::clone(&config_interrupt));
+        let (memory, threads) = (self.memory.clone(), self.threads.clone());
+        Activation { memory, queues: active, features, config_interrupt, threads }
+    }
+
+    /// Stops the device's threads, as the transport does before a reset.
+    pub fn stop(&self) {
+        self.threads.stop();
+        assert!(self.threads.wait(Instant::now() + PATIENCE));
     }
 
     /// Whether the device has said, since the last call, that its configuration changed.
@@ -90,11 +103,18 @@ impl TestQueue {
         queue.set_used_ring_address(Some(used(index) as u32), Some(0));
         queue.set_ready(true);
         let side = &self.sides[index];
-        ActiveQueue { queue, kick: side.kick.try_clone().unwrap(), interrupt: Arc::clone(&side.bell) as _ }
+        ActiveQueue {
+            queue,
+            kick: side.kick.try_clone().unwrap(),
+            interrupt: Arc::clone(&side.bell) as _,
+            asked: self.threads.asked(),
+            progress: Arc::default(),
+        }
     }
 
-    /// Clears the rings as a driver does after a reset.
+    /// Stops the device and clears the rings as a driver does after a reset.
     pub fn reset(&mut self) {
+        self.stop();
         self.memory.write_slice(&vec![0; DATA as usize], GuestAddress(0)).unwrap();
     }
 
@@ -151,6 +171,24 @@ impl TestQueue {
     pub fn break_ring(&mut self, queue: usize) {
         self.memory.write_obj(0x7fff_u16, GuestAddress(avail(queue) + 2)).unwrap();
         self.sides[queue].kick.write(1).unwrap();
+    }
+
+    /// Offers one buffer of no use again and again, as fast as the device takes it,
+    /// until `over` is set.
+    pub fn refill_for_ever(&self, queue: usize, over: Arc<AtomicBool>) -> JoinHandle<()> {
+        let memory = self.memory.clone();
+        // Every entry of the ring is descriptor 0, which the device cannot write to.
+        memory.write_slice(&[0; 2 * SIZE as usize], GuestAddress(avail(queue) + 4)).unwrap();
+        self.descriptor(queue, 0, DATA, 16, 0, 0);
+        let kick = self.sides[queue].kick.try_clone().unwrap();
+        std::thread::spawn(move || {
+            while !over.load(Ordering::Relaxed) {
+                let taken: u16 = memory.load(GuestAddress(used(queue) + 2), Ordering::Acquire).unwrap();
+                let offered = taken.wrapping_add(SIZE);
+                memory.store(offered, GuestAddress(avail(queue) + 2), Ordering::Release).unwrap();
+                kick.write(1).unwrap();
+            }
+        })
     }
 
     /// The next used element, head and bytes written, if there is one already.

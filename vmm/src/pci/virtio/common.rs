@@ -133,7 +133,12 @@ impl CommonConfig {
     /// Continues from a saved state of a device with as many queues; false where
     /// it is another's.
     pub fn restore(&mut self, state: TransportState) -> bool {
-        if state.queues.len() != self.maximum_sizes.len() || state.vectors.len() != self.vectors.len() {
+        let sizes = state.queues.iter().zip(&self.maximum_sizes);
+        let fits = state.queues.len() == self.maximum_sizes.len()
+            && state.vectors.len() == self.vectors.len()
+            && sizes.clone().all(|(queue, most)| queue.size.is_power_of_two() && queue.size <= *most)
+            && (state.status & status::FEATURES_OK == 0 || self.accepts(state.driver_features));
+        if !fits {
             return false;
         }
         for (vector, saved) in self.vectors.iter().zip(&state.vectors) {
@@ -230,14 +235,17 @@ impl CommonConfig {
         Action::None
     }
 
+    fn accepts(&self, features: u64) -> bool {
+        features & !self.offered == 0 && features & (1 << VIRTIO_F_VERSION_1) != 0
+    }
+
     fn write_status(&mut self, value: u8) -> Action {
         if value == 0 {
             return Action::Reset;
         }
+        let acceptable = self.accepts(self.state.driver_features);
         let state = &mut self.state;
         let mut added = value & !state.status & !status::NEEDS_RESET;
-        let acceptable = state.driver_features & !self.offered == 0
-            && state.driver_features & (1 << VIRTIO_F_VERSION_1) != 0;
         if added & status::FEATURES_OK != 0 && !acceptable {
             added &= !status::FEATURES_OK;
         }

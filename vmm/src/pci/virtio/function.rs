@@ -4,6 +4,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
+use std::time::{Duration, Instant};
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch};
 use serde::{Deserialize, Serialize};
@@ -20,7 +21,10 @@ use super::{
     BAR_END, BAR_SIZE, COMMON_OFFSET, DEVICE_OFFSET, ISR_OFFSET, MAX_QUEUES, MSIX_PENDING_OFFSET,
     MSIX_TABLE_OFFSET, NO_VECTOR, NOTIFY_MULTIPLIER, NOTIFY_OFFSET,
 };
-use crate::devices::virtio::{ActivateError, Activation, ActiveQueue, Interrupt, VirtioDevice};
+use crate::devices::virtio::worker::Threads;
+use crate::devices::virtio::{
+    ActivateError, Activation, ActiveQueue, Interrupt, Progress, StateError, VirtioDevice,
+};
 use crate::kvm::Vm;
 use crate::kvm::irq::IrqError;
 use crate::memory::GuestRam;
@@ -37,12 +41,18 @@ pub enum FunctionError {
     /// An interrupt could not be set up.
     #[error(transparent)]
     Interrupt(#[from] IrqError),
+    /// The device's threads could not be made.
+    #[error("the device's threads could not be started")]
+    Threads(#[source] io::Error),
     /// More queues than the BAR has room for.
     #[error("{0} queues; a device may have {MAX_QUEUES}")]
     TooManyQueues(usize),
     /// A saved state is that of another kind of device.
     #[error("the saved state is another device's")]
     State,
+    /// The device's own state.
+    #[error(transparent)]
+    Device(#[from] StateError),
 }
 
 /// Why a device was not started at the driver's word.
@@ -88,7 +98,8 @@ pub fn attach(
 }
 
 /// What a function needs to be as it was.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct FunctionState {
     /// Configuration space.
     pub config: ConfigSpace,
@@ -98,11 +109,24 @@ pub struct FunctionState {
     pub msix: MsixState,
     /// ISR status.
     pub isr: u8,
+    /// Of each queue, the next available and the next used entry.
+    pub progress: Vec<(u16, u16)>,
+    /// The device's own.
+    pub device: serde_json::Value,
 }
+
+/// How long a driver's write of the status may wait for threads that let go of
+/// their work at once, as nearly all do; a driver reads the status until it is 0.
+const RESET_PATIENCE: Duration = Duration::from_millis(5);
 
 /// A virtio device behind its transport.
 pub struct VirtioFunction {
     device: Box<dyn VirtioDevice>,
+    threads: Threads,
+    /// The driver wants a reset, which is done when no thread is at work.
+    resetting: bool,
+    /// How far each queue has been served.
+    progress: Vec<Arc<Progress>>,
     memory: GuestRam,
     vm: Arc<Vm>,
     config: ConfigSpace,
@@ -163,8 +187,12 @@ impl VirtioFunction {
         writable[6..].fill(0xff);
         let pci_access = config.add_capability(VENDOR_CAPABILITY, &access, &writable);
 
+        let threads = Threads::new(device.name(), device.threads()).map_err(FunctionError::Threads)?;
         Ok(Self {
             device,
+            threads,
+            resetting: false,
+            progress: (0..queues).map(|_| Arc::default()).collect(),
             memory,
             vm,
             config,
@@ -177,31 +205,6 @@ impl VirtioFunction {
             watched: None,
             posted: None,
         })
-    }
-
-    /// The transport's state; the device saves its own.
-    pub fn save(&self) -> FunctionState {
-        FunctionState {
-            config: self.config.clone(),
-            transport: self.common.save(),
-            msix: self.msix.save(),
-            isr: self.isr.load(Ordering::Relaxed),
-        }
-    }
-
-    /// Continues from a saved state, the device's own having been restored, and
-    /// starts the device where it was started.
-    pub fn restore(&mut self, state: FunctionState) -> Result<(), FunctionError> {
-        if !self.common.restore(state.transport) {
-            return Err(FunctionError::State);
-        }
-        self.msix.restore(state.msix)?;
-        self.config = state.config;
-        self.isr.store(state.isr, Ordering::Relaxed);
-        if self.common.is_driven() {
-            self.start();
-        }
-        Ok(())
     }
 
     fn start(&mut self) {
@@ -219,6 +222,7 @@ impl VirtioFunction {
 
     fn try_start(&mut self) -> Result<(), StartError> {
         let features = self.common.features();
+        self.threads.begin(self.interrupt(0, ISR_CONFIG));
         let mut queues = Vec::new();
         for (index, setup) in self.common.queues().iter().enumerate() {
             if !setup.enabled {
@@ -227,11 +231,21 @@ impl VirtioFunction {
                 continue;
             }
             let maximum = self.device.queue_sizes()[index];
-            let queue =
+            let mut queue =
                 checked_queue(setup, maximum, features, &self.memory).ok_or(StartError::Queue(index))?;
+            let progress = Arc::clone(&self.progress[index]);
+            let (next_avail, next_used) = progress.get();
+            queue.set_next_avail(next_avail);
+            queue.set_next_used(next_used);
             let kick = new_eventfd()?;
             self.kicks.push(Some(kick.try_clone().map_err(StartError::EventFd)?));
-            queues.push(Some(ActiveQueue { queue, kick, interrupt: self.interrupt(index + 1, ISR_QUEUE) }));
+            queues.push(Some(ActiveQueue {
+                queue,
+                kick,
+                interrupt: self.interrupt(index + 1, ISR_QUEUE),
+                asked: self.threads.asked(),
+                progress,
+            }));
         }
         self.watch()?;
         self.device.activate(Activation {
@@ -239,14 +253,38 @@ impl VirtioFunction {
             queues,
             features,
             config_interrupt: self.interrupt(0, ISR_CONFIG),
+            threads: self.threads.clone(),
         })?;
         Ok(())
     }
 
+    /// Has the device let go of its driver. Its threads may take a moment.
     fn stop(&mut self) {
+        self.threads.stop();
         self.device.reset();
         self.unwatch();
         self.kicks.clear();
+    }
+
+    fn reset(&mut self) {
+        self.stop();
+        self.resetting = true;
+        self.settle(RESET_PATIENCE);
+    }
+
+    /// Takes note of what the device's threads have done: a reset is complete when
+    /// they are through, and one that gave up needs one.
+    fn settle(&mut self, patience: Duration) {
+        if self.resetting {
+            if self.threads.wait(Instant::now() + patience) {
+                self.resetting = false;
+                self.common.reset();
+                self.isr.store(0, Ordering::Release);
+                self.progress.iter().for_each(|progress| progress.set((0, 0)));
+            }
+        } else if self.threads.have_failed() && self.common.is_driven() {
+            self.common.set_needs_reset();
+        }
     }
 
     fn interrupt(&self, register: usize, isr_bit: u8) -> Arc<dyn Interrupt> {
@@ -383,6 +421,7 @@ impl PciFunction for VirtioFunction {
         data.fill(0);
         match offset {
             COMMON_OFFSET..ISR_OFFSET => {
+                self.settle(Duration::ZERO);
                 self.common.set_config_generation(self.device.config_generation());
                 self.common.read(offset, data);
             }
@@ -401,15 +440,18 @@ impl PciFunction for VirtioFunction {
 
     fn write_memory(&mut self, offset: u64, data: &[u8]) {
         match offset {
-            COMMON_OFFSET..ISR_OFFSET => match self.common.write(offset, data) {
-                Action::None => {}
-                Action::Activate => self.start(),
-                Action::Reset => {
-                    self.stop();
-                    self.common.reset();
-                    self.isr.store(0, Ordering::Release);
+            COMMON_OFFSET..ISR_OFFSET => {
+                self.settle(Duration::ZERO);
+                // A driver waits until a reset is done.
+                if self.resetting {
+                    return;
                 }
-            },
+                match self.common.write(offset, data) {
+                    Action::None => {}
+                    Action::Activate => self.start(),
+                    Action::Reset => self.reset(),
+                }
+            }
             DEVICE_OFFSET..NOTIFY_OFFSET => self.device.write_config(offset - DEVICE_OFFSET, data),
             // KVM takes notifications of a started device before they get here,
             // except through the PCI configuration access capability.
@@ -426,8 +468,62 @@ impl PciFunction for VirtioFunction {
         }
     }
 
+    fn save(&self) -> Result<FunctionState, FunctionError> {
+        if self.resetting {
+            return Err(StateError::Other("the device is being reset".into()).into());
+        }
+        Ok(FunctionState {
+            config: self.config.clone(),
+            transport: self.common.save(),
+            msix: self.msix.save(),
+            isr: self.isr.load(Ordering::Relaxed),
+            progress: self.progress.iter().map(|progress| progress.get()).collect(),
+            device: self.device.save()?,
+        })
+    }
+
+    fn restore(&mut self, state: FunctionState) -> Result<(), FunctionError> {
+        let fits = state.progress.len() == self.progress.len()
+            && self.config.restore(&state.config)
+            && self.common.restore(state.transport);
+        if !fits {
+            return Err(FunctionError::State);
+        }
+        self.device.restore(state.device)?;
+        self.msix.restore(state.msix)?;
+        self.isr.store(state.isr, Ordering::Relaxed);
+        for (progress, saved) in self.progress.iter().zip(state.progress) {
+            progress.set(saved);
+        }
+        self.post();
+        if self.common.is_driven() {
+            self.start();
+        }
+        // Requests may wait of which KVM told the device before.
+        for kick in self.kicks.iter().flatten() {
+            kick.write(1).map_err(IrqError::EventFd)?;
+        }
+        Ok(())
+    }
+
+    fn pause(&mut self) {
+        self.threads.pause();
+    }
+
+    fn resume(&mut self) {
+        self.threads.resume();
+    }
+
+    fn wait(&mut self, until: Instant) -> bool {
+        self.threads.wait(until)
+    }
+
     fn shut_down(&mut self) {
         self.stop();
+    }
+
+    fn wait_for_end(&mut self, until: Instant) {
+        self.threads.wait_for_end(until);
     }
 }
 

@@ -1,22 +1,27 @@
 //! The transport from the driver's side: a real entropy device on a real VM,
 //! notified by a vCPU.
 
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{kvm_regs, kvm_segment};
 use rvm_protocol::vmm::ExitCounts;
 use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::epoll::{Epoll, EpollEvent};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::function::VirtioFunction;
 use super::*;
+use crate::buses::Buses;
 use crate::devices::legacy::serial::Serial;
+use crate::devices::virtio::ring::Ring;
 use crate::devices::virtio::rng::Rng;
+use crate::devices::virtio::worker::Handler;
+use crate::devices::virtio::{ActivateError, Activation, VirtioDevice};
 use crate::kvm::Host;
-use crate::machine::Machine;
 use crate::memory::{self, GuestRam};
-use crate::pci::{CONFIG_ADDRESS_PORT, CONFIG_DATA_PORT, PciBus, bar_address};
+use crate::pci::{CONFIG_ADDRESS_PORT, CONFIG_DATA_PORT, PciBus, PciFunction, bar_address};
 use crate::vcpu::Vcpu;
 use crate::vcpu::exits::{End, ExitCounters, Next, run_once};
 
@@ -27,7 +32,7 @@ const BUFFER: u64 = 0x4000;
 const CODE: u64 = 0x5000;
 
 struct Guest {
-    machine: Machine,
+    buses: Buses,
     memory: GuestRam,
     vcpu: Vcpu,
     counters: ExitCounters,
@@ -40,6 +45,10 @@ impl Guest {
     }
 
     fn with_posting(posting: bool) -> Self {
+        Self::with(posting, Box::new(Rng::new()))
+    }
+
+    fn with(posting: bool, device: Box<dyn VirtioDevice>) -> Self {
         let vm = Arc::new(Host::open().unwrap().create_vm(1).unwrap());
         let memory = memory::create(1 << 20).unwrap();
         vm.set_memory(&memory).unwrap();
@@ -47,32 +56,31 @@ impl Guest {
         let (of_function, vm_of_function) = (memory.clone(), Arc::clone(&vm));
         let slot = pci
             .add::<function::FunctionError>(|slot| {
-                let device = Box::new(Rng::new());
                 Ok(Box::new(VirtioFunction::new(device, of_function, vm_of_function, slot)?))
             })
             .unwrap();
         let serial = Serial::new(None, EventFd::new(0).unwrap());
-        let machine = Machine { pci, serial: Mutex::new(serial), vm: Arc::clone(&vm) };
+        let buses = Buses { pci, serial: Mutex::new(serial), vm: Arc::clone(&vm) };
         let vcpu = Vcpu::create(&vm, 0).unwrap();
         if posting {
             vm.start_posting(&vcpu.fd).unwrap();
         }
         let bar = bar_address(slot);
-        let guest = Self { machine, memory, vcpu, counters: ExitCounters::default(), bar };
+        let guest = Self { buses, memory, vcpu, counters: ExitCounters::default(), bar };
         guest.set_config(0x04, 2);
         guest
     }
 
     fn config(&self, register: u32) -> u32 {
-        self.machine.write_port(CONFIG_ADDRESS_PORT, &(0x8000_0000 | register).to_le_bytes());
+        self.buses.write_port(CONFIG_ADDRESS_PORT, &(0x8000_0000 | register).to_le_bytes());
         let mut data = [0; 4];
-        self.machine.read_port(CONFIG_DATA_PORT, &mut data);
+        self.buses.read_port(CONFIG_DATA_PORT, &mut data);
         u32::from_le_bytes(data)
     }
 
     fn set_config(&self, register: u32, value: u32) {
-        self.machine.write_port(CONFIG_ADDRESS_PORT, &(0x8000_0000 | register).to_le_bytes());
-        self.machine.write_port(CONFIG_DATA_PORT, &value.to_le_bytes());
+        self.buses.write_port(CONFIG_ADDRESS_PORT, &(0x8000_0000 | register).to_le_bytes());
+        self.buses.write_port(CONFIG_DATA_PORT, &value.to_le_bytes());
     }
 
     /// Registers of the capabilities with this id.
@@ -91,12 +99,12 @@ impl Guest {
 
     fn get(&self, offset: u64, len: usize) -> u32 {
         let mut data = [0; 4];
-        self.machine.read_memory(self.bar + offset, &mut data[..len]);
+        self.buses.read_memory(self.bar + offset, &mut data[..len]);
         u32::from_le_bytes(data)
     }
 
     fn put(&self, offset: u64, len: usize, value: u32) {
-        self.machine.write_memory(self.bar + offset, &value.to_le_bytes()[..len]);
+        self.buses.write_memory(self.bar + offset, &value.to_le_bytes()[..len]);
     }
 
     fn status(&self) -> u8 {
@@ -175,7 +183,7 @@ impl Guest {
         };
         let before = exits(&self.counters);
         loop {
-            match run_once(&mut self.vcpu.fd, &self.machine, &self.counters) {
+            match run_once(&mut self.vcpu.fd, &self.buses, &self.counters) {
                 Next::Run | Next::Check => {}
                 Next::End(end) => {
                     assert_eq!(end, End::PoweredOff);
@@ -194,6 +202,14 @@ impl Guest {
         let mut bytes = [0; 64];
         self.memory.read_slice(&mut bytes, GuestAddress(BUFFER)).unwrap();
         assert_ne!(bytes, [0; 64]);
+    }
+
+    fn wait_status(&self, status: u8) {
+        let started = Instant::now();
+        while self.status() != status {
+            assert!(started.elapsed() < Duration::from_secs(10), "{:#x}", self.status());
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     fn notify_address(&self) -> u64 {
@@ -217,6 +233,163 @@ fn notification_reaches_the_device_without_an_exit_and_it_interrupts() {
     guest.put(0x14, 1, 0);
     assert_eq!(guest.status(), 0);
     assert_eq!(guest.write_from_vcpu(guest.notify_address()), 1, "nobody listens after a reset");
+}
+
+/// A device that is in a request as long as `host` is locked, and cannot serve the
+/// one after the third.
+struct Slow {
+    host: Arc<Mutex<()>>,
+    served: Arc<AtomicU16>,
+}
+
+struct SlowWorker {
+    memory: GuestRam,
+    ring: Ring,
+    host: Arc<Mutex<()>>,
+    served: Arc<AtomicU16>,
+}
+
+impl VirtioDevice for Slow {
+    fn device_type(&self) -> u32 {
+        2
+    }
+
+    fn name(&self) -> &str {
+        "slow"
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[8]
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn read_config(&self, _offset: u64, data: &mut [u8]) {
+        data.fill(0x5a);
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let Activation { memory, queues, features, threads, .. } = activation;
+        let queue = queues.into_iter().next().flatten().ok_or(ActivateError::MissingQueue(0))?;
+        let ring = Ring::new(queue, features);
+        let (host, served) = (Arc::clone(&self.host), Arc::clone(&self.served));
+        threads.start(SlowWorker { memory, ring, host, served }).map_err(ActivateError::Worker)
+    }
+}
+
+impl Handler for SlowWorker {
+    type Error = std::io::Error;
+
+    fn register(&mut self, epoll: &Epoll) -> std::io::Result<()> {
+        self.ring.register(epoll, 0)
+    }
+
+    fn handle(&mut self, _epoll: &Epoll, _ready: &[EpollEvent]) -> std::io::Result<()> {
+        let (host, served) = (&self.host, &self.served);
+        let answer = |_| {
+            served.fetch_add(1, Ordering::SeqCst);
+            let _host = host.lock();
+            0
+        };
+        self.ring.serve(&self.memory, answer).map_err(std::io::Error::other)?;
+        if served.load(Ordering::SeqCst) > 3 { Err(std::io::Error::other("it is tired")) } else { Ok(()) }
+    }
+}
+
+fn slow() -> (Guest, Arc<Mutex<()>>, Arc<AtomicU16>) {
+    let (host, served) = (Arc::default(), Arc::default());
+    let device = Slow { host: Arc::clone(&host), served: Arc::clone(&served) };
+    (Guest::with(false, Box::new(device)), host, served)
+}
+
+fn wait_for(served: &AtomicU16, count: u16) {
+    let started = Instant::now();
+    while served.load(Ordering::SeqCst) != count {
+        assert!(started.elapsed() < Duration::from_secs(10), "{served:?}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn within_a_second<T>(act: impl FnOnce() -> T) -> T {
+    let started = Instant::now();
+    let done = act();
+    assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+    done
+}
+
+#[test]
+fn a_reset_in_the_middle_of_a_request_waits_for_nobody() {
+    let (mut guest, host, served) = slow();
+    guest.mask_interrupts();
+    guest.drive(USED);
+    let held = host.lock().unwrap();
+    (0..3).for_each(|index| guest.offer_buffer(index));
+    guest.write_from_vcpu(guest.notify_address());
+    wait_for(&served, 1);
+    within_a_second(|| {
+        assert!(!guest.buses.pci.pause(Instant::now() + Duration::from_millis(100)));
+        guest.put(0x14, 1, 0);
+        assert_ne!(guest.status(), 0, "it is not done");
+        // What is written meanwhile changes nothing; what is read is there.
+        guest.put(0x14, 1, 15);
+        assert_eq!(guest.get(DEVICE_OFFSET, 1), 0x5a);
+        assert_ne!(guest.status(), 0);
+    });
+    drop(held);
+    guest.wait_status(0);
+    assert_eq!(served.load(Ordering::SeqCst), 1, "the rest of the queue is left alone");
+    guest.memory.write_slice(&[0; 8], GuestAddress(USED)).unwrap();
+    guest.drive(USED);
+    assert_eq!(guest.status(), 15);
+    guest.write_from_vcpu(guest.notify_address());
+    wait_for(&served, 4);
+}
+
+#[test]
+fn a_device_in_the_middle_of_a_request_is_left_behind_at_the_end() {
+    let (mut guest, host, served) = slow();
+    guest.drive(USED);
+    let held = host.lock().unwrap();
+    guest.offer_buffer(0);
+    guest.write_from_vcpu(guest.notify_address());
+    wait_for(&served, 1);
+    within_a_second(|| guest.buses.pci.shut_down(Instant::now() + Duration::from_millis(100)));
+    within_a_second(|| drop(guest.buses.pci.remove(0)));
+    drop(held);
+}
+
+#[test]
+fn a_paused_device_serves_nothing_and_goes_on_where_it_was() {
+    let (mut guest, _host, served) = slow();
+    guest.drive(USED);
+    guest.offer_buffer(0);
+    guest.write_from_vcpu(guest.notify_address());
+    wait_for(&served, 1);
+    for count in 2..=3 {
+        assert!(guest.buses.pci.pause(Instant::now() + Duration::from_secs(10)));
+        guest.offer_buffer(count - 1);
+        guest.write_from_vcpu(guest.notify_address());
+        std::thread::sleep(Duration::from_millis(10));
+        assert_eq!(served.load(Ordering::SeqCst), count - 1);
+        guest.buses.pci.resume();
+        wait_for(&served, count);
+    }
+}
+
+#[test]
+fn a_device_that_gives_up_says_so() {
+    let (mut guest, _host, served) = slow();
+    guest.mask_interrupts();
+    guest.drive(USED);
+    (0..4).for_each(|index| guest.offer_buffer(index));
+    guest.write_from_vcpu(guest.notify_address());
+    wait_for(&served, 4);
+    guest.wait_status(15 | 64);
+    assert_eq!(guest.pending() & 1, 1, "the configuration's vector");
+    guest.put(0x14, 1, 0);
+    guest.wait_status(0);
 }
 
 #[test]
@@ -305,9 +478,9 @@ fn no_access_panics() {
     for _ in 0..20_000 {
         let (value, at, len) = (next(), next(), 1 << (next() % 4));
         match next() % 4 {
-            0 => guest.machine.write_memory(guest.bar + at % 0x4000, &value.to_le_bytes()[..len]),
-            1 => guest.machine.write_memory(guest.bar + at % 0x38, &value.to_le_bytes()[..len]),
-            2 => guest.machine.read_memory(guest.bar + at % 0x4000, &mut [0; 8][..len]),
+            0 => guest.buses.write_memory(guest.bar + at % 0x4000, &value.to_le_bytes()[..len]),
+            1 => guest.buses.write_memory(guest.bar + at % 0x38, &value.to_le_bytes()[..len]),
+            2 => guest.buses.read_memory(guest.bar + at % 0x4000, &mut [0; 8][..len]),
             _ => {
                 // All but the BAR, so that the accesses above go on reaching it.
                 let register = 0x40 + ((at as u32 % 0xc0) & !3);
@@ -316,7 +489,7 @@ fn no_access_panics() {
             }
         }
     }
-    guest.machine.pci.shut_down();
+    guest.buses.pci.shut_down(Instant::now() + Duration::from_secs(10));
 }
 
 #[test]
@@ -327,12 +500,36 @@ fn state_round_trip() {
         (VirtioFunction::new(Box::new(Rng::new()), memory, Arc::clone(&vm), 1).unwrap(), vm)
     };
     let (mut first, _vm1) = make();
-    crate::pci::PciFunction::write_config(&mut first, 0x04, &[6, 0]);
-    crate::pci::PciFunction::write_memory(&mut first, 0x14, &[3]);
-    crate::pci::PciFunction::write_memory(&mut first, MSIX_TABLE_OFFSET, &0xfee0_0000u32.to_le_bytes());
-    let saved = serde_json::to_string(&first.save()).unwrap();
+    first.write_config(0x04, &[6, 0]);
+    first.write_memory(0x14, &[3]);
+    first.write_memory(MSIX_TABLE_OFFSET, &0xfee0_0000u32.to_le_bytes());
+    let saved = first.save().unwrap();
     let (mut second, _vm2) = make();
-    assert_ne!(second.save(), first.save());
-    second.restore(serde_json::from_str(&saved).unwrap()).unwrap();
-    assert_eq!(second.save(), first.save());
+    assert_ne!(second.save().unwrap(), saved);
+    let text = serde_json::to_value(&saved).unwrap();
+    second.restore(serde_json::from_value(text.clone()).unwrap()).unwrap();
+    assert_eq!(second.save().unwrap(), saved);
+
+    // What another function saved, or nobody.
+    let changes: [(&str, serde_json::Value); 8] = [
+        ("/progress", serde_json::json!([])),
+        ("/config/registers/0", 7.into()),
+        ("/config/registers", serde_json::json!([1, 2])),
+        ("/config/bar_size", 1.into()),
+        ("/transport/queues/0/size", 3.into()),
+        ("/transport/queues", serde_json::json!([])),
+        ("/transport/vectors", serde_json::json!([1])),
+        ("/device", serde_json::json!({"surprise": 1})),
+    ];
+    for (place, value) in changes {
+        let mut changed = text.clone();
+        *changed.pointer_mut(place).unwrap() = value;
+        let (mut other, _vm) = make();
+        assert!(other.restore(serde_json::from_value(changed).unwrap()).is_err(), "{place}");
+    }
+    let mut changed = text.clone();
+    changed["transport"]["status"] = 15.into();
+    changed["transport"]["driver_features"] = u64::MAX.into();
+    let (mut other, _vm) = make();
+    assert!(other.restore(serde_json::from_value(changed).unwrap()).is_err(), "features nobody offered");
 }

@@ -105,11 +105,17 @@ impl Disk {
         self.allocate(FallocateMode::PunchHole, offset, bytes)
     }
 
-    /// Zeroes a range, giving it back to the host where `unmap` allows that.
-    pub fn write_zeroes(&self, offset: u64, bytes: u64, unmap: bool) -> io::Result<()> {
+    /// Zeroes a range as long as `go_on`, giving it back to the host where `unmap` allows that.
+    pub fn write_zeroes(
+        &self,
+        offset: u64,
+        bytes: u64,
+        unmap: bool,
+        go_on: &dyn Fn() -> bool,
+    ) -> io::Result<()> {
         let mode = if unmap { FallocateMode::PunchHole } else { FallocateMode::ZeroRange };
         match self.allocate(mode, offset, bytes) {
-            Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => self.fill(offset, bytes),
+            Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => self.fill(offset, bytes, go_on),
             done => done,
         }
     }
@@ -121,9 +127,13 @@ impl Disk {
         Ok(fallocate(&self.file, mode, true, offset, bytes)?)
     }
 
-    fn fill(&self, mut offset: u64, bytes: u64) -> io::Result<()> {
+    /// The host writes them one by one.
+    fn fill(&self, mut offset: u64, bytes: u64, go_on: &dyn Fn() -> bool) -> io::Result<()> {
         let end = offset + bytes;
         while offset < end {
+            if !go_on() {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
             let now = (end - offset).min(ZEROES.len() as u64);
             self.file.write_all_at(&ZEROES[..now as usize], offset)?;
             offset += now;

@@ -42,10 +42,10 @@ pub const SIZE_MAX: u32 = 64 << 10;
 pub const MAX_REQUEST_BYTES: usize = SEG_MAX as usize * SIZE_MAX as usize;
 /// Sectors one discard may name: the host only drops extents, 4 GiB at a time.
 pub const MAX_DISCARD_SECTORS: u32 = 8 << 20;
-/// Sectors one write-zeroes may name, 32 MiB: a host file system without
-/// `fallocate` has them written one by one.
+/// Sectors one write-zeroes may name, 32 MiB in one range: a host file system
+/// without `fallocate` has them written one by one.
 pub const MAX_WRITE_ZEROES_SECTORS: u32 = 64 << 10;
-/// Ranges in one discard or write-zeroes request.
+/// Ranges in one discard.
 pub const MAX_RANGES: u32 = 32;
 /// Length of the serial the guest reads (section 5.2.6, VIRTIO_BLK_T_GET_ID).
 pub const SERIAL_BYTES: usize = 20;
@@ -82,14 +82,6 @@ pub enum BlkError {
     /// There is no room for a single sector.
     #[error("it has {0} bytes; a disk needs at least {SECTOR_BYTES}")]
     TooSmall(u64),
-    /// A snapshot was taken with a disk of another size.
-    #[error("it has {sectors} sectors, the snapshot's disk had {expected}")]
-    Resized {
-        /// Its size now.
-        sectors: u64,
-        /// Its size when the snapshot was taken.
-        expected: u64,
-    },
     /// The queue cannot be used any more.
     #[error(transparent)]
     Ring(#[from] RingError),

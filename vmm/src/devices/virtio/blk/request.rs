@@ -40,16 +40,18 @@ impl From<io::Error> for Refusal {
 }
 
 /// Carries out one request; returns the bytes written into `writable`, or 0
-/// where there is not even room for a status.
+/// where there is not even room for a status. What takes long asks `go_on` in
+/// between, and fails where nobody waits for the answer any more.
 pub(super) fn execute(
     disk: &Disk,
     serial: &[u8; SERIAL_BYTES],
     mut readable: GuestBuffers<'_>,
     mut writable: GuestBuffers<'_>,
+    go_on: &dyn Fn() -> bool,
 ) -> u32 {
     let Some(data_len) = writable.len().checked_sub(1) else { return 0 };
     let data = writable.take(data_len);
-    let (status, written) = match dispatch(disk, serial, &mut readable, data) {
+    let (status, written) = match dispatch(disk, serial, &mut readable, data, go_on) {
         Ok(written) => (VIRTIO_BLK_S_OK, written),
         // Data may have been moved in part: the status says not to use it.
         Err(Refusal::Failed) => (VIRTIO_BLK_S_IOERR, 0),
@@ -64,6 +66,7 @@ fn dispatch(
     serial: &[u8; SERIAL_BYTES],
     readable: &mut GuestBuffers<'_>,
     mut data: GuestBuffers<'_>,
+    go_on: &dyn Fn() -> bool,
 ) -> Result<u32, Refusal> {
     let header: [u8; HEADER_BYTES] = readable.read().ok_or(Refusal::Failed)?;
     let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
@@ -87,21 +90,24 @@ fn dispatch(
         }
         VIRTIO_BLK_T_GET_ID => Ok(data.write(serial) as u32),
         VIRTIO_BLK_T_DISCARD => {
-            for (offset, bytes, flags) in ranges(disk, readable, MAX_DISCARD_SECTORS)? {
+            for (offset, bytes, flags) in ranges(disk, readable, MAX_RANGES, MAX_DISCARD_SECTORS)? {
                 // The unmap flag is for write-zeroes only (section 5.2.6.2).
                 if flags != 0 {
                     return Err(Refusal::Unsupported);
+                }
+                if !go_on() {
+                    return Err(Refusal::Failed);
                 }
                 disk.discard(offset, bytes)?;
             }
             Ok(0)
         }
         VIRTIO_BLK_T_WRITE_ZEROES => {
-            for (offset, bytes, flags) in ranges(disk, readable, MAX_WRITE_ZEROES_SECTORS)? {
+            for (offset, bytes, flags) in ranges(disk, readable, 1, MAX_WRITE_ZEROES_SECTORS)? {
                 if flags & !VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0 {
                     return Err(Refusal::Unsupported);
                 }
-                disk.write_zeroes(offset, bytes, flags != 0)?;
+                disk.write_zeroes(offset, bytes, flags != 0, go_on)?;
             }
             Ok(0)
         }
@@ -127,11 +133,12 @@ fn writable(disk: &Disk) -> Result<(), Refusal> {
 fn ranges(
     disk: &Disk,
     readable: &mut GuestBuffers<'_>,
+    max_ranges: u32,
     max_sectors: u32,
 ) -> Result<Vec<(u64, u64, u32)>, Refusal> {
     writable(disk)?;
     let len = readable.len();
-    if len == 0 || !len.is_multiple_of(RANGE_BYTES) || len > RANGE_BYTES * MAX_RANGES as usize {
+    if len == 0 || !len.is_multiple_of(RANGE_BYTES) || len > RANGE_BYTES * max_ranges as usize {
         return Err(Refusal::Failed);
     }
     let mut ranges = Vec::with_capacity(len / RANGE_BYTES);

@@ -28,8 +28,10 @@ impl Handler for BlkWorker {
 
     fn handle(&mut self, _epoll: &Epoll, _ready: &[EpollEvent]) -> Result<(), BlkError> {
         let Self { memory, ring, disk, serial } = self;
+        let asked = ring.asked();
+        let go_on = || !asked.to_stop();
         ring.serve(memory, |chain| match GuestBuffers::from_chain(memory, chain) {
-            Ok((readable, writable)) => execute(disk, serial, readable, writable),
+            Ok((readable, writable)) => execute(disk, serial, readable, writable, &go_on),
             Err(_) => 0,
         })?;
         Ok(())

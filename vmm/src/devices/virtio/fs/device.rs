@@ -12,7 +12,6 @@ use super::passthrough::{Passthrough, Policy};
 use super::worker::FsWorker;
 use super::{DEVICE_TYPE, FsError, MAX_REQUEST_QUEUES, QUEUE_SIZE, TAG_BYTES};
 use crate::devices::virtio::ring::Ring;
-use crate::devices::virtio::worker::Worker;
 use crate::devices::virtio::{ActivateError, Activation, VirtioDevice, read_config_bytes};
 
 /// A share.
@@ -23,7 +22,6 @@ pub struct Fs {
     /// The high-priority queue and the request queues.
     queue_sizes: Vec<u16>,
     policy: Policy,
-    workers: Vec<Worker>,
 }
 
 impl Fs {
@@ -42,7 +40,7 @@ impl Fs {
             .map_err(|source| FsError::Open { path: config.dir.clone(), source })?;
         let policy = Policy::new(config.readonly, config.cache == CachePolicy::Always)
             .map_err(|source| FsError::Serve { path: config.dir.clone(), source })?;
-        Ok(Self { tag, root, queue_sizes: vec![QUEUE_SIZE; 2], policy, workers: Vec::new() })
+        Ok(Self { tag, root, queue_sizes: vec![QUEUE_SIZE; 2], policy })
     }
 
     pub(super) fn tag(&self) -> &str {
@@ -87,8 +85,12 @@ impl VirtioDevice for Fs {
         read_config_bytes(&config, offset, data);
     }
 
+    fn threads(&self) -> usize {
+        self.queue_sizes.len()
+    }
+
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation { memory, queues, features, .. } = activation;
+        let Activation { memory, queues, features, threads, .. } = activation;
         let mut rings = Vec::with_capacity(queues.len());
         for (index, queue) in queues.into_iter().enumerate() {
             match queue {
@@ -103,12 +105,8 @@ impl VirtioDevice for Fs {
         let server = Arc::new(FuseServer::new(tree));
         for ring in rings {
             let worker = FsWorker { memory: memory.clone(), ring, server: Arc::clone(&server) };
-            self.workers.push(Worker::spawn(self.name(), worker).map_err(ActivateError::Worker)?);
+            threads.start(worker).map_err(ActivateError::Worker)?;
         }
         Ok(())
-    }
-
-    fn reset(&mut self) {
-        self.workers.clear();
     }
 }

@@ -63,7 +63,6 @@ const OFFERED: u32 = !(1 << 30);
 /// A guest's FUSE client.
 struct Client {
     queue: TestQueue,
-    device: Fs,
     dir: TempDir,
     uid: u32,
     gid: u32,
@@ -119,7 +118,7 @@ impl Client {
         device.activate(queue.activation(device.queue_sizes().len(), features)).unwrap();
         // Files are made for whoever runs the tests.
         let (uid, gid) = (fs::metadata(dir.path()).unwrap().uid(), fs::metadata(dir.path()).unwrap().gid());
-        let mut client = Self { queue, device, dir, uid, gid };
+        let mut client = Self { queue, dir, uid, gid };
         let (error, _) = client.call(INIT, 0, &words(&[7, 38, 1 << 17, OFFERED]));
         assert_eq!(error, 0);
         client
@@ -675,7 +674,7 @@ fn nonsense_is_answered_and_the_device_goes_on() {
     client.queue.wait_used(1);
 
     assert!(client.lookup(ROOT, "file").is_ok());
-    client.device.reset();
+    client.queue.stop();
 }
 
 #[test]

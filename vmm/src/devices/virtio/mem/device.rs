@@ -11,7 +11,6 @@ use super::registers::Registers;
 use super::worker::MemWorker;
 use super::{BLOCK_BYTES, DEVICE_TYPE, QUEUE_SIZE};
 use crate::devices::virtio::ring::Ring;
-use crate::devices::virtio::worker::Worker;
 use crate::devices::virtio::{ActivateError, Activation, Interrupt, VirtioDevice, read_config_bytes};
 use crate::memory::GuestRam;
 
@@ -22,7 +21,6 @@ const VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE: u32 = 1;
 /// The memory device.
 pub struct Mem {
     pub(super) shared: Arc<Shared>,
-    worker: Option<Worker>,
 }
 
 /// What device, thread and owner share. The vCPUs see the registers alone.
@@ -75,7 +73,7 @@ impl Mem {
             blocks: Mutex::new(Blocks::new(size / BLOCK_BYTES)),
             changed: Mutex::new(None),
         };
-        Self { shared: Arc::new(shared), worker: None }
+        Self { shared: Arc::new(shared) }
     }
 
     /// For its owner.
@@ -112,10 +110,10 @@ impl VirtioDevice for Mem {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation { memory, queues, features, config_interrupt } = activation;
+        let Activation { memory, queues, features, config_interrupt, threads } = activation;
         let queue = queues.into_iter().next().flatten().ok_or(ActivateError::MissingQueue(0))?;
         let worker = MemWorker { memory, ring: Ring::new(queue, features), shared: Arc::clone(&self.shared) };
-        self.worker = Some(Worker::spawn(self.name(), worker).map_err(ActivateError::Worker)?);
+        threads.start(worker).map_err(ActivateError::Worker)?;
         *self.shared.changed() = Some(config_interrupt);
         Ok(())
     }
@@ -124,7 +122,6 @@ impl VirtioDevice for Mem {
     /// it and unplugs it.
     fn reset(&mut self) {
         *self.shared.changed() = None;
-        self.worker = None;
     }
 }
 
@@ -268,7 +265,6 @@ mod tests {
         assert_eq!(rig.queue.wait_used(0), 0);
         assert_eq!(rig.ask(PLUG, 0, 1), (ACK, 0));
         rig.queue.break_ring(0);
-        rig.mem.reset();
     }
 
     #[test]
@@ -282,6 +278,7 @@ mod tests {
         assert_ne!(rig.mem.config_generation(), generation);
         assert_eq!(rig.ask(PLUG, 64, 32), (ACK, 0));
 
+        rig.queue.stop();
         rig.mem.reset();
         rig.mem.control().request(256 * MIB, 64 * MIB).unwrap();
         assert!(!rig.queue.config_changed(), "nobody listens");

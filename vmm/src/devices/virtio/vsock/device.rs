@@ -6,14 +6,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use rvm_protocol::vmm::VsockConfig;
+use serde_json::Value;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::muxer::Muxer;
 use super::worker::{FIRST_CONNECTION, VsockWorker};
-use super::{DEVICE_TYPE, PORT_SUFFIX_BYTES, QUEUE_SIZES, SUN_PATH_BYTES, VsockError};
+use super::{DEVICE_TYPE, PORT_SUFFIX_BYTES, QUEUE_SIZES, SUN_PATH_BYTES, VsockError, VsockState};
 use crate::devices::virtio::ring::Ring;
-use crate::devices::virtio::worker::Worker;
-use crate::devices::virtio::{ActivateError, Activation, VirtioDevice, read_config_bytes};
+use crate::devices::virtio::{ActivateError, Activation, StateError, VirtioDevice, read_config_bytes};
 
 /// The socket device.
 #[derive(Debug)]
@@ -21,7 +21,6 @@ pub struct Vsock {
     guest_cid: u32,
     socket: PathBuf,
     listener: Arc<UnixListener>,
-    worker: Option<Worker>,
 }
 
 impl Vsock {
@@ -37,16 +36,7 @@ impl Vsock {
         let refused = |source| VsockError::Bind { path: path.clone(), source };
         let listener = UnixListener::bind(path).map_err(refused)?;
         listener.set_nonblocking(true).map_err(refused)?;
-        Ok(Self {
-            guest_cid: config.guest_cid,
-            socket: path.clone(),
-            listener: Arc::new(listener),
-            worker: None,
-        })
-    }
-
-    pub(super) fn guest_cid(&self) -> u32 {
-        self.guest_cid
+        Ok(Self { guest_cid: config.guest_cid, socket: path.clone(), listener: Arc::new(listener) })
     }
 }
 
@@ -75,13 +65,28 @@ impl VirtioDevice for Vsock {
         1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC
     }
 
+    fn save(&self) -> Result<Value, StateError> {
+        Ok(serde_json::to_value(VsockState { guest_cid: self.guest_cid })?)
+    }
+
+    fn restore(&mut self, state: Value) -> Result<(), StateError> {
+        let VsockState { guest_cid } = serde_json::from_value(state)?;
+        if guest_cid == self.guest_cid {
+            return Ok(());
+        }
+        Err(StateError::Other(format!(
+            "guest_cid {} is not that of the snapshot, {guest_cid}",
+            self.guest_cid
+        )))
+    }
+
     /// `struct virtio_vsock_config`: the guest's CID.
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         read_config_bytes(&u64::from(self.guest_cid).to_le_bytes(), offset, data);
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation { memory, queues, features, .. } = activation;
+        let Activation { memory, queues, features, threads, .. } = activation;
         let mut rings = queues.into_iter().map(|queue| queue.map(|queue| Ring::new(queue, features)));
         let rx = rings.next().flatten().ok_or(ActivateError::MissingQueue(0))?;
         let tx = rings.next().flatten().ok_or(ActivateError::MissingQueue(1))?;
@@ -93,12 +98,6 @@ impl VirtioDevice for Vsock {
             callers: true,
             muxer: Muxer::new(self.guest_cid, self.socket.clone(), FIRST_CONNECTION),
         };
-        self.worker = Some(Worker::spawn(self.name(), worker).map_err(ActivateError::Worker)?);
-        Ok(())
-    }
-
-    /// Connections end; host programs that come from now on wait again.
-    fn reset(&mut self) {
-        self.worker = None;
+        threads.start(worker).map_err(ActivateError::Worker)
     }
 }

@@ -96,9 +96,6 @@ pub enum VsockError {
         #[source]
         source: io::Error,
     },
-    /// A snapshot was taken of a guest with another CID.
-    #[error("vsock: guest_cid {0} is not that of the snapshot, {1}")]
-    OtherCid(u32, u32),
     /// A queue cannot be used any more.
     #[error(transparent)]
     Ring(#[from] RingError),

@@ -289,7 +289,15 @@ impl Muxer {
             if self.refusals.is_empty() && self.due.is_empty() {
                 return Ok(Progress::Idle);
             }
-            let Some(first) = next_buffer(ring, memory)? else { return Ok(Progress::Starved) };
+            let first = match RxBuffer::pop(ring, memory)? {
+                None => return Ok(Progress::Starved),
+                Some(Ok(buffer)) => buffer,
+                // One of no use goes back empty, and counts: a guest may offer it for ever.
+                Some(Err(head)) => {
+                    ring.push(memory, head, 0)?;
+                    continue;
+                }
+            };
             if let Some(header) = self.refusals.pop_front() {
                 first.send(ring, memory, &header)?;
             } else if let Some(token) = self.due.pop_front() {
@@ -374,17 +382,6 @@ impl<'m> RxBuffer<'m> {
     fn send(mut self, ring: &mut Ring, memory: &GuestRam, header: &Header) -> Result<(), RingError> {
         self.header.write(&header.encode());
         ring.push(memory, self.head, HEADER_BYTES as u32 + header.len)
-    }
-}
-
-/// The next buffer of use; those of no use are returned empty.
-fn next_buffer<'m>(ring: &mut Ring, memory: &'m GuestRam) -> Result<Option<RxBuffer<'m>>, RingError> {
-    loop {
-        match RxBuffer::pop(ring, memory)? {
-            None => return Ok(None),
-            Some(Ok(buffer)) => return Ok(Some(buffer)),
-            Some(Err(head)) => ring.push(memory, head, 0)?,
-        }
     }
 }
 

@@ -3,6 +3,8 @@
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rvm_protocol::vmm::VsockConfig;
@@ -524,10 +526,27 @@ fn more_host_programs_than_connections_wait_their_turn() {
 }
 
 #[test]
+fn a_guest_that_offers_useless_buffers_for_ever_keeps_the_thread_from_nothing() {
+    let mut guest = Guest::asleep();
+    let features = guest.vsock.features();
+    guest.vsock.activate(guest.queue.activation(3, features)).unwrap();
+    let over = Arc::new(AtomicBool::new(false));
+    let refilling = guest.queue.refill_for_ever(RX, over.clone());
+    // Something waits to be sent, and goes on waiting.
+    let mut stream = guest.call();
+    stream.write_all(b"CONNECT 1024\n").unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+    guest.queue.stop();
+    over.store(true, Ordering::Relaxed);
+    refilling.join().unwrap();
+    assert_eq!(stream.read(&mut [0; 8]).unwrap_or(0), 0);
+}
+
+#[test]
 fn a_reset_ends_connections_and_the_device_starts_afresh() {
     let mut guest = Guest::new();
     let (mut stream, _) = guest.connect();
-    guest.vsock.reset();
+    guest.queue.stop();
     assert_eq!(stream.read(&mut [0; 8]).unwrap(), 0);
     guest.queue.reset();
     guest.kept = (0..RX_BUFFERS).map(|index| RX_AT + index * RX_BYTES).collect();
@@ -543,7 +562,7 @@ fn what_the_guest_sent_right_before_it_went_down_arrives() {
         let header = guest.header(Op::Rw, port, 0, 10);
         guest.queue.write(TX_AT, &[header.encode().as_slice(), b"last words"].concat());
         guest.queue.send(TX, &[(TX_AT, HEADER_BYTES as u32 + 10, 0)]);
-        guest.vsock.reset();
+        guest.queue.stop();
         let mut received = String::new();
         stream.read_to_string(&mut received).unwrap();
         assert_eq!(received, "last words");

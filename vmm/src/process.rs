@@ -1,0 +1,66 @@
+//! What the monitor asks of the host's kernel for itself, before anything else.
+
+use std::io;
+
+/// Keeps the guest's memory out of core files and out of other processes' reach, and
+/// takes as many descriptors as it may have: a share needs one for each file that the
+/// guest knows. What is refused is told on stderr, as there is no log yet.
+pub fn prepare() {
+    let done = [
+        ("RLIMIT_CORE", no_core_file()),
+        ("PR_SET_DUMPABLE", undumpable()),
+        ("RLIMIT_NOFILE", descriptors()),
+    ];
+    for (what, result) in done {
+        if let Err(error) = result {
+            eprintln!("rvm-vmm: {what}: {error}");
+        }
+    }
+}
+
+fn no_core_file() -> io::Result<()> {
+    set_limit(libc::RLIMIT_CORE, &libc::rlimit { rlim_cur: 0, rlim_max: 0 })
+}
+
+/// Also: who may not trace everything may not look into its memory.
+fn undumpable() -> io::Result<()> {
+    // SAFETY: PR_SET_DUMPABLE takes a number.
+    ok(unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0) })
+}
+
+fn descriptors() -> io::Result<()> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: a valid rlimit that the call fills.
+    ok(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) })?;
+    limit.rlim_cur = limit.rlim_max;
+    set_limit(libc::RLIMIT_NOFILE, &limit)
+}
+
+fn set_limit(which: libc::__rlimit_resource_t, limit: &libc::rlimit) -> io::Result<()> {
+    // SAFETY: a valid rlimit that the call only reads.
+    ok(unsafe { libc::setrlimit(which, limit) })
+}
+
+fn ok(result: libc::c_int) -> io::Result<()> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_dump_is_made_of_this_process() {
+        prepare();
+        // SAFETY: PR_GET_DUMPABLE takes nothing.
+        assert_eq!(unsafe { libc::prctl(libc::PR_GET_DUMPABLE) }, 0);
+        let limits = std::fs::read_to_string("/proc/self/limits").unwrap();
+        let words = |name: &str| {
+            let line = limits.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+            line.split_whitespace().take(2).map(str::to_owned).collect::<Vec<_>>()
+        };
+        assert_eq!(words("Max core file size"), ["0", "0"]);
+        let files = words("Max open files");
+        assert_eq!(files[0], files[1]);
+    }
+}
