@@ -100,3 +100,24 @@ fn guest_memory_is_in_huge_pages_unless_the_configuration_says_no() {
         Ok(())
     });
 }
+
+#[test]
+fn a_monitor_inherits_nothing_and_its_guest_leaves_no_line_in_the_hosts_log() {
+    case(|world| {
+        let run = world.ctr().container("inherits").detached();
+        run.run(&["sleep", "1000"])?.success()?;
+        let monitor = Sandbox::find(world.stage(), &run.id)?.monitor.pid;
+        let read = |file: &str| std::fs::read_to_string(format!("/proc/{monitor}/{file}"));
+        ensure!(read("environ")?.is_empty(), "its environment is {:?}", read("environ")?);
+        ensure!(read("oom_score_adj")?.trim() == "0", "oom_score_adj {}", read("oom_score_adj")?);
+        let limits = read("limits")?;
+        let core = limits.lines().find_map(|line| line.strip_prefix("Max core file size")).unwrap_or_default();
+        let core: Vec<&str> = core.split_whitespace().take(2).collect();
+        ensure!(core == ["0", "0"], "core files of {core:?} bytes");
+        let log = std::process::Command::new("dmesg").output()?;
+        let log = String::from_utf8_lossy(&log.stdout);
+        let lines: Vec<&str> = log.lines().filter(|line| line.contains("Unhandled WRMSR")).collect();
+        ensure!(lines.is_empty(), "the host's log has {lines:?}");
+        world.ctr().remove(&run.id)
+    });
+}
