@@ -111,7 +111,8 @@ fn a_monitor_inherits_nothing_and_its_guest_leaves_no_line_in_the_hosts_log() {
         ensure!(read("environ")?.is_empty(), "its environment is {:?}", read("environ")?);
         ensure!(read("oom_score_adj")?.trim() == "0", "oom_score_adj {}", read("oom_score_adj")?);
         let limits = read("limits")?;
-        let core = limits.lines().find_map(|line| line.strip_prefix("Max core file size")).unwrap_or_default();
+        let core =
+            limits.lines().find_map(|line| line.strip_prefix("Max core file size")).unwrap_or_default();
         let core: Vec<&str> = core.split_whitespace().take(2).collect();
         ensure!(core == ["0", "0"], "core files of {core:?} bytes");
         let log = std::process::Command::new("dmesg").output()?;

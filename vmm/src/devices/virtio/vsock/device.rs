@@ -21,6 +21,8 @@ pub struct Vsock {
     guest_cid: u32,
     socket: PathBuf,
     listener: Arc<UnixListener>,
+    /// The driver that is active next knows connections that are gone.
+    restored: bool,
 }
 
 impl Vsock {
@@ -36,7 +38,8 @@ impl Vsock {
         let refused = |source| VsockError::Bind { path: path.clone(), source };
         let listener = UnixListener::bind(path).map_err(refused)?;
         listener.set_nonblocking(true).map_err(refused)?;
-        Ok(Self { guest_cid: config.guest_cid, socket: path.clone(), listener: Arc::new(listener) })
+        let listener = Arc::new(listener);
+        Ok(Self { guest_cid: config.guest_cid, socket: path.clone(), listener, restored: false })
     }
 }
 
@@ -72,6 +75,7 @@ impl VirtioDevice for Vsock {
     fn restore(&mut self, state: Value) -> Result<(), StateError> {
         let VsockState { guest_cid } = serde_json::from_value(state)?;
         if guest_cid == self.guest_cid {
+            self.restored = true;
             return Ok(());
         }
         Err(StateError::Other(format!(
@@ -90,6 +94,7 @@ impl VirtioDevice for Vsock {
         let mut rings = queues.into_iter().map(|queue| queue.map(|queue| Ring::new(queue, features)));
         let rx = rings.next().flatten().ok_or(ActivateError::MissingQueue(0))?;
         let tx = rings.next().flatten().ok_or(ActivateError::MissingQueue(1))?;
+        let untold = rings.next().flatten().filter(|_| self.restored);
         let worker = VsockWorker {
             memory,
             rx,
@@ -97,7 +102,13 @@ impl VirtioDevice for Vsock {
             listener: Arc::clone(&self.listener),
             callers: true,
             muxer: Muxer::new(self.guest_cid, self.socket.clone(), FIRST_CONNECTION),
+            untold,
         };
         threads.start(worker).map_err(ActivateError::Worker)
+    }
+
+    /// A driver that comes anew knows no connection.
+    fn reset(&mut self) {
+        self.restored = false;
     }
 }

@@ -23,8 +23,8 @@
 //! ([`MAX_CONNECTIONS`]), refusals waiting for room in the rx ring
 //! ([`MAX_REFUSALS`]), the `CONNECT` line ([`MAX_LINE_BYTES`]). A connection
 //! whose host side does not read, or whose guest gives no credit, holds up no
-//! other. The event queue carries transport resets after a restore, of which
-//! there is none yet.
+//! other. The event queue carries a transport reset to a guest that was restored:
+//! its connections were the saved machine's.
 
 mod connection;
 mod device;

@@ -543,6 +543,34 @@ fn a_guest_that_offers_useless_buffers_for_ever_keeps_the_thread_from_nothing() 
 }
 
 #[test]
+fn a_restored_guest_is_told_once_that_its_connections_are_gone() {
+    const EVENTS: usize = 2;
+    let mut guest = Guest::asleep();
+    let saved = guest.vsock.save().unwrap();
+    guest.vsock.restore(saved).unwrap();
+    guest.wake();
+    // A buffer of no use, then one that is.
+    guest.queue.write(TX_AT, &[0xee; 8]);
+    guest.queue.send(EVENTS, &[(TX_AT, 2, WRITE)]);
+    assert_eq!(guest.queue.wait_used(EVENTS), 0);
+    guest.queue.send(EVENTS, &[(TX_AT, 8, WRITE)]);
+    assert_eq!(guest.queue.wait_used(EVENTS), 4);
+    assert_eq!(guest.queue.read(TX_AT, 8), [0, 0, 0, 0, 0xee, 0xee, 0xee, 0xee]);
+    guest.queue.send(EVENTS, &[(TX_AT, 8, WRITE)]);
+    guest.connect();
+    assert_eq!(guest.queue.try_used(EVENTS), None);
+
+    guest.queue.stop();
+    guest.vsock.reset();
+    guest.queue.reset();
+    guest.kept = (0..RX_BUFFERS).map(|index| RX_AT + index * RX_BYTES).collect();
+    guest.wake();
+    guest.queue.send(EVENTS, &[(TX_AT, 8, WRITE)]);
+    guest.connect();
+    assert_eq!(guest.queue.try_used(EVENTS), None, "a driver that came anew");
+}
+
+#[test]
 fn a_reset_ends_connections_and_the_device_starts_afresh() {
     let mut guest = Guest::new();
     let (mut stream, _) = guest.connect();

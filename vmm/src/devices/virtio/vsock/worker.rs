@@ -16,8 +16,13 @@ use crate::memory::GuestRam;
 const RX: u64 = 0;
 const TX: u64 = 1;
 const LISTENER: u64 = 2;
+const EVENTS: u64 = 3;
 /// Tokens from here on belong to connections.
-pub(super) const FIRST_CONNECTION: u64 = 3;
+pub(super) const FIRST_CONNECTION: u64 = 4;
+
+/// `struct virtio_vsock_event` with VIRTIO_VSOCK_EVENT_TRANSPORT_RESET (section
+/// 5.10.6.8).
+const TRANSPORT_RESET: [u8; 4] = [0; 4];
 
 pub(super) struct VsockWorker {
     pub(super) memory: GuestRam,
@@ -27,6 +32,9 @@ pub(super) struct VsockWorker {
     /// Host programs may wait at the listener.
     pub(super) callers: bool,
     pub(super) muxer: Muxer,
+    /// The event queue, until the guest has been told that its connections are gone:
+    /// they were those of the machine that was saved.
+    pub(super) untold: Option<Ring>,
 }
 
 impl Handler for VsockWorker {
@@ -35,6 +43,9 @@ impl Handler for VsockWorker {
     fn register(&mut self, epoll: &Epoll) -> io::Result<()> {
         self.rx.register(epoll, RX)?;
         self.tx.register(epoll, TX)?;
+        if let Some(events) = &self.untold {
+            events.register(epoll, EVENTS)?;
+        }
         add(epoll, &*self.listener, EventSet::IN | EventSet::EDGE_TRIGGERED, LISTENER)
     }
 
@@ -42,7 +53,7 @@ impl Handler for VsockWorker {
         for event in ready {
             match event.data() {
                 // The rings are looked at in any case.
-                RX | TX => {}
+                RX | TX | EVENTS => {}
                 LISTENER => self.callers = true,
                 token => self.muxer.ready(epoll, token, event.event_set()),
             }
@@ -50,6 +61,7 @@ impl Handler for VsockWorker {
         if self.callers {
             self.callers = !self.muxer.accept(epoll, &self.listener);
         }
+        self.tell()?;
         self.take(epoll)?;
         self.give()?;
         Ok(())
@@ -65,6 +77,32 @@ impl Handler for VsockWorker {
 }
 
 impl VsockWorker {
+    /// Tells the guest that its connections are gone, once it has a buffer for that.
+    fn tell(&mut self) -> Result<(), RingError> {
+        let Some(events) = &mut self.untold else { return Ok(()) };
+        // As many of no use as there are: the next one may be of use.
+        for _ in 0..events.size() {
+            let Some(chain) = events.pop(&self.memory)? else { break };
+            let head = chain.head_index();
+            let told = match GuestBuffers::from_chain(&self.memory, chain) {
+                Ok((_, mut buffer)) if buffer.len() >= TRANSPORT_RESET.len() => {
+                    buffer.write(&TRANSPORT_RESET)
+                }
+                _ => 0,
+            };
+            events.push(&self.memory, head, told as u32)?;
+            events.notify(&self.memory)?;
+            if told > 0 {
+                self.untold = None;
+                return Ok(());
+            }
+        }
+        if events.arm(&self.memory)? {
+            events.kick_again();
+        }
+        Ok(())
+    }
+
     /// Takes the guest's packets, at most a ring full.
     fn take(&mut self, epoll: &Epoll) -> Result<(), RingError> {
         for _ in 0..self.tx.size() {
