@@ -277,8 +277,8 @@ mod tests {
         let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
         for region in memory.iter() {
             let start = format!("{:x}-", region.as_ptr() as u64);
-            let flags = smaps.lines().skip_while(|line| !line.starts_with(&start));
-            let flags = flags.skip_while(|line| !line.starts_with("VmFlags:")).next().unwrap();
+            let mut flags = smaps.lines().skip_while(|line| !line.starts_with(&start));
+            let flags = flags.find(|line| line.starts_with("VmFlags:")).unwrap();
             assert!(flags.split_whitespace().any(|flag| flag == "dd"), "{flags}");
         }
     }
