@@ -232,6 +232,7 @@ fn a_working_directory_is_made() {
                 Ok(run.run(&["sh", "-c", script])?.success()?.text())
             };
             let runc = under(world.ctr().under("io.containerd.runc.v2"))?;
+            rvm_tests::host::remove_runcs_parent();
             let rvm = under(world.ctr())?;
             ensure!(rvm == runc, "{options:?}: runc {runc:?}, rvm {rvm:?}");
             ensure!(rvm == "/nowhere/at/all\n755 0 0\n755 0 0\n", "{options:?}: {rvm:?}");

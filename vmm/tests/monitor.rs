@@ -328,6 +328,8 @@ fn a_disk_is_plugged_into_the_running_machine_and_taken_out() {
     let message = control.refused(disk("s"), Some(&null));
     assert_eq!(message, "disk s: it must be a regular file or a block device");
     assert!(control.refused(Request::Pause, Some(&null)).contains("takes no descriptor"));
+    let remove = || Request::RemoveDisk { serial: "s".into() };
+    assert!(control.refused(remove(), None).contains("there is no disk s"));
     assert_eq!(printed(), "");
     let file = File::create_new(sandbox.path("disk")).unwrap();
     file.set_len(512).unwrap();
@@ -335,8 +337,8 @@ fn a_disk_is_plugged_into_the_running_machine_and_taken_out() {
     assert_eq!(control.ask_with(disk("s"), Some(&file)), Response::Ok);
     assert_eq!(control.refused(disk("s"), Some(&file)), "disk s is there already");
     wait_for(|| printed() == "found\n");
-    assert_eq!(control.ask(Request::RemoveDisk { serial: "s".into() }), Response::Ok);
-    assert!(control.refused(Request::RemoveDisk { serial: "s".into() }, None).contains("there is no disk s"));
+    // The guest ends when it sees that, and the monitor with it.
+    assert_eq!(control.ask(remove()), Response::Ok);
     let output = finish(child);
     assert_eq!(output.status.code(), Some(exit_code::OK), "{}", stderr(&output));
     assert_eq!(printed(), "found\ngone\n");
