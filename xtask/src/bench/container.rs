@@ -3,11 +3,9 @@
 use std::fmt::Write;
 
 use anyhow::Result;
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use super::{aims, result};
-use crate::build::Profile;
-use crate::e2e::{self, Prepared};
+use super::{Bench, aims};
 
 /// Arguments of `cargo xtask bench container`.
 #[derive(clap::Args)]
@@ -28,21 +26,7 @@ const AIMS: [(&str, f64); 3] = [("rvm/runc, start", 1.2), ("rvm/runc, exec", 0.7
 
 /// Runs `cargo xtask bench container`.
 pub fn run(args: Args) -> Result<()> {
-    let profile = if args.fast { Profile::Fast } else { Profile::Release };
-    let mut prepared = Prepared::new(profile)?;
-    let program = e2e::program("rvm-bench", Profile::Fast)?;
-    prepared.set("RVM_BENCH_RUNS", args.runs.to_string());
-    eprintln!("{}", prepared.host);
-    let mut all =
-        result("container", |output| prepared.run_with_kvm(&program, &["container".to_owned()], output))?;
-    all["conditions"]["where"] = json!(prepared.host.to_string());
-    all["conditions"]["profile"] = json!(profile.as_str());
-    if args.json {
-        println!("{}", serde_json::to_string(&all)?);
-    } else {
-        print!("{}", text(&all));
-    }
-    Ok(())
+    Bench::new("container", args.fast, args.runs)?.report(args.json, text)
 }
 
 /// The result for people.
@@ -82,6 +66,8 @@ fn ms(value: &Value) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]

@@ -3,11 +3,10 @@
 use std::fmt::Write;
 
 use anyhow::Result;
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use super::{aims, result};
-use crate::build::{self, Profile};
-use crate::e2e::{self, Prepared};
+use super::{Bench, aims};
+use crate::build;
 
 /// Arguments of `cargo xtask bench files`.
 #[derive(clap::Args)]
@@ -30,24 +29,12 @@ const AGAIN: f64 = 2.0;
 
 /// Runs `cargo xtask bench files`.
 pub fn run(args: Args) -> Result<()> {
-    let profile = if args.fast { Profile::Fast } else { Profile::Release };
-    let mut prepared = Prepared::new(profile)?;
-    let program = e2e::program("rvm-bench", Profile::Fast)?;
+    let mut bench = Bench::new("files", args.fast, args.runs)?;
     let one = build::debian_image()?;
-    prepared.set("RVM_BENCH_IMAGE_FIVE", build::debian_image_of_layers(&one, 5)?);
-    prepared.set("RVM_BENCH_IMAGE_ONE", one);
-    prepared.set("RVM_BENCH_RUNS", args.runs.to_string());
-    prepared.memory_mib = MEMORY_MIB;
-    eprintln!("{}", prepared.host);
-    let mut all = result("files", |output| prepared.run_with_kvm(&program, &["files".to_owned()], output))?;
-    all["conditions"]["where"] = json!(prepared.host.to_string());
-    all["conditions"]["profile"] = json!(profile.as_str());
-    if args.json {
-        println!("{}", serde_json::to_string(&all)?);
-    } else {
-        print!("{}", text(&all));
-    }
-    Ok(())
+    bench.prepared.set("RVM_BENCH_IMAGE_FIVE", build::debian_image_of_layers(&one, 5)?);
+    bench.prepared.set("RVM_BENCH_IMAGE_ONE", one);
+    bench.prepared.memory_mib = MEMORY_MIB;
+    bench.report(args.json, text)
 }
 
 /// The result for people.
@@ -68,6 +55,8 @@ fn text(result: &Value) -> String {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]

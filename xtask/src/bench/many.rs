@@ -3,11 +3,9 @@
 use std::fmt::Write;
 
 use anyhow::Result;
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use super::{aims, result};
-use crate::build::Profile;
-use crate::e2e::{self, Prepared};
+use super::{Bench, aims};
 
 /// Arguments of `cargo xtask bench many`.
 #[derive(clap::Args)]
@@ -28,21 +26,9 @@ pub struct Args {
 
 /// Runs `cargo xtask bench many`.
 pub fn run(args: Args) -> Result<()> {
-    let profile = if args.fast { Profile::Fast } else { Profile::Release };
-    let mut prepared = Prepared::new(profile)?;
-    let program = e2e::program("rvm-bench", Profile::Fast)?;
-    prepared.set("RVM_BENCH_RUNS", args.runs.to_string());
-    prepared.set("RVM_BENCH_COUNT", args.containers.to_string());
-    eprintln!("{}", prepared.host);
-    let mut all = result("many", |output| prepared.run_with_kvm(&program, &["many".to_owned()], output))?;
-    all["conditions"]["where"] = json!(prepared.host.to_string());
-    all["conditions"]["profile"] = json!(profile.as_str());
-    if args.json {
-        println!("{}", serde_json::to_string(&all)?);
-    } else {
-        print!("{}", text(&all));
-    }
-    Ok(())
+    let mut bench = Bench::new("many", args.fast, args.runs)?;
+    bench.prepared.set("RVM_BENCH_COUNT", args.containers.to_string());
+    bench.report(args.json, text)
 }
 
 /// The result for people.
@@ -91,6 +77,8 @@ fn number(value: &Value) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]

@@ -8,11 +8,13 @@ mod report;
 mod tiny_init;
 
 use std::fmt::Write;
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::e2e::Output;
+use crate::build::Profile;
+use crate::e2e::{self, Output, Prepared};
 
 /// Arguments of `cargo xtask bench`.
 #[derive(clap::Args)]
@@ -61,6 +63,41 @@ fn aims(result: &Value, aims: &[(&str, f64)]) -> String {
     }
     text.push('\n');
     text
+}
+
+/// A benchmark that is one part of the program, against a peer in one run.
+struct Bench {
+    part: &'static str,
+    profile: Profile,
+    program: PathBuf,
+    /// What it runs in and is told.
+    prepared: Prepared,
+}
+
+impl Bench {
+    /// Builds what is measured: with `fast` what tests run, else what is installed.
+    fn new(part: &'static str, fast: bool, runs: u32) -> Result<Self> {
+        let profile = if fast { Profile::Fast } else { Profile::Release };
+        let mut prepared = Prepared::new(profile)?;
+        let program = e2e::program("rvm-bench", Profile::Fast)?;
+        prepared.set("RVM_BENCH_RUNS", runs.to_string());
+        Ok(Self { part, profile, program, prepared })
+    }
+
+    /// Measures, and prints the result: one JSON object, or what `text` makes of it.
+    fn report(&self, as_json: bool, text: impl Fn(&Value) -> String) -> Result<()> {
+        let Self { part, profile, program, prepared } = self;
+        eprintln!("{}", prepared.host);
+        let mut all = result(part, |output| prepared.run_with_kvm(program, &[(*part).to_owned()], output))?;
+        all["conditions"]["where"] = json!(prepared.host.to_string());
+        all["conditions"]["profile"] = json!(profile.as_str());
+        if as_json {
+            println!("{}", serde_json::to_string(&all)?);
+        } else {
+            print!("{}", text(&all));
+        }
+        Ok(())
+    }
 }
 
 /// What the program's result line starts with.
