@@ -33,10 +33,22 @@ impl Purpose {
             // The linker and C library of Rust's gnu target; the static libc is part of libc6-dev.
             Self::Build => &["gcc", "libc6-dev"],
             Self::GuestKernel => guest_kernel::BUILD_PACKAGES,
-            Self::Containers => &["containerd", "e2fsprogs", "runc", "util-linux"],
+            Self::Containers => &[
+                "conntrack",
+                "containerd",
+                "containernetworking-plugins",
+                "curl",
+                "e2fsprogs",
+                "iproute2",
+                "iptables",
+                "iputils-ping",
+                "nftables",
+                "runc",
+                "util-linux",
+            ],
             Self::DebianImage => rootfs_builder::bootstrap::PACKAGES,
             Self::Devhost => &["kmod", "qemu-system-x86", "xz-utils", "zstd"],
-            Self::Bench => &["qemu-system-x86"],
+            Self::Bench => &["iperf3", "qemu-system-x86"],
             Self::FileSystemTests => &["libacl1-dev"],
         }
     }

@@ -63,6 +63,8 @@ pub struct RunFiles {
     pub terminal: bool,
     /// How cgroups are mounted.
     pub cgroups: Cgroups,
+    /// Where in the guest all modules of its kernel are.
+    pub modules: PathBuf,
 }
 
 impl RunFiles {
@@ -79,6 +81,7 @@ impl RunFiles {
         }
         cpio.file("run.d/visible", 0o644, &visible)?;
         cpio.file("run.d/cgroups", 0o644, self.cgroups.as_str().as_bytes())?;
+        cpio.file("run.d/modules", 0o644, self.modules.as_os_str().as_bytes())?;
         if self.terminal {
             cpio.file("run.d/terminal", 0o644, b"")?;
         }

@@ -6,7 +6,7 @@
 #   rvm.heartbeat   host: a byte now and then, for the interrupt that comes with it
 #   rvm.stdin rvm.stdout rvm.stderr   the command's streams
 # and hvc0 is the command's terminal when it has one. run/ is what xtask appended
-# for this run: command (a shell script), visible, terminal.
+# for this run: command (a shell script), visible, terminal, cgroups, modules.
 
 stage=/run/devhost
 
@@ -106,13 +106,17 @@ assemble_root() {
     mount -t debugfs debugfs /sys/kernel/debug
     mount -t securityfs securityfs /sys/kernel/security
     mount -t bpf bpf /sys/fs/bpf
+    # Where modprobe looks, which the kernel starts for what it finds missing.
+    mkdir -p /new/lib/modules
+    ln -sfn "$(cat $stage/run/modules)" "/new/lib/modules/$(uname -r)"
     hostname devhost
     ip link set lo up
     echo 1 >/proc/sys/net/ipv4/ip_forward
+    echo 1 >/proc/sys/net/ipv6/conf/all/forwarding
 
     wait $more
     # udev would open these up.
-    chmod 666 /dev/net/tun /dev/fuse
+    chmod 666 /dev/net/tun /dev/vhost-net /dev/fuse
     for dir in dev proc sys run; do
         mkdir -p /new/$dir
         mount --move /$dir /new/$dir

@@ -18,7 +18,9 @@ const META_PACKAGE: &str = "linux-image-amd64";
 /// Modules the root and the way to the outside need.
 const ROOT_MODULES: &[&str] = &["virtio_pci", "9pnet_virtio", "9p", "overlay", "virtio_console"];
 
-/// Modules that rvm, its peers and containers need; inserted while the root is put together.
+/// Modules that rvm, its peers and containers need and that nothing asks for by
+/// name; inserted while the root is put together. What the kernel itself asks for
+/// (kinds of links, qdiscs, tables of netfilter) it finds by modprobe.
 const MODULES: &[&str] = &[
     "kvm_amd",
     "tun",
@@ -26,6 +28,7 @@ const MODULES: &[&str] = &[
     "vhost_vsock",
     "veth",
     "bridge",
+    "br_netfilter",
     "loop",
     "crc32c_generic",
     "ext4",
@@ -40,7 +43,7 @@ pub struct Kernel {
     /// The kernel as Debian has it, compressed.
     image: PathBuf,
     /// `lib/modules/VERSION` of the package.
-    modules: PathBuf,
+    pub modules: PathBuf,
     /// Name of the package, version included.
     pub package: String,
 }

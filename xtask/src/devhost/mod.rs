@@ -171,6 +171,7 @@ pub struct Devhost {
     options: Options,
     qemu: qemu::Qemu,
     kernel: PathBuf,
+    modules: PathBuf,
     initramfs: PathBuf,
     slot: Slot,
 }
@@ -211,7 +212,8 @@ impl Devhost {
         let kernel = kernel::Kernel::fetch(&packages)?;
         let cache = build::cache_dir()?.join("devhost");
         let initramfs = image::initramfs(&kernel, &cache)?;
-        Ok(Self { options, qemu, kernel: kernel.vmlinux(&cache)?, initramfs, slot })
+        let vmlinux = kernel.vmlinux(&cache)?;
+        Ok(Self { options, qemu, kernel: vmlinux, modules: kernel.modules, initramfs, slot })
     }
 
     /// A directory the command can write to, as `$RVM_OUT`; it is kept.
@@ -230,6 +232,7 @@ impl Devhost {
             visible: self.visible()?,
             terminal: matches!(stdio, Stdio::Terminal),
             cgroups: self.options.cgroups,
+            modules: self.modules.clone(),
         };
         if run.terminal && !std::io::stdin().is_terminal() {
             bail!("a terminal was asked for, but standard input is none");
