@@ -32,6 +32,11 @@ pub const SCRATCH_DIR: &str = "/run/rvm/scratch";
 /// virtio-blk serial of the scratch device.
 pub const SCRATCH_SERIAL: &str = "rvm-scratch";
 
+/// PCI device numbers of network interfaces, on bus 0 and function 0 (in the guest
+/// `/sys/bus/pci/devices/0000:00:XX.0`, in hexadecimal); no other device gets one.
+/// The shim gives each interface its number, by which all know it.
+pub const NET_SLOTS: std::ops::Range<u8> = 24..32;
+
 /// Kernel parameters every guest is started with; a user's own come after them.
 /// What the machine itself needs (PCI, memory) is the monitor's to add.
 pub const DEFAULT_CMDLINE: &str = concat!(

@@ -7,7 +7,7 @@
 //!
 //! Its owner controls it over one end of a pair of connected sockets
 //! (`SOCK_SEQPACKET`) that it inherits as `--control-fd N`: each packet is a
-//! [`Call`] or a [`Reply`] as JSON, with a descriptor attached where the request
+//! [`Call`] or a [`Reply`] as JSON, with descriptors attached where the request
 //! says so. When the owner's end is closed the machine ends, in order.
 //!
 //! The control socket at a path is for others to look: a Unix stream socket, each
@@ -64,6 +64,9 @@ pub struct VmConfig {
     /// virtio-blk devices.
     #[serde(default)]
     pub disks: Vec<DiskConfig>,
+    /// virtio-net devices that are there from the start.
+    #[serde(default)]
+    pub nets: Vec<InheritedNet>,
 }
 
 /// virtio-vsock in user space. A host program connects to `socket`, writes
@@ -120,6 +123,75 @@ pub struct DiskConfig {
     pub readonly: bool,
 }
 
+/// One virtio-net device: a tap of the host's, opened once per queue pair.
+///
+/// The taps are made with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`, and
+/// `IFF_MULTI_QUEUE` where there are several pairs; what they take over from the
+/// network stack (`TUNSETOFFLOAD`) and their header's size are the monitor's to set.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetConfig {
+    /// Its PCI device number, one of [`NET_SLOTS`](crate::guest::NET_SLOTS), by
+    /// which shim, monitor and agent know it.
+    pub slot: u8,
+    /// Its address: neither multicast nor zero.
+    pub mac: [u8; 6],
+    /// Largest MTU the guest can set on it, which is also what it starts with, 68 or
+    /// more; 0 where the guest may set any and starts with 1500, which is right
+    /// for an interface whose MTU can be raised later.
+    #[serde(default)]
+    pub mtu: u16,
+    /// Pairs of queues, 1 to [`MAX_QUEUE_PAIRS`]: more than vCPUs are of no use.
+    pub queue_pairs: u8,
+    /// How fast the guest may receive. A limit in either direction has the monitor
+    /// move the frames even where vhost-net could.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub receive: Option<RateLimit>,
+    /// How fast it may transmit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transmit: Option<RateLimit>,
+}
+
+/// A [`NetConfig`] with descriptors the monitor inherits, by their numbers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InheritedNet {
+    /// The device.
+    pub net: NetConfig,
+    /// Its tap, opened once per queue pair.
+    pub taps: Vec<i32>,
+    /// `/dev/vhost-net`, opened once per queue pair, or none where the monitor
+    /// is to move the frames itself.
+    #[serde(default)]
+    pub vhost: Vec<i32>,
+}
+
+/// How much may pass in one direction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimit {
+    /// Bytes of frames, with their Ethernet headers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<TokenBucket>,
+    /// Frames. One that the guest's kernel or the host's is still to cut into
+    /// segments counts as one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub packets: Option<TokenBucket>,
+}
+
+/// A bucket that starts full. What takes more than it holds is let through and
+/// owed, so that the average is kept whatever the size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenBucket {
+    /// What flows in, 1 or more.
+    pub per_second: u64,
+    /// What it holds, 1 or more.
+    pub burst: u64,
+}
+
+/// Most queue pairs of one virtio-net device.
+pub const MAX_QUEUE_PAIRS: u8 = 32;
 /// Most vCPUs of one machine: APIC ids in its MP table are bytes, and 255 is
 /// broadcast. The guest's kernel is built for as many (`CONFIG_NR_CPUS`).
 pub const MAX_VCPUS: u8 = 255;
@@ -177,6 +249,24 @@ pub enum Request {
         /// The disk's serial.
         serial: String,
     },
+    /// Plugs a virtio-net device into the running machine. Attached are the tap's
+    /// descriptors, one for each queue pair, and after them none, or one of
+    /// `/dev/vhost-net` for each. The guest finds it when it scans its PCI bus again.
+    AddNet(NetConfig),
+    /// Takes a virtio-net device out of the running machine and closes its
+    /// descriptors; the guest has been told to let go of it before. One that has not
+    /// finds nothing there.
+    RemoveNet {
+        /// The device's.
+        slot: u8,
+    },
+    /// Tells the guest whether a virtio-net device's link is up; it is at first.
+    SetLink {
+        /// The device's.
+        slot: u8,
+        /// Whether there is a carrier.
+        up: bool,
+    },
     /// Makes so many vCPUs exist, if there are fewer: the guest can bring them up
     /// from then on. One that exists stays; a guest that has taken it down leaves
     /// it idle.
@@ -223,6 +313,56 @@ pub struct Metrics {
     pub memory_plugged_bytes: u64,
     /// Guest memory resident on the host, in bytes.
     pub memory_resident_bytes: u64,
+    /// The virtio-net devices, by slot.
+    #[serde(default)]
+    pub nets: Vec<NetMetrics>,
+}
+
+/// A virtio-net device's counters.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetMetrics {
+    /// Its PCI device number.
+    pub slot: u8,
+    /// Who moves its frames.
+    pub mover: NetMover,
+    /// Why that is not vhost-net although its descriptors were given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fallback: Option<String>,
+    /// To the guest, as far as the monitor moved it: what vhost-net moves, the
+    /// tap's own counters on the host tell.
+    pub receive: NetCounts,
+    /// From the guest.
+    pub transmit: NetCounts,
+}
+
+/// Who moves frames between a tap and the guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NetMover {
+    /// Nobody: no driver drives the device.
+    #[default]
+    Nobody,
+    /// The monitor.
+    UserSpace,
+    /// The host's kernel.
+    Vhost,
+}
+
+/// What the monitor moved in one direction of a virtio-net device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetCounts {
+    /// Frames.
+    pub frames: u64,
+    /// Their bytes, with Ethernet headers.
+    pub bytes: u64,
+    /// Frames that the guest's filter, the host or their form kept from passing.
+    pub dropped: u64,
+    /// Frames of which bytes were copied in the monitor.
+    pub copied: u64,
+    /// Times the monitor's thread took up work.
+    pub wakeups: u64,
+    /// Interrupts raised in the guest.
+    pub interrupts: u64,
 }
 
 /// Returns of `KVM_RUN` to user space by reason.

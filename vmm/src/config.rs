@@ -6,13 +6,13 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use rvm_protocol::vmm::{MAX_VCPUS, VmConfig};
+use rvm_protocol::guest::NET_SLOTS;
+use rvm_protocol::vmm::{InheritedNet, MAX_VCPUS, VmConfig};
 use thiserror::Error;
 
 use crate::arch::layout::{self, CMDLINE_MAX_SIZE, MEMORY_BLOCK};
 use crate::arch::vendor::Vendor;
 use crate::boot::params;
-use crate::pci::SLOTS;
 
 /// Smallest guest memory, in MiB: kernel, initramfs and a little.
 pub const MIN_MEMORY_MIB: u64 = 32;
@@ -20,8 +20,9 @@ pub const MIN_MEMORY_MIB: u64 = 32;
 pub const MAX_MEMORY_MIB: u64 = 1 << 20;
 /// Longest path of a Unix socket.
 const MAX_SOCKET_PATH: usize = 107;
-/// Devices beside the entropy device, which is always there.
-const MAX_DEVICES: usize = SLOTS - 1;
+/// Devices beside the entropy device, which is always there, and network interfaces,
+/// which have slots of their own.
+const MAX_DEVICES: usize = NET_SLOTS.start as usize - 1;
 
 /// What is wrong with a configuration; every message starts with the field.
 #[derive(Debug, Error)]
@@ -149,6 +150,9 @@ pub fn check(mut vm: VmConfig) -> Result<CheckedConfig, ConfigError> {
     let devices = vm.shares.len() + vm.disks.len() + usize::from(vm.vsock.is_some());
     if devices > MAX_DEVICES {
         return wrong("disks", format!("{devices} devices with shares and vsock; at most {MAX_DEVICES} fit"));
+    }
+    if let Some(InheritedNet { net, .. }) = vm.nets.first() {
+        return wrong("nets", format!("slot {}: this monitor has no virtio-net yet", net.slot));
     }
     let kernel = open("kernel", &vm.kernel)?;
     let initramfs = vm.initramfs.as_deref().map(|path| open("initramfs", path)).transpose()?;

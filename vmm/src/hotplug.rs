@@ -11,6 +11,7 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
+use rvm_protocol::vmm::NetConfig;
 use thiserror::Error;
 use vm_memory::GuestMemoryRegion;
 
@@ -56,6 +57,9 @@ pub enum HotplugError {
     /// There is no disk of that serial.
     #[error("there is no disk {0}")]
     NoDisk(String),
+    /// There are no network interfaces yet.
+    #[error("slot {0}: this monitor has no virtio-net yet")]
+    NoNets(u8),
     /// KVM did not take the memory.
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -112,6 +116,21 @@ impl Hotplug {
         drop(bus.remove(slot));
         log::info!("disk {serial} taken out of slot {slot}");
         Ok(())
+    }
+
+    /// Plugs a network interface into `bus`.
+    pub fn add_net(&mut self, _bus: &PciBus, net: &NetConfig, _files: Vec<File>) -> Result<(), HotplugError> {
+        Err(HotplugError::NoNets(net.slot))
+    }
+
+    /// Takes a network interface off `bus`.
+    pub fn remove_net(&mut self, _bus: &PciBus, slot: u8) -> Result<(), HotplugError> {
+        Err(HotplugError::NoNets(slot))
+    }
+
+    /// Tells the guest whether an interface's link is up.
+    pub fn set_link(&mut self, slot: u8, _up: bool) -> Result<(), HotplugError> {
+        Err(HotplugError::NoNets(slot))
     }
 
     /// Bytes the guest has plugged.

@@ -124,29 +124,34 @@ impl Owned {
     }
 
     /// What the owner's request is answered; `stop` is set where it is to end the machine.
-    fn handle(&mut self, request: Request, file: Option<File>, stop: &mut bool) -> Response {
+    fn handle(&mut self, request: Request, mut files: Vec<File>, stop: &mut bool) -> Response {
+        if let Some(problem) = wrong_number(&request, files.len()) {
+            return Response::Error { message: problem.into() };
+        }
         let pci = &self.buses.pci;
-        match (request, file) {
-            (Request::AddDisk { serial, readonly }, file) => {
-                answer(self.hotplug.add_disk(pci, &serial, file, readonly))
+        match request {
+            Request::AddDisk { serial, readonly } => {
+                answer(self.hotplug.add_disk(pci, &serial, files.pop(), readonly))
             }
-            (Request::Save, Some(file)) => answer(self.save(&file)),
-            (Request::Save, None) => {
-                Response::Error { message: "no descriptor is attached to the request".into() }
-            }
-            (_, Some(_)) => Response::Error { message: "this request takes no descriptor".into() },
-            (Request::RemoveDisk { serial }, None) => answer(self.hotplug.remove_disk(pci, &serial)),
-            (Request::SetHotplugMemory { mib }, None) => answer(self.hotplug.request(pci, mib)),
-            (Request::SetVcpus { count }, None) => answer(self.set_vcpus(count)),
-            (Request::Metrics, None) => self.metrics(),
-            (Request::Pause, None) => self.pause(),
-            (Request::Resume, None) => {
+            Request::RemoveDisk { serial } => answer(self.hotplug.remove_disk(pci, &serial)),
+            Request::AddNet(net) => answer(self.hotplug.add_net(pci, &net, files)),
+            Request::RemoveNet { slot } => answer(self.hotplug.remove_net(pci, slot)),
+            Request::SetLink { slot, up } => answer(self.hotplug.set_link(slot, up)),
+            Request::Save => match files.pop() {
+                Some(file) => answer(self.save(&file)),
+                None => Response::Error { message: "no descriptor is attached to the request".into() },
+            },
+            Request::SetHotplugMemory { mib } => answer(self.hotplug.request(pci, mib)),
+            Request::SetVcpus { count } => answer(self.set_vcpus(count)),
+            Request::Metrics => self.metrics(),
+            Request::Pause => self.pause(),
+            Request::Resume => {
                 self.paused = false;
                 self.buses.pci.resume();
                 self.threads.iter().for_each(VcpuThread::resume);
                 Response::Ok
             }
-            (Request::Stop, None) => {
+            Request::Stop => {
                 *stop = true;
                 Response::Ok
             }
@@ -231,6 +236,7 @@ impl Owned {
             memory_bytes: boot_bytes + plugged_bytes,
             memory_plugged_bytes: plugged_bytes,
             memory_resident_bytes,
+            nets: Vec::new(),
         })
     }
 
@@ -250,6 +256,15 @@ enum SetVcpusError {
     Create(#[from] VcpuError),
     #[error("a vCPU's thread could not be started")]
     Thread(#[from] io::Error),
+}
+
+/// What is wrong with so many descriptors attached to a request.
+fn wrong_number(request: &Request, files: usize) -> Option<&'static str> {
+    match (request, files) {
+        (_, 0) | (Request::AddNet(_), _) | (Request::AddDisk { .. } | Request::Save, 1) => None,
+        (Request::AddDisk { .. } | Request::Save, _) => Some("this request takes one descriptor"),
+        _ => Some("this request takes no descriptor"),
+    }
 }
 
 /// What a request that may fail is answered: an error with what caused it, in one
@@ -277,7 +292,7 @@ fn listen(
                     stop = true;
                 }
                 (Event::Owner, Some(channel), _) => {
-                    let mut handle = |request, file| owned.handle(request, file, &mut stop);
+                    let mut handle = |request, files| owned.handle(request, files, &mut stop);
                     if channel.serve(&mut handle) == Served::Closed {
                         log::warn!("stopped because its owner is gone");
                         stop = true;

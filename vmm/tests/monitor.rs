@@ -282,6 +282,8 @@ fn others_can_look_and_do_nothing_else() {
         Request::RemoveDisk { serial: "s".into() },
         Request::SetHotplugMemory { mib: 2 },
         Request::SetVcpus { count: 2 },
+        Request::RemoveNet { slot: 24 },
+        Request::SetLink { slot: 24, up: false },
         Request::Save,
     ] {
         match at_path(request) {

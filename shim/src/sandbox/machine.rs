@@ -245,6 +245,7 @@ fn vm_config(config: &Config, plan: &Plan) -> VmConfig {
             },
         ],
         disks: Vec::new(),
+        nets: Vec::new(),
     }
 }
 

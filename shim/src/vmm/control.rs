@@ -4,7 +4,7 @@
 use std::{
     io::{self, IoSlice},
     os::{
-        fd::{AsRawFd, BorrowedFd, OwnedFd},
+        fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd},
         unix::net::UnixDatagram as StdDatagram,
     },
     time::Duration,
@@ -13,7 +13,7 @@ use std::{
 use nix::sys::socket::{
     AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, recv, sendmsg, socketpair,
 };
-use rvm_protocol::vmm::{Call, MAX_MESSAGE_LEN, Metrics, Reply, Request, Response};
+use rvm_protocol::vmm::{Call, MAX_MESSAGE_LEN, Metrics, NetConfig, Reply, Request, Response};
 use tokio::{io::Interest, net::UnixDatagram, sync::Mutex, time::timeout};
 
 use super::MonitorError;
@@ -52,37 +52,58 @@ impl Control {
         fd: BorrowedFd<'_>,
     ) -> Result<(), MonitorError> {
         let request = Request::AddDisk { serial: serial.to_owned(), readonly };
-        self.done("add_disk", request, Some(fd)).await
+        self.done("add_disk", request, &[fd]).await
     }
 
     /// Takes a disk out of the running machine. The guest has let go of it.
     pub async fn remove_disk(&self, serial: &str) -> Result<(), MonitorError> {
-        self.done("remove_disk", Request::RemoveDisk { serial: serial.to_owned() }, None).await
+        self.done("remove_disk", Request::RemoveDisk { serial: serial.to_owned() }, &[]).await
+    }
+
+    /// Plugs a network interface into the running machine: a tap, opened once per queue
+    /// pair, and `/dev/vhost-net` as often, or not at all.
+    pub async fn add_net(
+        &self,
+        net: &NetConfig,
+        taps: &[BorrowedFd<'_>],
+        vhost: &[BorrowedFd<'_>],
+    ) -> Result<(), MonitorError> {
+        self.done("add_net", Request::AddNet(net.clone()), &[taps, vhost].concat()).await
+    }
+
+    /// Takes a network interface out of the running machine. The guest has let go of it.
+    pub async fn remove_net(&self, slot: u8) -> Result<(), MonitorError> {
+        self.done("remove_net", Request::RemoveNet { slot }, &[]).await
+    }
+
+    /// Tells the guest whether an interface's link is up.
+    pub async fn set_link(&self, slot: u8, up: bool) -> Result<(), MonitorError> {
+        self.done("set_link", Request::SetLink { slot, up }, &[]).await
     }
 
     /// Makes so many vCPUs exist, for the guest to bring them up.
     pub async fn set_vcpus(&self, count: u8) -> Result<(), MonitorError> {
-        self.done("set_vcpus", Request::SetVcpus { count }, None).await
+        self.done("set_vcpus", Request::SetVcpus { count }, &[]).await
     }
 
     /// Offers the machine so much memory beside what it started with.
     pub async fn set_hotplug_memory(&self, mib: u64) -> Result<(), MonitorError> {
-        self.done("set_hotplug_memory", Request::SetHotplugMemory { mib }, None).await
+        self.done("set_hotplug_memory", Request::SetHotplugMemory { mib }, &[]).await
     }
 
     /// Stops every vCPU between two instructions.
     pub async fn pause(&self) -> Result<(), MonitorError> {
-        self.done("pause", Request::Pause, None).await
+        self.done("pause", Request::Pause, &[]).await
     }
 
     /// Lets them go on.
     pub async fn resume(&self) -> Result<(), MonitorError> {
-        self.done("resume", Request::Resume, None).await
+        self.done("resume", Request::Resume, &[]).await
     }
 
     /// The monitor's counters.
     pub async fn metrics(&self) -> Result<Metrics, MonitorError> {
-        match self.call("metrics", Request::Metrics, None).await? {
+        match self.call("metrics", Request::Metrics, &[]).await? {
             Response::Metrics(metrics) => Ok(metrics),
             other => Err(MonitorError::Refused(format!("answers metrics with {other:?}"))),
         }
@@ -92,9 +113,9 @@ impl Control {
         &self,
         name: &'static str,
         request: Request,
-        fd: Option<BorrowedFd<'_>>,
+        fds: &[BorrowedFd<'_>],
     ) -> Result<(), MonitorError> {
-        match self.call(name, request, fd).await? {
+        match self.call(name, request, fds).await? {
             Response::Ok => Ok(()),
             other => Err(MonitorError::Refused(format!("answers {name} with {other:?}"))),
         }
@@ -106,13 +127,13 @@ impl Control {
         &self,
         name: &'static str,
         request: Request,
-        fd: Option<BorrowedFd<'_>>,
+        fds: &[BorrowedFd<'_>],
     ) -> Result<Response, MonitorError> {
         let answered = async {
             let mut last = self.last.lock().await;
             *last += 1;
             let text = serde_json::to_vec(&Call { id: *last, request }).map_err(io::Error::from)?;
-            self.send(&text, fd).await?;
+            self.send(&text, fds).await?;
             loop {
                 let reply: Reply = self.receive().await?;
                 if reply.id == *last {
@@ -128,10 +149,10 @@ impl Control {
         }
     }
 
-    async fn send(&self, text: &[u8], fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
-        let fd = fd.map(|fd| [fd.as_raw_fd()]);
-        let attached = fd.as_ref().map(|fds| [ControlMessage::ScmRights(fds)]);
-        let attached = attached.as_ref().map_or(&[][..], |message| message);
+    async fn send(&self, text: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let fds: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+        let attached = [ControlMessage::ScmRights(&fds)];
+        let attached = if fds.is_empty() { &[][..] } else { &attached };
         self.socket
             .async_io(Interest::WRITABLE, || {
                 let raw = self.socket.as_raw_fd();

@@ -1,17 +1,20 @@
-//! The owner's connection: one packet of JSON per call and per reply, with a
-//! descriptor attached to the calls that need one.
+//! The owner's connection: one packet of JSON per call and per reply, with
+//! descriptors attached to the calls that need some.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixDatagram;
 
-use rvm_protocol::vmm::{Call, MAX_MESSAGE_LEN, Reply, Request, Response};
+use rvm_protocol::vmm::{Call, MAX_MESSAGE_LEN, MAX_QUEUE_PAIRS, Reply, Request, Response};
 use vmm_sys_util::errno;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::Served;
 
+/// Most descriptors attached to a call: those of a virtio-net device. An odd
+/// number: see `receive`.
+const MAX_FILES: usize = 2 * MAX_QUEUE_PAIRS as usize + 1;
 /// Calls answered before the machine's other events are looked at again.
 const CALLS_AT_ONCE: usize = 16;
 
@@ -65,20 +68,20 @@ impl OwnerChannel {
 
     /// Answers what the owner has asked with what `handle` makes of it; `Closed`
     /// once the owner is gone.
-    pub fn serve(&mut self, handle: &mut dyn FnMut(Request, Option<File>) -> Response) -> Served {
+    pub fn serve(&mut self, handle: &mut dyn FnMut(Request, Vec<File>) -> Response) -> Served {
         let mut buffer = vec![0; MAX_MESSAGE_LEN];
         for _ in 0..CALLS_AT_ONCE {
             buffer.fill(0);
-            let (count, file) = match self.receive(&mut buffer) {
+            let (count, files) = match self.receive(&mut buffer) {
                 Ok(received) => received,
                 Err(e) => match e.errno() {
                     libc::EAGAIN | libc::EINTR => return Served::Open,
-                    // More descriptors than any request takes, or no room for one;
+                    // More descriptors than any request takes, or no room for them;
                     // the text is there all the same.
                     libc::ENOBUFS => {
                         let text = buffer.split(|byte| *byte == 0).next().unwrap_or(&[]);
                         let id = serde_json::from_slice(text).map_or(0, |Call { id, .. }| id);
-                        let message = "the request's descriptor could not be taken: there are several, \
+                        let message = "the request's descriptors could not be taken: there are too many, \
                                        or too many files are open"
                             .into();
                         self.answer(&Reply { id, response: Response::Error { message } });
@@ -94,7 +97,7 @@ impl OwnerChannel {
                 return Served::Closed;
             };
             let reply = match serde_json::from_slice(message) {
-                Ok(Call { id, request }) => Reply { id, response: handle(request, file) },
+                Ok(Call { id, request }) => Reply { id, response: handle(request, files) },
                 Err(e) => Reply { id: 0, response: Response::Error { message: format!("not a call: {e}") } },
             };
             self.answer(&reply);
@@ -102,11 +105,11 @@ impl OwnerChannel {
         Served::Open
     }
 
-    /// A packet and the descriptor attached to it; ENOBUFS where there are several.
-    fn receive(&self, buffer: &mut [u8]) -> Result<(usize, Option<File>), errno::Error> {
-        // The kernel's own room is for an even number: asked for one, it would put a
-        // second where the crate does not look for it.
-        let mut fds = [-1; 2];
+    /// A packet and the descriptors attached to it; ENOBUFS where they are too many.
+    fn receive(&self, buffer: &mut [u8]) -> Result<(usize, Vec<File>), errno::Error> {
+        // The kernel's own room is for an even number: asked for an odd one, it would
+        // put one more where the crate does not look for it.
+        let mut fds = [-1; MAX_FILES + 1];
         let mut iovecs = [libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() }];
         // SAFETY: the iovec is the buffer, borrowed for the call.
         let (count, attached) = unsafe { self.socket.recv_with_fds(&mut iovecs, &mut fds) }?;
@@ -114,12 +117,8 @@ impl OwnerChannel {
             // SAFETY: the kernel has just made it for us.
             unsafe { File::from_raw_fd(*fd) }
         };
-        let mut files = fds.iter().take(attached).map(owned);
-        let first = files.next();
-        match files.next() {
-            None => Ok((count, first)),
-            Some(_) => Err(errno::Error::new(libc::ENOBUFS)),
-        }
+        let files: Vec<File> = fds.iter().take(attached).map(owned).collect();
+        if files.len() < fds.len() { Ok((count, files)) } else { Err(errno::Error::new(libc::ENOBUFS)) }
     }
 
     /// An owner that does not read its answers does without.
@@ -177,12 +176,12 @@ mod tests {
     fn calls_are_answered_by_their_id_and_bring_a_descriptor() {
         let (owner, mut monitor) = connected();
         let mut content = String::new();
-        let mut handle = |request, file: Option<File>| match (request, file) {
-            (Request::AddDisk { .. }, Some(mut file)) => {
+        let mut handle = |request, mut files: Vec<File>| match (request, files.as_mut_slice()) {
+            (Request::AddDisk { .. }, [file]) => {
                 file.read_to_string(&mut content).unwrap();
                 Response::Ok
             }
-            (Request::Pause, None) => Response::Ok,
+            (Request::Pause, []) => Response::Ok,
             _ => Response::Error { message: "no".into() },
         };
         let file = tempfile::NamedTempFile::new().unwrap();
@@ -207,7 +206,7 @@ mod tests {
         let (owner, mut monitor) = connected();
         let (mut reader, writer) = std::io::pipe().unwrap();
         let call = serde_json::to_vec(&Call { id: 1, request: Request::Pause }).unwrap();
-        for count in [2, 3, 20] {
+        for count in [MAX_FILES + 1, MAX_FILES + 2, 200] {
             owner.0.send_with_fds(&[call.as_slice()], &vec![writer.as_raw_fd(); count]).unwrap();
         }
         owner.call(2, Request::Pause, None);

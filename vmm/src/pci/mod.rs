@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Instant;
 
+use rvm_protocol::guest::NET_SLOTS;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use virtio::function::{FunctionError, FunctionState};
@@ -43,9 +44,11 @@ pub fn bar_address(slot: usize) -> u64 {
     PCI_WINDOW_START + slot as u64 * BAR_SPACING
 }
 
+const _: () = assert!(NET_SLOTS.end as usize <= SLOTS);
+
 /// The bus has no free slot.
 #[derive(Debug, Error)]
-#[error("the PCI bus has room for {SLOTS} devices")]
+#[error("the PCI bus has room for {} devices and {} network interfaces", NET_SLOTS.start, NET_SLOTS.len())]
 pub struct BusFull;
 
 /// The bus as it was.
@@ -129,17 +132,29 @@ impl Default for PciBus {
 }
 
 impl PciBus {
-    /// Adds the function `make` makes for the lowest free slot.
+    /// Adds the function `make` makes for the lowest free slot that is not kept for
+    /// network interfaces.
     pub fn add<E: From<BusFull>>(
         &self,
         make: impl FnOnce(usize) -> Result<Box<dyn PciFunction>, E>,
     ) -> Result<usize, E> {
-        let free = (0..SLOTS).find(|&i| self.lock(i).is_none()).ok_or(BusFull)?;
-        let function = make(free)?;
-        let mut slot = self.lock(free);
-        self.update_window(free, function.memory());
-        *slot = Some(function);
+        let free = (0..usize::from(NET_SLOTS.start)).find(|&i| self.lock(i).is_none()).ok_or(BusFull)?;
+        self.add_at(free, make)?;
         Ok(free)
+    }
+
+    /// Adds the function `make` makes for the slot `index`, which is free.
+    pub fn add_at<E: From<BusFull>>(
+        &self,
+        index: usize,
+        make: impl FnOnce(usize) -> Result<Box<dyn PciFunction>, E>,
+    ) -> Result<(), E> {
+        let free = self.slots.get(index).is_some() && self.lock(index).is_none();
+        let function = make(free.then_some(index).ok_or(BusFull)?)?;
+        let mut slot = self.lock(index);
+        self.update_window(index, function.memory());
+        *slot = Some(function);
+        Ok(())
     }
 
     /// Takes the function out of a slot; whoever reads it from now on reads ones.

@@ -11,6 +11,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::kvm::irq::{IrqError, IrqRoutes, MsiLine, MsiMessage};
 
@@ -117,6 +118,11 @@ impl Msix {
     /// Raises a vector, or marks it pending. One that does not exist is nobody's.
     pub fn trigger(&self, vector: u16) -> io::Result<()> {
         self.lines.get(usize::from(vector)).map_or(Ok(()), |line| line.event().write(1))
+    }
+
+    /// What raises a vector, for others; none where it does not exist.
+    pub fn event(&self, vector: u16) -> io::Result<Option<EventFd>> {
+        self.lines.get(usize::from(vector)).map(|line| line.event().try_clone()).transpose()
     }
 
     /// The guest wrote message control.

@@ -65,6 +65,7 @@ impl Monitor {
                 cache: Default::default(),
             }],
             disks: Vec::new(),
+            nets: Vec::new(),
         };
         std::fs::write(dir.path().join("vm.json"), serde_json::to_vec(&config)?)?;
         let listener = UnixListener::bind(dir.path().join(format!("vsock.sock_{READY_PORT}")))?;

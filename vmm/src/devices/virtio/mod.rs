@@ -38,6 +38,12 @@ use worker::{Asked, Threads};
 pub trait Interrupt: Send + Sync {
     /// Raises the interrupt, or marks it pending where the guest masked it.
     fn trigger(&self) -> io::Result<()>;
+
+    /// What others (vhost) write to, to raise it as it is set up at present: none
+    /// where it leads nowhere.
+    fn event(&self) -> io::Result<Option<EventFd>> {
+        Ok(None)
+    }
 }
 
 /// A queue the driver has set up.

@@ -5,12 +5,14 @@
 //! kernel, never through Rust references.
 
 use std::io;
+use std::num::Wrapping;
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 
 use thiserror::Error;
-use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VRING_AVAIL_F_NO_INTERRUPT};
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestMemory, VolatileSlice};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, VolatileSlice};
 use vmm_sys_util::epoll::{Epoll, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -54,6 +56,21 @@ pub struct Ring {
     interrupt: Arc<dyn Interrupt>,
     asked: Asked,
     progress: Arc<Progress>,
+    /// The next used entry when the driver was last told of some.
+    told: Wrapping<u16>,
+}
+
+/// Where a ring's parts lie in guest memory, for others that serve it.
+#[derive(Clone, Copy, Debug)]
+pub struct Layout {
+    /// Entries.
+    pub size: u16,
+    /// The descriptor table.
+    pub descriptors: GuestAddress,
+    /// The ring of available requests.
+    pub avail: GuestAddress,
+    /// The ring of used requests.
+    pub used: GuestAddress,
 }
 
 impl Ring {
@@ -61,7 +78,44 @@ impl Ring {
     pub fn new(active: ActiveQueue, features: u64) -> Self {
         let ActiveQueue { mut queue, kick, interrupt, asked, progress } = active;
         queue.set_event_idx(features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
-        Self { queue, kick, interrupt, asked, progress }
+        let told = Wrapping(queue.next_used());
+        Self { queue, kick, interrupt, asked, progress, told }
+    }
+
+    /// Where it lies.
+    pub fn layout(&self) -> Layout {
+        Layout {
+            size: self.queue.size(),
+            descriptors: GuestAddress(self.queue.desc_table()),
+            avail: GuestAddress(self.queue.avail_ring()),
+            used: GuestAddress(self.queue.used_ring()),
+        }
+    }
+
+    /// What is written to when the driver adds requests.
+    pub fn kick(&self) -> &EventFd {
+        &self.kick
+    }
+
+    /// What tells the driver of used requests, for others to write to.
+    pub fn interrupt_event(&self) -> io::Result<Option<EventFd>> {
+        self.interrupt.event()
+    }
+
+    /// The next available entry.
+    pub fn next_avail(&self) -> u16 {
+        self.queue.next_avail()
+    }
+
+    /// Goes on where another has left off: its next available entry, and the next used
+    /// one that the ring itself names.
+    pub fn take_over(&mut self, memory: &GuestRam, next_avail: u16) -> Result<(), RingError> {
+        let used = self.queue.used_idx(memory, Ordering::Acquire)?;
+        self.queue.set_next_avail(next_avail);
+        self.queue.set_next_used(used.0);
+        self.told = used;
+        self.progress.set((next_avail, used.0));
+        Ok(())
     }
 
     /// Has epoll report, by `token`, when the driver adds requests. Edge
@@ -100,12 +154,58 @@ impl Ring {
         Ok(())
     }
 
-    /// Interrupts the driver if it asked for that since the last call.
-    pub fn notify(&mut self, memory: &GuestRam) -> Result<(), RingError> {
-        if self.queue.needs_notification(memory)? {
-            self.interrupt.trigger().map_err(RingError::Interrupt)?;
+    /// Returns several requests at once: the driver sees all of them or none.
+    pub fn push_all(&mut self, memory: &GuestRam, used: &[(u16, u32)]) -> Result<(), RingError> {
+        let Some(((last, len), others)) = used.split_last() else { return Ok(()) };
+        let Layout { size, used: ring, .. } = self.layout();
+        let mut next = self.queue.next_used();
+        for (head, len) in others {
+            if *head >= size {
+                return Err(virtio_queue::Error::InvalidDescriptorIndex.into());
+            }
+            let place = 4 + 8 * u64::from(next % size);
+            let place = ring.checked_add(place).ok_or(virtio_queue::Error::AddressOverflow)?;
+            // `struct virtq_used_elem` (section 2.7.8).
+            let element = u64::from(*head) | u64::from(*len) << 32;
+            memory.write_obj(element.to_le(), place).map_err(virtio_queue::Error::GuestMemory)?;
+            next = next.wrapping_add(1);
         }
-        Ok(())
+        // The index is written behind the last, for all.
+        self.queue.set_next_used(next);
+        self.push(memory, *last, *len)
+    }
+
+    /// Interrupts the driver if it asked for that since the last call; whether it did.
+    pub fn notify(&mut self, memory: &GuestRam) -> Result<bool, RingError> {
+        let used = Wrapping(self.queue.next_used());
+        let told = std::mem::replace(&mut self.told, used);
+        if used == told || !self.wants_interrupt(memory, told, used)? {
+            return Ok(false);
+        }
+        self.interrupt.trigger().map_err(RingError::Interrupt)?;
+        Ok(true)
+    }
+
+    /// Whether the driver is to hear that the entries from `told` to `used` were used
+    /// (section 2.7.7.2).
+    fn wants_interrupt(
+        &self,
+        memory: &GuestRam,
+        told: Wrapping<u16>,
+        used: Wrapping<u16>,
+    ) -> Result<bool, RingError> {
+        // What was used is visible before the driver's wish is read.
+        fence(Ordering::SeqCst);
+        let Layout { size, avail, .. } = self.layout();
+        let word = |offset: u64| -> Result<u16, virtio_queue::Error> {
+            let place = avail.checked_add(offset).ok_or(virtio_queue::Error::AddressOverflow)?;
+            memory.load(place, Ordering::Relaxed).map_err(virtio_queue::Error::GuestMemory)
+        };
+        if self.queue.event_idx_enabled() {
+            let event = Wrapping(word(4 + 2 * u64::from(size))?);
+            return Ok(used - event - Wrapping(1) < used - told);
+        }
+        Ok(word(0)? & VRING_AVAIL_F_NO_INTERRUPT as u16 == 0)
     }
 
     /// Asks for a kick on the next request; true if one has come in already.
@@ -253,6 +353,39 @@ impl<'m> GuestBuffers<'m> {
             }
         }
         self.len = 0;
+    }
+
+    /// Copies the bytes from `offset` on, as many as fit and there are; how many.
+    pub fn read_at(&self, mut offset: usize, bytes: &mut [u8]) -> usize {
+        let mut read = 0;
+        for piece in &self.pieces {
+            if offset >= piece.len() {
+                offset -= piece.len();
+                continue;
+            }
+            let (Ok(rest), Some(target)) = (piece.offset(offset), bytes.get_mut(read..)) else { break };
+            read += rest.copy_to(target);
+            offset = 0;
+        }
+        read
+    }
+
+    /// Writes `bytes` from `offset` on, as far as they fit; how many did.
+    pub fn write_at(&self, mut offset: usize, bytes: &[u8]) -> usize {
+        let mut written = 0;
+        for piece in &self.pieces {
+            if offset >= piece.len() {
+                offset -= piece.len();
+                continue;
+            }
+            let Some(rest) = bytes.get(written..).filter(|rest| !rest.is_empty()) else { break };
+            let now = rest.get(..piece.len() - offset).unwrap_or(rest);
+            // In range: it was just cut to fit.
+            let _ = piece.write_slice(now, offset);
+            written += now.len();
+            offset = 0;
+        }
+        written
     }
 
     /// Writes `bytes` to the front and consumes what was written; returns how

@@ -34,13 +34,19 @@ pub trait Handler: Send + 'static {
     fn register(&mut self, epoll: &Epoll) -> io::Result<()>;
 
     /// Prepares the thread, on the thread; an error ends it.
-    fn start(&mut self) -> io::Result<()> {
+    fn start(&mut self, _epoll: &Epoll) -> io::Result<()> {
         Ok(())
     }
 
     /// Serves what became ready, in bounded time. An error ends the work: the
     /// driver is told that only a reset helps.
     fn handle(&mut self, epoll: &Epoll, ready: &[EpollEvent]) -> Result<(), Self::Error>;
+
+    /// The thread stands still from now on; so is to do what works for it elsewhere.
+    fn pause(&mut self) {}
+
+    /// It goes on.
+    fn resume(&mut self, _epoll: &Epoll) {}
 
     /// Called last, when the thread is asked to stop.
     fn finish(&mut self, _epoll: &Epoll) {}
@@ -305,24 +311,25 @@ impl Shared {
         true
     }
 
-    /// Does what is asked of the thread; false to stop.
-    fn answer(&self) -> bool {
+    /// What is asked of the thread.
+    fn asked(&self) -> u8 {
         let mut desk = self.desk();
-        loop {
-            match desk.asked {
-                STOP => return false,
-                PAUSE => {
-                    desk.doing = Doing::Standing;
-                    self.changed.notify_all();
-                    desk = self.changed.wait(desk).unwrap_or_else(PoisonError::into_inner);
-                }
-                _ => {
-                    desk.doing = Doing::Work;
-                    let _ = self.wake.read();
-                    return true;
-                }
-            }
+        if desk.asked == RUN {
+            desk.doing = Doing::Work;
+            let _ = self.wake.read();
         }
+        desk.asked
+    }
+
+    /// Stands still as long as that is asked.
+    fn stand(&self) {
+        let mut desk = self.desk();
+        while desk.asked == PAUSE {
+            desk.doing = Doing::Standing;
+            self.changed.notify_all();
+            desk = self.changed.wait(desk).unwrap_or_else(PoisonError::into_inner);
+        }
+        desk.doing = Doing::Work;
     }
 }
 
@@ -343,7 +350,7 @@ pub fn add(epoll: &Epoll, fd: &impl std::os::fd::AsRawFd, events: EventSet, toke
 
 /// Serves until it is to stop; an error where it cannot go on.
 fn serve<H: Handler>(shared: &Shared, epoll: &Epoll, mut handler: H) -> Result<(), String> {
-    handler.start().map_err(|error| format!("it does not start: {error}"))?;
+    handler.start(epoll).map_err(|error| format!("it does not start: {error}"))?;
     let mut events = [EpollEvent::default(); MAX_EVENTS];
     loop {
         let ready = match epoll.wait(-1, &mut events) {
@@ -351,9 +358,19 @@ fn serve<H: Handler>(shared: &Shared, epoll: &Epoll, mut handler: H) -> Result<(
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             Err(error) => return Err(format!("epoll: {error}")),
         };
-        if ready.iter().any(|event| event.data() == ASKED) && !shared.answer() {
-            handler.finish(epoll);
-            return Ok(());
+        while ready.iter().any(|event| event.data() == ASKED) {
+            match shared.asked() {
+                STOP => {
+                    handler.finish(epoll);
+                    return Ok(());
+                }
+                PAUSE => {
+                    handler.pause();
+                    shared.stand();
+                    handler.resume(epoll);
+                }
+                _ => break,
+            }
         }
         handler.handle(epoll, ready).map_err(|error| error.to_string())?;
     }

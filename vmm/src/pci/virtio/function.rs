@@ -97,6 +97,17 @@ pub fn attach(
     bus.add(|slot| Ok(Box::new(VirtioFunction::new(device, memory.clone(), Arc::clone(vm), slot)?)))
 }
 
+/// Puts `device` into the bus's slot number `slot`, which no other is in.
+pub fn attach_at(
+    bus: &PciBus,
+    slot: usize,
+    device: Box<dyn VirtioDevice>,
+    memory: &GuestRam,
+    vm: &Arc<Vm>,
+) -> Result<(), FunctionError> {
+    bus.add_at(slot, |slot| Ok(Box::new(VirtioFunction::new(device, memory.clone(), Arc::clone(vm), slot)?)))
+}
+
 /// What a function needs to be as it was.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -544,13 +555,23 @@ struct VectorInterrupt {
     isr_bit: u8,
 }
 
+impl VectorInterrupt {
+    fn vector(&self) -> u16 {
+        self.vectors.get(self.register).map_or(NO_VECTOR, |vector| vector.load(Ordering::Relaxed))
+    }
+}
+
 impl Interrupt for VectorInterrupt {
     fn trigger(&self) -> io::Result<()> {
         self.isr.fetch_or(self.isr_bit, Ordering::AcqRel);
-        match self.vectors.get(self.register).map_or(NO_VECTOR, |v| v.load(Ordering::Relaxed)) {
+        match self.vector() {
             NO_VECTOR => Ok(()),
             vector => self.msix.trigger(vector),
         }
+    }
+
+    fn event(&self) -> io::Result<Option<EventFd>> {
+        self.msix.event(self.vector())
     }
 }
 

@@ -25,7 +25,7 @@ impl Handler for FsWorker {
         self.ring.register(epoll, 0)
     }
 
-    fn start(&mut self) -> io::Result<()> {
+    fn start(&mut self, _epoll: &Epoll) -> io::Result<()> {
         self.server.tree().enter_thread()
     }
 

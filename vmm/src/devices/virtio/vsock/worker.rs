@@ -108,7 +108,8 @@ impl VsockWorker {
         for _ in 0..self.tx.size() {
             if self.muxer.congested() {
                 // The guest has to take its refusals first: see `give`.
-                return self.tx.notify(&self.memory);
+                self.tx.notify(&self.memory)?;
+                return Ok(());
             }
             let Some(chain) = self.tx.pop(&self.memory)? else { break };
             let head = chain.head_index();
