@@ -1,7 +1,7 @@
 //! The errors a caller of the agent can see, and how errors are worded.
 
 use nix::errno::Errno;
-use rvm_protocol::guest::MAX_ID_LEN;
+use rvm_protocol::{guest::MAX_ID_LEN, netlink::Refusal};
 
 /// What a request can fail with. The variant decides the ttrpc status code.
 #[derive(Debug, thiserror::Error)]
@@ -73,6 +73,15 @@ impl<T> Step<T> for std::io::Result<T> {
         self.map_err(|error| match error.raw_os_error() {
             Some(errno) => StepError::Kernel { step: step().into(), errno: Errno::from_raw(errno) },
             None => StepError::Refused(format!("{}: {error}", step().into())),
+        })
+    }
+}
+
+impl<T> Step<T> for Result<T, Refusal> {
+    fn step<S: Into<String>>(self, step: impl FnOnce() -> S) -> StepResult<T> {
+        self.map_err(|Refusal { errno, text }| match text.is_empty() {
+            true => StepError::Kernel { step: step().into(), errno },
+            false => StepError::Refused(format!("{}: {} ({text})", step().into(), describe(errno))),
         })
     }
 }

@@ -4,7 +4,7 @@
 //!
 //! A child, not a thread: see the crate's invariants.
 
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 
 use crate::{
     channel,
@@ -30,9 +30,19 @@ pub async fn run(
     what: &str,
     work: impl FnOnce() -> StepResult<Outcome>,
 ) -> StepResult<Outcome> {
+    run_keeping(reaper, what, &[], work).await
+}
+
+/// See [`run`]; the child has these descriptors of the agent's too.
+pub async fn run_keeping(
+    reaper: &Reaper,
+    what: &str,
+    keep: &[RawFd],
+    work: impl FnOnce() -> StepResult<Outcome>,
+) -> StepResult<Outcome> {
     let (child, outcome) = {
         let (parent, channel) = channel::pair()?;
-        let child = fork(0, || match in_child(&channel, work) {
+        let child = fork(0, || match in_child(&channel, keep, work) {
             Ok(()) => 0,
             Err(error) => {
                 channel.failed(&error);
@@ -47,8 +57,13 @@ pub async fn run(
     outcome.map(|(flag, fd)| Outcome { flag, fd })
 }
 
-fn in_child(channel: &channel::Child, work: impl FnOnce() -> StepResult<Outcome>) -> StepResult<()> {
-    close_all_except(&[channel.as_fd().as_raw_fd()]).step(|| "close descriptors")?;
+fn in_child(
+    channel: &channel::Child,
+    keep: &[RawFd],
+    work: impl FnOnce() -> StepResult<Outcome>,
+) -> StepResult<()> {
+    let keep = [keep, &[channel.as_fd().as_raw_fd()]].concat();
+    close_all_except(&keep).step(|| "close descriptors")?;
     let Outcome { flag, fd } = work()?;
     channel.done(flag, fd.as_ref().map(AsFd::as_fd))
 }

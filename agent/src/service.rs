@@ -8,8 +8,8 @@ use rvm_protocol::agent::{
     Agent, ContainerRef, ContainerStats, CreateContainerRequest, CreateContainerResponse, CreateExecRequest,
     Empty, ExitStatus, ListProcessesResponse, OnlineCpusRequest, OnlinedCpus, OomKills, PluggedMemory,
     ProcessRef, RemoveDisksRequest, ResizePtyRequest, SetClockRequest, SetUpSandboxRequest,
-    SignalProcessRequest, StartProcessResponse, UpdateResourcesRequest, WaitMemoryRequest, WaitOomRequest,
-    create_agent,
+    SignalProcessRequest, StartProcessResponse, SyncNetworkRequest, UpdateResourcesRequest,
+    WaitMemoryRequest, WaitOomRequest, create_agent,
 };
 use ttrpc::{
     Code,
@@ -168,6 +168,12 @@ impl Agent for Service {
         let sandbox = Arc::clone(&self.sandbox);
         let removed = to_the_end(async move { sandbox.remove_disks(&request).await }).await;
         answer("RemoveDisks", removed.map(|()| Empty::new()))
+    }
+
+    async fn sync_network(&self, _: &TtrpcContext, request: SyncNetworkRequest) -> ttrpc::Result<Empty> {
+        let sandbox = Arc::clone(&self.sandbox);
+        let synced = to_the_end(async move { sandbox.sync_network(&request).await }).await;
+        answer("SyncNetwork", synced.map(|()| Empty::new()))
     }
 
     async fn online_cpus(&self, _: &TtrpcContext, request: OnlineCpusRequest) -> ttrpc::Result<OnlinedCpus> {

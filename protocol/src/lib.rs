@@ -4,10 +4,13 @@
 //!   agent: vsock ports, share tag, the stdio stream header.
 //! * `agent` (feature `agent`): the ttrpc service the agent serves on
 //!   [`guest::AGENT_PORT`].
+//! * `netlink` (feature `netlink`): what shim and agent say to the kernel of networks.
 //! * `vmm` (feature `vmm`): the monitor's configuration and its control socket.
 
 #[cfg(feature = "agent")]
 pub mod agent;
 pub mod guest;
+#[cfg(feature = "netlink")]
+pub mod netlink;
 #[cfg(feature = "vmm")]
 pub mod vmm;

@@ -10,7 +10,7 @@ use rvm_protocol::{
         AgentClient, ConsoleSize, ContainerRef, ContainerStats, CreateContainerRequest, CreateExecRequest,
         Empty, ExitStatus, OnlineCpusRequest, Process, ProcessInfo, ProcessRef, RemoveDisksRequest,
         ResizePtyRequest, Resources, SetClockRequest, SetUpSandboxRequest, SignalProcessRequest,
-        UpdateResourcesRequest, WaitMemoryRequest, WaitOomRequest,
+        SyncNetworkRequest, UpdateResourcesRequest, WaitMemoryRequest, WaitOomRequest,
     },
     guest::AGENT_PORT,
 };
@@ -286,6 +286,12 @@ impl Agent {
     /// Forgets an ended process.
     pub async fn delete(&self, process: &ProcessRef) -> Result<(), AgentError> {
         ask!(self, Some(ANSWER_TIMEOUT), delete_process, process)?;
+        Ok(())
+    }
+
+    /// Makes the sandbox's network namespace what the request says.
+    pub async fn sync_network(&self, request: &SyncNetworkRequest) -> Result<(), AgentError> {
+        ask!(self, Some(ANSWER_TIMEOUT), sync_network, request)?;
         Ok(())
     }
 

@@ -75,6 +75,11 @@ impl Shared {
         Ok(shared)
     }
 
+    /// The network namespace.
+    pub fn network(&self) -> &OwnedFd {
+        &self.network
+    }
+
     /// The namespace of this type, if the sandbox holds one.
     pub fn namespace(&self, kind: NamespaceType) -> Option<&OwnedFd> {
         match kind {

@@ -3,6 +3,7 @@
 mod clock;
 mod cpus;
 mod memory;
+pub mod network;
 mod set_up;
 
 use std::{
@@ -10,6 +11,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use network::{Network, State as NetworkState};
 use rvm_protocol::{agent, guest::StreamHeader};
 use tokio::sync::{Notify, OnceCell};
 
@@ -35,6 +37,7 @@ pub struct Sandbox {
     state: Mutex<State>,
     reaper: Reaper,
     memory: memory::Memory,
+    network: Network,
     shared: OnceCell<Shared>,
     shutdown: Notify,
 }
@@ -49,11 +52,16 @@ struct State {
 }
 
 impl State {
+    fn check_set_up(&self) -> Result<(), Error> {
+        match self.is_set_up {
+            true => Ok(()),
+            false => Err(Error::Precondition("the sandbox has not been set up".into())),
+        }
+    }
+
     /// Takes a name for a container.
     fn reserve(&mut self, id: &str) -> Result<(), Error> {
-        if !self.is_set_up {
-            return Err(Error::Precondition("the sandbox has not been set up".into()));
-        }
+        self.check_set_up()?;
         if self.containers.contains_key(id) {
             return Err(Error::AlreadyExists(format!("container {id:?} exists")));
         }
@@ -72,6 +80,11 @@ impl Sandbox {
     pub fn already_set_up(wanted: shared::Wanted) -> Self {
         let state = State { is_set_up: true, wanted, ..State::default() };
         Self { state: Mutex::new(state), ..Self::default() }
+    }
+
+    /// The same with other interfaces than the guest's own.
+    pub fn with_network(self, network: Network) -> Self {
+        Self { network, ..self }
     }
 
     /// Never held across an `await`.
@@ -103,13 +116,18 @@ impl Sandbox {
         Ok(())
     }
 
-    /// What its containers share, for the one with this request.
-    async fn shared(&self, request: &agent::CreateContainerRequest) -> StepResult<Option<&Shared>> {
-        if !Shared::is_wanted_by(request) {
-            return Ok(None);
-        }
+    /// What its containers share.
+    async fn shared(&self) -> StepResult<&Shared> {
         let wanted = self.state().wanted;
-        self.shared.get_or_try_init(|| Shared::make(wanted)).await.map(Some)
+        self.shared.get_or_try_init(|| Shared::make(wanted)).await
+    }
+
+    /// Makes the network namespace its containers share what the request says.
+    pub async fn sync_network(&self, request: &agent::SyncNetworkRequest) -> Result<(), Error> {
+        let wanted = NetworkState::new(request)?;
+        self.state().check_set_up()?;
+        let shared = self.shared().await?;
+        Ok(self.network.sync(wanted, shared.network(), &self.reaper).await?)
     }
 
     fn container(&self, id: &str) -> Result<Arc<Container>, Error> {
@@ -155,7 +173,10 @@ impl Sandbox {
         request: agent::CreateContainerRequest,
         scratch: &Arc<Scratch>,
     ) -> Result<u32, Error> {
-        let shared = self.shared(&request).await?;
+        let shared = match Shared::is_wanted_by(&request) {
+            true => Some(self.shared().await?),
+            false => None,
+        };
         self.find_disks(&request).await?;
         let mut plan = Plan::new(request, scratch, shared)?;
         plan.mount_disks(&self.reaper).await?;

@@ -14,6 +14,7 @@ use crate::{
     isolation::*,
     lifecycle::*,
     limits::*,
+    network::*,
     sandbox::*,
 };
 
@@ -106,6 +107,10 @@ cases![
     what_the_sandbox_does_not_hold,
     a_pid_namespace_of_the_sandbox,
     nothing_of_the_agent_is_in_sight,
+    the_network_is_what_the_host_says,
+    interfaces_come_go_and_change_names,
+    what_a_container_adds_to_the_network_stays,
+    a_network_that_cannot_be_names_what,
 ];
 
 /// `true` unless the future panicked.

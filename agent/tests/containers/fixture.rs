@@ -8,7 +8,12 @@ use nix::{
 };
 use protobuf::MessageField;
 use rvm_agent::{
-    container::shared::Wanted, error::Error, init::mounts::MOUNT_POINT, io, reaper::Exit, sandbox::Sandbox,
+    container::shared::Wanted,
+    error::Error,
+    init::mounts::MOUNT_POINT,
+    io,
+    reaper::Exit,
+    sandbox::{Sandbox, network::Network},
 };
 use rvm_protocol::{
     agent::{
@@ -22,14 +27,16 @@ use tokio::{
     net::UnixStream,
 };
 
+use crate::network::Veths;
+
 /// Path below the layers of the image.
 const IMAGE: &str = "image/rootfs";
 /// What containerd gives a container by default.
 const DEFAULT_CAPABILITIES: u64 = 0xa804_25fb;
 
-/// As much of [`rvm_agent::init::boot`] as a test needs: a mount namespace with a cgroup hierarchy, a share and room for the scratch.
+/// As much of [`rvm_agent::init::boot`] as a test needs: mount and network namespaces, with a cgroup hierarchy, a share and room for the scratch.
 pub fn prepare_machine() {
-    unshare(CloneFlags::CLONE_NEWNS).expect("a mount namespace");
+    unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET).expect("mount and network namespaces");
     rvm_agent::sys::process::raise_descriptor_limit().expect("many descriptors");
     // As of PID 1, orphans become children of this process.
     // SAFETY: takes an integer.
@@ -57,7 +64,9 @@ pub struct Machine {
 
 impl Machine {
     pub fn new() -> Self {
-        let sandbox = Arc::new(Sandbox::already_set_up(Wanted { pid: true, shm_bytes: 0 }));
+        let network = Network::new(Box::new(Veths));
+        let sandbox = Sandbox::already_set_up(Wanted { pid: true, shm_bytes: 0 }).with_network(network);
+        let sandbox = Arc::new(sandbox);
         let reaping = Arc::clone(&sandbox);
         tokio::spawn(async move { reaping.reaper().run().await });
         Self { sandbox }

@@ -15,6 +15,7 @@ mod isolation;
 mod lifecycle;
 mod limits;
 mod mounts;
+mod network;
 mod sandbox;
 
 use std::process::ExitCode;
