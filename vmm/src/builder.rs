@@ -1,6 +1,6 @@
 //! From a configuration to a machine that can run, in boot order.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io;
 use std::path::PathBuf;
@@ -15,13 +15,14 @@ use crate::boot::initramfs::{self, InitramfsError};
 use crate::boot::kernel::{self, KernelError};
 use crate::boot::params::{self, ParamsError};
 use crate::buses::Buses;
-use crate::config::CheckedConfig;
+use crate::config::{CheckedConfig, NetFiles};
 use crate::control::socket::ReadOnlySocket;
 use crate::devices::legacy::console_log::ConsoleLog;
 use crate::devices::legacy::serial::Serial;
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::blk::{Blk, BlkError};
 use crate::devices::virtio::fs::{Fs, FsError};
+use crate::devices::virtio::net::{Net, NetControl, NetError};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{Vsock, VsockError};
 use crate::kvm::irq::IrqError;
@@ -63,6 +64,8 @@ pub enum BuildError {
     Share { tag: String, source: FsError },
     #[error("disks: {serial}")]
     Disk { serial: String, source: BlkError },
+    #[error("nets: slot {slot}")]
+    Net { slot: u8, source: NetError },
     #[error("PCI")]
     Pci(#[from] FunctionError),
     #[error(transparent)]
@@ -83,7 +86,7 @@ impl From<BusFull> for BuildError {
 /// only emulates kernels, for measuring the monitor where there is no better.
 /// With a `snapshot` the machine is the one that was saved, else a new one.
 pub fn build(
-    config: CheckedConfig,
+    mut config: CheckedConfig,
     snapshot: Option<File>,
     any_kvm: bool,
     timeline: Arc<Timeline>,
@@ -104,6 +107,7 @@ pub fn build(
     // Before KVM takes the memory, and before it makes a vCPU, it waits for all who
     // may still look at what was before, which can last longer than all the rest; so
     // the memory is filled meanwhile.
+    let nets = std::mem::take(&mut config.nets);
     let vmm = std::thread::scope(|scope| {
         let taken = scope.spawn(|| vm.set_memory(&memory));
         let loaded = scope.spawn(|| match &snapshot {
@@ -111,12 +115,12 @@ pub fn build(
             None => load_guest(&config, &memory).map(Some),
         });
         let loaded = || joined(loaded).inspect(|_| timeline.reached("guest_loaded"));
-        let built = build_on(&config, &host, &vm, &memory, loaded, &timeline);
+        let built = build_on(&config, nets, (&host, &vm), &memory, loaded, &timeline);
         joined(taken)?;
         timeline.reached("memory_taken");
-        let Built { buses, vcpus, more_vcpus, disks, socket } = built?;
+        let Built { buses, vcpus, more_vcpus, disks, nets, socket } = built?;
         let (vm, memory) = (Arc::clone(&vm), memory.clone());
-        Ok::<_, BuildError>(Machine { vm, memory, buses, vcpus, more_vcpus, disks, socket, timeline })
+        Ok::<_, BuildError>(Machine { vm, memory, buses, vcpus, more_vcpus, disks, nets, socket, timeline })
     })?;
     if let Some(snapshot) = snapshot {
         restore(snapshot.state, &vmm.buses, &vmm.vcpus, vmm.more_vcpus.possible())?;
@@ -130,6 +134,7 @@ struct Built {
     vcpus: Vec<Vcpu>,
     more_vcpus: VcpuFactory,
     disks: HashMap<String, usize>,
+    nets: BTreeMap<u8, NetControl>,
     socket: Option<ReadOnlySocket>,
 }
 
@@ -141,14 +146,15 @@ fn joined<T>(thread: ScopedJoinHandle<'_, T>) -> T {
 /// `loaded` waits until memory holds what the first vCPU is to run.
 fn build_on(
     config: &CheckedConfig,
-    host: &Host,
-    vm: &Arc<Vm>,
+    nets: Vec<NetFiles>,
+    (host, vm): (&Host, &Arc<Vm>),
     memory: &GuestRam,
     loaded: impl FnOnce() -> Result<Option<BootEntry>, BuildError>,
     timeline: &Timeline,
 ) -> Result<Built, BuildError> {
     let pci = PciBus::default();
     let disks = attach_devices(config, &pci, memory, vm)?;
+    let nets = attach_nets(nets, &pci, memory, vm)?;
     let serial = serial_console(config, vm)?;
     timeline.reached("devices_attached");
 
@@ -169,7 +175,7 @@ fn build_on(
         None => None,
     };
     let buses = Arc::new(Buses { pci, serial: Mutex::new(serial), vm: Arc::clone(vm) });
-    Ok(Built { buses, vcpus, more_vcpus, disks, socket })
+    Ok(Built { buses, vcpus, more_vcpus, disks, nets, socket })
 }
 
 /// Makes a built machine the one that was saved: the interrupt controllers first,
@@ -240,6 +246,23 @@ fn attach_devices(
         disks.insert(disk.serial.clone(), attach(Box::new(device))?);
     }
     Ok(disks)
+}
+
+/// Puts the network interfaces on the bus.
+fn attach_nets(
+    nets: Vec<NetFiles>,
+    pci: &PciBus,
+    memory: &GuestRam,
+    vm: &Arc<Vm>,
+) -> Result<BTreeMap<u8, NetControl>, BuildError> {
+    let attach = |NetFiles { config, taps, vhost }: NetFiles| {
+        let slot = config.slot;
+        let device = Net::new(&config, taps, vhost).map_err(|source| BuildError::Net { slot, source })?;
+        let control = device.control();
+        function::attach_at(pci, slot.into(), Box::new(device), memory, vm)?;
+        Ok((slot, control))
+    };
+    nets.into_iter().map(attach).collect()
 }
 
 fn serial_console(config: &CheckedConfig, vm: &Vm) -> Result<Serial, BuildError> {

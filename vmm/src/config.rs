@@ -2,17 +2,20 @@
 
 use std::collections::HashSet;
 use std::fs::File;
+use std::hash::Hash;
 use std::io;
+use std::os::fd::RawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use rvm_protocol::guest::NET_SLOTS;
-use rvm_protocol::vmm::{InheritedNet, MAX_VCPUS, VmConfig};
+use rvm_protocol::vmm::{InheritedNet, MAX_VCPUS, NetConfig, VmConfig};
 use thiserror::Error;
 
 use crate::arch::layout::{self, CMDLINE_MAX_SIZE, MEMORY_BLOCK};
 use crate::arch::vendor::Vendor;
 use crate::boot::params;
+use crate::process;
 
 /// Smallest guest memory, in MiB: kernel, initramfs and a little.
 pub const MIN_MEMORY_MIB: u64 = 32;
@@ -78,6 +81,19 @@ pub struct CheckedConfig {
     pub initramfs: Option<File>,
     /// The whole command line.
     pub cmdline: String,
+    /// The network interfaces.
+    pub nets: Vec<NetFiles>,
+}
+
+/// A network interface and the descriptors inherited for it.
+#[derive(Debug)]
+pub struct NetFiles {
+    /// As configured.
+    pub config: NetConfig,
+    /// Its tap's, one per queue pair.
+    pub taps: Vec<File>,
+    /// vhost-net's.
+    pub vhost: Vec<File>,
 }
 
 /// Reads and checks the configuration at `path`.
@@ -151,12 +167,13 @@ pub fn check(mut vm: VmConfig) -> Result<CheckedConfig, ConfigError> {
     if devices > MAX_DEVICES {
         return wrong("disks", format!("{devices} devices with shares and vsock; at most {MAX_DEVICES} fit"));
     }
-    if let Some(InheritedNet { net, .. }) = vm.nets.first() {
-        return wrong("nets", format!("slot {}: this monitor has no virtio-net yet", net.slot));
+    if let Some(slot) = first_repeated(vm.nets.iter().map(|net| net.net.slot)) {
+        return wrong("nets", format!("slot {slot} is used twice"));
     }
+    let nets = vm.nets.iter().map(net_files).collect::<Result<_, _>>()?;
     let kernel = open("kernel", &vm.kernel)?;
     let initramfs = vm.initramfs.as_deref().map(|path| open("initramfs", path)).transpose()?;
-    Ok(CheckedConfig { vm, kernel, initramfs, cmdline })
+    Ok(CheckedConfig { vm, kernel, initramfs, cmdline, nets })
 }
 
 /// What is wrong with memory that addresses of `bits` do not reach.
@@ -174,9 +191,21 @@ fn beyond_reach(vm: &VmConfig, bits: u32) -> Option<String> {
     })
 }
 
-fn first_repeated<'a>(names: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+fn first_repeated<T: Copy + Eq + Hash>(mut names: impl Iterator<Item = T>) -> Option<T> {
     let mut seen = HashSet::new();
-    names.into_iter().find(|name| !seen.insert(*name))
+    names.find(|name| !seen.insert(*name))
+}
+
+/// Takes over the descriptors of a network interface, each of which is its alone.
+fn net_files(InheritedNet { net, taps, vhost }: &InheritedNet) -> Result<NetFiles, ConfigError> {
+    let inherited = |fd: &RawFd| {
+        process::inherited(*fd).map(File::from).map_err(|source| ConfigError::Value {
+            field: "nets",
+            problem: format!("slot {}: descriptor {fd} must be inherited and named once: {source}", net.slot),
+        })
+    };
+    let inherited = |fds: &[RawFd]| fds.iter().map(inherited).collect::<Result<_, _>>();
+    Ok(NetFiles { config: net.clone(), taps: inherited(taps)?, vhost: inherited(vhost)? })
 }
 
 fn open(field: &'static str, path: &Path) -> Result<File, ConfigError> {
@@ -189,6 +218,8 @@ fn open(field: &'static str, path: &Path) -> Result<File, ConfigError> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsRawFd;
+
     use super::*;
 
     fn text(change: impl FnOnce(&mut serde_json::Value)) -> String {
@@ -283,6 +314,23 @@ mod tests {
         assert_eq!(with("shares", share), "shares: tag \"a\" is used twice");
         let share = serde_json::json!([{"tag": "a", "dir": 1}]);
         assert!(with("shares", share).contains("shares[0].dir: "));
+        let net = |slot: u8, tap: i32| {
+            serde_json::json!({
+                "net": {"slot": slot, "mac": [2, 0, 0, 0, 0, 1], "queue_pairs": 1}, "taps": [tap],
+            })
+        };
+        assert_eq!(with("nets", serde_json::json!([net(24, 0), net(24, 0)])), "nets: slot 24 is used twice");
+        for fd in [-1, 0, 2, 1_000_000] {
+            let refused = with("nets", serde_json::json!([net(24, fd)]));
+            assert!(
+                refused.starts_with(&format!("nets: slot 24: descriptor {fd} must be inherited")),
+                "{refused}"
+            );
+        }
+        // One of its own.
+        let ours = File::open("/dev/null").unwrap();
+        let refused = with("nets", serde_json::json!([net(24, ours.as_raw_fd())]));
+        assert!(refused.contains("must be inherited"), "{refused}");
         assert!(error("{").contains("EOF"));
     }
 }

@@ -1,4 +1,4 @@
-//! Disks and memory for the running machine.
+//! Disks, network interfaces and memory for the running machine.
 //!
 //! What the machine can grow by is reserved from the start and belongs to nobody
 //! ([`memory::ram`](crate::memory::ram)). When its owner first asks for more,
@@ -6,18 +6,19 @@
 //! was asked for: a guest that does not care for what the device says has no
 //! more than that either.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
-use rvm_protocol::vmm::NetConfig;
+use rvm_protocol::vmm::{NetConfig, NetMetrics};
 use thiserror::Error;
 use vm_memory::GuestMemoryRegion;
 
 use crate::arch::layout;
 use crate::devices::virtio::blk::{Blk, BlkError};
 use crate::devices::virtio::mem::{BLOCK_BYTES, Mem, MemControl};
+use crate::devices::virtio::net::{Net, NetControl, NetError};
 use crate::kvm::{KvmError, Vm};
 use crate::memory::GuestRam;
 use crate::pci::PciBus;
@@ -57,9 +58,21 @@ pub enum HotplugError {
     /// There is no disk of that serial.
     #[error("there is no disk {0}")]
     NoDisk(String),
-    /// There are no network interfaces yet.
-    #[error("slot {0}: this monitor has no virtio-net yet")]
-    NoNets(u8),
+    /// The network interface cannot be used.
+    #[error("net {slot}")]
+    Net {
+        /// Its slot.
+        slot: u8,
+        /// Why not.
+        #[source]
+        source: NetError,
+    },
+    /// There is a network interface in that slot.
+    #[error("net {0} is there already")]
+    NetExists(u8),
+    /// There is no network interface in that slot.
+    #[error("there is no net {0}")]
+    NoNet(u8),
     /// KVM did not take the memory.
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -77,6 +90,8 @@ pub struct Hotplug {
     vm: Arc<Vm>,
     /// Slots of the disks on the bus, by serial.
     disks: HashMap<String, usize>,
+    /// The network interfaces on the bus, by slot.
+    nets: BTreeMap<u8, NetControl>,
     /// The memory device, once it was needed.
     device: Option<MemControl>,
     /// Slots of KVM's given to it.
@@ -84,9 +99,15 @@ pub struct Hotplug {
 }
 
 impl Hotplug {
-    /// `disks` are the slots of those the machine was built with, by serial.
-    pub fn new(memory: GuestRam, vm: Arc<Vm>, disks: HashMap<String, usize>) -> Self {
-        Self { memory, vm, disks, device: None, slots: 0 }
+    /// `disks` and `nets` are those the machine was built with: the slots of the ones by
+    /// serial, the others by slot.
+    pub fn new(
+        memory: GuestRam,
+        vm: Arc<Vm>,
+        disks: HashMap<String, usize>,
+        nets: BTreeMap<u8, NetControl>,
+    ) -> Self {
+        Self { memory, vm, disks, nets, device: None, slots: 0 }
     }
 
     /// Plugs a disk into `bus`: the open file the request brought.
@@ -118,19 +139,44 @@ impl Hotplug {
         Ok(())
     }
 
-    /// Plugs a network interface into `bus`.
-    pub fn add_net(&mut self, _bus: &PciBus, net: &NetConfig, _files: Vec<File>) -> Result<(), HotplugError> {
-        Err(HotplugError::NoNets(net.slot))
+    /// Plugs a network interface into `bus`: the tap's descriptors, and vhost-net's
+    /// behind them.
+    pub fn add_net(
+        &mut self,
+        bus: &PciBus,
+        net: &NetConfig,
+        mut files: Vec<File>,
+    ) -> Result<(), HotplugError> {
+        let slot = net.slot;
+        if self.nets.contains_key(&slot) {
+            return Err(HotplugError::NetExists(slot));
+        }
+        let vhost = files.split_off(files.len().min(net.queue_pairs.into()));
+        let device = Net::new(net, files, vhost).map_err(|source| HotplugError::Net { slot, source })?;
+        let control = device.control();
+        function::attach_at(bus, slot.into(), Box::new(device), &self.memory, &self.vm)?;
+        self.nets.insert(slot, control);
+        log::info!("net {slot} plugged in");
+        Ok(())
     }
 
-    /// Takes a network interface off `bus`.
-    pub fn remove_net(&mut self, _bus: &PciBus, slot: u8) -> Result<(), HotplugError> {
-        Err(HotplugError::NoNets(slot))
+    /// Takes a network interface off `bus`. A guest that still uses it gets no more answers.
+    pub fn remove_net(&mut self, bus: &PciBus, slot: u8) -> Result<(), HotplugError> {
+        self.nets.remove(&slot).ok_or(HotplugError::NoNet(slot))?;
+        drop(bus.remove(slot.into()));
+        log::info!("net {slot} taken out");
+        Ok(())
     }
 
     /// Tells the guest whether an interface's link is up.
-    pub fn set_link(&mut self, slot: u8, _up: bool) -> Result<(), HotplugError> {
-        Err(HotplugError::NoNets(slot))
+    pub fn set_link(&mut self, slot: u8, up: bool) -> Result<(), HotplugError> {
+        let net = self.nets.get(&slot).ok_or(HotplugError::NoNet(slot))?;
+        net.set_link(up).map_err(HotplugError::Interrupt)
+    }
+
+    /// Counters of the network interfaces.
+    pub fn nets(&self) -> Vec<NetMetrics> {
+        self.nets.values().map(NetControl::metrics).collect()
     }
 
     /// Bytes the guest has plugged.
@@ -205,7 +251,7 @@ mod tests {
         let memory =
             memory::create_shaped(Shape { boot: 64 << 20, more: region, ..Shape::default() }).unwrap();
         vm.set_memory(&memory).unwrap();
-        (Hotplug::new(memory.clone(), vm, HashMap::new()), memory)
+        (Hotplug::new(memory.clone(), vm, HashMap::new(), BTreeMap::new()), memory)
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The running machine: its vCPU threads, and the thread that listens to its
 //! owner (requests, the owner's end), to others (counters, signals) and to its end.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -18,6 +18,7 @@ use crate::buses::Buses;
 use crate::control::Served;
 use crate::control::channel::OwnerChannel;
 use crate::control::socket::ReadOnlySocket;
+use crate::devices::virtio::net::NetControl;
 use crate::hotplug::Hotplug;
 use crate::kvm::Vm;
 use crate::kvm::state::VmState;
@@ -53,6 +54,8 @@ pub struct Machine {
     pub more_vcpus: VcpuFactory,
     /// Slots of its disks, by serial.
     pub disks: HashMap<String, usize>,
+    /// Its network interfaces, by slot.
+    pub nets: BTreeMap<u8, NetControl>,
     /// The socket for those who look.
     pub socket: Option<ReadOnlySocket>,
     /// The start so far.
@@ -70,11 +73,11 @@ impl Machine {
     /// Runs the machine to its end: the guest's own, a request's, its owner's or one
     /// of the `signals`. Everything is stopped when it returns.
     pub fn run(self, signals: StopSignals, channel: Option<OwnerChannel>) -> Result<End, RunError> {
-        let Self { vm, memory, buses, vcpus, more_vcpus, disks, socket, timeline } = self;
+        let Self { vm, memory, buses, vcpus, more_vcpus, disks, nets, socket, timeline } = self;
         let report = Arc::new(EndReport::new().map_err(RunError::Events)?);
         let events =
             Events::new(&report, channel.as_ref(), socket.as_ref(), signals).map_err(RunError::Events)?;
-        let hotplug = Hotplug::new(memory.clone(), Arc::clone(&vm), disks);
+        let hotplug = Hotplug::new(memory.clone(), Arc::clone(&vm), disks, nets);
         let mut owned = Owned {
             threads: Vec::new(),
             paused: false,
@@ -236,7 +239,7 @@ impl Owned {
             memory_bytes: boot_bytes + plugged_bytes,
             memory_plugged_bytes: plugged_bytes,
             memory_resident_bytes,
-            nets: Vec::new(),
+            nets: self.hotplug.nets(),
         })
     }
 

@@ -1,6 +1,7 @@
 //! What the monitor asks of the host's kernel for itself, before anything else.
 
 use std::io;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
 /// Keeps the guest's memory out of core files and out of other processes' reach, and
 /// takes as many descriptors as it may have: a share needs one for each file that the
@@ -16,6 +17,21 @@ pub fn prepare() {
             eprintln!("rvm-vmm: {what}: {error}");
         }
     }
+}
+
+/// Takes over the descriptor `fd`, which this process was started with and which
+/// nothing else of it uses: what it opens itself, or has taken over before, is closed
+/// on exec, and what it was started with is not.
+pub fn inherited(fd: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: plain system call on a number; it fails where nothing is open.
+    let flags = unsafe { libc::fcntl(fd, libc::F_GETFD) };
+    if fd <= libc::STDERR_FILENO || flags < 0 || flags & libc::FD_CLOEXEC != 0 {
+        return Err(io::Error::from_raw_os_error(libc::EBADF));
+    }
+    // SAFETY: plain system call.
+    ok(unsafe { libc::fcntl(fd, libc::F_SETFD, flags | libc::FD_CLOEXEC) })?;
+    // SAFETY: it is open, and has not been taken over by anything else.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 fn no_core_file() -> io::Result<()> {

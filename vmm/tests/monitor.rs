@@ -3,6 +3,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+#[path = "monitor/nets.rs"]
+mod nets;
+
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -533,11 +536,11 @@ fn a_hundred_disks_that_come_and_go_leave_nothing() {
         }
     }
     assert_eq!(holdings(&child), before);
-    // As many as there are slots beside rng and vsock.
-    for number in 0..30 {
+    // As many as there are slots beside rng, vsock and network interfaces.
+    for number in 0..22 {
         assert_eq!(control.ask_with(disk(&number.to_string()), Some(&file)), Response::Ok);
     }
-    assert!(control.refused(disk("one-more"), Some(&file)).contains("room for 32"));
+    assert!(control.refused(disk("one-more"), Some(&file)).contains("room for 24"));
     assert_eq!(control.ask(Request::Stop), Response::Ok);
     assert_eq!(finish(child).status.code(), Some(exit_code::OK));
 }

@@ -73,7 +73,7 @@ impl Boot {
         vmm::write_config(path, &vm_config(config, plan))
             .map_err(|source| SandboxError::Directory { path: path.to_owned(), source })?;
         let spawned = timeline.elapsed();
-        let monitor = Monitor::spawn(&config.host.monitor, path, cgroup, plan.oom_score_adj)?;
+        let monitor = Monitor::spawn(&config.host.monitor, path, cgroup, plan.oom_score_adj, &[])?;
         timeline.mark("monitor spawned");
         Ok(Self {
             monitor,

@@ -6,7 +6,7 @@ use std::{
     fs::File,
     io::{self, PipeReader},
     os::{
-        fd::{AsRawFd, OwnedFd, RawFd},
+        fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd},
         unix::process::{CommandExt, ExitStatusExt},
     },
     path::{Path, PathBuf},
@@ -125,22 +125,26 @@ impl Monitor {
     /// been written. It is in `cgroup` before it has any memory, has no environment,
     /// gets a network namespace of its own and dies with the calling thread, which
     /// therefore must be the process's main thread. `oom_score_adj` is how soon the
-    /// host's kernel takes it when memory runs out.
+    /// host's kernel takes it when memory runs out. It has the descriptors `inherited`
+    /// under the numbers they have here, which its configuration names.
     pub fn spawn(
         program: &Path,
         dir: &Path,
         cgroup: &HostCgroup,
         oom_score_adj: i32,
+        inherited: &[BorrowedFd<'_>],
     ) -> Result<Self, MonitorError> {
         let spawn = |source| MonitorError::Spawn { program: program.to_owned(), source };
         let (reader, writer) = io::pipe().map_err(spawn)?;
         let (control, monitors_end) = Control::pair().map_err(spawn)?;
-        let inherited = monitors_end.as_raw_fd();
+        let mut inherited: Vec<RawFd> = inherited.iter().map(AsRawFd::as_raw_fd).collect();
+        let control_fd = monitors_end.as_raw_fd();
+        inherited.push(control_fd);
         let parent = std::process::id();
         let procs = cgroup.procs();
         let mut command = Command::new(program);
         command
-            .args(["--config", CONFIG_FILE, "--control-fd", &inherited.to_string()])
+            .args(["--config", CONFIG_FILE, "--control-fd", &control_fd.to_string()])
             .env_clear()
             .current_dir(dir)
             .stdin(Stdio::null())
@@ -149,7 +153,7 @@ impl Monitor {
             .process_group(0);
         // SAFETY: the closure makes system calls only and allocates nothing, as
         // is required between fork and exec.
-        unsafe { command.pre_exec(move || prepare_child(parent, &procs, inherited)) };
+        unsafe { command.pre_exec(move || prepare_child(parent, &procs, &inherited)) };
         let mut child = command.spawn().map_err(spawn)?;
         drop(command);
         drop(monitors_end);
@@ -211,7 +215,7 @@ impl Drop for Monitor {
     }
 }
 
-fn prepare_child(parent: u32, procs: &[CString], inherited: RawFd) -> io::Result<()> {
+fn prepare_child(parent: u32, procs: &[CString], inherited: &[RawFd]) -> io::Result<()> {
     // SAFETY: PR_SET_PDEATHSIG takes a signal number and no pointer.
     if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } != 0 {
         return Err(io::Error::last_os_error());
@@ -219,9 +223,11 @@ fn prepare_child(parent: u32, procs: &[CString], inherited: RawFd) -> io::Result
     if nix::unistd::getppid().as_raw().cast_unsigned() != parent {
         return Err(io::Error::from_raw_os_error(libc::ESRCH));
     }
-    // SAFETY: plain system call; 0 clears FD_CLOEXEC.
-    if unsafe { libc::fcntl(inherited, libc::F_SETFD, 0) } < 0 {
-        return Err(io::Error::last_os_error());
+    for fd in inherited {
+        // SAFETY: plain system call; 0 clears FD_CLOEXEC.
+        if unsafe { libc::fcntl(*fd, libc::F_SETFD, 0) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
     }
     // A core file would hold the guest's memory.
     let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };

@@ -11,6 +11,7 @@ use vmm_sys_util::errno;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::Served;
+use crate::process;
 
 /// Most descriptors attached to a call: those of a virtio-net device. An odd
 /// number: see `receive`.
@@ -29,12 +30,7 @@ impl OwnerChannel {
     /// Takes over the inherited descriptor `fd`, which nothing else of this process
     /// uses.
     pub fn inherited(fd: RawFd) -> io::Result<Self> {
-        // SAFETY: plain system call on a number; it fails where nothing is open.
-        if fd <= libc::STDERR_FILENO || unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
-            return Err(io::Error::from_raw_os_error(libc::EBADF));
-        }
-        // SAFETY: it is open, and by the caller's word ours alone.
-        Self::new(unsafe { OwnedFd::from_raw_fd(fd) })
+        Self::new(process::inherited(fd)?)
     }
 
     fn new(fd: OwnedFd) -> io::Result<Self> {

@@ -7,8 +7,9 @@
 //! device write where the guest itself may not. A grant is never taken back
 //! while the machine runs: what was found inside once stays inside.
 
-use std::sync::Arc;
+use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use vm_memory::bitmap::BS;
 use vm_memory::{
@@ -24,11 +25,24 @@ pub struct Region {
 }
 
 /// All of guest memory; clones are the same memory.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct GuestRam {
     /// Sorted, apart from each other; the one that grows is the last.
     regions: Arc<[Region]>,
     boot_regions: usize,
+    listeners: Arc<Mutex<Vec<Weak<dyn MemoryListener>>>>,
+}
+
+impl fmt::Debug for GuestRam {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GuestRam").field("regions", &self.regions).finish_non_exhaustive()
+    }
+}
+
+/// Whoever has others look into guest memory, who have to know what it is (vhost).
+pub trait MemoryListener: Send + Sync {
+    /// More has become guest memory; the guest has not been told yet.
+    fn granted(&self);
 }
 
 impl Region {
@@ -111,7 +125,7 @@ impl GuestRam {
         };
         let none = |mapping| Region { mapping, granted: AtomicU64::new(0) };
         let regions = boot.into_iter().map(whole).chain(growing.map(none)).collect();
-        Self { regions, boot_regions }
+        Self { regions, boot_regions, listeners: Arc::default() }
     }
 
     /// What the machine starts with.
@@ -130,6 +144,19 @@ impl GuestRam {
         if let Some(region) = self.growing() {
             region.granted.fetch_max(bytes.min(region.mapped()), Ordering::AcqRel);
         }
+        let listeners = self.listeners().clone();
+        listeners.iter().filter_map(Weak::upgrade).for_each(|listener| listener.granted());
+    }
+
+    /// Has `listener` hear of what is granted from now on, as long as it is there.
+    pub fn listen(&self, listener: Weak<dyn MemoryListener>) {
+        let mut listeners = self.listeners();
+        listeners.retain(|listener| listener.strong_count() > 0);
+        listeners.push(listener);
+    }
+
+    fn listeners(&self) -> MutexGuard<'_, Vec<Weak<dyn MemoryListener>>> {
+        self.listeners.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Anonymous memory at these addresses, for tests.
@@ -177,6 +204,29 @@ mod tests {
         ram.grant(u64::MAX);
         assert!(ram.check_range(GuestAddress(GROWING), 0x4000));
         assert!(!ram.check_range(GuestAddress(GROWING), 0x4001));
+    }
+
+    #[test]
+    fn listeners_hear_of_a_grant_when_it_holds_as_long_as_they_are_there() {
+        struct Listener(GuestRam, AtomicU64);
+        impl MemoryListener for Listener {
+            fn granted(&self) {
+                self.1.store(self.0.growing().unwrap().len(), Ordering::Relaxed);
+            }
+        }
+        let ram = ram();
+        let listener = Arc::new(Listener(ram.clone(), AtomicU64::new(0)));
+        for _ in 0..2 {
+            let gone: Arc<dyn MemoryListener> = Arc::new(Listener(ram.clone(), AtomicU64::new(0)));
+            ram.listen(Arc::downgrade(&gone));
+        }
+        let weak: Weak<dyn MemoryListener> = Arc::downgrade(&(Arc::clone(&listener) as _));
+        ram.listen(weak);
+        assert_eq!(ram.listeners().len(), 1);
+        ram.clone().grant(0x2000);
+        assert_eq!(listener.1.load(Ordering::Relaxed), 0x2000);
+        drop(listener);
+        ram.grant(0x3000);
     }
 
     #[test]

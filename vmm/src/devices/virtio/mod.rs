@@ -15,6 +15,7 @@
 pub mod blk;
 pub mod fs;
 pub mod mem;
+pub mod net;
 pub mod ring;
 pub mod rng;
 pub mod vsock;
