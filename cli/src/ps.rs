@@ -70,6 +70,8 @@ pub struct Row {
     pub vm_pss_bytes: Option<u64>,
     /// The shim's.
     pub shim_pss_bytes: Option<u64>,
+    /// Fields of its specification that have no effect.
+    pub not_applied: Vec<String>,
 }
 
 /// Looks at every sandbox below `state_dir`.
@@ -90,10 +92,12 @@ impl Row {
             guest_resident_bytes: None,
             vm_pss_bytes: None,
             shim_pss_bytes: None,
+            not_applied: Vec::new(),
         };
         let Ok(state) = &sandbox.state else { return row };
         row.age_s = Some(state.age().as_secs());
         row.guest_memory_bytes = state.memory_mib.checked_mul(1 << 20);
+        row.not_applied.clone_from(&state.not_applied);
         if state.shim.is_alive() {
             row.shim_pid = Some(state.shim.pid);
             row.shim_pss_bytes = pss(state.shim.pid);

@@ -288,8 +288,8 @@ fn of_the_rest() -> Vec<Broken> {
         ),
         broken(
             "/process/apparmorProfile",
-            json!("docker-default"),
-            &["process.apparmorProfile", "docker-default", "ignore_labels"],
+            json!("my-own"),
+            &["process.apparmorProfile", "my-own", "ignore_labels"],
             Refuses,
         ),
     ]

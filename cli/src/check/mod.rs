@@ -3,6 +3,7 @@
 //! Every check tries the thing itself where that leaves no trace, instead of
 //! concluding it from a version or a flag.
 
+mod clients;
 mod files;
 mod host;
 mod idmap;
@@ -91,7 +92,7 @@ impl Report {
                 checks.push(Check::missing("configuration", error.to_string(), "correct or remove the file"));
             }
         }
-        checks.push(path::shim_on_containerds_path());
+        checks.extend([path::shim_on_containerds_path(), clients::docker(), clients::apparmor()]);
         Self::new(checks)
     }
 }

@@ -4,8 +4,14 @@
 use super::{SpecError, text};
 use crate::config::Compat;
 
+/// Profiles that clients name for every container on a host with AppArmor, where
+/// nobody has asked for one: Docker's, CRI's, nerdctl's and CRI-O's.
+pub const DEFAULT_PROFILES: [&str; 4] =
+    ["docker-default", "cri-containerd.apparmor.d", "nerdctl-default", "crio-default"];
+
 /// Refuses a profile that somebody relies on, unless the configuration says
-/// that nobody does.
+/// that nobody does. What the default profiles keep a container from on its host
+/// the microVM keeps from it: they have no effect.
 pub(super) fn apparmor(
     field: &str,
     profile: &Option<String>,
@@ -14,6 +20,10 @@ pub(super) fn apparmor(
 ) -> Result<(), SpecError> {
     let profile = text(field, profile.as_deref())?;
     if profile == "unconfined" {
+        return Ok(());
+    }
+    if DEFAULT_PROFILES.contains(&profile.as_str()) {
+        not_applied.push(field.to_owned());
         return Ok(());
     }
     check(field, &profile, "an AppArmor profile", "apparmor=unconfined", compat, not_applied)

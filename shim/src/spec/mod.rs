@@ -35,6 +35,7 @@ use crate::config::{Compat, Writes};
 
 pub use disks::HostDisk;
 pub use hooks::{Hook, HostHooks};
+pub use labels::DEFAULT_PROFILES;
 pub(crate) use mounts::MOUNT_OPTIONS;
 pub use mounts::Volume;
 pub use pod::{Neighbour, Pod, Role, Shm, role_in};

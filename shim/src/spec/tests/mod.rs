@@ -342,7 +342,7 @@ fn what_is_not_done_is_refused_by_name() {
             "linux.devices[0]",
         ),
         ("/linux/mountLabel", json!("system_u:object_r:container_file_t:s0"), "linux.mountLabel"),
-        ("/process/apparmorProfile", json!("docker-default"), "process.apparmorProfile"),
+        ("/process/apparmorProfile", json!("my-own"), "process.apparmorProfile"),
         ("/process/selinuxLabel", json!("system_u:system_r:container_t:s0"), "process.selinuxLabel"),
     ] {
         let error = error_with(at, value);

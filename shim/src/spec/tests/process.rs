@@ -113,19 +113,30 @@ fn an_exec_is_a_process() {
 
 #[test]
 fn labels_are_ignored_where_the_configuration_says_so() {
-    let error = error_with("/process/apparmorProfile", json!("docker-default"));
-    for hint in
-        ["\"docker-default\"", "--security-opt apparmor=unconfined", "ignore_labels = true", "[compat]"]
-    {
+    let error = error_with("/process/apparmorProfile", json!("my-own"));
+    for hint in ["\"my-own\"", "--security-opt apparmor=unconfined", "ignore_labels = true", "[compat]"] {
         assert!(error.contains(hint), "{error}");
     }
-    let spec = changed("/process/apparmorProfile", json!("docker-default"));
+    let spec = changed("/process/apparmorProfile", json!("my-own"));
     let bundle = load_with(&spec, Compat { ignore_labels: true }).unwrap();
     assert_eq!(bundle.not_applied, ["process.apparmorProfile"]);
     for none in ["", "unconfined"] {
         let spec = changed("/process/apparmorProfile", json!(none));
         assert!(load(&spec).unwrap().not_applied.is_empty());
     }
+}
+
+#[test]
+fn default_profiles_of_clients_have_no_effect() {
+    for profile in DEFAULT_PROFILES {
+        let bundle = load(&changed("/process/apparmorProfile", json!(profile))).unwrap();
+        assert_eq!(bundle.not_applied, ["process.apparmorProfile"], "{profile}");
+        let exec = json!({"user": {}, "args": ["ls"], "cwd": "/", "apparmorProfile": profile}).to_string();
+        let (_, not_applied) = exec_process(exec.as_bytes(), &Compat::default()).unwrap();
+        assert_eq!(not_applied, ["process.apparmorProfile"], "{profile}");
+    }
+    let error = error_with("/process/apparmorProfile", json!("docker-default-2"));
+    assert!(error.starts_with("process.apparmorProfile: not supported: "), "{error}");
 }
 
 #[test]
