@@ -33,7 +33,7 @@ use crate::{
 };
 
 /// What tools show as its name.
-const NAME: &std::ffi::CStr = c"rvm-container";
+pub(crate) const NAME: &std::ffi::CStr = c"rvm-container";
 
 /// A container's process on the host. Dropping it ends it.
 pub struct Holder {

@@ -6,7 +6,7 @@ use oci_spec::runtime::{self as oci, LinuxNamespaceType as Kind};
 use rvm_protocol::agent::{CreateContainerRequest, IdMapping, Namespace, NamespaceType, TimeOffset, User};
 
 use super::{Pod, SpecError, path_text, pod::is_sandboxs};
-use crate::container::GUEST_PIDS_FROM;
+use crate::{container::GUEST_PIDS_FROM, holder};
 
 /// Most mappings a user namespace takes (user_namespaces(7)).
 const MAX_MAPPINGS: usize = 340;
@@ -123,13 +123,29 @@ fn joined(
         return Ok(namespace);
     }
     let reason = match link {
+        "net" if is_holders(path) => format!(
+            "{given} is the network of a container in another machine, which two machines cannot share; \
+             let both join one network (Docker: --network container: only under one kernel), or one pod"
+        ),
         "net" => format!(
             "{given} is a network of the host; this version connects no guest to one, \
              leave the path out (no CNI) and the container has a loopback interface alone"
         ),
+        "ipc" | "pid" => format!(
+            "{given} is a namespace of the host's kernel, which the container does not run on; containers of \
+             one pod share theirs (Docker: --{link} container: only under one kernel)"
+        ),
         _ => format!("{given} is a namespace of the host's kernel, which the container does not run on"),
     };
     Err(SpecError::unsupported(at, reason))
+}
+
+/// Whether the namespace is looked for at the process that stands for a container
+/// of rvm's; one of the same sandbox has been found before.
+fn is_holders(path: &Path) -> bool {
+    let comm = path.parent().and_then(Path::parent).map(|process| process.join("comm"));
+    comm.and_then(|comm| std::fs::read(comm).ok())
+        .is_some_and(|comm| comm.trim_ascii_end() == holder::NAME.to_bytes())
 }
 
 /// Id mappings, checked as the kernel would.
