@@ -1,16 +1,14 @@
 //! Builds a kernel and prints where it is:
-//! `cargo run -p guest-kernel --example build -- CACHE_DIR [rvm|trial] [refresh]`.
+//! `cargo run -p guest-kernel --example build -- CACHE_DIR [rvm|full|peer|trial] [refresh]`.
 
 use guest_kernel::{BuildOptions, Flavour, build};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut args = std::env::args().skip(1);
     let cache_dir = args.next().ok_or("which cache directory?")?.into();
-    let flavour = match args.next().as_deref() {
-        None | Some("rvm") => Flavour::Rvm,
-        Some("trial") => Flavour::Trial,
-        Some(other) => return Err(format!("no flavour {other:?}").into()),
-    };
+    let name = args.next().unwrap_or_else(|| "rvm".to_owned());
+    let flavour = Flavour::ALL.into_iter().find(|flavour| flavour.as_str() == name);
+    let flavour = flavour.ok_or_else(|| format!("no flavour {name:?}"))?;
     let refresh = args.next().is_some_and(|arg| arg == "refresh");
     let jobs = std::thread::available_parallelism()?.get();
     let last = std::cell::Cell::new(None);

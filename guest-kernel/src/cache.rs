@@ -163,7 +163,8 @@ pub fn key(source: &Source, flavour: Flavour) -> Result<String, Error> {
     for fragment in config::fragments(flavour) {
         part(fragment.as_bytes());
     }
-    for program in ["gcc", "ld"] {
+    let programs: &[&str] = if flavour == Flavour::Full { &["gcc", "ld", "pahole"] } else { &["gcc", "ld"] };
+    for program in programs {
         part(command::output(Command::new(program).arg("--version"))?.as_bytes());
     }
     Ok(hex(&hash.finalize()[..8]))
@@ -207,7 +208,9 @@ mod tests {
         let first = key(&source("a"), Flavour::Rvm).unwrap();
         assert_eq!(first, key(&source("a"), Flavour::Rvm).unwrap());
         assert_ne!(first, key(&source("b"), Flavour::Rvm).unwrap());
-        assert_ne!(first, key(&source("a"), Flavour::Trial).unwrap());
+        for other in [Flavour::Peer, Flavour::Trial] {
+            assert_ne!(first, key(&source("a"), other).unwrap());
+        }
     }
 
     #[test]

@@ -1,37 +1,37 @@
 //! Configuration: commented fragments on top of a base with everything off,
 //! and the check that all of them took effect.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::Command;
 
 use crate::{BuildOptions, Error, Flavour, command, io_error};
 
-/// The fragments of [`Flavour::Rvm`], by what they are for.
-const RVM: &[&str] = &[
-    include_str!("../config/machine.config"),
-    include_str!("../config/core.config"),
-    include_str!("../config/container.config"),
-    include_str!("../config/filesystem.config"),
-    include_str!("../config/network.config"),
-    include_str!("../config/hardening.config"),
-];
-
-/// The one fragment of [`Flavour::Trial`].
-const TRIAL: &[&str] = &[include_str!("../config/trial.config")];
+const MACHINE: &str = include_str!("../config/machine.config");
+const CORE: &str = include_str!("../config/core.config");
+const CONTAINER: &str = include_str!("../config/container.config");
+const FILESYSTEM: &str = include_str!("../config/filesystem.config");
+const NETWORK: &str = include_str!("../config/network.config");
+const HARDENING: &str = include_str!("../config/hardening.config");
+const DEFAULT: &str = include_str!("../config/default.config");
+const FULL: &str = include_str!("../config/full.config");
+const PEER: &str = include_str!("../config/peer.config");
+const TRIAL: &str = include_str!("../config/trial.config");
 
 /// The fragments of a flavour.
 pub fn fragments(flavour: Flavour) -> &'static [&'static str] {
     match flavour {
-        Flavour::Rvm => RVM,
-        Flavour::Trial => TRIAL,
+        Flavour::Rvm => &[MACHINE, CORE, CONTAINER, FILESYSTEM, NETWORK, HARDENING, DEFAULT],
+        Flavour::Full => &[MACHINE, CORE, CONTAINER, FILESYSTEM, NETWORK, HARDENING, FULL],
+        Flavour::Peer => &[MACHINE, CORE, CONTAINER, FILESYSTEM, NETWORK, HARDENING, DEFAULT, PEER],
+        Flavour::Trial => &[TRIAL],
     }
 }
 
 /// The make target whose result the fragments are laid on.
 fn base(flavour: Flavour) -> &'static str {
     match flavour {
-        Flavour::Rvm => "allnoconfig",
+        Flavour::Rvm | Flavour::Full | Flavour::Peer => "allnoconfig",
         Flavour::Trial => "tinyconfig",
     }
 }
@@ -44,7 +44,7 @@ pub fn configure(tree: &Path, build_dir: &Path, options: &BuildOptions<'_>) -> R
     let wanted = fragments(flavour).concat();
     let path = build_dir.join(".config");
     match flavour {
-        Flavour::Rvm => {
+        Flavour::Rvm | Flavour::Full | Flavour::Peer => {
             let fragment = build_dir.join("fragment.config");
             std::fs::write(&fragment, &wanted).map_err(io_error("write", &fragment))?;
             let mut all_no = make(base(flavour));
@@ -59,9 +59,20 @@ pub fn configure(tree: &Path, build_dir: &Path, options: &BuildOptions<'_>) -> R
             command::output(&mut make("olddefconfig"))?;
         }
     }
-    let config = std::fs::read_to_string(&path).map_err(io_error("read", &path))?;
-    let lines = unmet(&wanted, &config);
-    if lines.is_empty() || flavour == Flavour::Trial { Ok(()) } else { Err(Error::Config { lines }) }
+    if flavour == Flavour::Trial {
+        return Ok(());
+    }
+    let read = |path: &Path| std::fs::read_to_string(path).map_err(io_error("read", path));
+    let lines = unmet(&wanted, &read(&path)?);
+    if !lines.is_empty() {
+        return Err(Error::Config { lines });
+    }
+    let known = mitigations(&read(&tree.join(KCONFIG))?);
+    if known.is_empty() {
+        return Err(Error::NoMitigations { kconfig: KCONFIG });
+    }
+    let options = unnamed(&known, &wanted);
+    if options.is_empty() { Ok(()) } else { Err(Error::Mitigations { options }) }
 }
 
 fn make(tree: &Path, build_dir: &Path, jobs: usize, target: &str) -> Command {
@@ -80,6 +91,36 @@ fn unmet(wanted: &str, config: &str) -> Vec<String> {
         .filter(|(option, value)| config.get(option).copied().unwrap_or("n") != *value)
         .map(|(option, value)| format!("{option}={value}"))
         .collect()
+}
+
+/// Where Linux describes its mitigations, in its source.
+const KCONFIG: &str = "arch/x86/Kconfig";
+
+/// The mitigations of faults of CPUs that `kconfig` knows: whatever stands in its block of them, and what is called one
+/// elsewhere.
+fn mitigations(kconfig: &str) -> BTreeSet<String> {
+    let mut block = false;
+    let mut found = BTreeSet::new();
+    for line in kconfig.lines() {
+        match line.trim_end() {
+            "if CPU_MITIGATIONS" => block = true,
+            "endif" => block = false,
+            line => {
+                if let Some(option) =
+                    line.strip_prefix("config ").filter(|o| block || o.starts_with("MITIGATION_"))
+                {
+                    found.insert(format!("CONFIG_{option}"));
+                }
+            }
+        }
+    }
+    found
+}
+
+/// The options of `known` that `wanted` says nothing of, neither yes nor no.
+fn unnamed(known: &BTreeSet<String>, wanted: &str) -> Vec<String> {
+    let named = parse(wanted);
+    known.iter().filter(|option| !named.contains_key(option.as_str())).cloned().collect()
 }
 
 /// Options and their values; an option that "is not set" has the value `n`.
@@ -112,8 +153,8 @@ mod tests {
 
     #[test]
     fn fragments_name_every_option_once_and_every_line_is_understood() {
-        for flavour in [Flavour::Rvm, Flavour::Trial] {
-            let mut seen = std::collections::BTreeSet::new();
+        for flavour in Flavour::ALL {
+            let mut seen = BTreeSet::new();
             for line in fragments(flavour).iter().flat_map(|fragment| fragment.lines()) {
                 let options = parse(line);
                 let comment_or_empty = line.is_empty() || line.starts_with('#');
@@ -124,5 +165,24 @@ mod tests {
             }
             assert!(!seen.is_empty());
         }
+    }
+
+    #[test]
+    fn a_mitigation_that_no_fragment_names_is_found() {
+        let kconfig = "config OTHER\n\tbool\nmenuconfig CPU_MITIGATIONS\n\tbool \"x\"\n\nif CPU_MITIGATIONS\n\n\
+            config MITIGATION_OLD\n\tbool \"old\"\n\tdefault y\n\nconfig SPELT_OTHERWISE\n\tbool \"new\"\n\nendif\n\
+            config AFTER\n\tbool\n\nconfig MITIGATION_ELSEWHERE\n\tbool \"new\"\n";
+        let known = mitigations(kconfig);
+        assert_eq!(known.len(), 3);
+        let wanted = "CONFIG_CPU_MITIGATIONS=y\nCONFIG_MITIGATION_OLD=y\n";
+        assert_eq!(unnamed(&known, wanted), ["CONFIG_MITIGATION_ELSEWHERE", "CONFIG_SPELT_OTHERWISE"]);
+        let wanted = format!("{wanted}# CONFIG_SPELT_OTHERWISE is not set\nCONFIG_MITIGATION_ELSEWHERE=y\n");
+        assert_eq!(unnamed(&known, &wanted), Vec::<String>::new());
+    }
+
+    #[test]
+    fn the_kernel_has_as_many_processors_as_the_monitor_gives() {
+        let machine = parse(MACHINE);
+        assert_eq!(machine["CONFIG_NR_CPUS"], rvm_protocol::vmm::MAX_VCPUS.to_string());
     }
 }

@@ -46,21 +46,34 @@ pub const BUILD_PACKAGES: &[&str] = &[
     "xz-utils",
 ];
 
+/// What [`Flavour::Full`] needs besides: the program that makes the kernel's types known to BPF programs.
+pub const FULL_BUILD_PACKAGES: &[&str] = &["dwarves"];
+
 /// Which kernel to build.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Flavour {
     /// The kernel rvm's guests run.
     Rvm,
+    /// The same with what only some containers need and all would pay for, in build time, memory or boot time: tracing,
+    /// IPsec, mitigations made by the compiler. See `config/full.config`.
+    Full,
+    /// [`Flavour::Rvm`] with what QEMU's `microvm` needs to boot it: the boot benchmark's peer. See `config/peer.config`.
+    Peer,
     /// What a peer's microVM would be given: the baseline of the boot benchmark.
     /// See `config/trial.config`.
     Trial,
 }
 
 impl Flavour {
+    /// Every flavour.
+    pub const ALL: [Self; 4] = [Self::Rvm, Self::Full, Self::Peer, Self::Trial];
+
     /// The flavour's name in the cache and in messages.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Rvm => "rvm",
+            Self::Full => "full",
+            Self::Peer => "peer",
             Self::Trial => "trial",
         }
     }
@@ -202,6 +215,22 @@ pub enum Error {
     Config {
         /// The lines.
         lines: Vec<String>,
+    },
+    /// The kernel knows mitigations that nobody has decided on.
+    #[error(
+        "this kernel has mitigations of CPU faults that no configuration fragment names, neither \"=y\" nor \"is not set\": \
+         {} (decide in guest-kernel/config/hardening.config)",
+        options.join(", ")
+    )]
+    Mitigations {
+        /// The options.
+        options: Vec<String>,
+    },
+    /// The mitigations are not where they were.
+    #[error("{kconfig} of this kernel describes no mitigation of CPU faults: where are they now?")]
+    NoMitigations {
+        /// Where they were.
+        kconfig: &'static str,
     },
 }
 

@@ -28,7 +28,7 @@ fn import(world: &World) -> Result<()> {
     }
     let archive = std::env::var(IMAGE_ENV).with_context(|| format!("{IMAGE_ENV} is not set"))?;
     timed("importing the image", || {
-        ctr.run(&["images", "import", &archive], scale::container() * 4)?.success().map(drop)
+        ctr.run(&["images", "import", &archive], scale::container() * 10)?.success().map(drop)
     })
 }
 
@@ -41,8 +41,13 @@ struct Debian<'a> {
 
 impl<'a> Debian<'a> {
     fn start(world: &'a World) -> Result<Self> {
+        Self::with(world, &[])
+    }
+
+    /// With more options of `ctr run`.
+    fn with(world: &'a World, options: &[&str]) -> Result<Self> {
         let ctr = world.ctr();
-        let run = ctr.container("debian").with_image(IMAGE).detached();
+        let run = ctr.container("debian").with_image(IMAGE).with(options).detached();
         timed("starting the container", || run.run(&["sleep", "infinity"])?.success().map(drop))?;
         Ok(Self { world, ctr, run })
     }
@@ -236,6 +241,88 @@ END
 python3 /tmp/smoke.py"#;
         let smoke = debian.script("python", program)?;
         ensure!(smoke.text() == "smoke ok True\n", "{smoke}");
+        debian.end()
+    });
+}
+
+/// What a container that builds networks of its own makes: every type of link, and packet filters by all three tools.
+#[test]
+fn networks_and_packet_filters() {
+    case(|world| {
+        let debian = Debian::with(world, &["--cap-add", "CAP_NET_ADMIN", "--cap-add", "CAP_NET_RAW"])?;
+        let links = "ip link add d0 type dummy; ip link add b0 type bridge vlan_filtering 1
+ip link add v0 type veth peer name v1; ip link add vlan0 link d0 type vlan id 7
+ip link add mac0 link d0 type macvlan mode bridge; ip link add ipvlan0 link v0 type ipvlan mode l3
+ip link add vx0 type vxlan id 42 dev d0 dstport 4789; ip link add wg0 type wireguard
+for d in d0 b0 v0 vlan0 mac0 ipvlan0 vx0 wg0; do ip -o -d link show $d | grep -o -w -E 'dummy|bridge vlan_filtering|veth|vlan protocol|macvlan mode|ipvlan|vxlan id|wireguard'; done";
+        let made = debian.script("links", links)?;
+        let kinds: std::collections::BTreeSet<&str> = made.text().leak().lines().collect();
+        for kind in ["dummy", "veth", "vlan protocol", "macvlan mode", "ipvlan", "vxlan id", "wireguard"] {
+            ensure!(kinds.contains(kind), "no {kind}: {made}");
+        }
+        debian.script(
+            "routes",
+            "ip address add 10.7.0.1/24 dev d0; ip link set d0 up
+ip route add 10.9.0.0/16 nexthop via 10.7.0.2 weight 2 nexthop via 10.7.0.3
+ip -6 route add fd09::/64 nexthop via fe80::2 dev d0 nexthop via fe80::3 dev d0
+ip rule add fwmark 7 lookup 100; ip route add default via 10.7.0.4 table 100
+ip route get 10.11.0.1 mark 7 | grep 'via 10.7.0.4'
+{ ip route show 10.9.0.0/16; ip -6 route show fd09::/64; } | grep -c 'nexthop via' | grep -x 4",
+        )?;
+        debian.script(
+            "shaping",
+            "tc qdisc add dev d0 root handle 1: htb; tc qdisc add dev d0 clsact; tc qdisc add dev v0 root fq",
+        )?;
+        debian.script(
+            "nft",
+            "nft -f - <<'EOF'
+table netdev n { chain in { type filter hook ingress device v0 priority 0; drop; }
+ chain out { type filter hook egress device v0 priority 0; drop; } }
+table bridge b { chain forward { type filter hook forward priority 0; ether type ip accept; } }
+table inet t { chain pre { type filter hook prerouting priority mangle;
+  ct zone set 5; meta l4proto tcp socket transparent 1 accept
+  meta l4proto tcp tproxy ip to 127.0.0.1:15001 accept; log group 3; queue num 1; } }
+EOF
+nft list ruleset | grep -c -E 'tproxy|zone|egress|ingress|log group|queue|socket' | grep -x 7",
+        )?;
+        debian.script(
+            "ipset and iptables",
+            "ipset create nets hash:net; ipset add nets 10.0.0.0/8; ipset create ports hash:ip,port
+ipset test nets 10.1.2.3
+for iptables in iptables-nft iptables-legacy ip6tables-legacy; do
+$iptables -t raw -A PREROUTING -m rpfilter --invert -j DROP
+$iptables -t mangle -A PREROUTING -p tcp -m socket --transparent -j MARK --set-mark 1
+$iptables -t mangle -A PREROUTING -p tcp -j TPROXY --on-port 15001 --tproxy-mark 1
+$iptables -A INPUT -j NFLOG --nflog-group 1; $iptables -A INPUT -j NFQUEUE --queue-num 1
+done
+iptables-nft -A INPUT -m set --match-set nets src -j DROP
+iptables-legacy -A INPUT -m set --match-set nets src -j DROP",
+        )?;
+        debian.end()
+    });
+}
+
+/// `mount -o loop` of what a container made itself, in a privileged one.
+#[test]
+fn file_systems_in_files_are_mounted() {
+    case(|world| {
+        let debian = Debian::with(world, &["--privileged"])?;
+        debian.script(
+            "making the file systems",
+            "cd /root; mkdir tree; echo kept > tree/file
+test -e /dev/loop-control || mknod /dev/loop-control c 10 237
+for n in 0 1 2; do test -e /dev/loop$n || mknod /dev/loop$n b 7 $n; done
+truncate -s 8M ext4; mkfs.ext4 -q -d tree ext4; mksquashfs tree squashfs -quiet -no-progress
+mkfs.erofs -zlz4 erofs tree >/dev/null",
+        )?;
+        for kind in ["ext4", "squashfs", "erofs"] {
+            let script = format!(
+                "mkdir -p /mnt; mount -o loop -t {kind} /root/{kind} /mnt; cat /mnt/file; \
+                 findmnt -n -o FSTYPE /mnt; umount /mnt"
+            );
+            let seen = debian.script(kind, &script)?;
+            ensure!(seen.text() == format!("kept\n{kind}\n"), "{seen}");
+        }
         debian.end()
     });
 }

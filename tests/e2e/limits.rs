@@ -136,6 +136,56 @@ fn processor_ticks(world: &World, id: &str) -> Result<u64> {
     Ok(times.iter().sum())
 }
 
+/// Processes of the host that do nothing but use its processors, one each, until they are dropped.
+struct Busy(Vec<std::process::Child>);
+
+impl Busy {
+    fn start() -> Result<Self> {
+        let processors = std::thread::available_parallelism()?.get();
+        let mut busy = Self(Vec::with_capacity(processors));
+        for _ in 0..processors {
+            busy.0.push(std::process::Command::new("sh").args(["-c", "while :; do :; done"]).spawn()?);
+        }
+        Ok(busy)
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        for process in &mut self.0 {
+            let _ = process.kill();
+            let _ = process.wait();
+        }
+    }
+}
+
+/// Half a processor is there on a busy host too, and the container gets it: time in which the host ran something else
+/// is not charged to its quota.
+#[test]
+fn a_quota_on_a_busy_host() {
+    case(|world| {
+        let ctr = world.ctr();
+        let quota = ["--cpu-quota", "50000", "--cpu-period", "100000"];
+        let run = ctr.container("quota").with(&quota).detached();
+        run.shell("while :; do :; done")?.success()?;
+        let busy = Busy::start()?;
+        let mut shares = Vec::new();
+        for _ in 0..3 {
+            let (ticks, started) = (processor_ticks(world, &run.id)?, std::time::Instant::now());
+            std::thread::sleep(std::time::Duration::from_secs(4));
+            let used = processor_ticks(world, &run.id)? - ticks;
+            // A tick is a hundredth of a second.
+            shares.push((used as f64 * 10.0 / started.elapsed().as_secs_f64()) as u32);
+        }
+        drop(busy);
+        world.end(&run.id)?;
+        println!("{shares:?} thousandths of a processor of a busy host, 500 wanted");
+        shares.sort_unstable();
+        ensure!((400..=550).contains(&shares[1]), "{shares:?}");
+        Ok(())
+    });
+}
+
 /// By what their processes get done, not only by what their machines use: a machine may spend its share on itself.
 #[test]
 fn one_processor_is_shared_by_weight() {

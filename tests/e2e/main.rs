@@ -12,6 +12,7 @@ mod devices;
 mod exec;
 mod exec_robust;
 mod failures;
+mod guest_kernel;
 mod hooks;
 mod hostile;
 mod joined;

@@ -70,8 +70,8 @@ pub struct Artifacts {
     pub initramfs: PathBuf,
 }
 
-/// Builds everything in `profile`; quick when nothing changed.
-pub fn artifacts(profile: Profile) -> Result<Artifacts> {
+/// Builds everything in `profile`, with this guest kernel; quick when nothing changed.
+pub fn artifacts(profile: Profile, flavour: Flavour) -> Result<Artifacts> {
     packages::ensure(&[Purpose::Build, Purpose::GuestKernel])?;
     let binaries = static_build("Compiling the host's programs", profile, HOST_PACKAGES)?;
     // By itself, so that it gets no features of libraries that only the others use.
@@ -83,7 +83,7 @@ pub fn artifacts(profile: Profile) -> Result<Artifacts> {
         shim: binaries.join("containerd-shim-rvm-v2"),
         rvmctl: binaries.join("rvmctl"),
         monitor: binaries.join("rvm-vmm"),
-        kernel: kernel(Flavour::Rvm)?.vmlinux,
+        kernel: kernel(flavour)?.vmlinux,
         initramfs,
     })
 }
@@ -95,7 +95,10 @@ pub fn kernel(flavour: Flavour) -> Result<guest_kernel::Kernel> {
 
 /// The same; asks Debian for a newer point release first where `refresh` is set.
 pub fn kernel_of(flavour: Flavour, refresh: bool) -> Result<guest_kernel::Kernel> {
-    packages::ensure(&[Purpose::GuestKernel])?;
+    packages::ensure(match flavour {
+        Flavour::Full => &[Purpose::GuestKernel, Purpose::FullGuestKernel],
+        _ => &[Purpose::GuestKernel],
+    })?;
     let step = Step::start(format!("Guest kernel ({})", flavour.as_str()));
     let kernel = guest_kernel::build(&BuildOptions {
         cache_dir: cache_dir()?,
@@ -135,7 +138,21 @@ pub fn debian_image() -> Result<PathBuf> {
     let text = |items: &[&str]| items.iter().map(|&item| item.to_owned()).collect();
     let bootstrap = Bootstrap {
         release: "bookworm".into(),
-        packages: text(&["nginx-light", "postgresql", "postgresql-contrib", "python3"]),
+        packages: text(&[
+            "nginx-light",
+            "postgresql",
+            "postgresql-contrib",
+            "python3",
+            // Networks and packet filters of a container's own, and file systems in files.
+            "iproute2",
+            "iptables",
+            "ipset",
+            "nftables",
+            "e2fsprogs",
+            "erofs-utils",
+            "mount",
+            "squashfs-tools",
+        ]),
         // Documentation, and a compiler that PostgreSQL loads for large queries only: the
         // archive has to fit into the devhost's memory twice.
         excluded: text(&[

@@ -8,8 +8,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use guest_kernel::Flavour;
 
 use crate::build::{self, Artifacts, Profile};
+use crate::kernel;
 
 /// The configuration file as documented, with paths below [`DEFAULT_PREFIX`].
 const CONFIG: &str = include_str!("../../shim/src/config/config.toml");
@@ -25,6 +27,10 @@ pub struct Args {
     /// Where binaries, kernel and initramfs go; the configuration is always in /etc/rvm.
     #[arg(long, default_value = DEFAULT_PREFIX)]
     prefix: PathBuf,
+    /// Which guest kernel: `full` has in it what some containers need (tracing, IPsec, IPVS) and CPUs without
+    /// enhanced or automatic IBRS do, and starts slower.
+    #[arg(long, default_value = "rvm", value_parser = kernel::for_hosts)]
+    kernel: Flavour,
     /// Put everything below this directory instead of /, for packages.
     #[arg(long)]
     destdir: Option<PathBuf>,
@@ -41,7 +47,7 @@ pub fn run(args: Args) -> Result<()> {
     if args.uninstall {
         return tree.uninstall();
     }
-    let artifacts = build::artifacts(Profile::Release)?;
+    let artifacts = build::artifacts(Profile::Release, args.kernel)?;
     install_files(&tree.prefix, &artifacts)?;
     for (file, _) in INSTALLED {
         println!("{}", tree.prefix.join(file).display());
@@ -61,7 +67,7 @@ pub fn run(args: Args) -> Result<()> {
 /// configuration pointing into itself. Returns the installation's prefix.
 pub fn stage(dir: &Path, profile: Profile) -> Result<PathBuf> {
     let prefix = std::path::absolute(dir)?;
-    install_files(&prefix, &build::artifacts(profile)?)?;
+    install_files(&prefix, &build::artifacts(profile, Flavour::Rvm)?)?;
     replace(&prefix.join(CONFIG_PATH), 0o644, config_for(&prefix)?.as_bytes())?;
     Ok(prefix)
 }

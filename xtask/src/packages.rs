@@ -14,6 +14,8 @@ pub enum Purpose {
     Build,
     /// Compile the guest kernel.
     GuestKernel,
+    /// Compile the full one, beyond that.
+    FullGuestKernel,
     /// Run containers with a private containerd: demo and end-to-end tests.
     Containers,
     /// Make an image of a whole Debian.
@@ -33,6 +35,7 @@ impl Purpose {
             // The linker and C library of Rust's gnu target; the static libc is part of libc6-dev.
             Self::Build => &["gcc", "libc6-dev"],
             Self::GuestKernel => guest_kernel::BUILD_PACKAGES,
+            Self::FullGuestKernel => guest_kernel::FULL_BUILD_PACKAGES,
             Self::Containers => &[
                 "conntrack",
                 "containerd",

@@ -3,6 +3,8 @@
 
 use std::path::PathBuf;
 
+use rvm_protocol::vmm::MAX_VCPUS;
+
 use super::ledger::{Claim, Ledger};
 use crate::{
     config::Guest,
@@ -17,9 +19,6 @@ const OVERHEAD_PER_MEMORY: u64 = 32;
 
 /// The most memory a monitor gives its machine, in MiB.
 const MAX_MEMORY_MIB: u64 = 1 << 20;
-/// Most vCPUs a machine of several containers may come to have: as many as the
-/// guest's kernel is built for.
-const MAX_VCPUS: u8 = 64;
 /// Memory is plugged in by so many MiB: blocks of Linux's.
 const HOTPLUG_STEP_MIB: u64 = 128;
 
@@ -63,7 +62,7 @@ impl Plan {
         ledger.set(&bundle.container.container_id, Claim::of(bundle));
         let size = ledger.size();
         let most = match bundle.role {
-            Role::Sandbox => u8::try_from(host.cpus).unwrap_or(MAX_VCPUS).min(MAX_VCPUS),
+            Role::Sandbox => u8::try_from(host.cpus).unwrap_or(MAX_VCPUS),
             Role::Alone | Role::Member { .. } => size.vcpus,
         };
         Self {

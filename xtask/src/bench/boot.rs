@@ -30,6 +30,7 @@ pub fn run(args: Args) -> Result<()> {
     std::fs::write(&init, initramfs::build(&tiny_init::program())?)
         .context("writing the peer's initramfs")?;
     prepared.set("RVM_BENCH_INIT", init);
+    prepared.set("RVM_BENCH_KERNEL_PEER", build::kernel(Flavour::Peer)?.vmlinux);
     prepared.set("RVM_BENCH_KERNEL_TRIAL", build::kernel(Flavour::Trial)?.vmlinux);
     prepared.set("RVM_BENCH_RUNS", args.runs.to_string());
     eprintln!("{}", prepared.host);

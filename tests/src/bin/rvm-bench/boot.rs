@@ -14,19 +14,21 @@ use crate::{
     peer::{self, Announcement, Peer},
 };
 
-/// What a peer's microVM is given where the whole product is compared.
-pub struct Trial {
-    /// Its kernel.
-    pub kernel: PathBuf,
-    /// Its initramfs: an `/init` that prints one line.
-    pub initramfs: PathBuf,
+/// What a peer's microVM is given.
+pub struct PeerFiles {
+    /// rvm's kernel with the entry and the drivers that the peer's machine needs.
+    pub same_kernel: PathBuf,
+    /// The kernel where the whole product is compared.
+    pub trial_kernel: PathBuf,
+    /// The initramfs with it: an `/init` that prints one line.
+    pub trial_initramfs: PathBuf,
 }
 
 /// Everything timed and counted.
-pub fn measure(stage: &Stage, trial: &Trial, runs: usize) -> Result<Value> {
+pub fn measure(stage: &Stage, files: &PeerFiles, runs: usize) -> Result<Value> {
     counters::mount_both()?;
-    let same_peer = || Peer::start(&stage.kernel(), &stage.initramfs(), Announcement::Vsock);
-    let whole_peer = || Peer::start(&trial.kernel, &trial.initramfs, Announcement::Console);
+    let same_peer = || Peer::start(&files.same_kernel, &stage.initramfs(), Announcement::Vsock);
+    let whole_peer = || Peer::start(&files.trial_kernel, &files.trial_initramfs, Announcement::Console);
 
     let (mut rvm_ms, mut same_ms, mut whole_ms) = (vec![], vec![], vec![]);
     let mut metrics: Vec<Metrics> = Vec::new();

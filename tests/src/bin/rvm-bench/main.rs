@@ -56,11 +56,12 @@ fn run() -> Result<Value> {
         std::env::var("RVM_BENCH_RUNS").ok().map_or(Ok(10), |text| text.parse().context("RVM_BENCH_RUNS"))?;
     match std::env::args().nth(1).as_deref() {
         Some("boot") => {
-            let trial = boot::Trial {
-                kernel: variable("RVM_BENCH_KERNEL_TRIAL")?,
-                initramfs: variable("RVM_BENCH_INIT")?,
+            let files = boot::PeerFiles {
+                same_kernel: variable("RVM_BENCH_KERNEL_PEER")?,
+                trial_kernel: variable("RVM_BENCH_KERNEL_TRIAL")?,
+                trial_initramfs: variable("RVM_BENCH_INIT")?,
             };
-            let mut result = boot::measure(&stage, &trial, runs)?;
+            let mut result = boot::measure(&stage, &files, runs)?;
             result["memory"] = memory::measure(stage)?;
             Ok(result)
         }
