@@ -10,6 +10,7 @@
 //! * [`bundle`]: specifications and bundles for what `ctr` has no option for.
 //! * [`events`]: what containerd published.
 //! * [`sandbox`]: the host side of one running sandbox.
+//! * [`machine`]: a monitor by itself, with a guest of the tests' own.
 //! * [`task`]: one shim's Task API.
 //! * [`timeline`]: how one start went.
 //! * [`host`]: what a sandbox could leave behind.
@@ -27,6 +28,7 @@ pub mod ctr;
 pub mod events;
 pub mod host;
 pub mod job;
+pub mod machine;
 pub mod parity;
 pub mod sandbox;
 pub mod scale;

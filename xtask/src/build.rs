@@ -22,6 +22,8 @@ const HOST_PACKAGES: &[&str] = &["rvm-shim", "rvm-vmm", "rvmctl"];
 const AGENT_PACKAGE: &str = "rvm-agent";
 /// All that the root of a container of the parity suite holds.
 const PROBE_PACKAGE: &str = "rvm-probe";
+/// A guest of the tests' own.
+const HOSTILE_PACKAGE: &str = "rvm-hostile";
 /// All of them are linked statically: guest and probe have no libraries, and on
 /// the host shim and monitor are started for every container, where a dynamic
 /// linker is a good part of the time until they do something of use.
@@ -284,6 +286,16 @@ pub fn cargo_build(
 /// Compiles the program that looks at a container from inside. Returns its path.
 pub fn probe() -> Result<PathBuf> {
     Ok(static_build("Compiling the probe", Profile::Fast, &[PROBE_PACKAGE])?.join(PROBE_PACKAGE))
+}
+
+/// Compiles the guest that attacks its monitor. Returns its program, and an initramfs with that as `/init`.
+pub fn hostile() -> Result<(PathBuf, PathBuf)> {
+    let program =
+        static_build("Compiling the hostile guest", Profile::Fast, &[HOSTILE_PACKAGE])?.join(HOSTILE_PACKAGE);
+    let content = fs::read(&program).with_context(|| format!("read {}", program.display()))?;
+    let archive = target_dir().join("rvm").join("hostile.cpio");
+    write_if_changed(&archive, &initramfs::build(&content)?)?;
+    Ok((program, archive))
 }
 
 /// Compiles packages' programs, linked statically. Returns the directory they are in.

@@ -89,6 +89,9 @@ const HIERARCHIES_CASES: [&str; 3] = ["size::", "run::exit_codes", "death::"];
 /// Module of the cases in a whole Debian, which takes a while to make.
 const DEBIAN: &str = "debian";
 
+/// Module of the cases with a guest that attacks.
+const HOSTILE: &str = "hostile";
+
 /// Which end-to-end cases, and where.
 struct Selection {
     /// What the summary calls it.
@@ -207,6 +210,12 @@ fn build_for(selection: &Selection) -> Result<(Prepared, PathBuf)> {
     prepared.set("RUST_BACKTRACE", "0");
     prepared.cgroups = selection.cgroups;
     prepared.set(parity::PROBE_ENV, build::probe()?);
+    if selection.has(HOSTILE) {
+        // The names are those of tests/src/machine.rs.
+        let (program, initramfs) = build::hostile()?;
+        prepared.set("RVM_TEST_HOSTILE", program);
+        prepared.set("RVM_TEST_HOSTILE_INITRAMFS", initramfs);
+    }
     if let Some(release) = &selection.containerd {
         let cache = build::debian_cache_dir()?;
         let unpacked = rootfs_builder::debian::fetch_from(release, "containerd", &cache)?;
