@@ -8,7 +8,8 @@ fn same_as_runc() {
     case(|world| {
         let report = parity::run(world)?;
         println!("{}", report.summary());
-        ensure!(report.wrong().is_empty(), "{report}");
+        let wrong = parity::wrong(&report);
+        ensure!(wrong.is_empty(), "{report}\n{}", wrong.join("\n"));
         Ok(())
     });
 }

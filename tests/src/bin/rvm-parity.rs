@@ -29,5 +29,9 @@ fn compare() -> Result<bool> {
     }
     let report = report?;
     println!("{report}");
-    Ok(report.wrong().is_empty())
+    let wrong = parity::wrong(&report);
+    for wrong in &wrong {
+        println!("wrong: {wrong}");
+    }
+    Ok(wrong.is_empty())
 }

@@ -30,8 +30,12 @@ pub struct Report {
     equal: usize,
     excused: Vec<(Difference, String)>,
     wrong: Vec<Difference>,
-    used: BTreeSet<usize>,
+    /// Rows and the places of their keys that something was excused by.
+    used: BTreeSet<(usize, usize)>,
 }
+
+/// How the reason begins of a difference that depends on the moment.
+const SOMETIMES: &str = "sometimes: ";
 
 /// Reads lines `key = value`; a terminal ends them with a carriage return.
 pub fn parse(text: &str) -> Lines {
@@ -65,10 +69,14 @@ impl Report {
                 self.equal += 1;
                 continue;
             }
-            match self.intended.iter().position(|intended| intended.covers(&difference)) {
-                Some(index) => {
-                    self.used.insert(index);
-                    self.excused.push((difference, self.intended[index].reason.clone()));
+            let covering = self.intended.iter().enumerate().find_map(|(row, intended)| {
+                let keys = intended.covers(&difference);
+                (!keys.is_empty()).then_some((row, keys))
+            });
+            match covering {
+                Some((row, keys)) => {
+                    self.used.extend(keys.into_iter().map(|key| (row, key)));
+                    self.excused.push((difference, self.intended[row].reason.clone()));
                 }
                 None => self.wrong.push(difference),
             }
@@ -83,6 +91,18 @@ impl Report {
     /// The differences nothing excuses.
     pub fn wrong(&self) -> &[Difference] {
         &self.wrong
+    }
+
+    /// Keys of the table that excused nothing: a difference that is gone, or one that never was. Not
+    /// those that are said to be seen [`SOMETIMES`].
+    pub fn unused(&self) -> Vec<&str> {
+        let rows = self.intended.iter().enumerate();
+        let rows = rows.filter(|(_, intended)| !intended.reason.starts_with(SOMETIMES));
+        rows.flat_map(|(row, intended)| {
+            let keys = intended.keys.iter().enumerate();
+            keys.filter(move |(key, _)| !self.used.contains(&(row, *key))).map(|(_, key)| key.as_str())
+        })
+        .collect()
     }
 
     /// The line a run ends with.
@@ -102,10 +122,8 @@ impl fmt::Display for Report {
         for (difference, reason) in &self.excused {
             writeln!(f, "intended: {difference}\n    ({reason})")?;
         }
-        for (index, intended) in self.intended.iter().enumerate() {
-            if !self.used.contains(&index) {
-                writeln!(f, "not seen this time: {}", intended.keys.join(", "))?;
-            }
+        for key in self.unused() {
+            writeln!(f, "not seen this time: {key}")?;
         }
         for difference in &self.wrong {
             writeln!(f, "wrong: {difference}")?;
@@ -138,6 +156,10 @@ mod tests {
         let wrong: Vec<&str> = report.wrong().iter().map(|difference| difference.key.as_str()).collect();
         assert_eq!(wrong, ["b/only", "c/x.y"]);
         assert_eq!(report.wrong()[0].rvm, ABSENT);
+        assert!(report.unused().is_empty());
+        let mut report = self::report();
+        report.compare("b", &runc, &parse("a = 1\nuname.release = 6.12\nempty = \nx.y = 1\nonly = 1\n"));
+        assert_eq!(report.unused(), ["b/x.*"]);
     }
 
     #[test]

@@ -1,12 +1,14 @@
 //! The differences that are meant: a table of `docs/specification.md`.
 //!
 //! A row is `| keys | under runc | under rvm | reason |`, keys and values in
-//! backticks, several keys separated by commas. `*` stands for anything. A key
-//! with a slash names a bundle as well.
+//! backticks, several keys separated by commas. `*` stands for anything, but not
+//! for [`ABSENT`], and not for the loss of a flag that protects. A key with a slash
+//! names a bundle as well. A key that nothing differs under any more is wrong, unless
+//! its reason begins with `sometimes: `.
 
 use anyhow::{Context, Result, ensure};
 
-use super::compare::Difference;
+use super::compare::{ABSENT, Difference};
 
 /// The section of the document.
 const HEADING: &str = "## Intended differences from runc";
@@ -27,15 +29,29 @@ pub struct Intended {
 }
 
 impl Intended {
-    /// Whether the difference is this one.
-    pub fn covers(&self, difference: &Difference) -> bool {
-        let key = |pattern: &String| {
+    /// Which of the keys the difference is excused by; none where it is another one.
+    pub fn covers(&self, difference: &Difference) -> Vec<usize> {
+        let value = |pattern: &str, text: &str| match text {
+            ABSENT => pattern == ABSENT,
+            _ => matches(pattern, text),
+        };
+        let meant = value(&self.runc, &difference.runc)
+            && value(&self.rvm, &difference.rvm)
+            && !(self.rvm.contains('*') && loses_a_flag(difference));
+        let key = |pattern: &str| {
             matches(pattern, if names_bundle(pattern) { &difference.key } else { line(&difference.key) })
         };
-        self.keys.iter().any(key)
-            && matches(&self.runc, &difference.runc)
-            && matches(&self.rvm, &difference.rvm)
+        let keys = self.keys.iter().enumerate().filter(|(_, pattern)| meant && key(pattern));
+        keys.map(|(index, _)| index).collect()
     }
+}
+
+/// Whether a mount lacks, under rvm, what keeps something from being done there under runc.
+fn loses_a_flag(difference: &Difference) -> bool {
+    const FLAGS: [&str; 5] = ["ro", "nosuid", "nodev", "noexec", "nosymfollow"];
+    let is_a_mounts = difference.key.ends_with(".options") || difference.key.ends_with(".super");
+    let has = |options: &str, flag: &str| options.split(',').any(|option| option == flag);
+    is_a_mounts && FLAGS.iter().any(|flag| has(&difference.runc, flag) && !has(&difference.rvm, flag))
 }
 
 /// Whether a key or pattern begins with a bundle's name: lines' keys have a dot
@@ -115,6 +131,29 @@ mod tests {
             assert!(intended.keys.iter().all(|key| key.trim_matches('*').len() > 3), "{intended:?}");
         }
         Ok(())
+    }
+
+    #[test]
+    fn anything_is_neither_nothing_nor_a_lost_flag() {
+        let all = |runc: &str, rvm: &str| Intended {
+            keys: vec!["b/mount./dev/*".into(), "mount.*".into()],
+            runc: runc.into(),
+            rvm: rvm.into(),
+            reason: "a reason".into(),
+        };
+        let difference = |key: &str, runc: &str, rvm: &str| Difference {
+            key: format!("b/mount./dev/x.{key}"),
+            runc: runc.into(),
+            rvm: rvm.into(),
+        };
+        assert_eq!(all("*", "*").covers(&difference("type", "a", "b")), [0, 1]);
+        assert!(all("*", "*").covers(&difference("type", "a", ABSENT)).is_empty());
+        assert_eq!(all("*", ABSENT).covers(&difference("type", "a", ABSENT)).len(), 2);
+        let lost = difference("options", "rw,nosuid,noexec", "rw,noexec");
+        assert!(all("*", "*").covers(&lost).is_empty());
+        assert!(all("rw*", "rw*").covers(&lost).is_empty());
+        assert_eq!(all("*", "rw,noexec").covers(&lost).len(), 2);
+        assert_eq!(all("*", "*").covers(&difference("options", "rw", "rw,nosuid")).len(), 2);
     }
 
     #[test]
