@@ -240,3 +240,38 @@ fn two_hundred_in_a_row_leave_nothing() {
         world.end(&run.id)
     });
 }
+
+/// Each has descriptors in the agent, the shim and the monitor: 142 was the most that a limit of 1,024 allowed.
+#[test]
+fn three_hundred_at_once() {
+    const COUNT: usize = 300;
+    case(|world| {
+        let run = sleeper(world)?;
+        let shim = Shim::of(&run.id)?;
+        let process = json!({
+            "args": ["/bin/sleep", "54321"], "cwd": "/", "env": ["PATH=/bin"], "user": { "uid": 0, "gid": 0 },
+        });
+        let names: Vec<String> = (1..=COUNT).map(|number| format!("held-{number}")).collect();
+        // Open for both, it has a reader for every one of them.
+        let output = world.dir().join("held");
+        nix::unistd::mkfifo(&output, nix::sys::stat::Mode::from_bits_truncate(0o600))?;
+        let held = std::fs::File::options().read(true).write(true).open(&output)?;
+        for name in &names {
+            shim.start_exec(name, &process, &output).with_context(|| name.clone())?;
+        }
+        let count = || -> Result<usize> {
+            let script = "ps | grep -c '[s]leep 54321' || true";
+            let job = world.ctr().exec(&run.id, &[], &["sh", "-c", script], Input::Nothing)?;
+            Ok(job.finish(scale::container())?.success()?.text().trim().parse()?)
+        };
+        ensure!(count()? == COUNT, "{} of {COUNT} run", count()?);
+        for name in &names {
+            let code = shim.end_exec(name).with_context(|| name.clone())?;
+            ensure!(code == 137, "{name}: exit code {code}");
+        }
+        ensure!(count()? == 0, "{} are left", count()?);
+        drop(held);
+        std::fs::remove_file(output)?;
+        world.end(&run.id)
+    });
+}

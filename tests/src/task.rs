@@ -13,8 +13,8 @@ use anyhow::{Context, Result, anyhow, ensure};
 use containerd_shim_protos::{
     Client,
     api::{
-        DeleteRequest, DeleteResponse, ExecProcessRequest, StartRequest, UpdateTaskRequest, WaitRequest,
-        WaitResponse,
+        DeleteRequest, DeleteResponse, ExecProcessRequest, KillRequest, StartRequest, UpdateTaskRequest,
+        WaitRequest, WaitResponse,
     },
     protobuf::{Message, well_known_types::any::Any},
     ttrpc,
@@ -83,6 +83,39 @@ impl Shim {
         Ok(Executed { output: String::from_utf8_lossy(&output).into_owned(), code, calls_ms })
     }
 
+    /// Starts a process and leaves it running; `output` is a FIFO that somebody reads.
+    ///
+    /// # Errors
+    /// What the shim answers.
+    pub fn start_exec(&self, exec_id: &str, process: &Value, output: &Path) -> Result<()> {
+        let output = output.to_string_lossy().into_owned();
+        let exec = ExecProcessRequest {
+            id: self.container.clone(),
+            exec_id: exec_id.to_owned(),
+            stdout: output.clone(),
+            stderr: output,
+            spec: Some(process_spec(process)?).into(),
+            ..Default::default()
+        };
+        self.call("Exec", &exec)?;
+        let (id, exec_id) = (self.container.clone(), exec_id.to_owned());
+        self.call("Start", &StartRequest { id, exec_id, ..Default::default() }).map(drop)
+    }
+
+    /// Kills a process that [`Shim::start_exec`] has started, and deletes it. Returns its exit code.
+    ///
+    /// # Errors
+    /// What the shim answers.
+    pub fn end_exec(&self, exec_id: &str) -> Result<u32> {
+        let (id, exec_id) = (self.container.clone(), exec_id.to_owned());
+        let kill = KillRequest { id: id.clone(), exec_id: exec_id.clone(), signal: 9, ..Default::default() };
+        self.call("Kill", &kill)?;
+        let wait = WaitRequest { id: id.clone(), exec_id: exec_id.clone(), ..Default::default() };
+        let (ended, _) = self.call("Wait", &wait)?;
+        self.call("Delete", &DeleteRequest { id, exec_id, ..Default::default() })?;
+        Ok(WaitResponse::parse_from_bytes(&ended)?.exit_status)
+    }
+
     /// Changes the container's limits; `resources` is a `LinuxResources`.
     ///
     /// # Errors
@@ -108,11 +141,7 @@ impl Shim {
     }
 
     fn run(&self, exec_id: &str, process: &Value, fifo: &Path) -> Result<(u32, [f64; 4])> {
-        let spec = Any {
-            type_url: "types.containerd.io/opencontainers/runtime-spec/1/Process".into(),
-            value: serde_json::to_vec(process)?,
-            ..Any::default()
-        };
+        let spec = process_spec(process)?;
         let (id, exec_id) = (self.container.clone(), exec_id.to_owned());
         let terminal = process["terminal"].as_bool().unwrap_or(false);
         let exec = ExecProcessRequest {
@@ -155,4 +184,13 @@ impl Shim {
         })?;
         Ok((response.payload, started.elapsed().as_secs_f64() * 1e3))
     }
+}
+
+/// A process's specification as the API takes it.
+fn process_spec(process: &Value) -> Result<Any> {
+    Ok(Any {
+        type_url: "types.containerd.io/opencontainers/runtime-spec/1/Process".into(),
+        value: serde_json::to_vec(process)?,
+        ..Any::default()
+    })
 }
