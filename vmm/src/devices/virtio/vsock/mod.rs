@@ -20,7 +20,7 @@
 //!
 //! Bounds: bytes the guest may have under way per connection
 //! ([`WINDOW_BYTES`], which is also the largest backlog), connections
-//! ([`MAX_CONNECTIONS`]), refusals waiting for room in the rx ring
+//! ([`MAX_CONNECTIONS`], [`MAX_CONNECTIONS_OF_GUEST`]), refusals waiting for room in the rx ring
 //! ([`MAX_REFUSALS`]), the `CONNECT` line ([`MAX_LINE_BYTES`]). A connection
 //! whose host side does not read, or whose guest gives no credit, holds up no
 //! other. The event queue carries a transport reset to a guest that was restored:
@@ -54,8 +54,12 @@ pub const HOST_CID: u64 = 2;
 /// Bytes of one connection the guest may send before the host's program has
 /// taken them: what Linux grants its peers, too.
 pub const WINDOW_BYTES: u32 = 256 << 10;
-/// Connections, those being made and those being drained included.
-pub const MAX_CONNECTIONS: usize = 512;
+/// Connections, those being made and those being drained included: up to three for each
+/// process of a container, and thousands of these may run.
+pub const MAX_CONNECTIONS: usize = 4096;
+/// Where there are so many, the guest makes no more: it cannot take all of them,
+/// and a program of the host's that does not read costs a backlog for each.
+pub const MAX_CONNECTIONS_OF_GUEST: usize = 512;
 /// Packets without a connection to the guest that wait for room in the rx
 /// ring; beyond it the guest's packets wait, too.
 pub const MAX_REFUSALS: usize = 256;

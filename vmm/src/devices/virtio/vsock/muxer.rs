@@ -11,7 +11,7 @@ use vmm_sys_util::epoll::{Epoll, EventSet};
 
 use super::connection::{ARRIVALS, Connection, Key, Phase, Verdict};
 use super::packet::{HEADER_BYTES, Header, Op, TYPE_STREAM};
-use super::{HOST_CID, HOST_PORTS, MAX_CONNECTIONS, MAX_LINE_BYTES, MAX_REFUSALS};
+use super::{HOST_CID, HOST_PORTS, MAX_CONNECTIONS, MAX_CONNECTIONS_OF_GUEST, MAX_LINE_BYTES, MAX_REFUSALS};
 use crate::devices::virtio::ring::{GuestBuffers, MAX_PIECES, Ring, RingError};
 use crate::devices::virtio::worker::add;
 use crate::memory::GuestRam;
@@ -64,8 +64,8 @@ impl Muxer {
         self.refusals.len() >= MAX_REFUSALS
     }
 
-    fn full(&self) -> bool {
-        self.connections.len() + self.greeting.len() >= MAX_CONNECTIONS
+    fn full(&self, most: usize) -> bool {
+        self.connections.len() + self.greeting.len() >= most
     }
 
     fn token(&mut self) -> u64 {
@@ -76,7 +76,7 @@ impl Muxer {
 
     /// Takes host programs that connected; false if more of them may wait.
     pub(super) fn accept(&mut self, epoll: &Epoll, listener: &UnixListener) -> bool {
-        while !self.full() && !self.congested() {
+        while !self.full(MAX_CONNECTIONS) && !self.congested() {
             match listener.accept() {
                 Ok((stream, _)) => {
                     let token = self.token();
@@ -220,7 +220,7 @@ impl Muxer {
 
     /// The guest wants a connection to a host port: somebody listens, or not.
     fn requested(&mut self, epoll: &Epoll, key: Key, header: &Header) {
-        if self.full() {
+        if self.full(MAX_CONNECTIONS_OF_GUEST) {
             return self.refuse(key, TYPE_STREAM);
         }
         let token = self.token();

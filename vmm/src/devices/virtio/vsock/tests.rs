@@ -514,8 +514,14 @@ fn more_host_programs_than_connections_wait_their_turn() {
     limit.rlim_cur = limit.rlim_max;
     // SAFETY: as above.
     assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) }, 0);
-    let guest = Guest::new();
-    let mut waiting: Vec<UnixStream> = (0..super::MAX_CONNECTIONS).map(|_| guest.call()).collect();
+    let mut guest = Guest::new();
+    let _listener = UnixListener::bind(guest.dir.path().join("v.sock_99")).unwrap();
+    let mut waiting: Vec<UnixStream> = (0..super::MAX_CONNECTIONS_OF_GUEST).map(|_| guest.call()).collect();
+    // One more of the host's: when it is answered, all before it have been taken.
+    waiting.push(guest.connect().0);
+    guest.send(Op::Request, 99, 0);
+    assert_eq!(guest.expect(Op::Rst).src_port, 99, "the guest makes no more");
+    waiting.extend((waiting.len()..super::MAX_CONNECTIONS).map(|_| guest.call()));
     let mut last = guest.call();
     last.write_all(b"nonsense\n").unwrap();
     last.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
