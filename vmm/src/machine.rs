@@ -66,12 +66,14 @@ pub struct Machine {
 /// storage keeps one that long in a request.
 const PATIENCE: Duration = Duration::from_millis(800);
 
-/// Signals that end the machine in order.
+/// Signals that end in order a machine that nobody owns. An owner ends it itself, after
+/// the guest has written what belongs on the host: it is sent them too when the host shuts
+/// down.
 const STOP_SIGNALS: [libc::c_int; 2] = [libc::SIGTERM, libc::SIGINT];
 
 impl Machine {
-    /// Runs the machine to its end: the guest's own, a request's, its owner's or one
-    /// of the `signals`. Everything is stopped when it returns.
+    /// Runs the machine to its end: the guest's own, a request's, its owner's or, where it
+    /// has none, one of the `signals`. Everything is stopped when it returns.
     pub fn run(self, signals: StopSignals, channel: Option<OwnerChannel>) -> Result<End, RunError> {
         let Self { vm, memory, buses, vcpus, more_vcpus, disks, nets, socket, timeline } = self;
         let report = Arc::new(EndReport::new().map_err(RunError::Events)?);
@@ -353,9 +355,9 @@ impl Events {
     ) -> io::Result<Self> {
         let events = Self { epoll: Epoll::new()?, signals };
         events.add(report.event.as_raw_fd(), GUEST_ENDED)?;
-        events.add(events.signals.0.as_raw_fd(), SIGNAL)?;
-        if let Some(channel) = channel {
-            events.add(channel.fd(), OWNER)?;
+        match channel {
+            Some(channel) => events.add(channel.fd(), OWNER)?,
+            None => events.add(events.signals.0.as_raw_fd(), SIGNAL)?,
         }
         if let Some(socket) = socket {
             events.add(socket.listener_fd(), NEW_CLIENT)?;

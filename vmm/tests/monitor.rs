@@ -597,15 +597,31 @@ fn memory_is_plugged_into_the_running_machine() {
     assert_eq!(sandbox.left(), [""; 0]);
 }
 
+fn terminate(child: &Child) {
+    // SAFETY: the child has not been waited for, so its id is its own.
+    assert_eq!(unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGTERM) }, 0);
+}
+
 #[test]
-fn termination_signal_ends_in_order() {
+fn termination_signal_ends_what_nobody_owns_in_order() {
+    let sandbox = Sandbox::new(HANG);
+    let child = sandbox.command().spawn().unwrap();
+    ask_at_path(&sandbox.path("vmm.sock"), &Request::Metrics);
+    terminate(&child);
+    assert_eq!(finish(child).status.code(), Some(exit_code::OK));
+    assert_eq!(sandbox.left(), [""; 0]);
+}
+
+/// A host that shuts down tells all processes to end; the owner's guest still has to write.
+#[test]
+fn termination_signal_is_its_owners_business() {
     let sandbox = Sandbox::new(HANG);
     let (child, mut control) = sandbox.start();
     control.metrics_of_running();
-    // SAFETY: the child has not been waited for, so its id is its own.
-    assert_eq!(unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGTERM) }, 0);
+    terminate(&child);
+    control.metrics_of_running();
+    assert_eq!(control.ask(Request::Stop), Response::Ok);
     assert_eq!(finish(child).status.code(), Some(exit_code::OK));
-    assert_eq!(sandbox.left(), [""; 0]);
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::fallocate::{FallocateMode, fallocate};
 
@@ -13,6 +14,12 @@ use crate::devices::virtio::ring::GuestBuffers;
 
 /// Zeroes written at once where the host cannot do it by `fallocate`.
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+
+/// How long what the guest writes waits for room on the host's file system. Not longer: a
+/// process that waits for its write cannot be killed.
+const ROOM_LIMIT: Duration = Duration::from_secs(60);
+/// How often it is looked whether there is room.
+const ROOM_LOOK: Duration = Duration::from_millis(100);
 
 /// A disk: a file, its size when it was opened, and whether it may be written.
 #[derive(Debug)]
@@ -82,15 +89,22 @@ impl Disk {
         Ok(())
     }
 
-    /// Writes all of `buffers` from byte `offset` on.
-    pub fn write(&self, mut buffers: GuestBuffers<'_>, mut offset: u64) -> io::Result<()> {
+    /// Writes all of `buffers` from byte `offset` on; waits for room as long as `go_on`.
+    pub fn write(
+        &self,
+        mut buffers: GuestBuffers<'_>,
+        mut offset: u64,
+        go_on: &dyn Fn() -> bool,
+    ) -> io::Result<()> {
         while !buffers.is_empty() {
-            let iovecs = buffers.iovecs();
-            let count = iovecs.len() as libc::c_int;
-            // SAFETY: as for reading.
-            let moved =
-                unsafe { libc::pwritev(self.file.as_raw_fd(), iovecs.as_ptr(), count, offset.cast_signed()) };
-            offset += advance(&mut buffers, moved, io::ErrorKind::WriteZero)?;
+            offset += with_room(go_on, || {
+                let iovecs = buffers.iovecs();
+                let count = iovecs.len() as libc::c_int;
+                let at = offset.cast_signed();
+                // SAFETY: as for reading.
+                let moved = unsafe { libc::pwritev(self.file.as_raw_fd(), iovecs.as_ptr(), count, at) };
+                advance(&mut buffers, moved, io::ErrorKind::WriteZero)
+            })?;
         }
         Ok(())
     }
@@ -113,8 +127,8 @@ impl Disk {
         unmap: bool,
         go_on: &dyn Fn() -> bool,
     ) -> io::Result<()> {
-        let mode = if unmap { FallocateMode::PunchHole } else { FallocateMode::ZeroRange };
-        match self.allocate(mode, offset, bytes) {
+        let mode = || if unmap { FallocateMode::PunchHole } else { FallocateMode::ZeroRange };
+        match with_room(go_on, || self.allocate(mode(), offset, bytes)) {
             Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => self.fill(offset, bytes, go_on),
             done => done,
         }
@@ -135,10 +149,33 @@ impl Disk {
                 return Err(io::ErrorKind::Interrupted.into());
             }
             let now = (end - offset).min(ZEROES.len() as u64);
-            self.file.write_all_at(&ZEROES[..now as usize], offset)?;
+            with_room(go_on, || self.file.write_all_at(&ZEROES[..now as usize], offset))?;
             offset += now;
         }
         Ok(())
+    }
+}
+
+/// Does what takes room on the host's file system, which may be full: a guest has no way to
+/// be told so, and takes an error for a broken disk. So it waits for a while, in which the
+/// host may get room again, and as long as `go_on`.
+fn with_room<T>(go_on: &dyn Fn() -> bool, mut act: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    let mut full_since = None;
+    loop {
+        let error = match act() {
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT)) => error,
+            done => return done,
+        };
+        let since = *full_since.get_or_insert_with(|| {
+            log::warn!("disk: {error}; its guest waits for room on the host for {} s", ROOM_LIMIT.as_secs());
+            Instant::now()
+        });
+        if !go_on() || since.elapsed() > ROOM_LIMIT {
+            log::error!("disk: {error}");
+            return Err(error);
+        }
+        // Nobody tells when there is room.
+        std::thread::sleep(ROOM_LOOK);
     }
 }
 
@@ -169,5 +206,74 @@ fn advance(buffers: &mut GuestBuffers<'_>, moved: isize, stuck: io::ErrorKind) -
             error if error.kind() == io::ErrorKind::Interrupted => Ok(0),
             error => Err(error),
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    /// A small tmpfs of the calling thread's own, gone with `run`.
+    fn on_a_small_file_system(run: impl FnOnce(&Path) + Send) {
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                // SAFETY: touches no memory.
+                if unsafe { libc::unshare(libc::CLONE_NEWNS) } != 0 {
+                    return eprintln!("not root: nothing is tried");
+                }
+                let dir = tempfile::tempdir().unwrap();
+                let path = std::ffi::CString::new(dir.path().to_str().unwrap()).unwrap();
+                let mount =
+                    |source: &std::ffi::CStr, at: &std::ffi::CStr, flags, options: &std::ffi::CStr| {
+                        // SAFETY: all of them are C strings that outlive the call.
+                        let result = unsafe {
+                            libc::mount(
+                                source.as_ptr(),
+                                at.as_ptr(),
+                                source.as_ptr(),
+                                flags,
+                                options.as_ptr().cast(),
+                            )
+                        };
+                        assert_eq!(result, 0, "{}", io::Error::last_os_error());
+                    };
+                mount(c"none", c"/", libc::MS_REC | libc::MS_PRIVATE, c"");
+                mount(c"tmpfs", &path, 0, c"size=64k");
+                run(dir.path());
+                // SAFETY: a C string.
+                unsafe { libc::umount2(path.as_ptr(), libc::MNT_DETACH) };
+            });
+            thread.join().unwrap();
+        });
+    }
+
+    #[test]
+    fn a_write_waits_for_room_on_the_host() {
+        on_a_small_file_system(|dir| {
+            let open =
+                |name| File::options().read(true).write(true).create_new(true).open(dir.join(name)).unwrap();
+            let (file, other) = (open("disk"), open("other"));
+            file.set_len(1 << 20).unwrap();
+            other.write_all_at(&[1; 32 << 10], 0).unwrap();
+            let disk = Disk::new(file, false).unwrap();
+            let asked = Cell::new(0);
+            let ask = || asked.replace(asked.get() + 1);
+            // Before it writes, and when there is no room: which there is from then on.
+            let go_on = || {
+                if ask() == 1 {
+                    other.set_len(0).unwrap();
+                }
+                true
+            };
+            disk.fill(0, 48 << 10, &go_on).unwrap();
+            assert_eq!(asked.take(), 2);
+            other.write_all_at(&[1; 16 << 10], 0).unwrap();
+            let error = disk.fill(48 << 10, 64 << 10, &|| false).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::Interrupted, "who is told to stop does not begin");
+            let error = disk.fill(48 << 10, 64 << 10, &|| ask() < 2).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
+        });
     }
 }

@@ -81,7 +81,7 @@ fn dispatch(
         VIRTIO_BLK_T_OUT => {
             writable(disk)?;
             let offset = transfer(disk, sector, readable.len())?;
-            disk.write(std::mem::take(readable), offset)?;
+            disk.write(std::mem::take(readable), offset, go_on)?;
             Ok(0)
         }
         VIRTIO_BLK_T_FLUSH => {
