@@ -175,12 +175,7 @@ impl Plan {
 
     /// In the child: from a copy of the agent to the container's program.
     fn first_process(&self, channel: &channel::Child, ends: &ChildEnds) -> StepResult<GivenUp> {
-        self.begin(channel, ends)?;
-        self.namespaces.make()?;
-        self.namespaces.make_time()?;
-        self.namespaces.enter_time()?;
-        let root = self.rootfs.mount()?;
-        self.set_names_and_parameters()?;
+        let root = self.begin_in_namespaces(channel, ends)?;
         let unfinished = self.fill(&root, Parts::default())?;
         rootfs::pivot(&root)?;
         self.complete(unfinished, channel, ends)
@@ -189,12 +184,7 @@ impl Plan {
     /// In the first of two children: prepares everything for the second, which
     /// it makes in the pid namespace that is joined.
     fn prepare_to_join(&self, channel: &channel::Child, ends: &ChildEnds) -> StepResult<GivenUp> {
-        self.begin(channel, ends)?;
-        self.namespaces.make()?;
-        self.namespaces.make_time()?;
-        self.namespaces.enter_time()?;
-        let root = self.rootfs.mount()?;
-        self.set_names_and_parameters()?;
+        let root = self.begin_in_namespaces(channel, ends)?;
         let parts = Parts { sources: Some(mounts::open_sources(&self.mounts)?), devices: None };
         rootfs::pivot(&root)?;
         let born_into = self.namespaces.children_pid()?;
@@ -243,6 +233,18 @@ impl Plan {
         let unfinished = self.fill(&root, parts)?;
         rootfs::pivot(&root)?;
         self.complete(unfinished, channel, ends)
+    }
+
+    /// In the child: into the container's namespaces, those that are not its first
+    /// child's to be born into; returns its root file system, mounted.
+    fn begin_in_namespaces(&self, channel: &channel::Child, ends: &ChildEnds) -> StepResult<Root> {
+        self.begin(channel, ends)?;
+        self.namespaces.make()?;
+        self.namespaces.make_time()?;
+        self.namespaces.enter_time()?;
+        let root = self.rootfs.mount()?;
+        self.set_names_and_parameters()?;
+        Ok(root)
     }
 
     fn begin(&self, channel: &channel::Child, ends: &ChildEnds) -> StepResult<()> {

@@ -82,6 +82,7 @@ cases![
     many_added_processes_leak_nothing,
     signals_as_for_any_init,
     orphans_are_collected,
+    a_deletion_that_cannot_end_is_given_up,
     an_added_process_without_its_caller,
     processes_in_the_guests_pid_namespace,
     devices_are_filtered,

@@ -1,7 +1,14 @@
 //! How processes end, and that nothing of them stays.
 
-use std::{fs, path::Path, time::Duration};
+use std::{
+    fs::{self, File},
+    io::{Read, Write},
+    os::fd::AsRawFd,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use rvm_protocol::agent::{ContainerRef, NamespaceType, Process, ProcessInfo};
 
 use crate::{
@@ -181,4 +188,72 @@ pub async fn many_added_processes_leak_nothing(machine: &Machine) {
     let below = below.filter(|entry| entry.as_ref().unwrap().file_type().unwrap().is_dir());
     assert_eq!(below.count(), 0, "no cgroup for added processes");
     end(machine, "many", running).await;
+}
+
+/// A file system whose server takes a request and keeps it: who waits for the answer cannot
+/// even be killed.
+struct Silent {
+    server: File,
+    place: tempfile::TempDir,
+}
+
+impl Silent {
+    fn mount() -> Self {
+        let place = tempfile::tempdir().unwrap();
+        let server = File::options().read(true).write(true).open("/dev/fuse").unwrap();
+        let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", server.as_raw_fd());
+        mount(Some("silent"), place.path(), Some("fuse"), MsFlags::empty(), Some(options.as_str())).unwrap();
+        let silent = Self { server, place };
+        let request = silent.request();
+        // fuse_out_header, then fuse_init_out of version 7.31 with 4096 bytes per write.
+        let unique = &request[8..16];
+        let mut answer = [&80u32.to_ne_bytes()[..], &[0; 4], unique].concat();
+        for word in [7u32, 31, 0, 0, 0, 4096] {
+            answer.extend(word.to_ne_bytes());
+        }
+        answer.resize(80, 0);
+        (&silent.server).write_all(&answer).unwrap();
+        silent
+    }
+
+    /// Takes the next request.
+    fn request(&self) -> Vec<u8> {
+        let mut request = vec![0; 64 << 10];
+        let length = (&self.server).read(&mut request).unwrap();
+        request.truncate(length);
+        request
+    }
+
+    /// The place of a file that nobody ever hears of.
+    fn file(&self) -> PathBuf {
+        self.place.path().join("file")
+    }
+
+    /// Ends the server: who waits is told.
+    fn end(self) {
+        drop(self.server);
+        umount2(self.place.path(), MntFlags::MNT_DETACH).unwrap();
+    }
+}
+
+pub async fn a_deletion_that_cannot_end_is_given_up(machine: &Machine) {
+    let request = container("stuck", program(&["sleep", "1000"]));
+    let cgroup = format!("/sys/fs/cgroup{}/cgroup.procs", request.cgroup_path);
+    let running = machine.create(request).await.unwrap();
+    running.start().await.unwrap();
+    let silent = Silent::mount();
+    let waiting = std::process::Command::new("cat").arg(silent.file()).spawn().unwrap();
+    silent.request();
+    fs::write(cgroup, waiting.id().to_string()).unwrap();
+    machine.sandbox.signal_process(&signal("stuck", libc::SIGKILL, false)).unwrap();
+    assert_eq!(running.wait().await.code, 137);
+
+    // Half a minute passes at once where nothing else happens.
+    tokio::time::pause();
+    let error = running.delete().await.unwrap_err().to_string();
+    tokio::time::resume();
+    assert!(error.starts_with("killed processes are still there after 30 s: "), "{error}");
+    assert!(error.contains("cat"), "{error}");
+    silent.end();
+    running.delete().await.unwrap();
 }
