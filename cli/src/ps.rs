@@ -1,8 +1,8 @@
-//! `rvmctl ps`: sandboxes with their state, age and memory.
+//! `rvmctl ps`: sandboxes with their state, age and memory, and who has joined them.
 
 use std::{fs, path::Path};
 
-use rvm_shim::state::Phase;
+use rvm_shim::{sandbox::Member, state::Phase};
 use serde::Serialize;
 
 use crate::sandbox::{self, Sandbox, SandboxError};
@@ -29,6 +29,18 @@ pub enum Status {
     Dead,
     /// What it says of itself cannot be read.
     Unreadable,
+}
+
+impl From<Phase> for Status {
+    fn from(phase: Phase) -> Self {
+        match phase {
+            Phase::Starting => Self::Starting,
+            Phase::Created => Self::Created,
+            Phase::Running => Self::Running,
+            Phase::Paused => Self::Paused,
+            Phase::Stopped => Self::Stopped,
+        }
+    }
 }
 
 impl Status {
@@ -72,6 +84,30 @@ pub struct Row {
     pub shim_pss_bytes: Option<u64>,
     /// Fields of its specification that have no effect.
     pub not_applied: Vec<String>,
+    /// The containers that have joined it.
+    pub containers: Vec<Joined>,
+}
+
+/// A container that has joined a sandbox.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Joined {
+    /// Its id.
+    pub id: String,
+    /// What is going on with it.
+    pub status: Status,
+    /// Seconds since it was made.
+    pub age_s: u64,
+    /// Its task's process on the host, as long as it is there.
+    pub pid: Option<u32>,
+}
+
+impl Joined {
+    fn of(member: &Member) -> Self {
+        let pid = member.holder.is_alive().then_some(member.holder.pid);
+        // Its process ends before anybody says so.
+        let status = if pid.is_some() { member.phase.into() } else { Status::Stopped };
+        Self { id: member.id.clone(), status, age_s: member.age().as_secs(), pid }
+    }
 }
 
 /// Looks at every sandbox below `state_dir`.
@@ -93,6 +129,7 @@ impl Row {
             vm_pss_bytes: None,
             shim_pss_bytes: None,
             not_applied: Vec::new(),
+            containers: Member::list(&sandbox.dir).iter().map(Joined::of).collect(),
         };
         let Ok(state) = &sandbox.state else { return row };
         row.age_s = Some(state.age().as_secs());
@@ -108,13 +145,7 @@ impl Row {
             // Between two states of the file, or about to be cleaned up.
             (None, Some(_)) if state.monitor.is_none() => Status::Starting,
             (None, _) => Status::Dead,
-            (Some(_), Some(_)) => match state.phase {
-                Phase::Starting => Status::Starting,
-                Phase::Created => Status::Created,
-                Phase::Running => Status::Running,
-                Phase::Paused => Status::Paused,
-                Phase::Stopped => Status::Stopped,
-            },
+            (Some(_), Some(_)) => state.phase.into(),
         };
         let Some(monitor) = monitor else { return row };
         row.monitor_pid = Some(monitor.pid);
@@ -126,6 +157,26 @@ impl Row {
             Err(_) => row.status = Status::Hung,
         }
         row
+    }
+}
+
+impl Row {
+    /// Its own line, and one for each container that has joined.
+    fn lines(&self) -> Vec<[String; 6]> {
+        let none = || "-".to_owned();
+        let own = [
+            self.namespace.clone(),
+            self.id.clone(),
+            self.status.as_str().to_owned(),
+            self.age_s.map_or_else(none, duration),
+            self.vm_pss_bytes.map_or_else(none, mebibytes),
+            self.shim_pss_bytes.map_or_else(none, mebibytes),
+        ];
+        let joined = self.containers.iter().map(|joined| {
+            let (id, status) = (format!("+ {}", joined.id), joined.status.as_str().to_owned());
+            [self.namespace.clone(), id, status, duration(joined.age_s), none(), none()]
+        });
+        std::iter::once(own).chain(joined).collect()
     }
 }
 
@@ -142,18 +193,7 @@ fn pss_in(smaps_rollup: &str) -> Option<u64> {
 /// The list as people read it.
 pub fn table(rows: &[Row]) -> String {
     let header = ["NAMESPACE", "ID", "STATUS", "AGE", "VM", "SHIM"].map(str::to_owned);
-    let lines: Vec<[String; 6]> = std::iter::once(header)
-        .chain(rows.iter().map(|row| {
-            [
-                row.namespace.clone(),
-                row.id.clone(),
-                row.status.as_str().to_owned(),
-                row.age_s.map_or_else(|| "-".to_owned(), duration),
-                row.vm_pss_bytes.map_or_else(|| "-".to_owned(), mebibytes),
-                row.shim_pss_bytes.map_or_else(|| "-".to_owned(), mebibytes),
-            ]
-        }))
-        .collect();
+    let lines: Vec<[String; 6]> = std::iter::once(header).chain(rows.iter().flat_map(Row::lines)).collect();
     let mut widths = [0; 6];
     for line in &lines {
         for (width, cell) in widths.iter_mut().zip(line) {
@@ -248,7 +288,7 @@ mod tests {
         assert_eq!(hung.guest_memory_bytes, Some(128 << 20));
         let orphaned = State { shim: gone, ..state(Some(this)) };
         assert_eq!(row(dir.path(), &orphaned).status, Status::Orphaned);
-        fs::write(dir.path().join("default/c1/state.json"), "{").unwrap();
+        fs::write(dir.path().join("default/c1/sandbox.json"), "{").unwrap();
         assert_eq!(rows(dir.path()).unwrap()[0].status, Status::Unreadable);
     }
 
@@ -260,13 +300,23 @@ mod tests {
         let mut row = row(dir.path(), &State { shim: gone, ..state(Some(gone)) });
         row.age_s = Some(61);
         row.vm_pss_bytes = Some(3 << 19);
+        let joined = |id: &str, holder| {
+            let member =
+                Member { id: id.into(), bundle: "/b".into(), phase: Phase::Paused, holder, created_ms: 0 };
+            Joined { age_s: 7, ..Joined::of(&member) }
+        };
+        row.containers = vec![joined("b", this), joined("c", gone)];
         assert_eq!(
             table(&[row.clone()]),
-            "NAMESPACE  ID  STATUS  AGE    VM       SHIM\ndefault    c1  dead    1m01s  1.5 MiB  -\n"
+            "NAMESPACE  ID   STATUS   AGE    VM       SHIM\n\
+             default    c1   dead     1m01s  1.5 MiB  -\n\
+             default    + b  paused   7s     -        -\n\
+             default    + c  stopped  7s     -        -\n"
         );
         let json = serde_json::to_value(&row).unwrap();
         assert_eq!(json["status"], "dead");
         assert_eq!(json["guest_memory_bytes"], 128 << 20);
         assert_eq!(json["shim_pid"], serde_json::Value::Null);
+        assert_eq!(json["containers"][0]["pid"], this.pid);
     }
 }

@@ -100,6 +100,10 @@ fn clean_up(flags: &Flags) {
 /// lives, ends it when the process that stands for it has gone.
 fn end_member(flags: &Flags, sandbox: &str, note: Option<&Note>, bundle: &Path) {
     for dir in sandbox_dirs(note, &flags.namespace, sandbox) {
+        // Without a note nobody can say whose it is; with the shim it would have ended.
+        if !State::read(&dir).is_ok_and(|state| note.is_some_and(|note| note.shim == state.shim)) {
+            continue;
+        }
         let is_ours = |member: &Member| member.id == flags.id && is_same(&member.bundle, bundle);
         for member in Member::list(&dir).into_iter().filter(is_ours) {
             if let Err(error) = member.holder.kill_and_wait(Signal::SIGKILL, MEMBER_LIMIT) {
@@ -167,6 +171,31 @@ mod tests {
         }
     }
 
+    /// A sandbox `web` of `shim`, for `bundle`.
+    fn state(bundle: &Path, shim: ProcessId) -> State {
+        State {
+            id: "web".into(),
+            namespace: "default".into(),
+            phase: Phase::Running,
+            bundle: bundle.to_owned(),
+            shim,
+            monitor: None,
+            created_ms: 0,
+            vcpus: 1,
+            memory_mib: 64,
+            cgroups: Default::default(),
+            timeline: vec![],
+            not_applied: vec![],
+        }
+    }
+
+    /// A process that does nothing.
+    fn sleeping() -> (std::process::Child, ProcessId) {
+        let child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let id = ProcessId::of(child.id()).unwrap();
+        (child, id)
+    }
+
     /// Two containerds, one namespace and id: the second one's creation failed.
     #[test]
     fn another_containerds_sandbox_stays() {
@@ -176,22 +205,8 @@ mod tests {
         for bundle in [&dir, &first, &second] {
             fs::create_dir_all(bundle).unwrap();
         }
-        let mut theirs = Command::new("sleep").arg("1000").spawn().unwrap();
-        let shim = ProcessId::of(theirs.id()).unwrap();
-        let mut state = State {
-            id: "web".into(),
-            namespace: "default".into(),
-            phase: Phase::Running,
-            bundle: first,
-            shim,
-            monitor: None,
-            created_ms: 0,
-            vcpus: 1,
-            memory_mib: 64,
-            cgroups: Default::default(),
-            timeline: vec![],
-            not_applied: vec![],
-        };
+        let (mut theirs, shim) = sleeping();
+        let mut state = state(&first, shim);
         state.write(&dir).unwrap();
         note(&second, &dir);
         clean_up(&flags(second.clone()));
@@ -207,6 +222,36 @@ mod tests {
         assert!(!dir.exists());
     }
 
+    /// A container that has joined is ended where its own shim's sandbox holds it, and
+    /// nowhere else, whatever the bundles are called.
+    #[test]
+    fn another_containerds_member_stays() {
+        let root = tempfile::tempdir().unwrap();
+        let (dir, bundle) = (root.path().join("state/default/pod"), root.path().join("bundle"));
+        for made in [&dir.join("containers"), &bundle] {
+            fs::create_dir_all(made).unwrap();
+        }
+        let annotations = serde_json::json!({ "annotations": {
+            "io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": "pod",
+        }});
+        fs::write(bundle.join("config.json"), annotations.to_string()).unwrap();
+        let (mut theirs, holder) = sleeping();
+        let mut shim = ProcessId::of_self().unwrap();
+        let member =
+            Member { id: "web".into(), bundle: bundle.clone(), phase: Phase::Running, holder, created_ms: 0 };
+        fs::write(dir.join("containers/web.json"), serde_json::to_vec(&member).unwrap()).unwrap();
+        note(&bundle, &dir);
+        shim.start_ticks += 1;
+        state(&root.path().join("pod"), shim).write(&dir).unwrap();
+        clean_up(&flags(bundle.clone()));
+        assert!(holder.is_alive());
+        shim.start_ticks -= 1;
+        state(&root.path().join("pod"), shim).write(&dir).unwrap();
+        clean_up(&flags(bundle));
+        assert!(!holder.is_alive());
+        assert!(!theirs.wait().unwrap().success());
+    }
+
     #[test]
     fn leftovers_go_twice_in_a_row() {
         let root = tempfile::tempdir().unwrap();
@@ -218,27 +263,12 @@ mod tests {
         fs::write(dir.join("console.log"), "booting").unwrap();
         fs::write(&socket, "").unwrap();
         fs::write(bundle.join(ADDRESS_FILE), format!("unix://{}", socket.display())).unwrap();
-        let mut monitor = Command::new("sleep").arg("1000").spawn().unwrap();
+        let (mut monitor, monitor_id) = sleeping();
         let mut shim = ProcessId::of_self().unwrap();
         shim.start_ticks += 1;
         let note = Note { dir: dir.clone(), shim };
         fs::write(bundle.join(NOTE_FILE), serde_json::to_vec(&note).unwrap()).unwrap();
-        State {
-            id: "web".into(),
-            namespace: "default".into(),
-            phase: Phase::Running,
-            bundle: bundle.clone(),
-            shim,
-            monitor: Some(ProcessId::of(monitor.id()).unwrap()),
-            created_ms: 0,
-            vcpus: 1,
-            memory_mib: 64,
-            cgroups: Default::default(),
-            timeline: vec![],
-            not_applied: vec![],
-        }
-        .write(&dir)
-        .unwrap();
+        State { monitor: Some(monitor_id), ..state(&bundle, shim) }.write(&dir).unwrap();
 
         let flags = flags(bundle);
         for _ in 0..2 {

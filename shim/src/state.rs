@@ -1,4 +1,4 @@
-//! `state.json`: what a sandbox's directory says about it, for `rvmctl` and for
+//! `sandbox.json`: what a sandbox's directory says about it, for `rvmctl` and for
 //! `delete` after its shim is gone.
 
 use std::{
@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::{process_id::ProcessId, timeline::Step};
 
 /// The file's name in a sandbox's directory.
-pub const FILE: &str = "state.json";
+pub const FILE: &str = "sandbox.json";
 
 /// One sandbox, as last written by its shim.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -66,9 +66,10 @@ impl State {
     /// Writes the file in `dir`; a reader sees the old or the new one whole.
     pub fn write(&self, dir: &Path) -> io::Result<()> {
         let json = serde_json::to_vec(self)?;
-        let new = dir.join("state.json.new");
+        let file = dir.join(FILE);
+        let new = file.with_extension("new");
         fs::write(&new, json)?;
-        fs::rename(&new, dir.join(FILE))
+        fs::rename(&new, file)
     }
 
     /// Reads the file in `dir`.
@@ -79,8 +80,7 @@ impl State {
 
     /// How long the sandbox has been there.
     pub fn age(&self) -> Duration {
-        let created = UNIX_EPOCH + Duration::from_millis(self.created_ms);
-        SystemTime::now().duration_since(created).unwrap_or_default()
+        since(self.created_ms)
     }
 
     /// Whether its shim and its monitor are there.
@@ -100,6 +100,12 @@ impl State {
             }
         }
     }
+}
+
+/// How long ago that was, in milliseconds since the epoch; nothing where it is to come.
+pub(crate) fn since(epoch_ms: u64) -> Duration {
+    let then = UNIX_EPOCH + Duration::from_millis(epoch_ms);
+    SystemTime::now().duration_since(then).unwrap_or_default()
 }
 
 /// A sandbox found below the state directory.

@@ -1,4 +1,4 @@
-//! The timeline of one start, as the shim records it in the sandbox's `state.json`.
+//! The timeline of one start, as the shim records it in the sandbox's record.
 
 use std::{fmt::Write, time::Duration};
 
@@ -25,7 +25,7 @@ pub fn of(sandbox: &Sandbox) -> Result<Vec<Step>> {
     struct State {
         timeline: Vec<Step>,
     }
-    let path = sandbox.dir().join("state.json");
+    let path = sandbox.dir().join("sandbox.json");
     let json = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
     let state: State =
         serde_json::from_slice(&json).with_context(|| format!("parsing {}", path.display()))?;

@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     fs, io,
     path::{Path, PathBuf},
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use serde::{Deserialize, Serialize};
@@ -46,6 +46,11 @@ impl Member {
             .collect();
         found.sort_by(|a, b| a.id.cmp(&b.id));
         found
+    }
+
+    /// How long it has been there.
+    pub fn age(&self) -> Duration {
+        state::since(self.created_ms)
     }
 
     fn write(&self, dir: &Path) -> io::Result<()> {
