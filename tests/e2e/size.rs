@@ -57,9 +57,9 @@ fn limits_make_the_machine_and_its_cgroup() {
                 "{controllers:?}: the monitor is in {path}"
             );
         }
-        // 1024 for the container, 48 + 32 for the guest, 64 for the monitor.
+        // 1024 for the container, 48 + 32 for the guest, an eighth for files, 64 for the monitor.
         let memory = first_of(&["memory.max", "memory.limit_in_bytes"], &wanted)?;
-        ensure!(memory == ((1024 + 48 + 32 + 64) * mib).to_string(), "memory {memory}");
+        ensure!(memory == ((1104 + 1104 / 8 + 64) * mib).to_string(), "memory {memory}");
         let cpu = first_of(&["cpu.max", "cpu.cfs_quota_us"], &wanted)?;
         ensure!(["62500 100000", "62500"].contains(&cpu.as_str()), "cpu {cpu}");
         let charged: u64 = first_of(&["memory.current", "memory.usage_in_bytes"], &wanted)?.parse()?;

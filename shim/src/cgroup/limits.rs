@@ -10,9 +10,11 @@ use super::{
     hierarchy::{Hierarchy, Version},
 };
 
-/// The monitor's own memory, with the pages it reads and writes files through,
-/// beside the guest's.
+/// The monitor's own memory, beside the guest's.
 const MONITOR_BYTES: u64 = 64 << 20;
+/// And per byte of the guest's one such part for the pages of the host's files that it
+/// reads and writes: what may wait there to be written is a fifth of what may be there.
+const FILES_PART: u64 = 8;
 /// Shortest quota the kernel takes, in microseconds (kernel/sched/core.c).
 const MIN_QUOTA_US: i64 = 1000;
 /// The kernel's default period, in microseconds.
@@ -54,7 +56,8 @@ impl Ceiling {
 
     /// For the memory of a machine of `memory_mib` alone.
     pub fn memory(memory_mib: u64) -> Self {
-        let memory_max = (memory_mib << 20).saturating_add(MONITOR_BYTES);
+        let guest = memory_mib << 20;
+        let memory_max = guest.saturating_add(guest / FILES_PART).saturating_add(MONITOR_BYTES);
         Self { memory_max: Some(memory_max), ..Self::default() }
     }
 
@@ -157,7 +160,7 @@ mod tests {
             ..Default::default()
         };
         let ceiling = Ceiling::of(&resources, 320);
-        assert_eq!(ceiling.memory_max, Some((320 + 64) << 20));
+        assert_eq!(ceiling.memory_max, Some((320 + 40 + 64) << 20));
         assert_eq!(ceiling.cpu_quota, Some((62_500, 100_000)));
     }
 
