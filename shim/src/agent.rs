@@ -368,4 +368,48 @@ mod tests {
         assert_eq!(agent.wait(&process_ref("c", "")).await.unwrap().exit_code, 7);
         peer.await.unwrap();
     }
+
+    /// Whatever a guest that stands still is asked for ends, and the error says what it was
+    /// and how long it was given.
+    #[tokio::test(start_paused = true)]
+    async fn every_request_but_a_wait_has_a_deadline_that_its_error_names() {
+        let dir = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(dir.path().join(SOCKET)).unwrap();
+        let connecting = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            vsock::read_line(&mut stream).await.unwrap();
+            stream.write_all(b"OK 1\n").await.unwrap();
+            (listener, stream)
+        });
+        let agent = Agent::connect(&Vsock::new(open_dir(dir.path()).unwrap())).await.unwrap();
+        let _standing_still = connecting.await.unwrap();
+        let process = process_ref("c", "e");
+        let create = CreateContainerRequest::default();
+        macro_rules! told {
+            ($($call:expr => $words:expr),* $(,)?) => {$(
+                let error = $call.await.map(drop).unwrap_err();
+                assert_eq!(error.to_string(), format!("the agent does not answer {}", $words));
+            )*};
+        }
+        told! {
+            agent.set_up_sandbox(SetUpSandboxRequest::default()) => "set_up_sandbox within 60 s",
+            agent.set_clock(Duration::from_secs(1)) => "set_clock within 60 s",
+            agent.create_container(&create) => "create_container within 60 s",
+            agent.create_exec("c", "e", Process::default()) => "create_exec within 60 s",
+            agent.start(&process) => "start_process within 60 s",
+            agent.signal(process.clone(), 15, false) => "signal_process within 60 s",
+            agent.resize(process.clone(), 80, 24) => "resize_pty within 60 s",
+            agent.processes("c") => "list_processes within 60 s",
+            agent.pause("c") => "pause_container within 60 s",
+            agent.resume("c") => "resume_container within 60 s",
+            agent.update("c", Resources::default()) => "update_resources within 60 s",
+            agent.wait_memory(1) => "wait_memory within 300 s",
+            agent.stats("c") => "get_stats within 60 s",
+            agent.sync_network(&SyncNetworkRequest::default()) => "sync_network within 60 s",
+            agent.delete(&process) => "delete_process within 60 s",
+            agent.remove_disks(vec![]) => "remove_disks within 60 s",
+            agent.online_cpus(1) => "online_cpus within 60 s",
+            agent.shut_down() => "shutdown within 60 s",
+        }
+    }
 }

@@ -13,6 +13,46 @@ use nix::{
     sys::wait::{WaitPidFlag, waitpid},
     unistd::{ForkResult, dup2_stderr, dup2_stdin, dup2_stdout, fork, setsid},
 };
+use tokio::task::spawn_blocking;
+
+/// Does `work`, which the host may keep as long as it likes, on a thread of its own. The
+/// one thread that serves everybody goes on meanwhile.
+pub async fn off_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    // A panic on that thread is a fault of ours.
+    spawn_blocking(work).await.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
+}
+
+/// A value whose end may take as long as the host likes: that is on another thread,
+/// where there is somebody else to be served on this one.
+pub struct OffThread<T: Send + 'static>(Option<T>);
+
+impl<T: Send + 'static> OffThread<T> {
+    /// Of a value.
+    pub fn new(value: T) -> Self {
+        Self(Some(value))
+    }
+
+    /// The value, whose end is its new owner's business.
+    pub fn into_inner(mut self) -> Option<T> {
+        self.0.take()
+    }
+
+    /// Ends the value and waits for that.
+    pub async fn end(self) {
+        let value = self.into_inner();
+        off_thread(move || drop(value)).await;
+    }
+}
+
+impl<T: Send + 'static> Drop for OffThread<T> {
+    fn drop(&mut self) {
+        let Some(value) = self.0.take() else { return };
+        match tokio::runtime::Handle::try_current() {
+            Ok(runtime) => drop(runtime.spawn_blocking(move || drop(value))),
+            Err(_) => drop(value),
+        }
+    }
+}
 
 /// Does `work` in a process of its own and waits for it at most `limit`; that
 /// process is returned where it goes on. What it logs until then is copied to

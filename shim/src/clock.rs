@@ -22,6 +22,9 @@ use crate::agent::Agent;
 
 /// How often the guest is told the time. Clocks drift by up to 0.5 ms a second.
 const TELL: Duration = Duration::from_secs(60);
+/// And first: what it was told when its sandbox was set up it has heard in the middle of
+/// other work.
+const TELL_FIRST: Duration = Duration::from_secs(1);
 /// Where the answer takes longer, the guest may have heard the time late: it is
 /// told again.
 const PROMPT: Duration = Duration::from_millis(20);
@@ -72,8 +75,10 @@ impl AsRawFd for Timer {
 
 async fn keep(agent: Agent, resumed: &Notify) -> io::Result<()> {
     let timer = watch(new_timer()?)?;
+    let mut after = TELL_FIRST;
     loop {
-        set(timer.get_ref(), TELL)?;
+        set(timer.get_ref(), after)?;
+        after = TELL;
         tokio::select! {
             ready = timer.readable() => ready?.clear_ready(),
             () = resumed.notified() => {}
@@ -105,10 +110,12 @@ fn set(Timer(timer): &Timer, after: Duration) -> io::Result<()> {
 }
 
 async fn tell(agent: &Agent) {
+    // Half of how long it takes from here to there and back.
+    let mut way = Duration::ZERO;
     for _ in 0..TRIES {
         let begun = Instant::now();
-        match agent.set_clock(wall_clock()).await {
-            Ok(()) if begun.elapsed() > PROMPT => {}
+        match agent.set_clock(wall_clock() + way).await {
+            Ok(()) if begun.elapsed() > PROMPT => way = begun.elapsed() / 2,
             Ok(()) => return,
             // Whoever needs the guest for something else says what is wrong with it.
             Err(error) => return log::debug!("set the guest's clock: {error}"),

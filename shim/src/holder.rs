@@ -8,19 +8,21 @@
 
 use std::{
     ffi::CString,
-    io,
+    fs, io,
+    ops::Range,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    time::Duration,
 };
 
 use nix::{
     sched::{CloneFlags, setns},
     sys::{
         signal::{SigSet, SigmaskHow, Signal, kill, sigprocmask},
-        wait::waitpid,
+        wait::{WaitPidFlag, waitpid},
     },
     unistd::{ForkResult, Pid, fork, pipe, setsid},
 };
@@ -29,9 +31,11 @@ use tokio::io::unix::AsyncFd;
 use crate::{
     cgroup::HostCgroup,
     mount,
-    process_id::{ProcessId, pidfd_open},
+    process_id::{ProcessId, pidfd_open, wait_for_end},
 };
 
+/// How long one that was killed may take to end.
+const END_LIMIT: Duration = Duration::from_secs(2);
 /// What tools show as its name.
 pub(crate) const NAME: &std::ffi::CStr = c"rvm-container";
 
@@ -50,6 +54,7 @@ impl Holder {
         let (ready, done) = pipe()?;
         let parent = std::process::id();
         let (host, of) = (mount::of_the_host(), of.as_raw_fd());
+        let environment = environment()?;
         // SAFETY: until it is killed the child makes system calls only, and
         // allocates nothing.
         let child = match unsafe { fork() }? {
@@ -60,6 +65,8 @@ impl Holder {
                     Ok(()) => 0,
                     Err(error) => error.raw_os_error().unwrap_or(libc::EIO),
                 };
+                // SAFETY: it is this copy's alone, and nothing here reads it any more.
+                unsafe { std::ptr::write_bytes(environment.start as *mut u8, 0, environment.len()) };
                 let _ = nix::unistd::write(&done, &problem.to_ne_bytes());
                 // SAFETY: nothing in this process uses a descriptor any more.
                 unsafe { libc::syscall(libc::SYS_close_range, 0, libc::c_uint::MAX, 0) };
@@ -72,18 +79,21 @@ impl Holder {
         };
         drop(done);
         let pid = child.as_raw().cast_unsigned();
+        let pidfd = pidfd_open(pid).inspect_err(|_| {
+            let _ = kill(child, Signal::SIGKILL);
+        })?;
         let watched = || -> io::Result<_> {
             // SAFETY: the AsyncFd owns the descriptor, which stays open and the
             // same for as long as it is registered.
-            let pidfd = unsafe { AsyncFd::register(pidfd_open(pid)?) }.map_err(io::Error::from)?;
-            Ok((ProcessId::of(pid)?, pidfd))
+            let watched = unsafe { AsyncFd::register(pidfd.try_clone()?) }.map_err(io::Error::from)?;
+            Ok((ProcessId::of(pid)?, watched))
         };
         match watched() {
             Ok((id, pidfd)) => {
                 Ok(Starting { holder: Arc::new(Self { id, pidfd, ended: AtomicBool::new(false) }), ready })
             }
             Err(error) => {
-                end(child);
+                end(child, pidfd.as_fd());
                 Err(error)
             }
         }
@@ -100,10 +110,11 @@ impl Holder {
         let _ = self.pidfd.readable().await;
     }
 
-    /// Ends it: its pid is gone afterwards. Calling it again does nothing.
+    /// Ends it: its pid is gone afterwards, unless somebody has frozen it. Calling it
+    /// again does nothing.
     pub fn end(&self) {
         if !self.ended.swap(true, Ordering::Relaxed) {
-            end(Pid::from_raw(self.id.pid.cast_signed()));
+            end(Pid::from_raw(self.id.pid.cast_signed()), self.pidfd.get_ref().as_fd());
         }
     }
 }
@@ -161,8 +172,46 @@ fn settle(parent: u32, of: BorrowedFd, host: Option<BorrowedFd>, procs: &[CStrin
     Ok(nix::unistd::chdir(c"/")?)
 }
 
+/// Where this process has the environment it was started with, as `/proc/PID/environ`
+/// shows it: containerd's, which is nobody's business in a process that stands for a
+/// container.
+fn environment() -> io::Result<Range<usize>> {
+    // proc(5): env_start and env_end, counted from the state, the third field.
+    const START: usize = 50 - 3;
+    let stat = fs::read_to_string("/proc/self/stat")?;
+    let fields = stat.rsplit_once(") ").map(|(_, rest)| rest).unwrap_or_default();
+    let mut places = fields.split(' ').skip(START).map_while(|field| field.parse().ok());
+    match (places.next(), places.next()) {
+        (Some(start), Some(end)) if start <= end => Ok(start..end),
+        _ => Err(io::Error::new(io::ErrorKind::InvalidData, "unexpected /proc/self/stat")),
+    }
+}
+
 /// Kills a child and collects it.
-fn end(child: Pid) {
+fn end(child: Pid, pidfd: BorrowedFd) {
     let _ = kill(child, Signal::SIGKILL);
-    while waitpid(child, None) == Err(nix::errno::Errno::EINTR) {}
+    match wait_for_end(pidfd, END_LIMIT) {
+        Ok(true) => drop(waitpid(child, Some(WaitPidFlag::WNOHANG))),
+        _ => log::error!("{child}, the process of a container, does not end though it was killed"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn it_is_named_knows_nothing_and_goes() {
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let of = pidfd_open(std::process::id()).unwrap();
+        let holder = Holder::start(of.as_fd(), &[]).unwrap().ready().await.unwrap();
+        let file = |name: &str| fs::read(format!("/proc/{}/{name}", holder.id().pid)).unwrap();
+        assert_eq!(file("comm"), b"rvm-container\n");
+        assert!(!fs::read("/proc/self/environ").unwrap().is_empty());
+        assert!(file("environ").iter().all(|byte| *byte == 0));
+        holder.end();
+        assert!(!holder.id().is_alive());
+    }
 }

@@ -3,11 +3,12 @@
 
 use std::{
     fs, io,
-    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
-    time::Duration,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    time::{Duration, Instant},
 };
 
 use nix::{
+    errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::signal::Signal,
 };
@@ -63,9 +64,21 @@ impl ProcessId {
             return Ok(());
         }
         pidfd_send_signal(&pidfd, signal)?;
-        let timeout = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);
-        let ended = poll(&mut [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)], timeout)?;
-        if ended == 0 { Err(io::ErrorKind::TimedOut.into()) } else { Ok(()) }
+        if wait_for_end(pidfd.as_fd(), limit)? { Ok(()) } else { Err(io::ErrorKind::TimedOut.into()) }
+    }
+}
+
+/// Waits at most `limit` for the end of the process a pidfd is of; whether it has come.
+/// A process that was killed takes that long only where the host keeps it in a system call.
+pub fn wait_for_end(pidfd: BorrowedFd, limit: Duration) -> io::Result<bool> {
+    let until = Instant::now() + limit;
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        match poll(&mut [PollFd::new(pidfd, PollFlags::POLLIN)], timeout) {
+            Err(Errno::EINTR) => {}
+            ended => return Ok(ended? > 0),
+        }
     }
 }
 

@@ -19,6 +19,10 @@ use crate::{bootstrap::Serve, config::Config, events::Events, logger, service::s
 
 /// How long the last answers and events may take.
 const FAREWELL_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a shim that is told to end lets what is being created or deleted go on: a
+/// guest that does not power off and mounts that do not come off have limits of their own,
+/// hooks need none.
+const CHANGING_TIMEOUT: Duration = Duration::from_secs(30);
 /// A shim that has had nothing to do for this long has been forgotten: by a
 /// containerd that died between `start` and `Create`, or before `Shutdown`.
 const IDLE_LIMIT: Duration = Duration::from_secs(60);
@@ -40,7 +44,10 @@ pub fn run(serve: Serve) -> io::Result<()> {
     // One thread: the shim waits, and what it starts dies with this thread.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let socket = Socket(serve.socket.clone());
-    runtime.block_on(serve_until_done(serve, socket))
+    let served = runtime.block_on(serve_until_done(serve, socket));
+    // A file system of the host may keep a thread for ever.
+    runtime.shutdown_timeout(FAREWELL_TIMEOUT);
+    served
 }
 
 /// The socket's name, which goes once: whoever comes after may have it again.
@@ -89,7 +96,7 @@ async fn serve_until_done(serve: Serve, socket: Socket) -> io::Result<()> {
     }
     // New connections belong to a new shim; the running ones get their answers.
     drop(socket);
-    tasks.close_all().await;
+    tasks.close_all(CHANGING_TIMEOUT).await;
     let farewell = async {
         events.flush(FAREWELL_TIMEOUT).await;
         server.shutdown().await

@@ -98,7 +98,7 @@ impl Share {
 
     /// Adds a container: its layers, and what its spec binds. On an error what
     /// was mounted so far stays until [`Share::remove`].
-    pub fn add(&mut self, bundle: &Bundle, layers: &[Layer]) -> Result<(), ShareError> {
+    pub fn add(&self, bundle: &Bundle, layers: &[Layer]) -> Result<(), ShareError> {
         let root = &bundle.container.rootfs;
         if root.on_volumes || !bundle.volumes.is_empty() {
             // A mount of its own: in the guest all of a container's volumes go with it.
@@ -165,7 +165,7 @@ impl Share {
     }
 
     /// Takes a container's mounts off; nothing is left of it in either tree.
-    pub fn remove(&mut self, id: &str) {
+    pub fn remove(&self, id: &str) {
         self.layers.remove(id);
         self.volumes.remove(id);
     }
@@ -368,7 +368,7 @@ mod tests {
     fn nothing_but_what_is_given_can_be_written_to() {
         apart(|dir| {
             let share_dir = dir.join("share");
-            let mut share = Share::create(share_dir.clone()).unwrap();
+            let share = Share::create(share_dir.clone()).unwrap();
             for _ in 0..2 {
                 share.add(&bundle(dir, Writes::Guest), &[]).unwrap();
                 let volumes = share_dir.join("volumes");

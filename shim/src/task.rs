@@ -14,6 +14,8 @@ use tokio::{
 };
 
 use crate::{
+    background::off_thread,
+    config::Config,
     container::{Container, Create, log_not_applied, with_sandbox},
     delete,
     error::Error,
@@ -43,6 +45,19 @@ pub struct CreateTask {
     pub options: Options,
 }
 
+impl CreateTask {
+    /// Reads and checks what it names, which may lie on any file system of the host's.
+    fn read(self, pod: &Pod) -> Result<(Self, Config, Bundle), Error> {
+        let config = self.options.config()?;
+        let mut bundle = Bundle::load_in(pod, &self.bundle, &self.id, &config.compat)?;
+        bundle.settle_writes(config.writes, &self.layers);
+        self.options.check(&bundle)?;
+        bundle.check_file_systems(&config.guest.kernel)?;
+        check_terminal(&bundle, &self.stdio)?;
+        Ok((self, config, bundle))
+    }
+}
+
 /// The tasks of one shim.
 pub struct Tasks {
     namespace: String,
@@ -50,8 +65,22 @@ pub struct Tasks {
     slots: Mutex<Slots>,
     /// Signalled when containerd has no more use for the shim.
     done: Notify,
-    /// Whether there is a container or one is being created.
-    busy: watch::Sender<bool>,
+    work: watch::Sender<Work>,
+}
+
+/// Whether there is something to do.
+#[derive(Clone, Copy, Debug, Default)]
+struct Work {
+    /// There is a container.
+    kept: bool,
+    /// One is being created or deleted.
+    changing: bool,
+}
+
+impl Work {
+    fn is_any(self) -> bool {
+        self.kept || self.changing
+    }
 }
 
 #[derive(Default)]
@@ -62,6 +91,8 @@ struct Slots {
     home: Home,
     /// Whether containerd wants the shim to end as soon as nothing is left.
     shut_down: bool,
+    /// Whether the shim is ending, whatever is left.
+    closing: bool,
 }
 
 /// The sandbox of a shim.
@@ -79,8 +110,8 @@ enum Home {
 }
 
 impl Slots {
-    fn are_used(&self) -> bool {
-        !self.containers.is_empty() || !self.changing.is_empty()
+    fn work(&self) -> Work {
+        Work { kept: !self.containers.is_empty(), changing: !self.changing.is_empty() }
     }
 }
 
@@ -92,7 +123,7 @@ impl Drop for Changing<'_> {
         self.0.change(|slots| {
             slots.changing.remove(&self.1);
             let given_up = matches!(&slots.home, Home::Starting(id) if *id == self.1);
-            if given_up || matches!(slots.home, Home::Closed) && !slots.are_used() {
+            if given_up || matches!(slots.home, Home::Closed) && !slots.work().is_any() {
                 slots.home = Home::None;
             }
         });
@@ -107,7 +138,7 @@ impl Tasks {
             events,
             slots: Mutex::default(),
             done: Notify::new(),
-            busy: watch::Sender::new(false),
+            work: watch::Sender::default(),
         }
     }
 
@@ -123,12 +154,8 @@ impl Tasks {
         let timeline = Arc::new(Timeline::begin());
         let label = format!("{}/{}", self.namespace, create.id);
         let _creating = self.reserve(&create.id)?;
-        let config = create.options.config()?;
-        let mut bundle = Bundle::load_in(&self.pod(), &create.bundle, &create.id, &config.compat)?;
-        bundle.settle_writes(config.writes, &create.layers);
-        create.options.check(&bundle)?;
-        bundle.check_file_systems(&config.guest.kernel)?;
-        check_terminal(&bundle, &create.stdio)?;
+        let pod = self.pod();
+        let (create, config, bundle) = off_thread(move || create.read(&pod)).await?;
         let home = self.home_of(&bundle)?;
         if home.is_none() {
             create.options.join_cgroup()?;
@@ -196,6 +223,9 @@ impl Tasks {
         let taken = |slots: &Slots| slots.containers.contains_key(id) || slots.changing.contains(id);
         if taken(&self.slots()) {
             return Err(Error::AlreadyExists(format!("container {id} exists already")));
+        }
+        if self.slots().closing {
+            return Err(Error::FailedPrecondition("the shim was told to end".into()));
         }
         self.change(|slots| {
             slots.changing.insert(id.to_owned());
@@ -295,11 +325,11 @@ impl Tasks {
 
     /// Waits until there has been nothing to do for `limit`.
     pub async fn idle(&self, limit: Duration) {
-        let mut busy = self.busy.subscribe();
+        let mut work = self.work.subscribe();
         loop {
             // The sender lives as long as `self`.
-            let _ = busy.wait_for(|busy| !busy).await;
-            if timeout(limit, busy.wait_for(|busy| *busy)).await.is_err() {
+            let _ = work.wait_for(|work| !work.is_any()).await;
+            if timeout(limit, work.wait_for(|work| work.is_any())).await.is_err() {
                 return;
             }
         }
@@ -311,15 +341,18 @@ impl Tasks {
     }
 
     /// Ends whatever runs, as the shim itself has to go: what belongs on the host is
-    /// written first.
-    pub async fn close_all(&self) {
-        let (home, containers) = self.change(|slots| {
-            let home = std::mem::replace(&mut slots.home, Home::Closed);
-            (home, slots.containers.values().cloned().collect::<Vec<_>>())
-        });
-        if let Home::Running(sandbox) = home {
-            sandbox.close().await;
+    /// written first. What is being deleted, or created, is so to its end, its hooks
+    /// among it, as long as that takes no longer than `limit`.
+    pub async fn close_all(&self, limit: Duration) {
+        self.change(|slots| slots.closing = true);
+        self.close_home().await;
+        let mut work = self.work.subscribe();
+        if timeout(limit, work.wait_for(|work| !work.changing)).await.is_err() {
+            log::warn!("ending: what is being created or deleted takes longer than {} s", limit.as_secs());
         }
+        // Its creation may have come to its end meanwhile.
+        self.close_home().await;
+        let containers: Vec<_> = self.slots().containers.values().cloned().collect();
         for container in containers {
             if let Ok(init) = container.process("") {
                 init.wait().await;
@@ -327,12 +360,22 @@ impl Tasks {
         }
     }
 
+    async fn close_home(&self) {
+        let home = self.change(|slots| match &slots.home {
+            Home::Running(_) => std::mem::replace(&mut slots.home, Home::Closed),
+            Home::None | Home::Starting(_) | Home::Closed => Home::None,
+        });
+        if let Home::Running(sandbox) = home {
+            sandbox.close().await;
+        }
+    }
+
     /// Every change of the slots, as it may be the end of idleness or its beginning.
     fn change<T>(&self, change: impl FnOnce(&mut Slots) -> T) -> T {
         let mut slots = self.slots();
         let result = change(&mut slots);
-        self.busy.send_replace(slots.are_used());
-        if slots.shut_down && !slots.are_used() {
+        self.work.send_replace(slots.work());
+        if slots.shut_down && !slots.work().is_any() {
             self.done.notify_one();
         }
         result
@@ -395,6 +438,25 @@ mod tests {
         drop(creating);
         tasks.done().await;
         tasks.reserve("a").map(drop).unwrap();
+    }
+
+    /// A shim that is told to end lets a deletion come to its end, and begins nothing.
+    #[tokio::test]
+    async fn an_end_waits_for_what_is_being_changed() {
+        let tasks = Arc::new(tasks());
+        let deleting = tasks.reserve("a").unwrap();
+        let closing = tokio::spawn({
+            let tasks = tasks.clone();
+            async move { tasks.close_all(Duration::from_secs(60)).await }
+        });
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        assert!(!closing.is_finished());
+        assert!(matches!(tasks.reserve("b"), Err(Error::FailedPrecondition(_))));
+        drop(deleting);
+        closing.await.unwrap();
+        let tasks = Arc::new(self::tasks());
+        let _hanging = tasks.reserve("a").unwrap();
+        timeout(Duration::from_secs(10), tasks.close_all(Duration::from_millis(10))).await.unwrap();
     }
 
     #[tokio::test]

@@ -41,7 +41,7 @@ pub enum VsockError {
         source: io::Error,
     },
     /// Nobody answers.
-    #[error("vsock port {port}: the monitor or its guest does not answer within {} ms", limit.as_millis())]
+    #[error("vsock port {port}: the monitor or its guest does not answer within {} s", limit.as_secs_f64())]
     TimedOut {
         /// The guest's port.
         port: u32,
@@ -204,7 +204,7 @@ mod tests {
         let (_dir, mut vsock, _listener) = dir();
         vsock.limit = Duration::from_millis(20);
         let error = vsock.connect(1024).await.unwrap_err().to_string();
-        assert_eq!(error, "vsock port 1024: the monitor or its guest does not answer within 20 ms");
+        assert_eq!(error, "vsock port 1024: the monitor or its guest does not answer within 0.02 s");
     }
 
     #[tokio::test]

@@ -1,13 +1,20 @@
 //! Whoever dies first: the client learns of it, once, and nothing stays.
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Context, Result, ensure};
-use nix::sys::signal::Signal;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use rvm_tests::{
     case,
     ctr::{Run, remove_clients_fifos},
-    job::Input,
+    host::Process,
+    job::{Input, Job},
     sandbox::Sandbox,
     scale,
+    task::Shim,
     world::World,
 };
 
@@ -134,9 +141,9 @@ fn exit_while_containerd_is_away() {
         run.run(&["sh", "-c", "trap 'exit 22' TERM; while :; do sleep 1000 & wait $!; done"])?.success()?;
         let sandbox = Sandbox::find(world.stage(), &run.id)?;
         world.without_containerd(Signal::SIGKILL, || sandbox.kill_monitor())?;
-        let until = std::time::Instant::now() + scale::container();
+        let until = Instant::now() + scale::container();
         while ctr.task_state(&run.id).as_deref() == Some("RUNNING") {
-            ensure!(std::time::Instant::now() < until, "still running: {:?}", ctr.list(&["task", "ls"]));
+            ensure!(Instant::now() < until, "still running: {:?}", ctr.list(&["task", "ls"]));
         }
         let removed = ctr.run(&["task", "rm", &run.id], scale::container())?;
         println!("task rm: {removed}");
@@ -201,7 +208,7 @@ fn a_task_always_lists_a_process() {
     case(|world| {
         let ctr = world.ctr();
         let (run, sandbox) = detached(world, "still")?;
-        let monitor = nix::unistd::Pid::from_raw(sandbox.monitor.pid);
+        let monitor = Pid::from_raw(sandbox.monitor.pid);
         let listed = || -> Result<String> {
             let listed = ctr.run(&["task", "ps", &run.id], scale::command())?.success()?.text();
             Ok(listed
@@ -214,9 +221,9 @@ fn a_task_always_lists_a_process() {
                 .to_owned())
         };
         let running = listed()?;
-        nix::sys::signal::kill(monitor, Signal::SIGSTOP)?;
+        kill(monitor, Signal::SIGSTOP)?;
         let still = listed();
-        nix::sys::signal::kill(monitor, Signal::SIGCONT)?;
+        kill(monitor, Signal::SIGCONT)?;
         ensure!(still? == running, "another first process");
         ctr.run(&["task", "kill", "-s", "SIGKILL", &run.id], scale::command())?.success()?;
         world.events(|events| events.wait_for("/tasks/exit", &run.id, scale::container()))?;
@@ -239,13 +246,68 @@ fn a_terminated_shim_loses_nothing() {
         let sandbox = Sandbox::find(world.stage(), &run.id)?;
         let written =
             || ctr.exec(&run.id, &[], &["test", "-s", "/kept"], Input::Nothing)?.finish(scale::container());
-        let until = std::time::Instant::now() + scale::container();
+        let until = Instant::now() + scale::container();
         while written()?.code() != 0 {
-            ensure!(std::time::Instant::now() < until, "nothing is written");
+            ensure!(Instant::now() < until, "nothing is written");
         }
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(sandbox.shim.pid), Signal::SIGTERM)?;
+        kill(Pid::from_raw(sandbox.shim.pid), Signal::SIGTERM)?;
         sandbox.wait_until_gone(scale::container())?;
         let _ = ctr.run(&["task", "rm", "-f", &run.id], scale::container())?;
+        let again = ctr.run(&["task", "start", &run.id], scale::container())?.success()?;
+        ensure!(again.text() == "kept\n", "{again}");
+        ctr.run(&["containers", "rm", &run.id], scale::command())?.success()?;
+        remove_clients_fifos(&run.id)
+    });
+}
+
+/// One that is asked to end while a task is being deleted does that first: what the guest holds
+/// reaches the host, however long that takes.
+#[test]
+fn a_shim_terminated_while_deleting_loses_nothing() {
+    case(|world| {
+        world.set_config(
+            &world.config().text("scratch", "backing", "block").set("scratch", "size_mib", "64"),
+        )?;
+        let ctr = world.ctr();
+        let run = ctr.container("deleting").detached();
+        run.run(&[
+            "sh",
+            "-c",
+            "if test -e /kept; then cat /kept; else echo kept > /kept; exec sleep 100000; fi",
+        ])?
+        .success()?;
+        let sandbox = Sandbox::find(world.stage(), &run.id)?;
+        let written =
+            || ctr.exec(&run.id, &[], &["test", "-s", "/kept"], Input::Nothing)?.finish(scale::container());
+        let until = Instant::now() + scale::container();
+        while written()?.code() != 0 {
+            ensure!(Instant::now() < until, "nothing is written");
+        }
+        ctr.run(&["task", "kill", "-s", "SIGKILL", &run.id], scale::command())?.success()?;
+        world.events(|events| events.wait_for("/tasks/exit", &run.id, scale::container()))?;
+
+        let shim = Shim::of(&run.id)?;
+        let signal = |pid: i32, signal| kill(Pid::from_raw(pid), signal);
+        signal(sandbox.monitor.pid, Signal::SIGSTOP)?;
+        let removal = Job::start(ctr.command(&["task", "rm", &run.id]), Input::Nothing)?;
+        // It is struck off first, and ended then.
+        while shim
+            .update(&serde_json::json!({}))
+            .is_err_and(|error| !error.to_string().contains("is not here"))
+        {
+            ensure!(Instant::now() < until, "it is not being deleted");
+        }
+        signal(sandbox.shim.pid, Signal::SIGTERM)?;
+        let ended = || Process::read(sandbox.shim.pid).is_none_or(|shim| shim.state == 'Z');
+        let soon = Instant::now() + scale::seconds(0.1);
+        while Instant::now() < soon && !ended() {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let early = ended();
+        signal(sandbox.monitor.pid, Signal::SIGCONT)?;
+        removal.finish(scale::container())?;
+        ensure!(!early, "the shim has ended while it deletes");
+        sandbox.wait_until_gone(scale::container())?;
         let again = ctr.run(&["task", "start", &run.id], scale::container())?.success()?;
         ensure!(again.text() == "kept\n", "{again}");
         ctr.run(&["containers", "rm", &run.id], scale::command())?.success()?;

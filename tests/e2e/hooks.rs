@@ -1,12 +1,16 @@
 //! OCI hooks: order, what they are told, and what their failure means.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
 use rvm_tests::{
     bundle, case,
     ctr::{Run, remove_clients_fifos},
-    job::{Finished, Input},
+    job::{Finished, Input, Job},
     sandbox::Sandbox,
     scale,
     world::World,
@@ -213,5 +217,36 @@ fn poststop_after_the_shim_was_killed() {
         remove_clients_fifos(&run.id)?;
         ensure!(hooks.names() == ["poststop"], "{:?}", hooks.order());
         Ok(())
+    });
+}
+
+/// A shim that is told to end while hooks run lets them come to their end: they ran once.
+#[test]
+fn a_terminated_shim_lets_hooks_end() {
+    case(|world| {
+        let hooks = Hooks::new(world)?;
+        let dir = hooks.0.display();
+        let slow = format!("echo begun >> {dir}/order; sleep 2; echo ended >> {dir}/order");
+        let poststop = json!({ "poststop": [hooks.script(&slow, &[])] });
+        let (run, path) = container(world, &poststop, &["sleep", "100000"])?;
+        let run = run.detached();
+        run.run(&[])?.success()?;
+        std::fs::remove_file(path)?;
+        let sandbox = Sandbox::find(world.stage(), &run.id)?;
+        let ctr = world.ctr();
+        ctr.run(&["task", "kill", "-s", "SIGKILL", &run.id], scale::command())?.success()?;
+        world.events(|events| events.wait_for("/tasks/exit", &run.id, scale::container()))?;
+        let removal = Job::start(ctr.command(&["task", "rm", &run.id]), Input::Nothing)?;
+        let until = Instant::now() + scale::container();
+        while hooks.order().is_empty() {
+            ensure!(Instant::now() < until, "no hook runs");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(sandbox.shim.pid), Signal::SIGTERM)?;
+        removal.finish(scale::container())?.success()?;
+        sandbox.wait_until_gone(scale::command())?;
+        ctr.run(&["containers", "rm", &run.id], scale::command())?.success()?;
+        ensure!(hooks.order() == ["begun", "ended"], "{:?}", hooks.order());
+        remove_clients_fifos(&run.id)
     });
 }

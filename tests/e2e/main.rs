@@ -6,6 +6,7 @@
 mod broken;
 mod clients;
 mod clock;
+mod dead_storage;
 mod death;
 mod debian;
 mod devices;

@@ -17,6 +17,7 @@ use std::{
 use tokio::{io::AsyncReadExt, net::unix::pipe, time::timeout};
 
 use super::{IoError, Output};
+use crate::background::off_thread;
 
 /// How long a logging program may take to say it is ready.
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -44,10 +45,11 @@ impl Logger {
         let (out_reader, out_writer) = io::pipe().map_err(failed)?;
         let (err_reader, err_writer) = io::pipe().map_err(failed)?;
         let (ready_reader, ready_writer) = io::pipe().map_err(failed)?;
-        let child =
-            spawn(&program, &args, [out_reader.into(), err_reader.into(), ready_writer.into()], |c| {
-                c.env("CONTAINER_ID", id).env("CONTAINER_NAMESPACE", namespace);
-            });
+        let fds = [out_reader.into(), err_reader.into(), ready_writer.into()];
+        let env = [("CONTAINER_ID", id), ("CONTAINER_NAMESPACE", namespace)]
+            .map(|(name, value)| (name, value.to_owned()));
+        // It may lie on a file system that does not answer.
+        let child = off_thread(move || spawn(&program, &args, fds, env)).await;
         let logger = Self(Some(child.map_err(failed)?));
         match timeout(READY_TIMEOUT, wait_ready(ready_reader)).await {
             Ok(ready) => ready.map_err(failed)?,
@@ -77,19 +79,14 @@ async fn wait_ready(reader: PipeReader) -> io::Result<()> {
     reader.read(&mut [0; 1]).await.map(drop)
 }
 
-/// Starts `program` with `fds` as descriptors 3, 4 and 5.
-fn spawn(
-    program: &str,
-    args: &[String],
-    fds: [OwnedFd; 3],
-    set: impl FnOnce(&mut Command),
-) -> io::Result<Child> {
+/// Starts `program` with `fds` as descriptors 3, 4 and 5, and with `env` in its environment.
+fn spawn(program: &str, args: &[String], fds: [OwnedFd; 3], env: [(&str, String); 2]) -> io::Result<Child> {
     let mut command = Command::new(program);
     command.args(args).env_clear().stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     if let Some(path) = std::env::var_os("PATH") {
         command.env("PATH", path);
     }
-    set(&mut command);
+    command.envs(env);
     // Above 5, so that no copy overwrites one that is still to be copied.
     let fds = fds
         .iter()

@@ -6,8 +6,6 @@ use std::{
     io,
     os::unix::fs::{FileTypeExt, OpenOptionsExt},
     path::Path,
-    pin::Pin,
-    task::{Context, Poll},
 };
 
 use tokio::{
@@ -102,24 +100,7 @@ impl Output {
             fs::create_dir_all(dir)?;
         }
         let file = OpenOptions::new().append(true).create(create).mode(0o644).open(path)?;
-        Ok(Self::writer(LogFile(file)))
-    }
-}
-
-/// A regular file, for which the kernel knows no waiting: a write is done when
-/// it returns.
-struct LogFile(File);
-
-impl AsyncWrite for LogFile {
-    fn poll_write(mut self: Pin<&mut Self>, _: &mut Context, buffer: &[u8]) -> Poll<io::Result<usize>> {
-        Poll::Ready(io::Write::write(&mut self.0, buffer))
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
+        // The kernel knows no waiting for a regular file: it is written to by other threads.
+        Ok(Self::writer(tokio::fs::File::from_std(file)))
     }
 }

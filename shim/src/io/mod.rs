@@ -22,7 +22,10 @@ use std::{
 use rvm_protocol::guest::{Stream, StreamHeader};
 use tokio::{sync::watch, task::AbortHandle};
 
-use crate::vsock::{Vsock, VsockError};
+use crate::{
+    background::off_thread,
+    vsock::{Vsock, VsockError},
+};
 pub use binary::Logger;
 use copy::{Direction, Progress, copy};
 use endpoint::OpenInput;
@@ -93,18 +96,28 @@ pub struct Endpoints {
 }
 
 impl Endpoints {
-    /// Opens what containerd named. `id` and `namespace` are for a logging
-    /// program.
+    /// Opens what containerd named. `id` and `namespace` are for a logging program.
     pub async fn open(stdio: &Stdio, namespace: &str, id: &str) -> Result<Self, IoError> {
-        let mut endpoints = Self { terminal: stdio.terminal, ..Self::default() };
-        if !stdio.stdin.is_empty() {
-            endpoints.stdin = Some(Input::new("stdin", &stdio.stdin)?);
+        let mut wanted = stdio.clone();
+        let is_logged = stdio.stdout.starts_with("binary://");
+        if is_logged {
+            // The program takes both.
+            (wanted.stdout, wanted.stderr) = Default::default();
         }
-        if stdio.stdout.starts_with("binary://") {
+        // A client may name places of a file system that does not answer.
+        let mut endpoints = off_thread(move || Self::open_files(&wanted)).await?;
+        if is_logged {
             let (logger, stdout, stderr) = Logger::start(&stdio.stdout, namespace, id).await?;
             (endpoints.logger, endpoints.stdout, endpoints.stderr) =
                 (Some(logger), Some(stdout), Some(stderr));
-            return Ok(endpoints);
+        }
+        Ok(endpoints)
+    }
+
+    fn open_files(stdio: &Stdio) -> Result<Self, IoError> {
+        let mut endpoints = Self { terminal: stdio.terminal, ..Self::default() };
+        if !stdio.stdin.is_empty() {
+            endpoints.stdin = Some(Input::new("stdin", &stdio.stdin)?);
         }
         if !stdio.stdout.is_empty() {
             endpoints.stdout = Some(Output::open("stdout", &stdio.stdout)?);
@@ -164,7 +177,7 @@ impl ProcessIo {
             }
             let (read, write) = vsock.stream(&header(Stream::Terminal)).await?.into_split();
             if let Some(input) = stdin {
-                let OpenInput { reader, hold } = input.open("stdin")?;
+                let OpenInput { reader, hold } = off_thread(move || input.open("stdin")).await?;
                 *io.stdin_hold.lock().unwrap_or_else(PoisonError::into_inner) = hold;
                 // A terminal has no end of input but the characters typed on it:
                 // the write half stays open as long as the output does.
@@ -188,7 +201,7 @@ impl ProcessIo {
             wanted(Stream::Stderr, stderr.is_some()),
         )?;
         if let (Some(input), Some(stream)) = (stdin, stdin_stream) {
-            let OpenInput { reader, hold } = input.open("stdin")?;
+            let OpenInput { reader, hold } = off_thread(move || input.open("stdin")).await?;
             *io.stdin_hold.lock().unwrap_or_else(PoisonError::into_inner) = hold;
             io.input(copy(reader, stream, Direction::Close, Arc::default()));
         }

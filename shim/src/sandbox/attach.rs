@@ -6,12 +6,12 @@
 //! back when the container goes.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     ffi::CString,
     io,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, OnceLock, PoisonError, Weak, atomic::Ordering},
+    sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak, atomic::Ordering},
     time::Duration,
 };
 
@@ -34,6 +34,8 @@ use crate::{
     timeline::Timeline,
 };
 
+/// How long a sandbox that is being closed waits for mounts that are being made.
+const MOUNT_LIMIT: Duration = Duration::from_secs(5);
 /// How long the end of a container that was given up may take.
 const WITHDRAW_LIMIT: Duration = Duration::from_secs(10);
 
@@ -41,8 +43,9 @@ const WITHDRAW_LIMIT: Duration = Duration::from_secs(10);
 pub(super) struct HostSide {
     /// The sandbox's directory.
     pub(super) dir: PathBuf,
-    /// Gone once the sandbox is closed.
-    share: Mutex<Option<Share>>,
+    share: Mutex<Sharing>,
+    /// Signalled when a container has been added to the share, or could not be.
+    added: Condvar,
     /// Of its cgroup.
     procs: Vec<CString>,
     /// Whose network namespace is the sandbox's.
@@ -50,11 +53,20 @@ pub(super) struct HostSide {
     holders: Mutex<Vec<Weak<Holder>>>,
 }
 
+/// The share, and who is just being added to it: a mount may take as long as a file
+/// system of the host does, and holds up its own container alone.
+struct Sharing {
+    /// Gone once the sandbox is closed.
+    share: Option<Arc<Share>>,
+    adding: BTreeSet<String>,
+}
+
 impl HostSide {
     pub(super) fn new(dir: &Path, share: Share, procs: Vec<CString>) -> Arc<Self> {
         Arc::new(Self {
             dir: dir.to_owned(),
-            share: Mutex::new(Some(share)),
+            share: Mutex::new(Sharing { share: Some(Arc::new(share)), adding: BTreeSet::new() }),
+            added: Condvar::new(),
             procs,
             monitor: OnceLock::new(),
             holders: Mutex::default(),
@@ -67,13 +79,25 @@ impl HostSide {
         Ok(())
     }
 
-    /// Ends the containers' processes on the host and takes all mounts off. May
-    /// take as long as a file system of the host does.
+    /// Ends the containers' processes on the host and takes all mounts off. One that is
+    /// still being made where the host's file system does not answer goes by itself later.
     pub(super) fn close(&self) {
         for holder in self.holders().drain(..).filter_map(|holder| holder.upgrade()) {
             holder.end();
         }
-        drop(self.share.lock().unwrap_or_else(PoisonError::into_inner).take());
+        let is_adding = |sharing: &mut Sharing| !sharing.adding.is_empty();
+        let waited = self.added.wait_timeout_while(self.sharing(), MOUNT_LIMIT, is_adding);
+        let (mut sharing, waited) = waited.unwrap_or_else(PoisonError::into_inner);
+        let share = sharing.share.take();
+        drop(sharing);
+        if waited.timed_out() {
+            log::error!("a mount of the host's is not made within {} s", MOUNT_LIMIT.as_secs());
+        }
+        drop(share);
+    }
+
+    fn sharing(&self) -> MutexGuard<'_, Sharing> {
+        self.share.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Known from its first moment: the cgroup it is in cannot be removed before it has ended.
@@ -86,20 +110,32 @@ impl HostSide {
         Ok(starting)
     }
 
-    fn holders(&self) -> std::sync::MutexGuard<'_, Vec<Weak<Holder>>> {
+    fn holders(&self) -> MutexGuard<'_, Vec<Weak<Holder>>> {
         self.holders.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn add(&self, bundle: &Bundle, layers: &[Layer]) -> Result<(), ShareError> {
-        match self.share.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
-            Some(share) => share.add(bundle, layers),
+        let container = &bundle.container.container_id;
+        let share = {
+            let mut sharing = self.sharing();
             // Nobody waits for it any more.
-            None => Ok(()),
-        }
+            let Some(share) = sharing.share.clone() else { return Ok(()) };
+            sharing.adding.insert(container.clone());
+            share
+        };
+        let added = share.add(bundle, layers);
+        drop(share);
+        self.sharing().adding.remove(container);
+        self.added.notify_all();
+        added
     }
 
+    /// Takes a container out of the share, after what is being mounted for it.
     fn remove(&self, container: &str) {
-        if let Some(share) = self.share.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+        let is_adding = |sharing: &mut Sharing| sharing.adding.contains(container);
+        let sharing = self.added.wait_while(self.sharing(), is_adding);
+        let share = sharing.unwrap_or_else(PoisonError::into_inner).share.clone();
+        if let Some(share) = share {
             share.remove(container);
         }
     }

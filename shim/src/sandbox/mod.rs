@@ -1,6 +1,6 @@
 //! One microVM from its directory to its end, and the containers in it.
 //!
-//! The machine comes first: [`Plan`] says what it has, [`Booting`] starts it.
+//! The machine comes first: [`Plan`] says what it has, [`Boot`] starts it.
 //! Containers come and go while it runs (`attach`); what they claim of it adds up
 //! in the `ledger`, and the machine's size follows (`resize`). What a sandbox has
 //! on the host comes in the order directory, cgroup, share, monitor and goes in
@@ -24,12 +24,13 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU32, Ordering},
     },
+    time::Duration,
 };
 
 use dir::SandboxDir;
 use machine::{Boot, Machine};
 use record::Record;
-use tokio::task::spawn_blocking;
+use tokio::time::timeout;
 
 pub use attach::{Attached, Preparing};
 pub use dir::{clean_up, is_held};
@@ -41,6 +42,7 @@ pub use resize::{GrowError, Update};
 
 use crate::{
     agent::Agent,
+    background::{OffThread, off_thread},
     cgroup::{Ceiling, Hierarchies, HostCgroup},
     clock::Keeper,
     config::Config,
@@ -53,18 +55,19 @@ use crate::{
     vsock::Vsock,
 };
 
+/// How long what a sandbox has on the host may take to be removed, while somebody waits.
+const CLOSE_LIMIT: Duration = Duration::from_secs(10);
 /// The guest's console in the sandbox's directory.
 pub const CONSOLE_LOG: &str = "console.log";
 
-/// A sandbox whose guest is booting. Dropping it ends it, and nothing is left.
-pub struct Booting {
-    boot: Boot,
+/// What there is of a sandbox while its guest boots. Dropping it leaves nothing.
+struct Base {
     first: String,
     shm: Option<Shm>,
     timeline: Arc<Timeline>,
     sizing: resize::Sizing,
-    // After the monitor.
-    owned: Owned,
+    host: Arc<attach::HostSide>,
+    owned: OffThread<Owned>,
 }
 
 /// A running microVM whose agent answers, and what it has on the host.
@@ -88,7 +91,7 @@ pub struct Sandbox {
 /// What a sandbox leaves on the host unless it is removed, in the order in
 /// which it has to go.
 struct Owned {
-    share: OwnedShare,
+    _share: OwnedShare,
     cgroup: Arc<HostCgroup>,
     record: Record,
     _dir: SandboxDir,
@@ -103,12 +106,12 @@ impl Drop for OwnedShare {
     }
 }
 
-impl Booting {
-    /// Starts a microVM.
+impl Base {
+    /// Makes it, and starts a microVM.
     ///
     /// Has to be called on the process's main thread, in a mount namespace of
     /// the process's own ([`crate::mount::isolate`]).
-    pub fn begin(config: &Config, mut plan: Plan, timeline: Arc<Timeline>) -> Result<Self, SandboxError> {
+    fn begin(config: &Config, mut plan: Plan, timeline: Arc<Timeline>) -> Result<(Self, Boot), SandboxError> {
         check_config(config)?;
         let total = plan.ledger.total();
         let dir = SandboxDir::create(&config.host.state_dir, &plan.namespace, &plan.id)?;
@@ -119,8 +122,9 @@ impl Booting {
             &Ceiling::of(&total, plan.size.memory_mib),
         )?;
         let share = Share::create(dir.path().join(dir::SHARE))?;
+        let host = attach::HostSide::new(dir.path(), share, cgroup.procs());
         let mut owned = Owned {
-            share: OwnedShare(attach::HostSide::new(dir.path(), share, cgroup.procs())),
+            _share: OwnedShare(host.clone()),
             record: Record::begin(&plan, &dir, &cgroup)?,
             cgroup: Arc::new(cgroup),
             _dir: dir,
@@ -128,42 +132,33 @@ impl Booting {
         let dir = &owned._dir;
         let boot = Boot::begin(config, &plan, (dir.path(), dir.fd()), &owned.cgroup, &timeline)?;
         let monitor = boot.id();
-        owned.share.0.set_monitor(monitor).map_err(SandboxError::Holder)?;
+        host.set_monitor(monitor).map_err(SandboxError::Holder)?;
         owned.record.change(|state| state.monitor = Some(monitor));
         let sizing = resize::Sizing::new(plan.room, plan.size, plan.max_vcpus, plan.ledger, &total);
-        Ok(Self { boot, first: plan.first, shm: plan.shm, timeline, sizing, owned })
+        let owned = OffThread::new(owned);
+        Ok((Self { first: plan.first, shm: plan.shm, timeline, sizing, host, owned }, boot))
     }
 
-    /// Begins with what a container needs on the host while the guest boots.
-    pub fn prepare(
-        &self,
-        config: &Config,
-        bundle: &Bundle,
-        layers: &[Layer],
-    ) -> Result<Preparing, SandboxError> {
-        Preparing::begin(&self.owned.share.0, config, bundle, layers, &self.timeline)
-    }
-
-    /// Waits until the agent has set the sandbox up.
-    pub async fn finished(self) -> Result<Sandbox, SandboxError> {
-        let Self { boot, first, shm, timeline, sizing, mut owned } = self;
-        let machine = boot.finished().await?;
-        owned.record.change(|state| {
-            state.phase = Phase::Created;
-            state.timeline = timeline.steps();
-        });
-        Ok(Sandbox {
+    /// The sandbox, whose agent has set it up.
+    fn with(self, machine: Machine) -> Sandbox {
+        let Self { first, shm, timeline, sizing, host, owned } = self;
+        let sandbox = Sandbox {
             machine,
             first,
             shm,
             timeline,
-            host: owned.share.0.clone(),
+            host,
             sizing,
             disks: attach::Disks::default(),
             scratches: AtomicU32::new(0),
             must_flush: AtomicBool::new(false),
-            owned: Mutex::new(Some(owned)),
-        })
+            owned: Mutex::new(owned.into_inner()),
+        };
+        sandbox.record(|state| {
+            state.phase = Phase::Created;
+            state.timeline = sandbox.timeline.steps();
+        });
+        sandbox
     }
 }
 
@@ -178,12 +173,27 @@ impl Sandbox {
         layers: &[Layer],
         timeline: Arc<Timeline>,
     ) -> Result<(Arc<Self>, Attached), SandboxError> {
-        let booting = Booting::begin(config, plan, timeline)?;
-        let mut preparing = booting.prepare(config, bundle, layers)?;
-        let (sandbox, ()) = tokio::try_join!(booting.finished(), preparing.mounted())?;
-        let sandbox = Arc::new(sandbox);
-        let attached = sandbox.attach(preparing).await?;
-        Ok((sandbox, attached))
+        let (base, boot) = Base::begin(config, plan, timeline)?;
+        let started = async {
+            let mut preparing = Preparing::begin(&base.host, config, bundle, layers, &base.timeline)?;
+            let (machine, ()) = tokio::try_join!(boot.finished(), preparing.mounted())?;
+            Ok((machine, preparing))
+        };
+        let (machine, preparing) = match started.await {
+            Ok(started) => started,
+            Err(error) => {
+                base.owned.end().await;
+                return Err(error);
+            }
+        };
+        let sandbox = Arc::new(base.with(machine));
+        match sandbox.attach(preparing).await {
+            Ok(attached) => Ok((sandbox, attached)),
+            Err(error) => {
+                sandbox.close().await;
+                Err(error)
+            }
+        }
     }
 
     /// The agent.
@@ -280,8 +290,13 @@ impl Sandbox {
     pub async fn close(&self) {
         self.machine.end(self.must_flush.load(Ordering::Relaxed)).await;
         let owned = self.owned().take();
-        // Mounts may take long to come off.
-        let _ = spawn_blocking(move || drop(owned)).await;
+        if timeout(CLOSE_LIMIT, off_thread(move || drop(owned))).await.is_err() {
+            let dir = self.dir().display();
+            log::error!(
+                "{dir}: is not removed within {} s; its mounts go with this process",
+                CLOSE_LIMIT.as_secs()
+            );
+        }
     }
 
     /// Whether [`Sandbox::close`] has removed it.

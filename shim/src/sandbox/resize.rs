@@ -7,11 +7,12 @@ use std::{
 };
 
 use rvm_protocol::agent::Resources;
-use tokio::{task::spawn_blocking, time::sleep};
+use tokio::time::sleep;
 
 use super::{Claim, Ledger, Room, Sandbox, SandboxError, Size};
 use crate::{
     agent::AgentError,
+    background::off_thread,
     cgroup::{Ceiling, CgroupError},
     vmm::MonitorError,
 };
@@ -316,8 +317,7 @@ impl Sandbox {
     async fn set_ceiling(&self, ceiling: Ceiling) -> Result<(), CgroupError> {
         let cgroup = self.owned().as_ref().map(|owned| owned.cgroup.clone());
         let Some(cgroup) = cgroup else { return Ok(()) };
-        let result = spawn_blocking(move || cgroup.update(&ceiling)).await;
-        result.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
+        off_thread(move || cgroup.update(&ceiling)).await
     }
 }
 

@@ -212,7 +212,7 @@ mod tests {
             _ => kept.drain(..).chain([Reply { id, response: Response::Ok }]).collect(),
         });
         let error = control.set_vcpus(3).await.unwrap_err().to_string();
-        assert_eq!(error, "the monitor does not answer set_vcpus within 50 ms");
+        assert_eq!(error, "the monitor does not answer set_vcpus within 0.05 s");
         control.set_vcpus(4).await.unwrap_err();
         control.pause().await.unwrap();
         control.resume().await.unwrap();

@@ -6,7 +6,7 @@ use std::{
     fs::File,
     io::{self, PipeReader},
     os::{
-        fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
         unix::process::{CommandExt, ExitStatusExt},
     },
     path::{Path, PathBuf},
@@ -26,7 +26,7 @@ use tokio::{
 use crate::{
     cgroup::HostCgroup,
     mount::short_path,
-    process_id::{ProcessId, pidfd_open},
+    process_id::{ProcessId, pidfd_open, wait_for_end},
 };
 
 mod control;
@@ -39,6 +39,8 @@ pub const CONFIG_FILE: &str = "vm.json";
 /// those who are not its owner.
 pub const CONTROL_SOCKET: &str = "vmm.sock";
 
+/// How long a monitor that was killed may keep the thread it is dropped on.
+const END_LIMIT: Duration = Duration::from_secs(2);
 /// How much of what the monitor said last is kept for error messages.
 const KEPT_LINES: usize = 8;
 /// Longest line of the monitor's that is taken as one.
@@ -66,7 +68,7 @@ pub enum MonitorError {
         source: io::Error,
     },
     /// It does not answer.
-    #[error("the monitor does not answer {request} within {} ms", limit.as_millis())]
+    #[error("the monitor does not answer {request} within {} s", limit.as_secs_f64())]
     TimedOut {
         /// What was asked.
         request: &'static str,
@@ -110,7 +112,7 @@ impl std::fmt::Display for Exited {
     }
 }
 
-/// A running monitor. Dropping it kills it and waits for its end.
+/// A running monitor. Dropping it kills it and waits for its end, unless the host keeps it.
 #[derive(Debug)]
 pub struct Monitor {
     child: Mutex<Child>,
@@ -211,7 +213,10 @@ impl Drop for Monitor {
     fn drop(&mut self) {
         let child = self.child.get_mut().unwrap_or_else(PoisonError::into_inner);
         let _ = child.kill();
-        let _ = child.wait();
+        match wait_for_end(self.pidfd.get_ref().as_fd(), END_LIMIT) {
+            Ok(true) => drop(child.wait()),
+            _ => log::error!("the monitor, process {}, does not end though it was killed", self.id.pid),
+        }
     }
 }
 

@@ -10,6 +10,7 @@
 //! * `rvm-probe output BYTES` writes bytes that a reader can tell from any others.
 //! * `rvm-probe volume FILE` makes the file and prints how locks and shared
 //!   mappings of it behave.
+//! * `rvm-probe clock` prints the seconds since the epoch for each line it reads.
 //! * `rvm-probe capabilities` prints what this program's own mode and file
 //!   capabilities made of its caller's identity.
 
@@ -65,6 +66,7 @@ pub extern "C" fn main(_argc: c_int, _argv: *const *const c_char) -> c_int {
         ["hook", name, file] => return hook::record(name, file, true),
         ["seen", name, file] => return hook::record(name, file, false),
         ["output", bytes] => return output(bytes.parse().unwrap_or(0)),
+        ["clock"] => return clock(),
         ["volume", file] => volume::print(file),
         ["capabilities"] => {
             process::identity(&mut out);
@@ -79,6 +81,16 @@ pub extern "C" fn main(_argc: c_int, _argv: *const *const c_char) -> c_int {
             }
             // A run that ends before this line has not shown everything.
             Out::line("probe = complete");
+        }
+    }
+    0
+}
+
+fn clock() -> c_int {
+    for _ in std::io::stdin().lines() {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        if writeln!(std::io::stdout(), "{}.{:09}", now.as_secs(), now.subsec_nanos()).is_err() {
+            return 1;
         }
     }
     0
