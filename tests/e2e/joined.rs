@@ -79,17 +79,7 @@ fn says(refused: &Finished, text: &str) -> Result<()> {
 
 /// Waits until the exit of a container's first process was told.
 fn exited(world: &World, id: &str) -> Result<()> {
-    let until = Instant::now() + scale::container();
-    loop {
-        let told = world.events(|events| {
-            events.marker(scale::command())?;
-            events.of(id)
-        })?;
-        if told.iter().any(|event| event.topic == "/tasks/exit" && event.text("id") == id) {
-            return Ok(());
-        }
-        ensure!(Instant::now() < until, "no exit of {id}: {told:?}");
-    }
+    world.events(|events| events.wait_for("/tasks/exit", id, scale::container()))
 }
 
 /// The pid a client knows a task by.

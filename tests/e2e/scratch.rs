@@ -202,3 +202,23 @@ fn what_is_written_to_the_host_is_in_the_snapshot() {
         Ok(())
     });
 }
+
+/// Kept in memory by choice: no disk is made for it, it goes with the container, and neither
+/// has anything to do with what others are configured to have.
+#[test]
+fn what_is_written_to_memory_goes_with_the_container() {
+    with_block(|world| {
+        let script = "test -e /kept && exit 9; rm /etc/hosts && echo kept > /kept && cat /kept; \
+                      head -c 70000000 /dev/zero > /big && stat -c %s /big; ls /sys/block | grep -c ^vd";
+        let memory = ["--annotation", "io.rvm.writes=memory"];
+        let run = world.ctr().container("memory").with(&memory).kept();
+        // More than the 64 MiB of a disk; and grep counts none.
+        let first = run.shell(script)?.exited(1)?;
+        let again = start_again(world, &run)?.exited(1)?;
+        for finished in [first, again] {
+            ensure!(finished.text() == "kept\n70000000\n0\n", "{finished}");
+        }
+        ensure!(scratch_files(world)?.is_empty(), "{:?}", scratch_files(world)?);
+        world.ctr().run(&["containers", "rm", &run.id], scale::command())?.success().map(drop)
+    });
+}

@@ -237,15 +237,43 @@ fn equal_inode_numbers_are_not_hard_links() {
                       stat -c %i /a/file /b/file | uniq | wc -l; \
                       cp /a/below/file /a/file && cat /a/file; cp /a/file /b/file && cat /b/file; \
                       echo four > /etc/one; cp /etc/one /etc/two && cat /etc/two; cat /a/file; \
-                      test /a/file -ef /a/linked && echo linked; test /a/file -ef /b/file || echo apart";
+                      test /a/file -ef /a/linked && echo linked; test /a/file -ef /b/file || echo apart; \
+                      echo five > /b/file; mkdir /out && tar cf - /a /b 2>/dev/null | tar xf - -C /out && cat /out/a/file /out/b/file; \
+                      head -c 8192 /dev/zero > /a/file; head -c 8192 /dev/zero > /b/file; \
+                      du -k -d 0 /a/file /b/file | cut -f1";
         let finished = run.shell(script)?.success()?;
         // The directory and the file of one mount are one file system under runc.
         let devices = if world.stage().is_rvm() { 5 } else { 3 };
         ensure!(
-            finished.text() == format!("{devices}\n1\nthreethreefour\nfour\nlinked\napart\n"),
+            finished.text()
+                == format!("{devices}\n1\nthreethreefour\nfour\nlinked\napart\nfour\nfive\n8\n8\n"),
             "{finished}"
         );
         Ok(())
+    });
+}
+
+/// `sync` in a container writes what the host holds of its volumes to the host's disk, while the
+/// container runs.
+#[test]
+fn a_sync_reaches_the_hosts_disk() {
+    case(|world| {
+        let volume = Volume::new(world, "synced")?;
+        let (image, dir) = (volume.path("image"), volume.path("mounted"));
+        let make = "truncate -s 64M $image; mkfs.ext4 -q $image; mkdir $dir; mount -o loop $image $dir";
+        let places = format!("image={}; dir={}; ", image.display(), dir.display());
+        shell(&format!("{places}{make}"))?;
+        let result = (|| {
+            let run = world.ctr().container("synced").with(&["--mount", &bind(&dir, "/v", "rbind:rw")]);
+            let mut inside = Shell::start(&run)?;
+            // The words are on the disk in one piece only where the file's content is.
+            inside.run("printf %s%s written- to-the-disk > /v/file; sync")?;
+            let found = shell(&format!("{places}grep -c written-to-the-disk $image || true"))?;
+            ensure!(found.trim() != "0", "it is not on the disk");
+            inside.end()
+        })();
+        shell(&format!("{places}umount $dir"))?;
+        result
     });
 }
 

@@ -11,6 +11,9 @@ use crate::{
     scale,
 };
 
+/// The topic of the end of a process.
+const EXIT: &str = "/tasks/exit";
+
 /// One subscription, from containerd's start on.
 pub struct Events {
     ctr: Ctr,
@@ -29,6 +32,11 @@ pub struct Event {
 }
 
 impl Event {
+    /// Whether it tells of the end of a container's first process.
+    pub fn is_end_of(&self, container: &str) -> bool {
+        self.topic == EXIT && self.text("id") == container
+    }
+
     /// A text field, empty where it is not set.
     pub fn text(&self, name: &str) -> &str {
         self.fields[name].as_str().unwrap_or_default()
@@ -93,16 +101,14 @@ impl Events {
     /// When it was published never or more than once.
     pub fn exit_once(&mut self, container: &str) -> Result<u64> {
         self.marker(scale::command())?;
-        let exits: Vec<Event> = self
-            .of(container)?
-            .into_iter()
-            .filter(|event| event.topic == "/tasks/exit" && event.text("id") == container)
-            .collect();
+        let exits: Vec<Event> =
+            self.of(container)?.into_iter().filter(|event| event.is_end_of(container)).collect();
         ensure!(exits.len() == 1, "{} TaskExit events of {container}: {exits:?}", exits.len());
         Ok(exits[0].number("exit_status"))
     }
 
-    /// Waits until an event of `topic` about `container` has arrived.
+    /// Waits until an event of `topic` about `container` has arrived; an exit is that of its first
+    /// process.
     ///
     /// # Errors
     /// When the limit passes.
@@ -110,7 +116,11 @@ impl Events {
         let until = std::time::Instant::now() + limit;
         let mut seen = 0;
         loop {
-            if self.of(container)?.iter().any(|event| event.topic == topic) {
+            let is_it = |event: &Event| match topic {
+                EXIT => event.is_end_of(container),
+                topic => event.topic == topic,
+            };
+            if self.of(container)?.iter().any(is_it) {
                 return Ok(());
             }
             let left = until.saturating_duration_since(std::time::Instant::now());

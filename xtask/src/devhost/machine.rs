@@ -386,7 +386,12 @@ impl Machine<'_> {
         }
         // A processor without ERMS and FSRM keeps Linux from `rep movsb`, which
         // QEMU executes byte by byte; without LA57 page tables have four levels.
-        add("-accel", "tcg,thread=multi".into());
+        if self.options.instructions {
+            add("-accel", "tcg,thread=single".into());
+            add("-icount", "shift=0,sleep=off".into());
+        } else {
+            add("-accel", "tcg,thread=multi".into());
+        }
         add("-cpu", "max,-erms,-fsrm,-la57".into());
         add("-smp", self.options.cpus.to_string().into());
         add("-m", format!("{}M", self.options.memory_mib).into());

@@ -40,6 +40,10 @@ pub struct Args {
     /// How cgroups are mounted.
     #[arg(long, value_enum, default_value_t)]
     cgroups: Cgroups,
+    /// Let time go by instructions executed, one a nanosecond, whatever else this machine does. The
+    /// devhost has one processor then.
+    #[arg(long)]
+    instructions: bool,
     /// The command, run with this directory and this environment's PATH, CARGO*, RUST* and RVM_*.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, required_unless_present = "shell")]
     command: Vec<OsString>,
@@ -49,7 +53,8 @@ pub struct Args {
 pub fn run(args: Args) -> Result<()> {
     let devhost = Devhost::new(Options {
         memory_mib: args.memory,
-        cpus: args.cpus,
+        cpus: if args.instructions { 1 } else { args.cpus },
+        instructions: args.instructions,
         timeout: args.timeout.map(Duration::from_secs),
         cgroups: args.cgroups,
         ..Options::default()
@@ -75,11 +80,20 @@ pub struct Options {
     pub visible: Vec<PathBuf>,
     /// How cgroups are mounted.
     pub cgroups: Cgroups,
+    /// Whether time goes by instructions executed, not by this machine's clock.
+    pub instructions: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { memory_mib: 4096, cpus: 2, timeout: None, visible: Vec::new(), cgroups: Cgroups::V2 }
+        Self {
+            memory_mib: 4096,
+            cpus: 2,
+            timeout: None,
+            visible: Vec::new(),
+            cgroups: Cgroups::V2,
+            instructions: false,
+        }
     }
 }
 

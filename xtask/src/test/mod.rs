@@ -183,7 +183,8 @@ fn end_to_end(selection: &Selection, parts: &mut Parts) {
             .into()
     });
     let Some((prepared, program)) = built else { return };
-    if prepared.host != Host::Hardware && selection.has("ring0") {
+    let without_kvm = prepared.host != Host::Hardware && selection.has("ring0");
+    if without_kvm {
         parts.act("end to end, without a KVM that runs kernels", || {
             let mut arguments = libtest_arguments();
             arguments.push(RING0.to_owned());
@@ -192,6 +193,9 @@ fn end_to_end(selection: &Selection, parts: &mut Parts) {
     }
     parts.several(&selection.name, || {
         let cases = shards::cases(&program, &selection.filters, &selection.without)?;
+        if cases.is_empty() && without_kvm {
+            return Ok(Vec::new());
+        }
         if cases.is_empty() {
             bail!("no case is named like {:?}", selection.filters);
         }

@@ -118,7 +118,7 @@ fn round(world: &World, ctr: &Ctr, count: usize, is_rvm: bool) -> Result<Round> 
     let ends = containers.iter().zip(&removed).map(|(run, &(removed, (killed, refused)))| {
         world.events(|events| events.wait_for("/tasks/exit", &run.id, scale::command()))?;
         let exit = world.events(|events| events.of(&run.id))?;
-        let exit = exit.iter().find(|event| event.topic == "/tasks/exit").context("no exit")?;
+        let exit = exit.iter().find(|event| event.is_end_of(&run.id)).context("no exit")?;
         let exited = (exit.at - wall).rem_euclid(24.0 * 3600.0);
         Ok(End { killed, exited, removed, refused })
     });
