@@ -272,7 +272,7 @@ fn a_sync_reaches_the_hosts_disk() {
             ensure!(found.trim() != "0", "it is not on the disk");
             inside.end()
         })();
-        shell(&format!("{places}umount $dir"))?;
+        shell(&format!("{places}umount $dir; rm -rf /run/mount"))?;
         result
     });
 }
