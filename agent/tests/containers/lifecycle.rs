@@ -242,7 +242,7 @@ pub async fn a_deletion_that_cannot_end_is_given_up(machine: &Machine) {
     let running = machine.create(request).await.unwrap();
     running.start().await.unwrap();
     let silent = Silent::mount();
-    let waiting = std::process::Command::new("cat").arg(silent.file()).spawn().unwrap();
+    let mut waiting = std::process::Command::new("cat").arg(silent.file()).spawn().unwrap();
     silent.request();
     fs::write(cgroup, waiting.id().to_string()).unwrap();
     machine.sandbox.signal_process(&signal("stuck", libc::SIGKILL, false)).unwrap();
@@ -255,5 +255,7 @@ pub async fn a_deletion_that_cannot_end_is_given_up(machine: &Machine) {
     assert!(error.starts_with("killed processes are still there after 30 s: "), "{error}");
     assert!(error.contains("cat"), "{error}");
     silent.end();
+    // The agent's reaper may be faster.
+    let _ = waiting.wait();
     running.delete().await.unwrap();
 }
