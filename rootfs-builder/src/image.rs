@@ -1,5 +1,6 @@
 //! OCI image archives: an image layout (OCI image specification 1.0,
-//! image-layout.md) in a tar, as `ctr images import` takes it.
+//! image-layout.md) in a tar, as `ctr images import` takes it. Docker's own
+//! `manifest.json` beside it makes it one for `docker load` too.
 
 use std::collections::BTreeMap;
 
@@ -72,6 +73,11 @@ impl Image {
                 "rootfs": { "type": "layers", "diff_ids": diff_ids },
             }),
         )?;
+        let docker = json!([{
+            "Config": blob_path(&config),
+            "RepoTags": [self.name.strip_prefix("docker.io/library/").unwrap_or(&self.name)],
+            "Layers": layers.iter().map(blob_path).collect::<Vec<_>>(),
+        }]);
         const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
         let mut manifest = blobs.add_json(
             MANIFEST,
@@ -93,6 +99,7 @@ impl Image {
         let mut files: Vec<(String, Vec<u8>)> = vec![
             ("oci-layout".into(), serde_json::to_vec(&json!({ "imageLayoutVersion": "1.0.0" }))?),
             ("index.json".into(), serde_json::to_vec(&index)?),
+            ("manifest.json".into(), serde_json::to_vec(&docker)?),
         ];
         files.extend(blobs.0.into_iter().map(|(hash, content)| (format!("blobs/sha256/{hash}"), content)));
         let mut tar = Builder::new(Vec::new());
@@ -108,6 +115,11 @@ impl Image {
         }
         Ok(tar.into_inner()?)
     }
+}
+
+/// Where the blob of a descriptor is in the archive.
+fn blob_path(descriptor: &Value) -> String {
+    format!("blobs/{}", descriptor["digest"].as_str().unwrap_or_default().replace(':', "/"))
 }
 
 /// Blobs by their SHA-256 in hexadecimal.

@@ -10,6 +10,7 @@ mod dead_storage;
 mod death;
 mod debian;
 mod devices;
+mod docker;
 mod exec;
 mod exec_robust;
 mod failures;

@@ -209,7 +209,7 @@ fn mounts(items: &mut BTreeSet<String>, path: &str, whole: bool) {
         let fields: Vec<&str> = line.split(' ').collect();
         let point = fields.get(4).copied().unwrap_or_default();
         let kind = line.split_once(" - ").map_or("", |(_, tail)| tail);
-        if whole || bears_our_name(line) {
+        if (whole || bears_our_name(line)) && !is_dockerds(point) {
             items.insert(format!("mount on {point}: {kind} ({path})"));
         }
     }
@@ -221,7 +221,7 @@ fn sockets(items: &mut BTreeSet<String>, whole: bool) {
         let path = line.split_whitespace().skip(7).collect::<Vec<_>>().join(" ");
         // A containerd of the machine's own has sockets of the same names, in another `/run`.
         let here = path.starts_with('@') || Path::new(&path).exists();
-        if !path.is_empty() && (whole || (here && bears_our_name(&path))) {
+        if !path.is_empty() && !is_dockerds(&path) && (whole || (here && bears_our_name(&path))) {
             items.insert(format!("socket {path}"));
         }
     }
@@ -266,7 +266,7 @@ fn files(items: &mut BTreeSet<String>, dir: &Path, depth: usize) {
         if own.iter().any(|part| text.contains(part)) {
             continue;
         }
-        if !made_once(&text) {
+        if !made_once(&text) && !is_dockerds(&text) {
             items.insert(format!("file {text}"));
         }
         // A snapshot is one item, whatever it holds.
@@ -277,12 +277,19 @@ fn files(items: &mut BTreeSet<String>, dir: &Path, depth: usize) {
     }
 }
 
+/// A socket of dockerd's, for hooks, of which each start makes one, or a network namespace, which it
+/// removes within a minute.
+fn is_dockerds(path: &str) -> bool {
+    ["/run/docker/libnetwork/", "/run/docker/netns/"].iter().any(|dir| path.starts_with(dir))
+}
+
 /// Directories that the first container ever makes and that hold those of all others.
 fn made_once(path: &str) -> bool {
     const CONTAINERD: [&str; 5] =
         ["/fifo", "/s", "/runc", "/runc/default", "/io.containerd.runtime.v2.task/default"];
     path == "/run/rvm"
         || path == "/run/rvm/default"
+        || path == "/run/rvm/moby"
         || path.strip_prefix("/run/containerd").is_some_and(|rest| CONTAINERD.contains(&rest))
         || path.ends_with("/containerd/io.containerd.runtime.v2.task/default")
 }

@@ -8,6 +8,7 @@
 //! * [`config`]: rvm's configuration file.
 //! * [`ctr`]: `ctr` commands.
 //! * [`bundle`]: specifications and bundles for what `ctr` has no option for.
+//! * [`docker`]: a dockerd and its command line.
 //! * [`events`]: what containerd published.
 //! * [`sandbox`]: the host side of one running sandbox.
 //! * [`machine`]: a monitor by itself, with a guest of the tests' own.
@@ -25,6 +26,7 @@ pub mod bundle;
 pub mod case;
 pub mod config;
 pub mod ctr;
+pub mod docker;
 pub mod events;
 pub mod host;
 pub mod job;

@@ -11,6 +11,8 @@
 //! [`World::enter`].
 
 use std::{
+    collections::BTreeMap,
+    ffi::OsString,
     fs::File,
     os::unix::{net::UnixDatagram, process::CommandExt},
     path::{Path, PathBuf},
@@ -52,6 +54,8 @@ pub struct World {
     keeper: Mutex<Sender<Order>>,
     containerd: Mutex<Option<Child>>,
     events: Mutex<Option<Events>>,
+    /// Processes of services, by name: tests restart them.
+    services: Mutex<BTreeMap<String, libc::pid_t>>,
 }
 
 /// What the keeper does: starts a command in the namespace.
@@ -71,6 +75,7 @@ impl World {
             keeper: Mutex::new(keeper),
             containerd: Mutex::new(None),
             events: Mutex::new(None),
+            services: Mutex::default(),
         };
         world.enter()?;
         std::fs::create_dir_all(world.wrapper_dir())?;
@@ -189,11 +194,11 @@ impl World {
         Ok(rootfs)
     }
 
-    /// Lists the host, without containerd itself and our subscription to its events.
+    /// Lists the host, without the services themselves and our subscription to containerd's events.
     pub fn host(&self) -> HostSnapshot {
-        let containerd = self.containerd_pid().map(u32::cast_signed);
+        let services = self.services.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let events = self.events(|events| Ok(events.pid())).ok();
-        HostSnapshot::take(&self.stage, &[containerd, events].into_iter().flatten().collect::<Vec<_>>())
+        HostSnapshot::take(&self.stage, &services.into_values().chain(events).collect::<Vec<_>>())
     }
 
     /// Length of containerd's log so far.
@@ -203,10 +208,7 @@ impl World {
 
     /// At most `lines` last lines of containerd's log, its shims' included, from a length on.
     pub fn log_tail(&self, from: usize, lines: usize) -> String {
-        let text = std::fs::read(self.log_path()).unwrap_or_default();
-        let text = String::from_utf8_lossy(text.get(from..).unwrap_or_default());
-        let all: Vec<&str> = text.lines().collect();
-        all[all.len().saturating_sub(lines)..].join("\n")
+        last_lines(&self.log_path(), from, lines)
     }
 
     /// Kills containerd (its shims live on) and starts it again on the same state.
@@ -238,44 +240,67 @@ impl World {
         Ok(())
     }
 
-    /// Starts containerd and waits until it says it is ready (sd_notify(3)).
+    /// Starts containerd and waits until it is ready.
     fn start_containerd(&self) -> Result<()> {
-        let notify_path = self.dir().join("notify.sock");
+        let mut command = Command::new(self.stage.containerd_program("containerd"));
+        command.args(["--config", &self.containerd_config_path().to_string_lossy()]);
+        command.env("PATH", self.services_path());
+        let child = self.start_service("containerd", command)?;
+        *self.containerd.lock().unwrap_or_else(PoisonError::into_inner) = Some(child);
+        let events = Events::subscribe(&self.ctr())?;
+        *self.events.lock().unwrap_or_else(PoisonError::into_inner) = Some(events);
+        Ok(())
+    }
+
+    /// Starts a service in the namespace and waits until it says it is ready (sd_notify(3)). It
+    /// logs to [`World::service_log`].
+    ///
+    /// # Errors
+    /// When it is not ready in time, with the end of its log.
+    pub fn start_service(&self, name: &str, mut command: Command) -> Result<Child> {
+        let notify_path = self.dir().join(format!("{name}.notify"));
         if notify_path.exists() {
             std::fs::remove_file(&notify_path)?;
         }
         let notify = UnixDatagram::bind(&notify_path).context("binding the notification socket")?;
         notify.set_read_timeout(Some(scale::seconds(30.0)))?;
 
-        let log = File::options().create(true).append(true).open(self.log_path())?;
-        let mut command = Command::new(self.stage.containerd_program("containerd"));
+        let log = File::options().create(true).append(true).open(self.service_log(name))?;
         command
-            .args(["--config", &self.containerd_config_path().to_string_lossy()])
             .env("NOTIFY_SOCKET", &notify_path)
             .env("RVM_CONFIG", self.config_path())
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
-        // What a test put there is found before what is staged.
+        let mut child = self.spawn(command).with_context(|| format!("starting {name}"))?;
+        let mut services = self.services.lock().unwrap_or_else(PoisonError::into_inner);
+        services.insert(name.to_owned(), child.id().cast_signed());
+        drop(services);
+        let mut buffer = [0; 256];
+        loop {
+            let count = notify.recv(&mut buffer).map_err(|e| {
+                let _ = child.kill().and_then(|()| child.wait());
+                let log = last_lines(&self.service_log(name), 0, 30);
+                anyhow!("{name} is not ready: {e}; its log:\n{log}")
+            })?;
+            if buffer[..count].starts_with(b"READY=1") {
+                return Ok(child);
+            }
+        }
+    }
+
+    /// `PATH` of containerd and of what runs beside it: what a test put into
+    /// [`World::wrapper_dir`] is found before what is staged.
+    pub fn services_path(&self) -> OsString {
         let mut path = self.wrapper_dir().into_os_string();
         path.push(":");
         path.push(self.stage.path_variable());
-        command.env("PATH", path);
-        let child = self.spawn(command).context("starting containerd")?;
-        *self.containerd.lock().unwrap_or_else(PoisonError::into_inner) = Some(child);
+        path
+    }
 
-        let mut buffer = [0; 256];
-        loop {
-            let count = notify
-                .recv(&mut buffer)
-                .map_err(|e| anyhow!("containerd is not ready: {e}; its log:\n{}", self.log_tail(0, 30)))?;
-            if buffer[..count].starts_with(b"READY=1") {
-                break;
-            }
-        }
-        let events = Events::subscribe(&self.ctr())?;
-        *self.events.lock().unwrap_or_else(PoisonError::into_inner) = Some(events);
-        Ok(())
+    /// Where a service logs.
+    pub fn service_log(&self, name: &str) -> PathBuf {
+        self.dir().join(format!("{name}.log"))
     }
 
     fn spawn(&self, command: Command) -> Result<Child> {
@@ -286,7 +311,7 @@ impl World {
     }
 
     fn log_path(&self) -> PathBuf {
-        self.dir().join("containerd.log")
+        self.service_log("containerd")
     }
 
     fn containerd_config_path(&self) -> PathBuf {
@@ -330,6 +355,14 @@ impl World {
         let _ = shell("rm -rf /run/containerd/fifo/*");
         killed
     }
+}
+
+/// At most `lines` last lines of a log, from a length on.
+pub(crate) fn last_lines(path: &Path, from: usize, lines: usize) -> String {
+    let text = std::fs::read(path).unwrap_or_default();
+    let text = String::from_utf8_lossy(text.get(from..).unwrap_or_default());
+    let all: Vec<&str> = text.lines().collect();
+    all[all.len().saturating_sub(lines)..].join("\n")
 }
 
 /// Starts the keeper; returns how to order and its mount namespace.

@@ -30,6 +30,8 @@ pub struct Prepared {
     pub host: Host,
     /// How the devhost has its cgroups.
     pub cgroups: devhost::Cgroups,
+    /// Whether the devhost has AppArmor.
+    pub apparmor: bool,
     /// Memory of the devhost in MiB.
     pub memory_mib: u32,
     env: Vec<(OsString, OsString)>,
@@ -77,7 +79,7 @@ impl Prepared {
             ("RVM_TEST_IMAGE".into(), image.into_os_string()),
         ];
         let options = devhost::Options::default();
-        Ok(Self { host, cgroups: options.cgroups, memory_mib: options.memory_mib, env })
+        Ok(Self { host, cgroups: options.cgroups, apparmor: false, memory_mib: options.memory_mib, env })
     }
 
     /// Sets an environment variable of every program.
@@ -101,6 +103,7 @@ impl Prepared {
             cpus: CPUS,
             timeout: limit,
             cgroups: self.cgroups,
+            apparmor: self.apparmor,
             memory_mib: self.memory_mib,
             ..devhost::Options::default()
         };

@@ -4,6 +4,7 @@ mod bench;
 mod build;
 mod demo;
 mod devhost;
+mod docker;
 mod e2e;
 mod fstest;
 mod host;

@@ -22,6 +22,8 @@ pub enum Purpose {
     DebianImage,
     /// Start the software-emulated machine.
     Devhost,
+    /// Have AppArmor's profiles loaded by clients.
+    AppArmor,
     /// Measure side by side with peers.
     Bench,
     /// Compile what tests file systems.
@@ -51,6 +53,7 @@ impl Purpose {
             ],
             Self::DebianImage => rootfs_builder::bootstrap::PACKAGES,
             Self::Devhost => &["kmod", "qemu-system-x86", "xz-utils", "zstd"],
+            Self::AppArmor => &["apparmor"],
             Self::Bench => &["iperf3", "qemu-system-x86"],
             Self::FileSystemTests => &["libacl1-dev"],
         }

@@ -24,7 +24,7 @@ use crate::progress::Step;
 /// one, which Linux does not believe of several processors without being told;
 /// without it every look at the clock would be an exit.
 const KERNEL_PARAMETERS: &str =
-    "console=ttyS0 loglevel=5 panic=-1 mitigations=off cryptomgr.notests tsc=reliable apparmor=0";
+    "console=ttyS0 loglevel=5 panic=-1 mitigations=off cryptomgr.notests tsc=reliable";
 /// From QEMU's start to the guest's "ready".
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
 /// From the command's exit code to the end of QEMU.
@@ -400,7 +400,8 @@ impl Machine<'_> {
         add("-serial", join("file:", self.console));
         add("-kernel", self.kernel.into());
         add("-initrd", self.initrd.into());
-        add("-append", KERNEL_PARAMETERS.into());
+        let apparmor = u8::from(self.options.apparmor);
+        add("-append", format!("{KERNEL_PARAMETERS} apparmor={apparmor}").into());
         add("-device", "virtio-rng-pci".into());
         for (id, path, readonly) in [("host", Path::new("/"), "on"), ("out", self.out, "off")] {
             let prefix =

@@ -44,6 +44,9 @@ pub struct Args {
     /// devhost has one processor then.
     #[arg(long)]
     instructions: bool,
+    /// Enable AppArmor, as Debian and Ubuntu do.
+    #[arg(long)]
+    apparmor: bool,
     /// The command, run with this directory and this environment's PATH, CARGO*, RUST* and RVM_*.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, required_unless_present = "shell")]
     command: Vec<OsString>,
@@ -57,6 +60,7 @@ pub fn run(args: Args) -> Result<()> {
         instructions: args.instructions,
         timeout: args.timeout.map(Duration::from_secs),
         cgroups: args.cgroups,
+        apparmor: args.apparmor,
         ..Options::default()
     })?;
     let argv = if args.command.is_empty() { vec!["/bin/bash".into(), "-i".into()] } else { args.command };
@@ -82,6 +86,8 @@ pub struct Options {
     pub cgroups: Cgroups,
     /// Whether time goes by instructions executed, not by this machine's clock.
     pub instructions: bool,
+    /// Whether its kernel has AppArmor, for whose profiles clients then run a parser that is slow here.
+    pub apparmor: bool,
 }
 
 impl Default for Options {
@@ -93,6 +99,7 @@ impl Default for Options {
             visible: Vec::new(),
             cgroups: Cgroups::V2,
             instructions: false,
+            apparmor: false,
         }
     }
 }

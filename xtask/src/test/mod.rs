@@ -11,10 +11,12 @@ use anyhow::{Context, Result, anyhow, bail};
 
 use crate::build::{self, Profile};
 use crate::devhost;
+use crate::docker;
 use crate::e2e::{self, Output, Prepared};
 use crate::fstest;
 use crate::host::Host;
 use crate::kernel;
+use crate::packages::{self, Purpose};
 use crate::parity;
 use tally::{Reader, Tally};
 
@@ -28,16 +30,23 @@ pub struct Args {
     /// (`trixie`: 1.7, `sid`: 2.x) instead of the installed one.
     #[arg(long, value_name = "RELEASE")]
     containerd: Option<String>,
+    /// Run only the end-to-end cases with Docker, and with that of this Debian release
+    /// (`trixie`: 26.1, `sid`: 28) on its own containerd.
+    #[arg(long, value_name = "RELEASE", conflicts_with = "containerd")]
+    docker: Option<String>,
     /// How the devhost has its cgroups.
     #[arg(long, value_enum, default_value_t)]
     cgroups: devhost::Cgroups,
+    /// Enable AppArmor in the devhost.
+    #[arg(long)]
+    apparmor: bool,
     /// Devhosts side by side, each with a part of the end-to-end cases. Each takes a processor
     /// and 4 GiB of memory.
     #[arg(long, value_name = "N", default_value_t = default_shards())]
     shards: usize,
     /// Everything of the gate, then what takes an hour more: other releases of containerd, other cgroup
     /// hierarchies, file system tests, soaks.
-    #[arg(long, conflicts_with_all = ["filter", "containerd", "cgroups"])]
+    #[arg(long, conflicts_with_all = ["filter", "containerd", "docker", "cgroups", "apparmor"])]
     all: bool,
 }
 
@@ -86,11 +95,17 @@ const CONTAINERDS_CASES: [&str; 5] = ["run::", "exec::", "death::", "failures::"
 const HIERARCHIES: [devhost::Cgroups; 2] = [devhost::Cgroups::Hybrid, devhost::Cgroups::V1];
 const HIERARCHIES_CASES: [&str; 3] = ["size::", "run::exit_codes", "death::"];
 
+/// Cases for which it matters that a host has AppArmor.
+const APPARMOR_CASES: [&str; 1] = ["docker::what_a_host_with_apparmor_names"];
+
 /// Module of the cases in a whole Debian, which takes a while to make.
 const DEBIAN: &str = "debian";
 
 /// Module of the cases with a guest that attacks.
 const HOSTILE: &str = "hostile";
+
+/// What the names of the modules with Docker begin with.
+const DOCKER: &str = "docker";
 
 /// Which end-to-end cases, and where.
 struct Selection {
@@ -101,7 +116,9 @@ struct Selection {
     /// Beginnings of names of cases that are left out.
     without: Vec<&'static str>,
     containerd: Option<String>,
+    docker: String,
     cgroups: devhost::Cgroups,
+    apparmor: bool,
     shards: usize,
 }
 
@@ -109,12 +126,32 @@ impl Selection {
     /// What the arguments ask for: without a filter the gate's, which leaves soaks out.
     fn of(args: &Args) -> Self {
         let without = if args.filter.is_empty() && !args.all { vec![RING0, SOAK] } else { vec![RING0] };
+        if let Some(release) = &args.docker {
+            let all = Self::docker(release, args);
+            return if args.filter.is_empty() { all } else { Self { filters: args.filter.clone(), ..all } };
+        }
         Self {
             name: "end to end".to_owned(),
             filters: args.filter.clone(),
             without,
             containerd: args.containerd.clone(),
+            docker: docker::RELEASE.to_owned(),
             cgroups: args.cgroups,
+            apparmor: args.apparmor,
+            shards: args.shards,
+        }
+    }
+
+    /// The cases with the Docker of `release`, on its containerd.
+    fn docker(release: &str, args: &Args) -> Self {
+        Self {
+            name: format!("end to end, Docker of {release}"),
+            filters: vec![DOCKER.to_owned()],
+            without: vec![RING0],
+            containerd: Some(release.to_owned()),
+            docker: release.to_owned(),
+            cgroups: args.cgroups,
+            apparmor: args.apparmor,
             shards: args.shards,
         }
     }
@@ -134,7 +171,13 @@ impl Selection {
             cgroups,
             ..Self::of(args)
         });
-        containerds.chain(hierarchies).collect()
+        let apparmor = Self {
+            name: "end to end, AppArmor".to_owned(),
+            filters: owned(&APPARMOR_CASES),
+            apparmor: true,
+            ..Self::of(args)
+        };
+        containerds.chain(hierarchies).chain([apparmor, Self::docker(docker::NEWEST, args)]).collect()
     }
 
     fn has(&self, module: &str) -> bool {
@@ -146,7 +189,8 @@ impl Selection {
 /// when one has.
 pub fn run(args: Args) -> Result<()> {
     let mut parts = Parts::default();
-    if args.filter.is_empty() {
+    let whole = args.filter.is_empty() && args.docker.is_none();
+    if whole {
         parts.act("formatting", || cargo(&["fmt", "--all", "--check"]).into());
         let lints = ["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"];
         parts.act("clippy", || cargo(&lints).into());
@@ -164,7 +208,7 @@ pub fn run(args: Args) -> Result<()> {
         parts
             .act("file system tests", || fstest::run(fstest::Args::default()).map(|()| String::new()).into());
     }
-    if args.filter.is_empty() {
+    if whole {
         parts.act("age of the guest kernel", || kernel::is_current().into());
     }
     parts.end()
@@ -211,8 +255,15 @@ fn build_for(selection: &Selection) -> Result<(Prepared, PathBuf)> {
     if selection.has(DEBIAN) {
         prepared.set("RVM_TEST_DEBIAN_IMAGE", build::debian_image()?);
     }
+    if selection.has(DOCKER) {
+        prepared.set(docker::DIR_ENV, docker::stage(&selection.docker)?);
+    }
     prepared.set("RUST_BACKTRACE", "0");
     prepared.cgroups = selection.cgroups;
+    prepared.apparmor = selection.apparmor;
+    if selection.apparmor {
+        packages::ensure(&[Purpose::AppArmor])?;
+    }
     prepared.set(parity::PROBE_ENV, build::probe()?);
     if selection.has(HOSTILE) {
         // The names are those of tests/src/machine.rs.
