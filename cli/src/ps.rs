@@ -262,6 +262,7 @@ mod tests {
             vcpus: 1,
             memory_mib: 128,
             cgroups: Default::default(),
+            network: None,
             timeline: vec![],
             not_applied: vec![],
         }

@@ -184,6 +184,7 @@ mod tests {
             vcpus: 1,
             memory_mib: 64,
             cgroups: Default::default(),
+            network: None,
             timeline: vec![],
             not_applied: vec![],
         }

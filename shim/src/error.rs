@@ -3,8 +3,15 @@
 use ttrpc::Code;
 
 use crate::{
-    agent::AgentError, config::ConfigError, hooks::HookError, io::IoError, name::NameError,
-    rootfs::RootfsError, sandbox::SandboxError, share::ShareError, spec::SpecError,
+    agent::AgentError,
+    config::ConfigError,
+    hooks::HookError,
+    io::IoError,
+    name::NameError,
+    rootfs::RootfsError,
+    sandbox::{NetworkError, SandboxError},
+    share::ShareError,
+    spec::SpecError,
 };
 
 /// Why a request is refused or failed.
@@ -65,6 +72,12 @@ impl Error {
             | Self::Sandbox(
                 SandboxError::Name(_)
                 | SandboxError::NoRoom { .. }
+                | SandboxError::Network(
+                    NetworkError::Namespace { .. }
+                    | NetworkError::Unsupported { .. }
+                    | NetworkError::UnsupportedRule { .. }
+                    | NetworkError::TooMany { .. },
+                )
                 | SandboxError::Share(
                     ShareError::Volume { .. }
                     | ShareError::Useless { .. }

@@ -47,21 +47,21 @@ pub struct Holder {
 }
 
 impl Holder {
-    /// Starts one in the cgroups with these `procs` files and in the network
-    /// namespace of the process `of`. It dies with the calling thread, which has to
+    /// Starts one in the cgroups with these `procs` files and in the namespace
+    /// `network`. It dies with the calling thread, which has to
     /// be the process's main thread. [`Holder::ready`] must follow.
-    pub fn start(of: BorrowedFd, procs: &[CString]) -> io::Result<Starting> {
+    pub fn start(network: BorrowedFd, procs: &[CString]) -> io::Result<Starting> {
         let (ready, done) = pipe()?;
         let parent = std::process::id();
-        let (host, of) = (mount::of_the_host(), of.as_raw_fd());
+        let (host, network) = (mount::of_the_host(), network.as_raw_fd());
         let environment = environment()?;
         // SAFETY: until it is killed the child makes system calls only, and
         // allocates nothing.
         let child = match unsafe { fork() }? {
             ForkResult::Child => {
-                // SAFETY: the monitor's descriptor is open in this copy of the table.
-                let of = unsafe { BorrowedFd::borrow_raw(of) };
-                let problem = match settle(parent, of, host.map(AsFd::as_fd), procs) {
+                // SAFETY: the caller's descriptor is open in this copy of the table.
+                let network = unsafe { BorrowedFd::borrow_raw(network) };
+                let problem = match settle(parent, network, host.map(AsFd::as_fd), procs) {
                     Ok(()) => 0,
                     Err(error) => error.raw_os_error().unwrap_or(libc::EIO),
                 };
@@ -150,7 +150,7 @@ impl Starting {
 }
 
 /// In the child: everything but waiting.
-fn settle(parent: u32, of: BorrowedFd, host: Option<BorrowedFd>, procs: &[CString]) -> io::Result<()> {
+fn settle(parent: u32, network: BorrowedFd, host: Option<BorrowedFd>, procs: &[CString]) -> io::Result<()> {
     // SAFETY: PR_SET_PDEATHSIG takes a signal number and no pointer.
     if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } != 0 {
         return Err(io::Error::last_os_error());
@@ -164,7 +164,7 @@ fn settle(parent: u32, of: BorrowedFd, host: Option<BorrowedFd>, procs: &[CStrin
     // SAFETY: PR_SET_NAME reads a C string of at most 16 bytes.
     unsafe { libc::prctl(libc::PR_SET_NAME, NAME.as_ptr()) };
     HostCgroup::enter(procs)?;
-    setns(of, CloneFlags::CLONE_NEWNET)?;
+    setns(network, CloneFlags::CLONE_NEWNET)?;
     if let Some(host) = host {
         // The sandbox's mounts are its shim's and its monitor's alone.
         setns(host, CloneFlags::CLONE_NEWNS)?;

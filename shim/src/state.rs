@@ -39,6 +39,9 @@ pub struct State {
     /// The monitor's cgroups.
     #[serde(default)]
     pub cgroups: crate::cgroup::Paths,
+    /// The network namespace somebody else made for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<PathBuf>,
     /// How the start went so far.
     pub timeline: Vec<Step>,
     /// Fields of the specification that have no effect yet.
@@ -163,6 +166,7 @@ mod tests {
             vcpus: 1,
             memory_mib: 128,
             cgroups: Default::default(),
+            network: None,
             timeline: vec![Step { name: "spec".into(), ms: 0.5 }],
             not_applied: vec![],
         }

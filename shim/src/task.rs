@@ -194,6 +194,8 @@ impl Tasks {
         let mut attached = Some(attached);
         let container = async {
             with_sandbox(&sandbox, hooks.before_create(pid)).await?;
+            // Hooks may have put something into its namespace.
+            sandbox.sync_network().await?;
             Container::create(&sandbox, &self.namespace, create, &mut attached, self.events.clone()).await
         };
         let container = match container.await {
@@ -264,6 +266,7 @@ impl Tasks {
             monitor: Some(sandbox.monitor_pid()),
             neighbours: slots.containers.values().map(|container| container.neighbour()).collect(),
             shm: sandbox.shm().cloned(),
+            network: sandbox.network_identity(),
         }
     }
 

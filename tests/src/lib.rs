@@ -9,6 +9,7 @@
 //! * [`ctr`]: `ctr` commands.
 //! * [`bundle`]: specifications and bundles for what `ctr` has no option for.
 //! * [`docker`]: a dockerd and its command line.
+//! * [`cni`]: plugins of the Container Network Interface.
 //! * [`events`]: what containerd published.
 //! * [`sandbox`]: the host side of one running sandbox.
 //! * [`machine`]: a monitor by itself, with a guest of the tests' own.
@@ -24,6 +25,7 @@
 pub mod bare;
 pub mod bundle;
 pub mod case;
+pub mod cni;
 pub mod config;
 pub mod ctr;
 pub mod docker;

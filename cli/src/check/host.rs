@@ -96,6 +96,19 @@ pub(super) fn vhost_net() -> Check {
     device("vhost-net", "/dev/vhost-net", "modprobe vhost_net: networks are faster with it")
 }
 
+/// What carries frames between an interface and its tap, tried in a namespace of its own.
+pub(super) fn tc() -> Check {
+    let name = "tc";
+    match rvm_shim::sandbox::try_network() {
+        Ok(()) => Check::ok(name, "clsact, u32 and mirred"),
+        Err(error) => Check::optional(
+            name,
+            error.to_string(),
+            "modprobe -a tun sch_ingress cls_u32 act_mirred, or run this as root: containers with a network need them",
+        ),
+    }
+}
+
 /// An optional device counts when it opens: its node may be there without the
 /// module.
 fn device(name: &'static str, path: &str, remedy: &str) -> Check {

@@ -76,7 +76,7 @@ impl Report {
     pub fn of_this_host(config_file: Option<&Path>) -> Self {
         let mut checks = vec![host::linux()];
         checks.extend(kvm::checks());
-        checks.extend([host::overlayfs(), host::cgroup_v2(), host::tun(), host::vhost_net()]);
+        checks.extend([host::overlayfs(), host::cgroup_v2(), host::tun(), host::vhost_net(), host::tc()]);
         checks.push(idmap::check(Path::new("/var/lib")));
         match Config::load(config_file) {
             Ok(config) => {

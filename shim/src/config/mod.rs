@@ -4,6 +4,7 @@
 //! every key and is also where the defaults come from: a user's file is laid
 //! over it, and a key it does not have is unknown.
 
+mod network;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -16,6 +17,7 @@ use std::{
 
 use rvm_protocol::guest::DEFAULT_CMDLINE;
 
+pub use network::{Network, Vhost};
 use table::Table;
 
 use crate::sysctl;
@@ -48,6 +50,8 @@ pub struct Config {
     pub scratch: Scratch,
     /// Where what a container writes goes, unless it says so itself.
     pub writes: Writes,
+    /// How interfaces are carried into the machine.
+    pub network: Network,
     /// Programs and directories of the host.
     pub host: Host,
     /// What is accepted from clients although it cannot be done.
@@ -250,6 +254,7 @@ impl Config {
             },
             scratch: scratch(table)?,
             writes: writes(table)?,
+            network: Network::of(table)?,
             host: Host {
                 monitor: table.path("host", "monitor")?,
                 state_dir: table.path("host", "state_dir")?,

@@ -61,6 +61,11 @@ fn every_key_and_section_is_documented_above_it() {
         "host.monitor",
         "host.state_dir",
         "log.level",
+        "network.receive_bytes_per_s",
+        "network.receive_packets_per_s",
+        "network.transmit_bytes_per_s",
+        "network.transmit_packets_per_s",
+        "network.vhost",
         "scratch.backing",
         "scratch.size_mib",
         "scratch.writes",
@@ -135,7 +140,7 @@ fn wrong_keys_are_refused_by_name() {
         ("vcpus = 2", "config.toml: vcpus: unknown; vcpus belongs below [guest]"),
         (
             "[gest]\nvcpus = 2",
-            "config.toml: gest: unknown; there are the sections [compat], [guest], [host], [log], [scratch]",
+            "config.toml: gest: unknown; there are the sections [compat], [guest], [host], [log], [network], [scratch]",
         ),
         ("guest = 3", "config.toml: guest = 3: must be a section, [guest]"),
         (

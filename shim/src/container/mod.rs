@@ -229,6 +229,9 @@ impl Container {
         let endpoints = endpoints.unwrap_or_default();
         init.set_io(ProcessIo::attach(self.sandbox.vsock(), &self.id, "", endpoints).await?);
         self.timeline.mark("streams attached");
+        // Docker configures a network between creation and start.
+        self.sandbox.follow_network().await?;
+        self.timeline.mark("network there");
         self.sandbox.agent().start(&process_ref(&self.id, "")).await?;
         self.timeline.mark("started");
         with_sandbox(&self.sandbox, self.hooks.after_start(init.pid())).await?;

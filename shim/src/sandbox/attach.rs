@@ -9,9 +9,9 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     ffi::CString,
     io,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::AsFd,
     path::{Path, PathBuf},
-    sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak, atomic::Ordering},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak, atomic::Ordering},
     time::Duration,
 };
 
@@ -21,12 +21,11 @@ use tokio::{
     time::timeout,
 };
 
-use super::{Claim, Sandbox, SandboxError};
+use super::{Claim, Sandbox, SandboxError, network::Network};
 use crate::{
     agent::process_ref,
     config::{self, Config},
     holder::{Holder, Starting},
-    process_id::{ProcessId, pidfd_open},
     rootfs::Layer,
     scratch::Preparation,
     share::{Share, ShareError},
@@ -48,8 +47,7 @@ pub(super) struct HostSide {
     added: Condvar,
     /// Of its cgroup.
     procs: Vec<CString>,
-    /// Whose network namespace is the sandbox's.
-    monitor: OnceLock<OwnedFd>,
+    network: Arc<Network>,
     holders: Mutex<Vec<Weak<Holder>>>,
 }
 
@@ -62,26 +60,27 @@ struct Sharing {
 }
 
 impl HostSide {
-    pub(super) fn new(dir: &Path, share: Share, procs: Vec<CString>) -> Arc<Self> {
+    pub(super) fn new(dir: &Path, share: Share, procs: Vec<CString>, network: Arc<Network>) -> Arc<Self> {
         Arc::new(Self {
             dir: dir.to_owned(),
             share: Mutex::new(Sharing { share: Some(Arc::new(share)), adding: BTreeSet::new() }),
             added: Condvar::new(),
             procs,
-            monitor: OnceLock::new(),
+            network,
             holders: Mutex::default(),
         })
     }
 
-    /// The monitor runs.
-    pub(super) fn set_monitor(&self, monitor: ProcessId) -> io::Result<()> {
-        let _ = self.monitor.set(pidfd_open(monitor.pid)?);
-        Ok(())
+    /// The sandbox's network.
+    pub(super) fn network(&self) -> &Arc<Network> {
+        &self.network
     }
 
-    /// Ends the containers' processes on the host and takes all mounts off. One that is
-    /// still being made where the host's file system does not answer goes by itself later.
+    /// Ends the containers' processes on the host, gives the interfaces back and takes
+    /// all mounts off. One that is still being made where the host's file system does not
+    /// answer goes by itself later.
     pub(super) fn close(&self) {
+        self.network.close();
         for holder in self.holders().drain(..).filter_map(|holder| holder.upgrade()) {
             holder.end();
         }
@@ -102,8 +101,7 @@ impl HostSide {
 
     /// Known from its first moment: the cgroup it is in cannot be removed before it has ended.
     fn hold(&self) -> io::Result<Starting> {
-        let monitor = self.monitor.get().ok_or(io::ErrorKind::NotFound)?;
-        let starting = Holder::start(monitor.as_fd(), &self.procs)?;
+        let starting = Holder::start(self.network.namespace().as_fd(), &self.procs)?;
         let mut holders = self.holders();
         holders.retain(|holder| holder.strong_count() > 0);
         holders.push(Arc::downgrade(starting.holder()));

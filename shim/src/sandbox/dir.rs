@@ -8,7 +8,7 @@ use std::{
     sync::Arc,
 };
 
-use super::{SandboxError, record::MEMBERS};
+use super::{SandboxError, network, record::MEMBERS};
 use crate::{mount, name, share, state::State};
 
 /// Name of the share in the directory.
@@ -102,6 +102,11 @@ pub fn clean_up(dir: &Path) {
     if let Ok(state) = State::read(dir) {
         state.kill();
         state.cgroups.remove();
+        if let Some(path) = &state.network
+            && let Err(error) = network::clean_up(path)
+        {
+            log::warn!("{}: {error}", path.display());
+        }
     }
     for target in mounts_below(dir) {
         if let Err(error) = mount::detach(&target) {
@@ -186,6 +191,7 @@ mod tests {
             vcpus: 1,
             memory_mib: 64,
             cgroups: Default::default(),
+            network: None,
             timeline: vec![],
             not_applied: vec![],
         };

@@ -2,7 +2,7 @@
 
 use std::{io, path::PathBuf, time::Duration};
 
-use super::GrowError;
+use super::{GrowError, NetworkError};
 use crate::{
     agent::AgentError, cgroup::CgroupError, name::NameError, scratch::ScratchError, share::ShareError,
     sysctl::SysctlError, vmm::MonitorError, vsock::VsockError,
@@ -54,6 +54,9 @@ pub enum SandboxError {
     /// Where its writable layer lives.
     #[error(transparent)]
     Scratch(#[from] ScratchError),
+    /// Its network.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// The process that stands for a container.
     #[error("starting the container's process on the host: {0}")]
     Holder(#[source] io::Error),

@@ -3,20 +3,23 @@
 use std::{
     fs::File,
     io,
-    os::fd::AsFd,
+    os::fd::{AsFd, BorrowedFd},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
 use rvm_protocol::{
-    agent::SetUpSandboxRequest,
+    agent::{SetUpSandboxRequest, SyncNetworkRequest},
     guest::{GUEST_CID, LAYERS_TAG, READY_PORT, VOLUMES_TAG, ready_line},
-    vmm::{CachePolicy, ShareConfig, VmConfig, VsockConfig},
+    vmm::{CachePolicy, InheritedNet, NetConfig, ShareConfig, VmConfig, VsockConfig},
 };
 use tokio::{net::UnixListener, task::spawn_blocking, time::timeout};
 
-use super::{CONSOLE_LOG, Plan, SandboxError, dir, failure};
+use super::{
+    CONSOLE_LOG, Plan, SandboxError, dir, failure,
+    network::{self, Network},
+};
 use crate::{
     agent::{Agent, AgentError},
     cgroup::HostCgroup,
@@ -65,15 +68,20 @@ impl Boot {
         plan: &Plan,
         (path, dir): (&Path, &Arc<File>),
         cgroup: &HostCgroup,
+        network: &Network,
         timeline: &Arc<Timeline>,
     ) -> Result<Self, SandboxError> {
         let sysctl = sysctl::of_host(&config.guest.host_sysctls)?;
         let vsock = Vsock::new(dir.clone());
         let ready = vsock.listen(READY_PORT)?;
-        vmm::write_config(path, &vm_config(config, plan))
+        let nets = network.inherited();
+        let named: Vec<_> = nets.iter().flat_map(|net| net.taps.iter().chain(&net.vhost)).copied().collect();
+        vmm::write_config(path, &vm_config(config, plan, nets))
             .map_err(|source| SandboxError::Directory { path: path.to_owned(), source })?;
         let spawned = timeline.elapsed();
-        let monitor = Monitor::spawn(&config.host.monitor, path, cgroup, plan.oom_score_adj, &[])?;
+        let namespace = network.namespace().as_fd();
+        let monitor =
+            Monitor::spawn(&config.host.monitor, path, cgroup, namespace, plan.oom_score_adj, &named)?;
         timeline.mark("monitor spawned");
         Ok(Self {
             monitor,
@@ -215,7 +223,26 @@ impl Machine {
     }
 }
 
-fn vm_config(config: &Config, plan: &Plan) -> VmConfig {
+impl network::Machine for Machine {
+    async fn add_net(
+        &self,
+        net: &NetConfig,
+        taps: &[BorrowedFd<'_>],
+        vhost: &[BorrowedFd<'_>],
+    ) -> Result<(), MonitorError> {
+        self.monitor.control().add_net(net, taps, vhost).await
+    }
+
+    async fn remove_net(&self, slot: u8) -> Result<(), MonitorError> {
+        self.monitor.control().remove_net(slot).await
+    }
+
+    async fn apply(&self, wanted: &SyncNetworkRequest) -> Result<(), AgentError> {
+        self.agent.sync_network(wanted).await
+    }
+}
+
+fn vm_config(config: &Config, plan: &Plan, nets: Vec<InheritedNet>) -> VmConfig {
     VmConfig {
         id: plan.id.clone(),
         vcpus: plan.size.vcpus,
@@ -245,7 +272,7 @@ fn vm_config(config: &Config, plan: &Plan) -> VmConfig {
             },
         ],
         disks: Vec::new(),
-        nets: Vec::new(),
+        nets,
     }
 }
 

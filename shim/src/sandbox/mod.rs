@@ -13,6 +13,7 @@ mod error;
 mod failure;
 mod ledger;
 mod machine;
+mod network;
 mod plan;
 mod record;
 mod resize;
@@ -36,6 +37,8 @@ pub use attach::{Attached, Preparing};
 pub use dir::{clean_up, is_held};
 pub use error::SandboxError;
 pub use ledger::{Claim, Ledger};
+use network::Network;
+pub use network::{NetworkError, try_out as try_network};
 pub use plan::{HostSize, Plan, Room, Size};
 pub use record::Member;
 pub use resize::{GrowError, Update};
@@ -111,7 +114,12 @@ impl Base {
     ///
     /// Has to be called on the process's main thread, in a mount namespace of
     /// the process's own ([`crate::mount::isolate`]).
-    fn begin(config: &Config, mut plan: Plan, timeline: Arc<Timeline>) -> Result<(Self, Boot), SandboxError> {
+    fn begin(
+        config: &Config,
+        mut plan: Plan,
+        network: Arc<Network>,
+        timeline: Arc<Timeline>,
+    ) -> Result<(Self, Boot), SandboxError> {
         check_config(config)?;
         let total = plan.ledger.total();
         let dir = SandboxDir::create(&config.host.state_dir, &plan.namespace, &plan.id)?;
@@ -122,7 +130,7 @@ impl Base {
             &Ceiling::of(&total, plan.size.memory_mib),
         )?;
         let share = Share::create(dir.path().join(dir::SHARE))?;
-        let host = attach::HostSide::new(dir.path(), share, cgroup.procs());
+        let host = attach::HostSide::new(dir.path(), share, cgroup.procs(), network);
         let mut owned = Owned {
             _share: OwnedShare(host.clone()),
             record: Record::begin(&plan, &dir, &cgroup)?,
@@ -130,9 +138,10 @@ impl Base {
             _dir: dir,
         };
         let dir = &owned._dir;
-        let boot = Boot::begin(config, &plan, (dir.path(), dir.fd()), &owned.cgroup, &timeline)?;
+        let network = host.network();
+        let boot = Boot::begin(config, &plan, (dir.path(), dir.fd()), &owned.cgroup, network, &timeline)?;
+        network.booted();
         let monitor = boot.id();
-        host.set_monitor(monitor).map_err(SandboxError::Holder)?;
         owned.record.change(|state| state.monitor = Some(monitor));
         let sizing = resize::Sizing::new(plan.room, plan.size, plan.max_vcpus, plan.ledger, &total);
         let owned = OffThread::new(owned);
@@ -173,7 +182,9 @@ impl Sandbox {
         layers: &[Layer],
         timeline: Arc<Timeline>,
     ) -> Result<(Arc<Self>, Attached), SandboxError> {
-        let (base, boot) = Base::begin(config, plan, timeline)?;
+        let network = open_network(config, &plan).await?;
+        timeline.mark("network opened");
+        let (base, boot) = Base::begin(config, plan, network, timeline)?;
         let started = async {
             let mut preparing = Preparing::begin(&base.host, config, bundle, layers, &base.timeline)?;
             let (machine, ()) = tokio::try_join!(boot.finished(), preparing.mounted())?;
@@ -285,6 +296,23 @@ impl Sandbox {
         &self.host.dir
     }
 
+    /// Makes the machine's network that of its namespace on the host, as that is now.
+    pub async fn sync_network(&self) -> Result<(), SandboxError> {
+        Ok(self.host.network().sync(&self.machine).await?)
+    }
+
+    /// The same, and from then on whenever the namespace changes.
+    pub async fn follow_network(self: &Arc<Self>) -> Result<(), SandboxError> {
+        let network = self.host.network();
+        network.follow(Arc::downgrade(self))?;
+        Ok(network.sync(&self.machine).await?)
+    }
+
+    /// Device and inode of its network namespace on the host.
+    pub fn network_identity(&self) -> Option<(u64, u64)> {
+        self.host.network().namespace().identity().ok()
+    }
+
     /// Ends the sandbox and removes what it has on the host. Calling it again
     /// does nothing.
     pub async fn close(&self) {
@@ -313,6 +341,19 @@ impl Sandbox {
     fn owned(&self) -> MutexGuard<'_, Option<Owned>> {
         self.owned.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The network of the machine to be: what is wrong with its namespace ends the
+/// start before there is a machine.
+async fn open_network(config: &Config, plan: &Plan) -> Result<Arc<Network>, SandboxError> {
+    let (wanted, vcpus, settings) = (plan.network.clone(), plan.size.vcpus, config.network.clone());
+    let opened = tokio::task::spawn_blocking(move || {
+        let network = Network::open(wanted.as_ref(), vcpus, &settings)?;
+        network.prepare()?;
+        Ok(Arc::new(network))
+    });
+    // A panic on that thread is a fault of ours.
+    opened.await.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
 }
 
 /// Refuses what no monitor could use before anything is made.

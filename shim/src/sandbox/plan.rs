@@ -8,7 +8,7 @@ use rvm_protocol::vmm::MAX_VCPUS;
 use super::ledger::{Claim, Ledger};
 use crate::{
     config::Guest,
-    spec::{Bundle, Role, Shm},
+    spec::{Bundle, HostNetwork, Role, Shm},
 };
 
 /// What kernel and agent use, in MiB: their text and data, and what a running
@@ -37,6 +37,8 @@ pub struct Plan {
     pub cgroup_path: String,
     /// Fields of that container's specification that have no effect.
     pub not_applied: Vec<String>,
+    /// The network namespace of the host that it is to have; none for a new one.
+    pub network: Option<HostNetwork>,
     /// The `/dev/shm` that its containers share.
     pub shm: Option<Shm>,
     /// What it starts with.
@@ -72,6 +74,7 @@ impl Plan {
             bundle: bundle.dir.clone(),
             cgroup_path: bundle.container.cgroup_path.clone(),
             not_applied: bundle.not_applied.clone(),
+            network: bundle.network.clone(),
             shm: bundle.shm.clone(),
             size,
             max_vcpus: most.max(size.vcpus),

@@ -88,6 +88,7 @@ impl Record {
             vcpus: plan.size.vcpus,
             memory_mib: plan.size.memory_mib,
             cgroups: cgroup.paths().clone(),
+            network: plan.network.as_ref().map(|network| network.path.clone()),
             timeline: Vec::new(),
             not_applied: plan.not_applied.clone(),
         };

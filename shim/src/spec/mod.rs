@@ -38,6 +38,7 @@ pub use hooks::{Hook, HostHooks};
 pub use labels::DEFAULT_PROFILES;
 pub(crate) use mounts::MOUNT_OPTIONS;
 pub use mounts::Volume;
+pub use namespaces::HostNetwork;
 pub use pod::{Neighbour, Pod, Role, Shm, role_in};
 pub(crate) use process::CAPABILITIES;
 
@@ -110,6 +111,9 @@ pub struct Bundle {
     pub role: Role,
     /// The `/dev/shm` it shares with others.
     pub shm: Option<Shm>,
+    /// The network namespace of the host that a sandbox made for it is to have; none
+    /// where it gets a new one.
+    pub network: Option<HostNetwork>,
     /// What the agent is asked for; the process's streams are still unset.
     pub container: CreateContainerRequest,
     /// Whether `linux.cgroupsPath` names a unit of systemd's.
@@ -271,8 +275,10 @@ fn translate(dir: &Path, id: &str, spec: &Spec, compat: &Compat, pod: &Pod) -> R
         Role::Member { .. } => pod.shm.clone(),
     };
     let from_host = mounts::translate(dir, mounts, shm.as_ref(), &mut container)?;
-    if role == Role::Sandbox {
-        namespaces::hold(&mut container.namespaces);
+    match role {
+        Role::Sandbox => namespaces::hold(&mut container.namespaces),
+        Role::Alone => namespaces::hold_network(&mut container),
+        Role::Member { .. } => {}
     }
     for disk in from_host.disks {
         disks::add(&mut disks, disk);
@@ -282,6 +288,7 @@ fn translate(dir: &Path, id: &str, spec: &Spec, compat: &Compat, pod: &Pod) -> R
         dir: dir.to_owned(),
         role,
         shm,
+        network: namespaces::host_network(linux),
         root: dir.join(root.path()),
         container,
         systemd_cgroup,

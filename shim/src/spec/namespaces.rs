@@ -1,6 +1,11 @@
 //! `linux.namespaces`, and what belongs to the user and the time namespace.
 
-use std::{collections::HashMap, path::Path};
+use std::{
+    collections::HashMap,
+    fs,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+};
 
 use oci_spec::runtime::{self as oci, LinuxNamespaceType as Kind};
 use rvm_protocol::agent::{CreateContainerRequest, IdMapping, Namespace, NamespaceType, TimeOffset, User};
@@ -50,6 +55,37 @@ pub(super) fn hold(namespaces: &mut [Namespace]) {
     for namespace in namespaces.iter_mut().filter(|namespace| namespace.path.is_empty()) {
         namespace.sandbox = namespace.type_.enum_value().is_ok_and(is_sandboxs);
     }
+}
+
+/// Makes the new network of a container that is alone the sandbox's, which has
+/// what somebody puts into the namespace on the host. In a user namespace of its
+/// own the container has a network that is that one's.
+pub(super) fn hold_network(container: &mut CreateContainerRequest) {
+    if is_new(container, NamespaceType::USER) {
+        return;
+    }
+    let network = |namespace: &&mut Namespace| namespace.type_ == NamespaceType::NETWORK.into();
+    if let Some(network) = container.namespaces.iter_mut().find(network) {
+        network.sandbox |= network.path.is_empty();
+    }
+}
+
+/// A network namespace of the host that somebody has prepared.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostNetwork {
+    /// The field that names it.
+    pub field: String,
+    /// Where it is.
+    pub path: PathBuf,
+}
+
+/// The one that a sandbox made for this container is to have; none where it gets
+/// a new one.
+pub(super) fn host_network(linux: &oci::Linux) -> Option<HostNetwork> {
+    let mut namespaces = linux.namespaces().iter().flatten().enumerate();
+    let (n, network) = namespaces.find(|(_, namespace)| namespace.typ() == Kind::Network)?;
+    let path = network.path().clone().filter(|path| !path.as_os_str().is_empty())?;
+    Some(HostNetwork { field: format!("linux.namespaces[{n}].path"), path })
 }
 
 fn namespaces(namespaces: &[oci::LinuxNamespace], pod: &Pod) -> Result<Vec<Namespace>, SpecError> {
@@ -127,10 +163,7 @@ fn joined(
             "{given} is the network of a container in another machine, which two machines cannot share; \
              let both join one network (Docker: --network container: only under one kernel), or one pod"
         ),
-        "net" => format!(
-            "{given} is a network of the host; this version connects no guest to one, \
-             leave the path out (no CNI) and the container has a loopback interface alone"
-        ),
+        "net" => return sandboxs_network(at, path, pod),
         "ipc" | "pid" => format!(
             "{given} is a namespace of the host's kernel, which the container does not run on; containers of \
              one pod share theirs (Docker: --{link} container: only under one kernel)"
@@ -146,6 +179,21 @@ fn is_holders(path: &Path) -> bool {
     let comm = path.parent().and_then(Path::parent).map(|process| process.join("comm"));
     comm.and_then(|comm| std::fs::read(comm).ok())
         .is_some_and(|comm| comm.trim_ascii_end() == holder::NAME.to_bytes())
+}
+
+/// A network namespace of the host: that of a sandbox to be, or of the one that is.
+fn sandboxs_network(at: &str, path: &Path, pod: &Pod) -> Result<Namespace, SpecError> {
+    if let Some(identity) = pod.network {
+        let found = fs::metadata(path).map_err(|error| SpecError::field(at, error.to_string()))?;
+        if (found.dev(), found.ino()) != identity {
+            let reason = format!(
+                "{} is not the network namespace of the sandbox, which its containers share",
+                path.display()
+            );
+            return Err(SpecError::unsupported(at, reason));
+        }
+    }
+    Ok(Namespace { type_: NamespaceType::NETWORK.into(), sandbox: true, ..Default::default() })
 }
 
 /// Id mappings, checked as the kernel would.

@@ -72,6 +72,8 @@ pub struct Pod {
     pub neighbours: Vec<Neighbour>,
     /// What the containers' `/dev/shm` is on the host, where they share one.
     pub shm: Option<Shm>,
+    /// Device and inode of the sandbox's network namespace on the host.
+    pub network: Option<(u64, u64)>,
 }
 
 /// A container in the same sandbox.

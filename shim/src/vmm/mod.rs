@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, setns};
 use rvm_protocol::vmm::{MAX_MESSAGE_LEN, Metrics, Request, Response, VmConfig};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, unix::AsyncFd},
@@ -125,7 +125,7 @@ pub struct Monitor {
 impl Monitor {
     /// Starts `program` in the sandbox's directory `dir`, where `config` has
     /// been written. It is in `cgroup` before it has any memory, has no environment,
-    /// gets a network namespace of its own and dies with the calling thread, which
+    /// is in the network namespace `network` and dies with the calling thread, which
     /// therefore must be the process's main thread. `oom_score_adj` is how soon the
     /// host's kernel takes it when memory runs out. It has the descriptors `inherited`
     /// under the numbers they have here, which its configuration names.
@@ -133,20 +133,21 @@ impl Monitor {
         program: &Path,
         dir: &Path,
         cgroup: &HostCgroup,
+        network: BorrowedFd<'_>,
         oom_score_adj: i32,
-        inherited: &[BorrowedFd<'_>],
+        inherited: &[RawFd],
     ) -> Result<Self, MonitorError> {
         let spawn = |source| MonitorError::Spawn { program: program.to_owned(), source };
         let (reader, writer) = io::pipe().map_err(spawn)?;
         let (control, monitors_end) = Control::pair().map_err(spawn)?;
-        let mut inherited: Vec<RawFd> = inherited.iter().map(AsRawFd::as_raw_fd).collect();
-        let control_fd = monitors_end.as_raw_fd();
-        inherited.push(control_fd);
+        let channel = monitors_end.as_raw_fd();
+        let inherited = [inherited, &[channel]].concat();
+        let network = network.as_raw_fd();
         let parent = std::process::id();
         let procs = cgroup.procs();
         let mut command = Command::new(program);
         command
-            .args(["--config", CONFIG_FILE, "--control-fd", &control_fd.to_string()])
+            .args(["--config", CONFIG_FILE, "--control-fd", &channel.to_string()])
             .env_clear()
             .current_dir(dir)
             .stdin(Stdio::null())
@@ -155,7 +156,7 @@ impl Monitor {
             .process_group(0);
         // SAFETY: the closure makes system calls only and allocates nothing, as
         // is required between fork and exec.
-        unsafe { command.pre_exec(move || prepare_child(parent, &procs, &inherited)) };
+        unsafe { command.pre_exec(move || prepare_child(parent, &procs, network, &inherited)) };
         let mut child = command.spawn().map_err(spawn)?;
         drop(command);
         drop(monitors_end);
@@ -220,7 +221,7 @@ impl Drop for Monitor {
     }
 }
 
-fn prepare_child(parent: u32, procs: &[CString], inherited: &[RawFd]) -> io::Result<()> {
+fn prepare_child(parent: u32, procs: &[CString], network: RawFd, inherited: &[RawFd]) -> io::Result<()> {
     // SAFETY: PR_SET_PDEATHSIG takes a signal number and no pointer.
     if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } != 0 {
         return Err(io::Error::last_os_error());
@@ -228,9 +229,9 @@ fn prepare_child(parent: u32, procs: &[CString], inherited: &[RawFd]) -> io::Res
     if nix::unistd::getppid().as_raw().cast_unsigned() != parent {
         return Err(io::Error::from_raw_os_error(libc::ESRCH));
     }
-    for fd in inherited {
+    for &fd in inherited {
         // SAFETY: plain system call; 0 clears FD_CLOEXEC.
-        if unsafe { libc::fcntl(*fd, libc::F_SETFD, 0) } < 0 {
+        if unsafe { libc::fcntl(fd, libc::F_SETFD, 0) } < 0 {
             return Err(io::Error::last_os_error());
         }
     }
@@ -241,9 +242,10 @@ fn prepare_child(parent: u32, procs: &[CString], inherited: &[RawFd]) -> io::Res
         return Err(io::Error::last_os_error());
     }
     HostCgroup::enter(procs)?;
-    // Whoever looks up the container's network namespace by the task's pid
-    // finds the monitor: it must never be the host's.
-    Ok(unshare(CloneFlags::CLONE_NEWNET)?)
+    // Its own network is the sandbox's, never the host's.
+    // SAFETY: the caller's descriptor, open in this copy of the table.
+    let network = unsafe { BorrowedFd::borrow_raw(network) };
+    Ok(setns(network, CloneFlags::CLONE_NEWNET)?)
 }
 
 /// What it would inherit is containerd's, which must not die before its

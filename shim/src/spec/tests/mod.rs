@@ -327,11 +327,6 @@ fn what_is_not_done_is_refused_by_name() {
             json!({"type": "pid", "path": "/proc/4194305/ns/pid"}),
             "linux.namespaces[0].path",
         ),
-        (
-            "/linux/namespaces/4",
-            json!({"type": "network", "path": "/run/netns/x"}),
-            "linux.namespaces[4].path",
-        ),
         ("/linux/intelRdt", json!({}), "linux.intelRdt"),
         ("/linux/personality", json!({"domain": "LINUX", "flags": ["X"]}), "linux.personality.flags"),
         ("/linux/resources/rdma", json!({"mlx5_1": {"hcaHandles": 3}}), "linux.resources.rdma"),

@@ -49,6 +49,42 @@ fn namespaces_of_processes_in_the_guest_can_be_joined() {
 }
 
 #[test]
+fn a_network_of_the_host_is_the_sandbox_s() {
+    let with = |network: Value, pod: &Pod, user: bool| {
+        let mut spec = ctr_spec();
+        spec["linux"]["namespaces"] = json!([{"type": "mount"}, {"type": "uts"}, network]);
+        if user {
+            spec["linux"]["namespaces"].as_array_mut().unwrap().push(json!({"type": "user"}));
+            spec["linux"]["uidMappings"] = json!([{"hostID": 1000, "containerID": 0, "size": 99}]);
+            spec["linux"]["gidMappings"] = spec["linux"]["uidMappings"].clone();
+        }
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("config.json"), spec.to_string()).unwrap();
+        Bundle::load_in(pod, dir.path(), "c", &Compat::default()).map_err(|error| error.to_string())
+    };
+    let alone = Pod::default();
+    let prepared = with(json!({"type": "network", "path": "/run/netns/x"}), &alone, false).unwrap();
+    let network = prepared.network.unwrap();
+    assert_eq!(
+        (network.field.as_str(), network.path.as_path()),
+        ("linux.namespaces[2].path", Path::new("/run/netns/x"))
+    );
+    let shared = |bundle: &Bundle| bundle.container.namespaces[2].sandbox;
+    let new = with(json!({"type": "network", "path": ""}), &alone, false).unwrap();
+    assert_eq!((new.network.as_ref(), shared(&new)), (None, true));
+    // Who has a user namespace of its own has its network in that.
+    assert!(!shared(&with(json!({"type": "network"}), &alone, true).unwrap()));
+
+    // In a sandbox that runs, it is that one's or refused.
+    let own = std::fs::metadata("/proc/self/ns/net").unwrap();
+    use std::os::unix::fs::MetadataExt;
+    let pod = Pod { network: Some((own.dev(), own.ino())), ..Default::default() };
+    assert!(shared(&with(json!({"type": "network", "path": "/proc/self/ns/net"}), &pod, false).unwrap()));
+    let error = with(json!({"type": "network", "path": "/proc/self/ns/uts"}), &pod, false).unwrap_err();
+    assert!(error.contains("is not the network namespace of the sandbox"), "{error}");
+}
+
+#[test]
 fn a_host_network_is_refused() {
     let mut spec = ctr_spec();
     spec["linux"]["namespaces"] = json!([{"type": "mount"}, {"type": "pid"}]);
@@ -65,7 +101,7 @@ fn namespaces_of_a_sandbox_s_tasks_are_known_by_their_pids() {
         guest_pid: 7,
         namespaces: vec![held(NamespaceType::NETWORK), held(NamespaceType::IPC), own(NamespaceType::PID)],
     };
-    let pod = Pod { monitor: Some(99), neighbours: vec![first], shm: None };
+    let pod = Pod { monitor: Some(99), neighbours: vec![first], shm: None, network: None };
     let at = |pid: u32, kind: &str, link: &str| {
         let mut spec = ctr_spec();
         let path = format!("/proc/{pid}/ns/{link}");
