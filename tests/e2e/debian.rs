@@ -254,10 +254,12 @@ fn networks_and_packet_filters() {
 ip link add v0 type veth peer name v1; ip link add vlan0 link d0 type vlan id 7
 ip link add mac0 link d0 type macvlan mode bridge; ip link add ipvlan0 link v0 type ipvlan mode l3
 ip link add vx0 type vxlan id 42 dev d0 dstport 4789; ip link add wg0 type wireguard
-for d in d0 b0 v0 vlan0 mac0 ipvlan0 vx0 wg0; do ip -o -d link show $d | grep -o -w -E 'dummy|bridge vlan_filtering|veth|vlan protocol|macvlan mode|ipvlan|vxlan id|wireguard'; done";
+for d in d0 b0 v0 vlan0 mac0 ipvlan0 vx0 wg0; do ip -o -d link show $d | grep -o -w -E 'dummy|bridge|veth|vlan protocol|macvlan mode|ipvlan|vxlan id|wireguard'; done";
         let made = debian.script("links", links)?;
         let kinds: std::collections::BTreeSet<&str> = made.text().leak().lines().collect();
-        for kind in ["dummy", "veth", "vlan protocol", "macvlan mode", "ipvlan", "vxlan id", "wireguard"] {
+        for kind in
+            ["dummy", "bridge", "veth", "vlan protocol", "macvlan mode", "ipvlan", "vxlan id", "wireguard"]
+        {
             ensure!(kinds.contains(kind), "no {kind}: {made}");
         }
         debian.script(
@@ -276,12 +278,23 @@ ip route get 10.11.0.1 mark 7 | grep 'via 10.7.0.4'
         debian.script(
             "nft",
             "nft -f - <<'EOF'
-table netdev n { chain in { type filter hook ingress device v0 priority 0; drop; }
- chain out { type filter hook egress device v0 priority 0; drop; } }
-table bridge b { chain forward { type filter hook forward priority 0; ether type ip accept; } }
-table inet t { chain pre { type filter hook prerouting priority mangle;
-  ct zone set 5; meta l4proto tcp socket transparent 1 accept
-  meta l4proto tcp tproxy ip to 127.0.0.1:15001 accept; log group 3; queue num 1; } }
+table netdev n {
+  chain in { type filter hook ingress device v0 priority 0; drop; }
+  chain out { type filter hook egress device v0 priority 0; drop; }
+}
+table bridge b {
+  chain forward { type filter hook forward priority 0; ether type ip accept; }
+}
+table inet t {
+  chain pre {
+    type filter hook prerouting priority mangle
+    ct zone set 5
+    meta l4proto tcp socket transparent 1 accept
+    meta l4proto tcp tproxy ip to 127.0.0.1:15001 accept
+    log group 3
+    queue num 1
+  }
+}
 EOF
 nft list ruleset | grep -c -E 'tproxy|zone|egress|ingress|log group|queue|socket' | grep -x 7",
         )?;

@@ -208,15 +208,16 @@ impl Machine {
         self.place.dir.join(tag)
     }
 
-    /// Ends it as a service manager would, by SIGTERM; how it ended.
+    /// Ends it as its owner; how it ended.
     ///
     /// # Errors
     /// When it does not end in time.
-    pub fn end(self) -> Result<Finished> {
-        let Self { job, place, .. } = self;
+    pub fn end(mut self) -> Result<Finished> {
         let started = Instant::now();
-        job.signal(nix::sys::signal::Signal::SIGTERM)?;
-        let mut finished = job.finish(limit()).context("SIGTERM")?;
+        let answer = self.ask(Request::Stop)?;
+        ensure!(answer == Response::Ok, "Stop: {answer:?}");
+        let Self { job, place, .. } = self;
+        let mut finished = job.finish(limit()).context("Stop")?;
         finished.took = started.elapsed();
         drop(place);
         Ok(finished)

