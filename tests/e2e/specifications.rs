@@ -4,7 +4,7 @@
 //!
 //! What the container sees must be what it sees under runc.
 
-use std::path::PathBuf;
+use std::{collections::BTreeSet, path::PathBuf};
 
 use anyhow::{Result, ensure};
 use rvm_tests::{
@@ -63,14 +63,23 @@ fn says(world: &World, ctr: &Ctr, files: &Files, text: &str, script: &str) -> Re
     Ok(finished?.success()?.text())
 }
 
+/// The cgroups that Docker's containers are below.
+fn dockers_parents() -> Result<BTreeSet<PathBuf>> {
+    let listed = shell("ls -d /sys/fs/cgroup/docker /sys/fs/cgroup/*/docker 2>/dev/null || true")?;
+    Ok(listed.lines().map(PathBuf::from).collect())
+}
+
 /// Runs it under both; returns what it said.
 fn same_under_both(world: &World, text: &str, script: &str) -> Result<String> {
     let files = Files::new(world)?;
     let ctr = world.ctr();
+    let before = dockers_parents()?;
     let under_runc = says(world, &ctr.under(RUNC), &files, text, script)?;
-    // runc makes the cgroups above a container's and leaves them.
+    // runc makes the cgroups above a container's and leaves them, as it does under a Docker's own.
     remove_runcs_parent();
-    shell("rmdir /sys/fs/cgroup/docker /sys/fs/cgroup/*/docker 2>/dev/null || true")?;
+    for dir in dockers_parents()?.difference(&before) {
+        std::fs::remove_dir(dir)?;
+    }
     shell(&format!("rm -f {}/volume/*", files.0.display()))?;
     let under_rvm = says(world, &ctr.under(RUNTIME), &files, text, script)?;
     ensure!(under_runc == under_rvm, "under runc:\n{under_runc}\nunder rvm:\n{under_rvm}");
