@@ -2,7 +2,15 @@
 
 use std::net::IpAddr;
 
-use rvm_protocol::netlink::{Attributes, NLM_F_CREATE, NLM_F_EXCL, attributes, text, u16_at, u32_at};
+use rvm_protocol::netlink::{
+    Attributes, NLM_F_CREATE, NLM_F_EXCL, attributes,
+    fib_rules::{
+        FIB_RULE_INVERT, FRA_DPORT_RANGE, FRA_DST, FRA_FWMARK, FRA_FWMASK, FRA_GOTO, FRA_IIFNAME,
+        FRA_IP_PROTO, FRA_OIFNAME, FRA_PRIORITY, FRA_PROTOCOL, FRA_SPORT_RANGE, FRA_SRC,
+        FRA_SUPPRESS_IFGROUP, FRA_SUPPRESS_PREFIXLEN, FRA_TABLE, FRA_UID_RANGE,
+    },
+    text, u16_at, u32_at,
+};
 
 use super::{
     interfaces::Interfaces,
@@ -10,24 +18,6 @@ use super::{
     route::{Prefix, unspecified},
 };
 
-// linux/fib_rules.h
-const FRA_DST: u16 = 1;
-const FRA_SRC: u16 = 2;
-const FRA_IIFNAME: u16 = 3;
-const FRA_GOTO: u16 = 4;
-const FRA_PRIORITY: u16 = 6;
-const FRA_FWMARK: u16 = 10;
-const FRA_SUPPRESS_IFGROUP: u16 = 13;
-const FRA_SUPPRESS_PREFIXLEN: u16 = 14;
-const FRA_TABLE: u16 = 15;
-const FRA_FWMASK: u16 = 16;
-const FRA_OIFNAME: u16 = 17;
-const FRA_UID_RANGE: u16 = 20;
-const FRA_PROTOCOL: u16 = 21;
-const FRA_IP_PROTO: u16 = 22;
-const FRA_SPORT_RANGE: u16 = 23;
-const FRA_DPORT_RANGE: u16 = 24;
-const FIB_RULE_INVERT: u32 = 2;
 /// What the kernel says where a number is not set.
 const UNSET: u32 = u32::MAX;
 /// `struct fib_rule_hdr`.

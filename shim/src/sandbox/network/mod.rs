@@ -190,8 +190,7 @@ impl Network {
             Some(wanted) => Namespace::open(&wanted.field, &wanted.path)?,
             None => Namespace::new()?,
         };
-        let socket = namespace.run(Socket::open).map_err(NetworkError::Enter)?;
-        let socket = socket.map_err(|errno| NetworkError::Enter(errno.into()))?;
+        let socket = namespace.socket()?;
         Ok(Self {
             host: Arc::new(Host { namespace, socket: Mutex::new(socket) }),
             queue_pairs: vcpus.clamp(1, MOST_QUEUE_PAIRS),
@@ -572,8 +571,7 @@ async fn follow(mut watch: Watch, sandbox: Weak<Sandbox>) {
 /// `path`; its machine has ended.
 pub fn clean_up(path: &Path) -> Result<(), NetworkError> {
     let Ok(namespace) = Namespace::open("", path) else { return Ok(()) };
-    let socket = namespace.run(Socket::open).map_err(NetworkError::Enter)?;
-    let socket = socket.map_err(|errno| NetworkError::Enter(errno.into()))?;
+    let socket = namespace.socket()?;
     let failed = |what| move |source| NetworkError::Read { what, source };
     let links = observe::every_link(&socket).map_err(failed("interfaces"))?;
     // Somebody else's by now.

@@ -71,6 +71,12 @@ impl Namespace {
         Ok((found.dev(), found.ino()))
     }
 
+    /// A socket that speaks to its kernel.
+    pub fn socket(&self) -> Result<Socket, NetworkError> {
+        let opened = self.run(Socket::open).map_err(NetworkError::Enter)?;
+        opened.map_err(|errno| NetworkError::Enter(errno.into()))
+    }
+
     /// Does `work` on a thread that is in it, and waits for its end.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> io::Result<T> {
         thread::scope(|scope| {

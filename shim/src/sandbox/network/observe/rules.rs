@@ -2,32 +2,18 @@
 
 use rvm_protocol::{
     agent::{Range, Rule},
-    netlink::{Refusal, Socket, attributes, text, u16_at, u32_at},
+    netlink::{
+        Refusal, Socket, attributes,
+        fib_rules::{
+            FIB_RULE_INVERT, FR_ACT_TO_TBL, FRA_DPORT_RANGE, FRA_DST, FRA_FWMARK, FRA_FWMASK, FRA_GOTO,
+            FRA_IIFNAME, FRA_IP_PROTO, FRA_L3MDEV, FRA_OIFNAME, FRA_PRIORITY, FRA_PROTOCOL, FRA_SPORT_RANGE,
+            FRA_SRC, FRA_SUPPRESS_IFGROUP, FRA_SUPPRESS_PREFIXLEN, FRA_TABLE, FRA_TUN_ID, FRA_UID_RANGE,
+        },
+        text, u16_at, u32_at,
+    },
 };
 
 use crate::sandbox::network::NetworkError;
-
-// linux/fib_rules.h
-const FRA_DST: u16 = 1;
-const FRA_SRC: u16 = 2;
-const FRA_IIFNAME: u16 = 3;
-const FRA_GOTO: u16 = 4;
-const FRA_PRIORITY: u16 = 6;
-const FRA_FWMARK: u16 = 10;
-const FRA_TUN_ID: u16 = 12;
-const FRA_SUPPRESS_IFGROUP: u16 = 13;
-const FRA_SUPPRESS_PREFIXLEN: u16 = 14;
-const FRA_TABLE: u16 = 15;
-const FRA_FWMASK: u16 = 16;
-const FRA_OIFNAME: u16 = 17;
-const FRA_L3MDEV: u16 = 19;
-const FRA_UID_RANGE: u16 = 20;
-const FRA_PROTOCOL: u16 = 21;
-const FRA_IP_PROTO: u16 = 22;
-const FRA_SPORT_RANGE: u16 = 23;
-const FRA_DPORT_RANGE: u16 = 24;
-const FIB_RULE_INVERT: u32 = 2;
-const FR_ACT_TO_TBL: u32 = 1;
 
 /// All of them. The inner error names one that cannot be carried.
 pub(super) fn read(socket: &Socket) -> Result<Result<Vec<Rule>, NetworkError>, Refusal> {
