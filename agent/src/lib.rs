@@ -3,6 +3,7 @@
 //! ```text
 //!  host ──ttrpc/vsock──> service ──> sandbox ──> container ──clone3──> child ──execve──> process
 //!  host ──bytes/vsock──> io ───────────────────> pipes and terminals of the process
+//!  host ──bytes/vsock──> relay ────────────────> sockets on loopback addresses
 //! ```
 //!
 //! Who knows whom, from the top: `service`, `sandbox`, `container`, then `io` and
@@ -35,6 +36,7 @@ pub mod helper;
 pub mod init;
 pub mod io;
 pub mod reaper;
+pub mod relay;
 pub mod sandbox;
 pub mod service;
 pub mod storage;
@@ -49,9 +51,14 @@ pub fn serve(listeners: init::Listeners) -> Result<Infallible, init::Error> {
         let sandbox = Arc::new(sandbox::Sandbox::new());
         let streams = Arc::clone(&sandbox);
         let attach = move |header: &StreamHeader| streams.attach(header);
+        let networked = Arc::clone(&sandbox);
+        let network = move || networked.network_namespace();
         let _server = service::start(listeners.agent, Arc::clone(&sandbox)).await?;
         tokio::select! {
             accepted = io::accept(listeners.stdio, attach) => accepted.map_err(failed("accept streams")),
+            accepted = relay::accept(listeners.relay, network) => {
+                accepted.map_err(failed("accept connections to relay"))
+            }
             reaped = sandbox.reaper().run() => reaped.map_err(failed("collect ended processes")),
             () = shut_down(&sandbox) => init::shutdown::reboot(),
         }

@@ -3,6 +3,7 @@
 
 mod check;
 mod logs;
+mod port_forward;
 mod ps;
 mod run;
 mod sandbox;
@@ -55,6 +56,17 @@ enum Command {
     Metrics {
         /// NAMESPACE/ID, or an id or its beginning where that is unique.
         id: String,
+    },
+    /// Forward ports of this host to sockets that listen in a sandbox, on its loopback too.
+    PortForward {
+        /// NAMESPACE/ID, or an id or its beginning where that is unique.
+        id: String,
+        /// [LOCAL:]PORT; with an empty LOCAL, or 0, any port that is free.
+        #[arg(required = true, value_name = "[LOCAL:]PORT")]
+        ports: Vec<port_forward::Forward>,
+        /// Address of this host to listen on.
+        #[arg(long, default_value = "127.0.0.1")]
+        address: std::net::IpAddr,
     },
     /// Print versions.
     Version,
@@ -125,6 +137,11 @@ fn execute(command: Command, config_file: Option<&Path>) -> Result<ExitCode> {
             logs::show(&log, follow).map_err(|error| anyhow!("{}: {error}", log.display()))?;
         }
         Command::Metrics { id } => print_json(&sandbox(config_file, &id)?.metrics()?)?,
+        Command::PortForward { id, ports, address } => {
+            let sandbox = sandbox(config_file, &id)?;
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            runtime.block_on(port_forward::run(&sandbox.dir, sandbox.monitor()?, address, &ports))?;
+        }
         Command::Version => {
             println!(
                 "rvm {} (protocol {})",

@@ -121,6 +121,14 @@ impl Sandbox {
         format!("{}/{}", self.namespace, self.id)
     }
 
+    /// The monitor's pid.
+    pub fn monitor(&self) -> Result<u32, SandboxError> {
+        let failed = |reason: String| SandboxError::Monitor { id: self.full_name(), reason };
+        let state = self.state.as_ref().map_err(|error| failed(error.clone()))?;
+        let monitor = state.monitor.filter(|monitor| monitor.is_alive());
+        Ok(monitor.ok_or_else(|| failed("has no running monitor".into()))?.pid)
+    }
+
     /// The monitor's counters.
     pub fn metrics(&self) -> Result<Metrics, SandboxError> {
         let failed = |reason: String| SandboxError::Monitor { id: self.full_name(), reason };

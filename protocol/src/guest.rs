@@ -5,6 +5,8 @@
 //! host and writes [`ready_line`]. The host polls nothing: it listens where the
 //! monitor forwards that connection before it starts the monitor.
 
+use std::net::SocketAddr;
+
 /// vsock CID of the guest. Every sandbox has the same: the monitor's vsock is
 /// its own, no other sandbox sees it.
 pub const GUEST_CID: u32 = 3;
@@ -17,6 +19,9 @@ pub const AGENT_PORT: u32 = 1024;
 pub const READY_PORT: u32 = 1025;
 /// Guest port for processes' standard streams; see [`StreamHeader`].
 pub const STDIO_PORT: u32 = 1026;
+
+/// Guest port for connections to loopback addresses; see [`RelayTarget`].
+pub const RELAY_PORT: u32 = 1027;
 
 /// virtio-fs tag of the containers' layers: read-only, and constant but for
 /// containers that come and go.
@@ -69,10 +74,11 @@ pub fn ready_line() -> String {
     format!("rvm-agent {PROTOCOL_VERSION}\n")
 }
 
-/// Longest line accepted on [`READY_PORT`] and [`STDIO_PORT`].
+/// Longest line accepted on [`READY_PORT`], [`STDIO_PORT`] and [`RELAY_PORT`].
 pub const MAX_LINE_LEN: usize = 2 * MAX_ID_LEN + 64;
 
-/// What the agent answers on [`STDIO_PORT`] once a stream is attached.
+/// What the agent answers on [`STDIO_PORT`] once a stream is attached, and on
+/// [`RELAY_PORT`] once it is connected.
 pub const STREAM_ATTACHED: &[u8] = b"ok\n";
 
 /// One of a process's standard streams.
@@ -143,6 +149,36 @@ impl StreamHeader {
     }
 }
 
+/// First line of a connection to [`RELAY_PORT`]: a loopback address of the sandbox's
+/// network namespace with a port and a newline, e.g. `127.0.0.1:80` or `[::1]:80`.
+/// The agent answers [`STREAM_ATTACHED`], or a line starting with `error ` and
+/// closes; after that the connection carries what that to the address would. End of
+/// file travels as a half-close, both ways.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RelayTarget(SocketAddr);
+
+impl RelayTarget {
+    /// One of that address, where it is a loopback address, and a port other than 0.
+    pub fn new(address: SocketAddr) -> Option<Self> {
+        (address.ip().is_loopback() && address.port() != 0).then_some(Self(address))
+    }
+
+    /// The address.
+    pub fn address(self) -> SocketAddr {
+        self.0
+    }
+
+    /// The line as it goes over the wire, newline included.
+    pub fn to_line(self) -> String {
+        format!("{}\n", self.0)
+    }
+
+    /// Parses a line without its newline; `None` where it is none of these.
+    pub fn parse(line: &str) -> Option<Self> {
+        Self::new(line.parse().ok()?)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -160,6 +196,18 @@ mod tests {
         let long = format!("{}\t\tstdin", "x".repeat(MAX_ID_LEN + 1));
         for line in ["", "c1", "c1\t", "\t\tstdin", "c1\t\tstdoub", "c1\t\tstdin\t", long.as_str()] {
             assert_eq!(StreamHeader::parse(line), None, "{line:?}");
+        }
+    }
+
+    #[test]
+    fn relays_lead_to_loopback_addresses_alone() {
+        for text in ["127.0.0.1:80", "127.8.9.10:65535", "[::1]:1"] {
+            assert_eq!(RelayTarget::parse(text).unwrap().to_line(), format!("{text}\n"));
+        }
+        for text in
+            ["", "127.0.0.1", "127.0.0.1:0", "10.0.0.1:80", "[::]:80", "[fe80::1%2]:80", "127.0.0.1:80 "]
+        {
+            assert_eq!(RelayTarget::parse(text), None, "{text:?}");
         }
     }
 }

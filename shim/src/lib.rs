@@ -30,6 +30,7 @@ pub mod name;
 pub mod options;
 pub mod process;
 pub mod process_id;
+pub mod relay;
 pub mod rootfs;
 pub mod sandbox;
 pub mod scratch;

@@ -12,14 +12,14 @@ use std::{
     time::Duration,
 };
 
-use rvm_protocol::guest::{MAX_LINE_LEN, STDIO_PORT, STREAM_ATTACHED, StreamHeader};
+use rvm_protocol::guest::{MAX_LINE_LEN, RELAY_PORT, RelayTarget, STDIO_PORT, STREAM_ATTACHED, StreamHeader};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWriteExt},
     net::{UnixListener, UnixStream},
     time::timeout,
 };
 
-use crate::mount::short_path;
+use crate::{agent::printable, mount::short_path};
 
 /// Name of the socket in the sandbox's directory.
 pub const SOCKET: &str = "vsock.sock";
@@ -109,6 +109,23 @@ impl Vsock {
         }
         let name = header.stream.as_str();
         Err(VsockError::Refused { port: STDIO_PORT, problem: format!("{name}: {answer:?}") })
+    }
+
+    /// Connects to a loopback address of the sandbox's network namespace.
+    pub async fn relay(&self, target: RelayTarget) -> Result<UnixStream, VsockError> {
+        self.limited(RELAY_PORT, self.relay_now(target)).await
+    }
+
+    async fn relay_now(&self, target: RelayTarget) -> Result<UnixStream, VsockError> {
+        let io = |source| VsockError::Io { port: RELAY_PORT, source };
+        let mut stream = self.connect_now(RELAY_PORT).await?;
+        stream.write_all(target.to_line().as_bytes()).await.map_err(io)?;
+        let answer = read_line(&mut stream).await.map_err(io)?;
+        if answer.as_bytes() == STREAM_ATTACHED.trim_ascii_end() {
+            return Ok(stream);
+        }
+        let problem = printable(answer.strip_prefix("error ").unwrap_or(&answer).to_owned());
+        Err(VsockError::Refused { port: RELAY_PORT, problem })
     }
 
     async fn limited<T>(

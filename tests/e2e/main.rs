@@ -19,6 +19,7 @@ mod hooks;
 mod hostile;
 mod joined;
 mod limits;
+mod loopback;
 mod network;
 mod parity;
 mod process;

@@ -17,6 +17,8 @@ pub struct Listeners {
     pub agent: OwnedFd,
     /// Standard streams, [`guest::STDIO_PORT`].
     pub stdio: OwnedFd,
+    /// Connections to loopback addresses, [`guest::RELAY_PORT`].
+    pub relay: OwnedFd,
 }
 
 /// Connections that may wait to be accepted. A pod's containers attach three
@@ -30,6 +32,8 @@ pub fn listen() -> Result<Listeners, Error> {
             .map_err(|source| Error::Kernel { step: "listen for requests", source })?,
         stdio: listen_on(guest::STDIO_PORT)
             .map_err(|source| Error::Kernel { step: "listen for streams", source })?,
+        relay: listen_on(guest::RELAY_PORT)
+            .map_err(|source| Error::Kernel { step: "listen for connections to relay", source })?,
     })
 }
 

@@ -8,6 +8,7 @@ mod set_up;
 
 use std::{
     collections::HashMap,
+    os::fd::OwnedFd,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -23,7 +24,7 @@ use crate::{
         shared::{self, Shared},
         sysctl,
     },
-    error::{Error, StepResult, check_id},
+    error::{Error, Step, StepError, StepResult, check_id},
     helper::{self, Outcome},
     io::Attachment,
     reaper::{Exit, Reaper},
@@ -120,6 +121,13 @@ impl Sandbox {
     async fn shared(&self) -> StepResult<&Shared> {
         let wanted = self.state().wanted;
         self.shared.get_or_try_init(|| Shared::make(wanted)).await
+    }
+
+    /// The network namespace its containers share, once one has asked for it.
+    pub fn network_namespace(&self) -> StepResult<OwnedFd> {
+        let shared = self.shared.get();
+        let shared = shared.ok_or_else(|| StepError::Refused("no container shares a network".into()))?;
+        shared.network().try_clone().step(|| "keep the sandbox's network namespace")
     }
 
     /// Makes the network namespace its containers share what the request says.

@@ -100,6 +100,11 @@ impl Boot {
         self.monitor.id()
     }
 
+    /// Connections to the guest that boots.
+    pub(super) fn vsock(&self) -> &Vsock {
+        &self.vsock
+    }
+
     /// Waits until the agent has set the sandbox up.
     pub(super) async fn finished(self) -> Result<Machine, SandboxError> {
         let Self { monitor, vsock, ready, console, set_up, limit, timeline, spawned } = self;

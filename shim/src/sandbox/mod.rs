@@ -20,6 +20,7 @@ mod resize;
 
 use std::{
     fs, io,
+    os::fd::AsFd,
     path::Path,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -50,6 +51,7 @@ use crate::{
     clock::Keeper,
     config::Config,
     process_id::ProcessId,
+    relay::Relay,
     rootfs::Layer,
     share::Share,
     spec::{Bundle, Shm},
@@ -94,6 +96,8 @@ pub struct Sandbox {
 /// What a sandbox leaves on the host unless it is removed, in the order in
 /// which it has to go.
 struct Owned {
+    /// None where the host's kernel has none.
+    _relay: Option<Relay>,
     _share: OwnedShare,
     cgroup: Arc<HostCgroup>,
     record: Record,
@@ -132,6 +136,7 @@ impl Base {
         let share = Share::create(dir.path().join(dir::SHARE))?;
         let host = attach::HostSide::new(dir.path(), share, cgroup.procs(), network);
         let mut owned = Owned {
+            _relay: None,
             _share: OwnedShare(host.clone()),
             record: Record::begin(&plan, &dir, &cgroup)?,
             cgroup: Arc::new(cgroup),
@@ -142,6 +147,7 @@ impl Base {
         let boot = Boot::begin(config, &plan, (dir.path(), dir.fd()), &owned.cgroup, network, &timeline)?;
         network.booted();
         let monitor = boot.id();
+        owned._relay = relay_for(network, boot.vsock());
         owned.record.change(|state| state.monitor = Some(monitor));
         let sizing = resize::Sizing::new(plan.room, plan.size, plan.max_vcpus, plan.ledger, &total);
         let owned = OffThread::new(owned);
@@ -354,6 +360,14 @@ async fn open_network(config: &Config, plan: &Plan) -> Result<Arc<Network>, Sand
     });
     // A panic on that thread is a fault of ours.
     opened.await.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
+}
+
+/// Relays what is dialled at the loopback addresses of the sandbox's network
+/// namespace on the host.
+fn relay_for(network: &Network, vsock: &Vsock) -> Option<Relay> {
+    Relay::open(network.namespace().as_fd(), vsock)
+        .inspect_err(|error| log::warn!("the sandbox's loopback cannot be reached from the host: {error}"))
+        .ok()
 }
 
 /// Refuses what no monitor could use before anything is made.
