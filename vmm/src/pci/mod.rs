@@ -5,7 +5,8 @@
 //! only. Device numbers are slots: a device that is added later takes a free one,
 //! with the BAR address that belongs to it ([`bar_address`]), so nothing of the
 //! others moves; one that is taken out leaves an empty slot, which reads as ones
-//! like every other. There is no host bridge among them: Linux is told that the ports
+//! like every other, and a BAR that reads as zeroes until the slot is used again: a driver
+//! that was not asked resets the device before it lets go, and waits for the status to be 0. There is no host bridge among them: Linux is told that the ports
 //! are there (`pci=conf1`), and a device costs it a hundred exits to look at.
 
 pub mod config;
@@ -116,8 +117,8 @@ pub struct PciBus {
     /// The last address written to [`CONFIG_ADDRESS_PORT`].
     address: AtomicU32,
     slots: [Slot; SLOTS],
-    /// Which addresses belong to which slot; never held together with a slot's
-    /// lock except by a change of that slot's BAR.
+    /// Which addresses belong to which slot, those of empty slots last; never held
+    /// together with a slot's lock except by a change of that slot's BAR.
     windows: RwLock<Vec<(Range<u64>, usize)>>,
 }
 
@@ -157,11 +158,14 @@ impl PciBus {
         Ok(())
     }
 
-    /// Takes the function out of a slot; whoever reads it from now on reads ones.
+    /// Takes the function out of a slot; whoever reads its configuration from now on
+    /// reads ones, and zeroes where its BAR was.
     /// It is stopped by dropping it, which no access to the bus waits for.
     pub fn remove(&self, slot: usize) -> Option<Box<dyn PciFunction>> {
         let mut place = self.lock(slot);
-        self.update_window(slot, None);
+        let mut windows = self.windows.write().unwrap_or_else(PoisonError::into_inner);
+        // In the way of no other that the guest puts there.
+        windows.sort_by_key(|(_, other)| *other == slot);
         place.take()
     }
 
@@ -262,17 +266,25 @@ impl PciBus {
         }
     }
 
-    /// Reads from the device whose BAR has `address`; false where none has.
+    /// Reads from the device whose BAR has `address`; false where none has or had.
     pub fn read_memory(&self, address: u64, data: &mut [u8]) -> bool {
-        self.with_memory(address, |function, offset| function.read_memory(offset, data))
+        self.with_memory(address, |function, offset| match function {
+            Some(function) => function.read_memory(offset, data),
+            None => data.fill(0),
+        })
     }
 
-    /// Writes to the device whose BAR has `address`; false where none has.
+    /// Writes to the device whose BAR has `address`; false where none has or had.
     pub fn write_memory(&self, address: u64, data: &[u8]) -> bool {
-        self.with_memory(address, |function, offset| function.write_memory(offset, data))
+        self.with_memory(address, |function, offset| {
+            if let Some(function) = function {
+                function.write_memory(offset, data);
+            }
+        })
     }
 
-    fn with_memory(&self, address: u64, access: impl FnOnce(&mut dyn PciFunction, u64)) -> bool {
+    /// None of the function, where it has been taken out.
+    fn with_memory(&self, address: u64, access: impl FnOnce(Option<&mut Box<dyn PciFunction>>, u64)) -> bool {
         let found = {
             let windows = self.windows.read().unwrap_or_else(PoisonError::into_inner);
             windows
@@ -281,10 +293,7 @@ impl PciBus {
                 .map(|(range, slot)| (range.start, *slot))
         };
         let Some((start, slot)) = found else { return false };
-        match self.lock(slot).as_mut() {
-            Some(function) => access(function.as_mut(), address - start),
-            None => return false,
-        }
+        access(self.lock(slot).as_mut(), address - start);
         true
     }
 
@@ -303,8 +312,10 @@ impl PciBus {
 
     fn update_window(&self, slot: usize, memory: Option<Range<u64>>) {
         let mut windows = self.windows.write().unwrap_or_else(PoisonError::into_inner);
-        windows.retain(|(_, s)| *s != slot);
-        windows.extend(memory.map(|range| (range, slot)));
+        windows.retain(|(_, other)| *other != slot);
+        if let Some(range) = memory {
+            windows.insert(0, (range, slot));
+        }
     }
 
     fn lock(&self, slot: usize) -> MutexGuard<'_, Option<Box<dyn PciFunction>>> {
@@ -409,5 +420,32 @@ mod tests {
         assert_eq!((at(0xd000_0000), at(bar_address(1))), (Some(1), None));
         write(&bus, 1, 4, 0);
         assert_eq!(at(0xd000_0000), None);
+    }
+
+    #[test]
+    fn a_bar_whose_device_was_taken_out_reads_as_reset() {
+        let bus = bus();
+        let at = |address: u64| {
+            let mut byte = [7];
+            bus.read_memory(address, &mut byte).then_some(byte[0])
+        };
+        write(&bus, 1, 4, 2);
+        write(&bus, 2, 4, 2);
+        drop(bus.remove(1).unwrap());
+        assert_eq!(read(&bus, 1, 0), u32::MAX);
+        assert_eq!((at(bar_address(1)), at(bar_address(2))), (Some(0), Some(2)));
+        assert!(bus.write_memory(bar_address(1), &[1]));
+        // Another that is put where it was.
+        write(&bus, 2, 0x10, bar_address(1) as u32);
+        assert_eq!(at(bar_address(1)), Some(2));
+        // The slot is used again.
+        let make = |slot| {
+            let mut config = ConfigSpace::new(&Identity::default());
+            config.set_memory_bar(0x4000, bar_address(slot));
+            Ok(Box::new(Memory { config, byte: 9 }) as Box<dyn PciFunction>)
+        };
+        assert_eq!(bus.add::<BusFull>(make).unwrap(), 1);
+        write(&bus, 2, 0x10, bar_address(2) as u32);
+        assert_eq!(at(bar_address(1)), None, "decoding is off");
     }
 }
