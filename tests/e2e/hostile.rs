@@ -8,7 +8,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use rvm_tests::{
     case,
-    machine::{self, HOSTILE_ENV, Machine},
+    machine::hostile::{self, HOSTILE_ENV, Machine},
     scale,
     world::{World, shell},
 };
@@ -153,7 +153,7 @@ fn leaves_nothing(machine: Machine, seen: &Seen) -> Result<()> {
          ended after {} ms\n{}",
         seen.answers,
         seen.slowest.as_millis(),
-        machine::limit().as_millis(),
+        hostile::limit().as_millis(),
         finished.took.as_millis(),
         finished.errors()
     );

@@ -17,6 +17,7 @@ mod failures;
 mod guest_kernel;
 mod hooks;
 mod hostile;
+mod interfaces;
 mod joined;
 mod limits;
 mod loopback;

@@ -1,17 +1,30 @@
 //! A container's network: what CNI plugins, hooks and others put into its namespace
 //! on the host is what it has, and the host's side is as under runc.
 
-use anyhow::{Context, Result, ensure};
+use std::{
+    fs::File,
+    io::{Read, Write},
+    net::TcpListener,
+    os::fd::AsRawFd,
+    thread,
+};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use nix::{
+    sched::{CloneFlags, setns},
+    sys::socket::{Shutdown, shutdown},
+};
 use rvm_tests::{
     bundle, case,
-    cni::{Namespace, Network},
+    cni::{ForCtr, Namespace, Network},
     ctr::{Ctr, Run, remove_clients_fifos},
+    host,
     job::{Finished, Input},
     sandbox::Sandbox,
     scale,
     world::shell,
 };
-use serde_json::json;
+use serde_json::{Value, json};
 
 fn exec(ctr: &Ctr, id: &str, script: &str) -> Result<String> {
     let job = ctr.exec(id, &[], &["sh", "-c", script], Input::Nothing)?;
@@ -28,6 +41,274 @@ fn started(ctr: &Ctr, prefix: &str, namespace: &Namespace, script: &str) -> Resu
     let run = ctr.container(prefix).detached().with(&["--with-ns", &namespace.option()]);
     run.run(&["sh", "-c", script])?.success()?;
     Ok(run)
+}
+
+/// A chain as Kubernetes' and Docker's networks are made of, its results kept with the tests' files.
+fn chain() -> Value {
+    json!([
+        {"type": "bridge", "bridge": "rvmbr0", "isGateway": true, "ipMasq": true, "hairpinMode": true, "mtu": 1400,
+         "ipam": {"type": "host-local", "dataDir": "/run/rvm-tests/cni",
+                  "ranges": [[{"subnet": "10.88.7.0/24"}], [{"subnet": "fd88:7::/64"}]],
+                  "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]}},
+        {"type": "portmap", "capabilities": {"portMappings": true}, "snat": true},
+        {"type": "firewall"},
+        {"type": "bandwidth", "ingressRate": RATE, "ingressBurst": BURST, "egressRate": RATE, "egressBurst": BURST},
+        {"type": "tuning", "sysctl": {"net.core.somaxconn": "511"}}
+    ])
+}
+
+/// Bits a second that a chain lets pass each way, and bits at once.
+const RATE: u64 = 32_000_000;
+const BURST: u64 = 800_000;
+/// Bytes to be fetched, and seconds they take at least at that rate.
+const LARGE: &str = "6000000";
+const LARGE_TAKES: f64 = 1.3;
+
+/// What a chain leaves on a host with its last container gone.
+const TIDY: &str = "rm -rf /run/rvm-tests/cni /run/xtables.lock";
+
+/// A second network, of frames of 9000 bytes.
+fn jumbo() -> Value {
+    json!([{"type": "bridge", "bridge": "rvmbr9", "mtu": 9000,
+            "ipam": {"type": "host-local", "dataDir": "/run/rvm-tests/cni",
+                     "ranges": [[{"subnet": "10.89.7.0/24"}], [{"subnet": "fd89:7::/64"}]]}}])
+}
+
+/// One end of the networks: a namespace, what was mapped to it and the results of the plugins.
+struct End {
+    name: &'static str,
+    namespace: Namespace,
+    mapped: Value,
+    added: Value,
+    v4: String,
+    v6: String,
+    jumbo: Option<Value>,
+}
+
+impl End {
+    fn new(name: &'static str, (chain, jumbo): (&Network, Option<&Network>), mapped: Value) -> Result<Self> {
+        let namespace = Namespace::new(name)?;
+        let added = chain.add(name, &namespace, "eth0", &mapped)?;
+        let jumbo = jumbo.map(|network| network.add(name, &namespace, "net1", &json!({}))).transpose()?;
+        let (v4, v6) = addresses(&added)?;
+        Ok(Self { name, namespace, mapped, added, v4, v6, jumbo })
+    }
+
+    /// Starts a server in it that says its name.
+    fn serve(&self, ctr: &Ctr) -> Result<Run> {
+        let Self { name, namespace, .. } = self;
+        let script = format!(
+            "mkdir /srv && echo {name} > /srv/index.html && head -c {LARGE} /dev/zero > /srv/large && \
+             exec httpd -f -p 80 -h /srv"
+        );
+        started(ctr, name, namespace, &script)
+    }
+
+    /// What is seen of it on the host.
+    fn seen(&self) -> Result<String> {
+        self.namespace.run(
+            "for link in lo eth0; do cd /sys/class/net/$link; cat address mtu flags ifindex iflink; done
+             ip -o address show dev eth0; ip route; ip -6 route show dev eth0; ip rule; ip neighbour show nud permanent",
+        )
+    }
+
+    fn delete(&self, chain: &Network, jumbo: &Network) -> Result<()> {
+        let Self { name, namespace, mapped, added, .. } = self;
+        if let Some(added) = &self.jumbo {
+            jumbo.delete(name, namespace, "net1", (&json!({}), added))?;
+        }
+        chain.delete(name, namespace, "eth0", (mapped, added))
+    }
+}
+
+/// The addresses a result tells of, without their prefixes.
+fn addresses(result: &Value) -> Result<(String, String)> {
+    let address = |n: usize| -> Result<String> {
+        let text = result["ips"][n]["address"].as_str().with_context(|| format!("no address in {result}"))?;
+        Ok(text.split('/').next().unwrap_or(text).to_owned())
+    };
+    Ok((address(0)?, address(1)?))
+}
+
+/// A second namespace plays the internet; nothing in it knows the way to a container.
+struct Internet {
+    namespace: Namespace,
+    listener: TcpListener,
+    server: Option<thread::JoinHandle<()>>,
+}
+
+impl Internet {
+    /// One with a server that answers with where it was asked from.
+    fn new() -> Result<Self> {
+        let namespace = Namespace::new("rvm-internet")?;
+        shell(
+            "ip link add rvmnet0 type veth peer name eth0 netns rvm-internet; ip link set rvmnet0 up
+             ip address add 198.51.100.1/24 dev rvmnet0; ip address add 2001:db8:51::1/64 dev rvmnet0 nodad",
+        )?;
+        namespace.run(
+            "ip link set eth0 up; ip address add 198.51.100.2/24 dev eth0
+             ip address add 2001:db8:51::2/64 dev eth0 nodad",
+        )?;
+        let inside = File::open(namespace.path())?;
+        let listen = || {
+            setns(inside, CloneFlags::CLONE_NEWNET)?;
+            TcpListener::bind("[::]:80").context("listen in the internet")
+        };
+        let listener =
+            thread::scope(|scope| scope.spawn(listen).join().map_err(|_| anyhow!("a panic")).flatten())?;
+        let accepting = listener.try_clone()?;
+        let server = thread::spawn(move || {
+            while let Ok((mut client, peer)) = accepting.accept() {
+                // Who goes away without an answer is told so by what it lacks.
+                let asked = client.read(&mut [0; 4096]);
+                let _ = asked.and_then(|_| writeln!(client, "{}", peer.ip().to_canonical()));
+            }
+        });
+        Ok(Self { namespace, listener, server: Some(server) })
+    }
+}
+
+impl Drop for Internet {
+    fn drop(&mut self) {
+        // Whoever accepts returns.
+        let _ = shutdown(self.listener.as_raw_fd(), Shutdown::Both);
+        if let Some(server) = self.server.take() {
+            let _ = server.join();
+        }
+        let _ = shell("ip link delete rvmnet0");
+    }
+}
+
+/// Asks a server, at port 80 or the one that is named, until there is one. (The static busybox's wget looks names of ports
+/// up, and dies of that.)
+fn ask(address: &str) -> String {
+    let to = if address.contains(' ') { address.to_owned() } else { format!("{address} 80") };
+    format!(
+        "for n in $(seq 20); do
+             said=$( (printf 'GET / HTTP/1.0\r\n\r\n'; sleep 0.5) | nc -w 5 {to} | tail -n 1)
+             [ -n \"$said\" ] && echo \"$said\" && exit 0; sleep 0.5
+         done; exit 1"
+    )
+}
+
+fn curl(url: &str) -> String {
+    format!("curl -sS --max-time 20 --retry 20 --retry-connrefused 'http://{url}'")
+}
+
+/// As Kubernetes and Docker connect containers: a bridge with ports of the host mapped,
+/// a firewall, limits and masquerading; rvm beside runc.
+#[test]
+fn a_chain_of_plugins() {
+    case(|world| {
+        let ctr = world.ctr();
+        let forwarding = "net.ipv4.ip_forward net.ipv6.conf.all.forwarding";
+        let forwards = shell(&format!("sysctl -n {forwarding}"))?;
+        let (chain, jumbo) = (Network::new("rvm-net", chain()), Network::new("rvm-jumbo", jumbo()));
+        let internet = Internet::new()?;
+        let mapping = json!({"portMappings": [{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}]});
+        let ours = End::new("rvm-a", (&chain, Some(&jumbo)), mapping)?;
+        let other = End::new("rvm-b", (&chain, Some(&jumbo)), json!({}))?;
+        let runcs = End::new("rvm-runc", (&chain, None), json!({}))?;
+        let before = ours.seen()?;
+
+        let run = ours.serve(&ctr)?;
+        let second = other.serve(&ctr)?;
+        let runc = runcs.serve(&ctr.under("io.containerd.runc.v2"))?;
+        // The same interface, addresses, routes and MTU as on the host, where they stay.
+        chain.check("rvm-a", &ours.namespace, "eth0", (&ours.mapped, &ours.added))?;
+        let after = ours.seen()?;
+        ensure!(after == before, "the host's side was {before} and is {after}");
+        let inside =
+            exec(&ctr, &run.id, "ip address; ip route; ip -6 route; cat /proc/sys/net/core/somaxconn")?;
+        println!("{inside}");
+        for link in ["eth0", "net1"] {
+            let mac = ours.namespace.run(&format!("cat /sys/class/net/{link}/address"))?;
+            ensure!(inside.contains(mac.trim()), "no {mac} in {inside}");
+        }
+        let (v4, v6) = (&ours.v4, &ours.v6);
+        for wanted in [
+            "mtu 1400",
+            "mtu 9000",
+            &format!("inet {v4}/24"),
+            &format!("inet6 {v6}/64"),
+            "default via 10.88.7.1",
+            "default via fd88:7::1",
+            "\n511\n",
+        ] {
+            ensure!(inside.contains(wanted), "no {wanted:?} in {inside}");
+        }
+        ensure!(!inside.contains("tentative"), "{inside}");
+
+        // Each reaches each, by both families.
+        let on_host = |script: String| shell(&script);
+        let in_internet = |script: String| internet.namespace.run(&script);
+        let (in_rvm, in_runc) =
+            (|to: &str| exec(&ctr, &run.id, &ask(to)), |to: &str| exec(&ctr, &runc.id, &ask(to)));
+        for (what, wanted, said) in [
+            ("host to container", "rvm-a", on_host(curl(v4))),
+            ("the same by IPv6", "rvm-a", on_host(curl(&format!("[{v6}]")))),
+            ("a mapped port, on loopback", "rvm-a", on_host(curl("127.0.0.1:8080"))),
+            ("a mapped port, from outside", "rvm-a", in_internet(curl("198.51.100.1:8080"))),
+            ("the same by IPv6", "rvm-a", in_internet(curl("[2001:db8:51::1]:8080"))),
+            ("a mapped port, from a container", "rvm-a", in_runc("198.51.100.1 8080")),
+            ("a mapped port, from the container itself", "rvm-a", in_rvm("198.51.100.1 8080")),
+            ("rvm to runc", "rvm-runc", in_rvm(&runcs.v4)),
+            ("the same by IPv6", "rvm-runc", in_rvm(&runcs.v6)),
+            ("runc to rvm", "rvm-a", in_runc(v4)),
+            ("the same by IPv6", "rvm-a", in_runc(v6)),
+            ("rvm to rvm", "rvm-b", in_rvm(&other.v4)),
+            ("the same by IPv6", "rvm-b", in_rvm(&other.v6)),
+            // Nobody out there knows the container's address.
+            ("masqueraded", "198.51.100.1", in_rvm("198.51.100.2")),
+            ("the same by IPv6", "2001:db8:51::1", in_rvm("2001:db8:51::2")),
+        ] {
+            let said = said.with_context(|| what.to_owned())?;
+            println!("{what}: {}", said.trim());
+            ensure!(said.trim() == wanted, "{what}: {said:?}");
+        }
+        exec(&ctr, &run.id, "ping -c 1 -W 5 10.88.7.1 && ping -c 1 -W 5 fd88:7::1")?;
+        // In one piece, from machine to machine.
+        let far = addresses(other.jumbo.as_ref().context("no second network")?)?;
+        exec(
+            &ctr,
+            &run.id,
+            &format!("ping -c 1 -W 5 -s 8972 {} && ping -c 1 -W 5 -s 8952 {}", far.0, far.1),
+        )?;
+
+        // The limits hold in both directions.
+        let seconds = shell(&format!("curl -sS -o /dev/null -w '%{{time_total}}' http://{v4}/large"))?;
+        ensure!(seconds.trim().parse::<f64>()? > LARGE_TAKES, "from the container: {seconds} s");
+        let fetch = format!(
+            "start=$(cut -d ' ' -f 1 /proc/uptime); printf 'GET /large HTTP/1.0\r\n\r\n' | nc -w 20 {} 80 | wc -c
+             echo $start; cut -d ' ' -f 1 /proc/uptime",
+            runcs.v4
+        );
+        let fetched = exec(&ctr, &run.id, &fetch)?;
+        println!("{LARGE} bytes from the container in {seconds} s, to it {}", fetched.replace('\n', " "));
+        let numbers: Vec<f64> = fetched.lines().map(str::parse).collect::<Result<_, _>>()?;
+        let [bytes, start, end] = numbers[..] else { bail!("{fetched}") };
+        ensure!(bytes > LARGE.parse()? && end - start > LARGE_TAKES, "to the container: {fetched}");
+
+        // The host's counters are the container's.
+        let counted = ours.namespace.run("cd /sys/class/net/eth0/statistics; cat rx_bytes tx_bytes")?;
+        let counted: Vec<u64> = counted.lines().map(str::parse).collect::<Result<_, _>>()?;
+        ensure!(counted.iter().all(|bytes| *bytes > 6_000_000), "{counted:?}");
+
+        for id in [&run.id, &second.id, &runc.id] {
+            world.end(id)?;
+        }
+        host::remove_runcs_parent();
+        for end in [&ours, &other, &runcs] {
+            ensure!(end.namespace.left()?.is_empty(), "{}", end.namespace.left()?);
+            end.delete(&chain, &jumbo)?;
+        }
+        let [v4, v6] = forwards.lines().collect::<Vec<_>>()[..] else { bail!("{forwards}") };
+        shell(&format!(
+            "ip link delete rvmbr0; ip link delete rvmbr9; {TIDY}
+             sysctl -q net.ipv4.ip_forward={v4} net.ipv6.conf.all.forwarding={v6}"
+        ))?;
+        Ok(())
+    });
 }
 
 #[test]
@@ -216,29 +497,16 @@ fn what_cannot_be_and_what_dies_leaves_nothing() {
 #[test]
 fn plugins_between_creation_and_start() {
     case(|world| {
-        // Where ctr looks, in this mount namespace alone.
-        let (plugins, configuration) = ("/opt/cni/bin", "/etc/cni/net.d");
-        shell(&format!(
-            "mkdir -p {plugins} {configuration} /run/rvm-tests/net.d
-             mount --bind /usr/lib/cni {plugins}; mount --bind /run/rvm-tests/net.d {configuration}"
-        ))?;
-        let bridge = json!({"type": "bridge", "bridge": "rvmbr2", "isGateway": true,
-            "ipam": {"type": "host-local", "dataDir": "/run/rvm-tests/cni",
-                     "ranges": [[{"subnet": "10.44.0.0/24"}]], "routes": [{"dst": "0.0.0.0/0"}]}});
-        let list = json!({"cniVersion": "0.4.0", "name": "rvm", "plugins": [bridge]});
-        std::fs::write("/run/rvm-tests/net.d/10-rvm.conflist", list.to_string())?;
-        let finished = world
-            .ctr()
-            .container("cni")
-            .with(&["--cni"])
-            .shell("ip address show dev eth0; ip route; ping -c 1 -W 5 10.44.0.1")?;
-        shell(&format!(
-            "umount {plugins} {configuration}
-             ip link delete rvmbr2; rm -rf /run/rvm-tests/net.d /run/rvm-tests/cni /run/xtables.lock"
-        ))?;
+        let network = ForCtr::new(&chain())?;
+        let finished = world.ctr().container("cni").with(&["--cni"]).shell(
+            "ip address show dev eth0; ip route; ping -c 1 -W 5 10.88.7.1; ping -c 1 -W 5 fd88:7::1",
+        )?;
+        drop(network);
+        shell(&format!("ip link delete rvmbr0; {TIDY}"))?;
         let inside = finished.success()?.text();
         println!("{inside}");
-        ensure!(inside.contains("inet 10.44.0.") && inside.contains("default via 10.44.0.1"), "{inside}");
+        ensure!(inside.contains("inet 10.88.7.") && inside.contains("default via 10.88.7.1"), "{inside}");
+        ensure!(inside.matches(" 0% packet loss").count() == 2, "{inside}");
         Ok(())
     });
 }

@@ -79,6 +79,40 @@ impl Drop for Namespace {
     }
 }
 
+/// The network of `ctr run --cni`, where ctr looks for it in this mount namespace alone; it
+/// goes with the value.
+pub struct ForCtr(());
+
+impl ForCtr {
+    /// Directories in which ctr looks for plugins and for networks.
+    const LOOKS: [&str; 2] = ["/opt/cni/bin", "/etc/cni/net.d"];
+    const CONFIGURED: &str = "/run/rvm-tests/net.d";
+
+    /// A network of a chain of plugins.
+    ///
+    /// # Errors
+    /// When its description does not get there.
+    pub fn new(plugins: &Value) -> Result<Self> {
+        let [programs, networks] = Self::LOOKS;
+        let configured = Self::CONFIGURED;
+        shell(&format!(
+            "mkdir -p {programs} {networks} {configured}
+             mount --bind {PLUGINS} {programs}; mount --bind {configured} {networks}"
+        ))?;
+        let there = Self(());
+        let list = json!({"cniVersion": "0.4.0", "name": "rvm", "plugins": plugins});
+        std::fs::write(Path::new(configured).join("10-rvm.conflist"), list.to_string())?;
+        Ok(there)
+    }
+}
+
+impl Drop for ForCtr {
+    fn drop(&mut self) {
+        let [programs, networks] = Self::LOOKS;
+        let _ = shell(&format!("umount {programs} {networks}; rm -rf {}", Self::CONFIGURED));
+    }
+}
+
 /// A network: a chain of plugins.
 pub struct Network {
     name: String,

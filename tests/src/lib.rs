@@ -12,7 +12,7 @@
 //! * [`cni`]: plugins of the Container Network Interface.
 //! * [`events`]: what containerd published.
 //! * [`sandbox`]: the host side of one running sandbox.
-//! * [`machine`]: a monitor by itself, with a guest of the tests' own.
+//! * [`machine`]: a monitor by itself, with a guest of the tests' own: hostile, or networked.
 //! * [`task`]: one shim's Task API.
 //! * [`timeline`]: how one start went.
 //! * [`host`]: what a sandbox could leave behind.

@@ -1,16 +1,9 @@
-//! A machine without a sandbox: the monitor by itself, started as the shim starts it,
-//! with a guest of the tests' own in it.
+//! A machine whose guest is `tests/hostile`.
 
 use std::{
     fs::read_to_string,
     io::{BufRead, BufReader, Write},
-    os::{
-        fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
-        unix::{
-            net::{UnixDatagram, UnixStream},
-            process::CommandExt,
-        },
-    },
+    os::{fd::AsRawFd, unix::net::UnixStream},
     path::{Path, PathBuf},
     process::Command,
     time::{Duration, Instant},
@@ -19,10 +12,11 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use rvm_protocol::{
     guest::{DEFAULT_CMDLINE, GUEST_CID},
-    vmm::{Call, MAX_MESSAGE_LEN, Metrics, Reply, Request, Response},
+    vmm::{Metrics, Request, Response},
 };
 use serde_json::json;
 
+use super::{Control, inherits};
 use crate::{
     job::{Finished, Input, Job},
     scale,
@@ -49,8 +43,7 @@ const CGROUPS: &str = "/sys/fs/cgroup";
 /// A running machine in a directory and a cgroup of its own, with two shares, a disk and vsock.
 pub struct Machine {
     job: Job,
-    control: UnixDatagram,
-    calls: u64,
+    control: Control,
     // Removed when the monitor is gone.
     place: Place,
 }
@@ -87,16 +80,15 @@ impl Machine {
             "disks": [{ "serial": "disk", "path": "disk", "readonly": false }],
         });
         std::fs::write(place.dir.join("vm.json"), config.to_string())?;
-        let (control, monitors) = seqpacket_pair()?;
+        let (control, monitors) = Control::pair()?;
         let fd = monitors.as_raw_fd();
         let mut command = Command::new("sh");
         let enter = format!("echo $$ > {}/cgroup.procs; exec \"$0\" \"$@\"", place.cgroup.display());
         command.args(["-c", &enter]).arg(world.stage().monitor());
         command.args(["--config", "vm.json", "--control-fd", &fd.to_string()]).current_dir(&place.dir);
-        // SAFETY: the closure makes one system call.
-        unsafe { command.pre_exec(move || inherit(fd)) };
+        inherits(&mut command, vec![fd]);
         let job = Job::start(command, Input::Nothing)?;
-        Ok(Self { job, control, calls: 0, place })
+        Ok(Self { job, control, place })
     }
 
     /// What its guest has printed.
@@ -151,15 +143,7 @@ impl Machine {
     }
 
     fn ask(&mut self, request: Request) -> Result<Response> {
-        self.calls += 1;
-        let name = format!("{request:?}");
-        self.control.send(&serde_json::to_vec(&Call { id: self.calls, request })?)?;
-        let mut text = vec![0; MAX_MESSAGE_LEN];
-        self.control.set_read_timeout(Some(limit()))?;
-        let count = self.control.recv(&mut text).with_context(|| format!("no answer to {name}"))?;
-        let reply: Reply = serde_json::from_slice(&text[..count])?;
-        ensure!(reply.id == self.calls, "{name}: an answer to another request");
-        Ok(reply.response)
+        self.control.ask(request, &[], limit())
     }
 
     /// Its counters, by the socket that anybody may read them from.
@@ -255,25 +239,5 @@ impl Drop for Place {
         // The processes in it have been waited for.
         let _ = std::fs::remove_dir(&self.cgroup);
         let _ = std::fs::remove_dir_all(&self.dir);
-    }
-}
-
-/// Two connected sockets that keep messages apart.
-fn seqpacket_pair() -> Result<(UnixDatagram, OwnedFd)> {
-    let mut fds = [-1; 2];
-    let kind = libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC;
-    // SAFETY: an array of two descriptors, as the call wants.
-    let made = unsafe { libc::socketpair(libc::AF_UNIX, kind, 0, fds.as_mut_ptr()) };
-    ensure!(made == 0, "socketpair: {}", std::io::Error::last_os_error());
-    // SAFETY: both were just made for us.
-    let [ours, theirs] = fds.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
-    Ok((ours.into(), theirs))
-}
-
-fn inherit(fd: RawFd) -> std::io::Result<()> {
-    // SAFETY: plain system call; 0 clears FD_CLOEXEC.
-    match unsafe { libc::fcntl(fd, libc::F_SETFD, 0) } {
-        0 => Ok(()),
-        _ => Err(std::io::Error::last_os_error()),
     }
 }
