@@ -7,6 +7,7 @@ use std::{
     net::TcpListener,
     os::fd::AsRawFd,
     thread,
+    time::Instant,
 };
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -22,6 +23,7 @@ use rvm_tests::{
     job::{Finished, Input},
     sandbox::Sandbox,
     scale,
+    task::Shim,
     world::shell,
 };
 use serde_json::{Value, json};
@@ -36,6 +38,19 @@ fn says(refused: &Finished, text: &str) -> Result<()> {
     Ok(())
 }
 
+/// The guest has let go of an interface a moment before the monitor has.
+fn until_same(before: &str, now: impl Fn() -> Result<String>) -> Result<()> {
+    let until = Instant::now() + scale::command();
+    loop {
+        let after = now()?;
+        if after == before {
+            return Ok(());
+        }
+        ensure!(Instant::now() < until, "{after} instead of {before}");
+        thread::sleep(scale::seconds(0.01));
+    }
+}
+
 /// A detached container in a network namespace that was prepared.
 fn started(ctr: &Ctr, prefix: &str, namespace: &Namespace, script: &str) -> Result<Run> {
     let run = ctr.container(prefix).detached().with(&["--with-ns", &namespace.option()]);
@@ -46,7 +61,7 @@ fn started(ctr: &Ctr, prefix: &str, namespace: &Namespace, script: &str) -> Resu
 /// A chain as Kubernetes' and Docker's networks are made of, its results kept with the tests' files.
 fn chain() -> Value {
     json!([
-        {"type": "bridge", "bridge": "rvmbr0", "isGateway": true, "ipMasq": true, "hairpinMode": true, "mtu": 1400,
+        {"type": "bridge", "bridge": "rvmbr0", "isGateway": true, "ipMasq": true, "hairpinMode": true, "mtu": 1400, "macspoofchk": true,
          "ipam": {"type": "host-local", "dataDir": "/run/rvm-tests/cni",
                   "ranges": [[{"subnet": "10.88.7.0/24"}], [{"subnet": "fd88:7::/64"}]],
                   "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]}},
@@ -63,6 +78,30 @@ const BURST: u64 = 800_000;
 /// Bytes to be fetched, and seconds they take at least at that rate.
 const LARGE: &str = "6000000";
 const LARGE_TAKES: f64 = 1.3;
+
+/// Sends with addresses that were not given to it, then with its own.
+const SPOOF: &str = "
+passes() { ping -c 1 -W 5 $2 10.88.7.1 > /dev/null 2>&1 && echo $1: passed || echo $1: dropped; }
+mac=$(cat /sys/class/net/eth0/address)
+ip link set eth0 address 02:00:00:00:00:66
+passes 'another address of its link'
+ip link set eth0 address $mac
+ip address add 10.88.7.250/24 dev eth0
+passes 'another address of its network' '-I 10.88.7.250'
+ip address del 10.88.7.250/24 dev eth0
+passes 'its own again'
+";
+
+/// Bytes and packets received and sent by `eth0`: as the container's statistics say, and as the host's
+/// interface has counted.
+fn counts(namespace: &Namespace, id: &str) -> Result<[[u64; 4]; 2]> {
+    let told = Shim::of(id)?.networks()?;
+    let told = told.get("eth0").with_context(|| format!("no eth0 in {told:?}"))?;
+    let counted =
+        namespace.run("cd /sys/class/net/eth0/statistics; cat rx_bytes rx_packets tx_bytes tx_packets")?;
+    let counted: Vec<u64> = counted.lines().map(str::parse).collect::<Result<_, _>>()?;
+    Ok([*told, counted.try_into().map_err(|counted| anyhow!("{counted:?}"))?])
+}
 
 /// What a chain leaves on a host with its last container gone.
 const TIDY: &str = "rm -rf /run/rvm-tests/cni /run/xtables.lock";
@@ -101,7 +140,10 @@ impl End {
             "mkdir /srv && echo {name} > /srv/index.html && head -c {LARGE} /dev/zero > /srv/large && \
              exec httpd -f -p 80 -h /srv"
         );
-        started(ctr, name, namespace, &script)
+        let may = ["--cap-add", "CAP_NET_ADMIN"];
+        let run = ctr.container(name).detached().with(&["--with-ns", &namespace.option()]).with(&may);
+        run.run(&["sh", "-c", &script])?.success()?;
+        Ok(run)
     }
 
     /// What is seen of it on the host.
@@ -275,6 +317,7 @@ fn a_chain_of_plugins() {
             &format!("ping -c 1 -W 5 -s 8972 {} && ping -c 1 -W 5 -s 8952 {}", far.0, far.1),
         )?;
 
+        let counted = counts(&ours.namespace, &run.id)?;
         // The limits hold in both directions.
         let seconds = shell(&format!("curl -sS -o /dev/null -w '%{{time_total}}' http://{v4}/large"))?;
         ensure!(seconds.trim().parse::<f64>()? > LARGE_TAKES, "from the container: {seconds} s");
@@ -289,10 +332,22 @@ fn a_chain_of_plugins() {
         let [bytes, start, end] = numbers[..] else { bail!("{fetched}") };
         ensure!(bytes > LARGE.parse()? && end - start > LARGE_TAKES, "to the container: {fetched}");
 
-        // The host's counters are the container's.
-        let counted = ours.namespace.run("cd /sys/class/net/eth0/statistics; cat rx_bytes tx_bytes")?;
-        let counted: Vec<u64> = counted.lines().map(str::parse).collect::<Result<_, _>>()?;
-        ensure!(counted.iter().all(|bytes| *bytes > 6_000_000), "{counted:?}");
+        // What the statistics say has come and gone is what the host's interface has counted, but for what
+        // neighbours ask one another meanwhile.
+        let after = counts(&ours.namespace, &run.id)?;
+        println!("before {counted:?}, after {after:?}");
+        for n in 0..4 {
+            let [told, counted] = [0, 1].map(|which| after[which][n] - counted[which][n]);
+            let apart = if n % 2 == 0 { 1000 } else { 10 };
+            ensure!(told.abs_diff(counted) <= apart, "{n}: told {told}, counted {counted}");
+            ensure!(n % 2 == 1 || counted > 6_000_000, "{after:?}");
+        }
+
+        // What is not its own is treated alike by the same plugins.
+        let (spoofs, runcs_spoofs) = (exec(&ctr, &run.id, SPOOF)?, exec(&ctr, &runc.id, SPOOF)?);
+        println!("spoofed:\n{spoofs}");
+        ensure!(spoofs == runcs_spoofs && spoofs.contains("of its link: dropped"), "{spoofs}{runcs_spoofs}");
+        ensure!(spoofs.ends_with("its own again: passed\n"), "{spoofs}");
 
         for id in [&run.id, &second.id, &runc.id] {
             world.end(id)?;
@@ -447,6 +502,27 @@ fn interfaces_come_and_go() {
         shell("ip link delete rvm-eth1")?;
         until("! ip link show dev eth1 2>/dev/null")?;
         shell("ping -c 1 -W 5 10.66.0.4")?;
+
+        // Twenty more that come and go leave nothing with the monitor, the shim, the namespace or the guest.
+        let sandbox = Sandbox::find(world.stage(), &run.id)?;
+        let held = || -> Result<String> {
+            let (shim, monitor) = (sandbox.shim.pid, sandbox.monitor.pid);
+            let there = shell(&format!(
+                "ls /proc/{shim}/fd /proc/{monitor}/fd /proc/{monitor}/task | wc -l
+                 nsenter -t {pid} -n sh -ec 'ip -o link | wc -l; ip route show table all | wc -l; ip rule | wc -l'"
+            ))?;
+            let inside =
+                "ls /sys/bus/pci/devices | wc -l; ip -o link | wc -l; ip route show table all | wc -l";
+            Ok(there + &exec(&ctr, &run.id, inside)?)
+        };
+        let before = held()?;
+        for _ in 0..20 {
+            shell(&format!("pid={pid}\n{}", plug("eth1", "10.66.0.5")))?;
+            until("ip address show dev eth1 2>/dev/null | grep -q 10.66.0.5")?;
+            shell("ip link delete rvm-eth1")?;
+            until("! ip link show dev eth1 2>/dev/null")?;
+        }
+        until_same(&before, held)?;
         world.end(&run.id)?;
         shell("ip link delete rvmbr1; ip link delete rvm-eth0 2>/dev/null || true")?;
         Ok(())
@@ -477,10 +553,10 @@ fn what_cannot_be_and_what_dies_leaves_nothing() {
         let sandbox = Sandbox::find(world.stage(), &run.id)?;
         shell(&format!("kill -9 {}", sandbox.shim.pid))?;
         world.events(|events| events.wait_for("/tasks/exit", &run.id, scale::container()))?;
-        let until = std::time::Instant::now() + scale::container();
+        let until = Instant::now() + scale::container();
         while !ours.left()?.is_empty() {
-            ensure!(std::time::Instant::now() < until, "left: {}", ours.left()?);
-            std::thread::sleep(scale::seconds(0.01));
+            ensure!(Instant::now() < until, "left: {}", ours.left()?);
+            thread::sleep(scale::seconds(0.01));
         }
         ctr.run(&["containers", "rm", &run.id], scale::command())?.success()?;
         remove_clients_fifos(&run.id)?;

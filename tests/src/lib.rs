@@ -13,6 +13,7 @@
 //! * [`events`]: what containerd published.
 //! * [`sandbox`]: the host side of one running sandbox.
 //! * [`machine`]: a monitor by itself, with a guest of the tests' own: hostile, or networked.
+//! * [`programs`]: programs of this machine for guests without libraries.
 //! * [`task`]: one shim's Task API.
 //! * [`timeline`]: how one start went.
 //! * [`host`]: what a sandbox could leave behind.
@@ -34,6 +35,7 @@ pub mod host;
 pub mod job;
 pub mod machine;
 pub mod parity;
+pub mod programs;
 pub mod sandbox;
 pub mod scale;
 pub mod script;

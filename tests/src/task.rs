@@ -3,6 +3,7 @@
 //! capabilities or environment), and to see how long each call takes.
 
 use std::{
+    collections::BTreeMap,
     io::Read,
     path::{Path, PathBuf},
     sync::mpsc::channel,
@@ -13,9 +14,10 @@ use anyhow::{Context, Result, anyhow, ensure};
 use containerd_shim_protos::{
     Client,
     api::{
-        DeleteRequest, DeleteResponse, ExecProcessRequest, KillRequest, StartRequest, UpdateTaskRequest,
-        WaitRequest, WaitResponse,
+        DeleteRequest, DeleteResponse, ExecProcessRequest, KillRequest, StartRequest, StatsRequest,
+        StatsResponse, UpdateTaskRequest, WaitRequest, WaitResponse,
     },
+    cgroups_v2::metrics::Metrics,
     protobuf::{Message, well_known_types::any::Any},
     ttrpc,
 };
@@ -129,6 +131,21 @@ impl Shim {
         let id = self.container.clone();
         let request = UpdateTaskRequest { id, resources: Some(resources).into(), ..Default::default() };
         self.call("Update", &request).map(drop)
+    }
+
+    /// What the container's statistics say of its network interfaces, by name: bytes and packets received, then sent.
+    ///
+    /// # Errors
+    /// What the shim answers.
+    pub fn networks(&self) -> Result<BTreeMap<String, [u64; 4]>> {
+        let request = StatsRequest { id: self.container.clone(), ..Default::default() };
+        let (answer, _) = self.call("Stats", &request)?;
+        let metrics = StatsResponse::parse_from_bytes(&answer)?.stats.value.clone();
+        let networks = Metrics::parse_from_bytes(&metrics)?.network;
+        let counts = networks
+            .into_iter()
+            .map(|net| (net.name, [net.rx_bytes, net.rx_packets, net.tx_bytes, net.tx_packets]));
+        Ok(counts.collect())
     }
 
     /// Deletes the container's task, without asking containerd whether that is wise.

@@ -30,6 +30,7 @@ pub const ALL: &[Bundle] = &[
     Bundle { name: "user-namespace", run: user_namespace },
     Bundle { name: "hooks", run: hooks },
     Bundle { name: "exec", run: exec },
+    Bundle { name: "network", run: super::network::run },
 ];
 
 /// What `ctr run` makes of an image.

@@ -3,6 +3,7 @@
 //!
 //! * [`place`]: one bundle under one runtime: its files, its specification, its run.
 //! * [`bundles`]: the bundles.
+//! * [`network`]: the one of a prepared network namespace.
 //! * [`compare`]: lines side by side, and what of them is wrong.
 //! * [`intended`]: the differences `docs/specification.md` gives reasons for.
 //!
@@ -11,6 +12,7 @@
 pub mod bundles;
 pub mod compare;
 pub mod intended;
+pub mod network;
 pub mod place;
 
 use std::{path::PathBuf, time::Instant};

@@ -26,6 +26,8 @@ const GLOBAL: [&str; 14] = [
     "ipv4/tcp_keepalive_time",
     "ipv4/tcp_syncookies",
 ];
+/// What stands for all interfaces, and for those to come; `all` has to be set first.
+const EVERY: [&str; 2] = ["all", "default"];
 /// Of an interface.
 const OF_INTERFACE: [(&str, &[&str]); 2] = [
     (
@@ -53,10 +55,12 @@ const OF_INTERFACE: [(&str, &[&str]); 2] = [
     (
         "ipv6/conf",
         &[
+            "accept_dad",
             "accept_ra",
             "accept_redirects",
             "addr_gen_mode",
             "autoconf",
+            "dad_transmits",
             "disable_ipv6",
             "forwarding",
             "hop_limit",
@@ -83,7 +87,7 @@ pub(super) fn read<'a>(interfaces: impl Iterator<Item = &'a str>) -> io::Result<
     for path in GLOBAL {
         take(path.into())?;
     }
-    for interface in interfaces {
+    for interface in EVERY.into_iter().chain(interfaces) {
         for (dir, names) in OF_INTERFACE {
             let dir = Path::new(dir).join(interface);
             for name in names {
