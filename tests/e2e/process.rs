@@ -89,6 +89,33 @@ fn user_namespace() {
     });
 }
 
+/// What is put into its network namespace is its own there: it may change it, and serve at any port.
+#[test]
+fn the_network_of_a_user_namespace() {
+    case(|world| {
+        let bundle = Bundle::new(world)?.owned_by(FIRST)?;
+        let script = "ip -o address show dev eth0 | grep -o 10.67.0.2/16; ping -c 1 -W 5 10.67.0.1 > /dev/null && echo reached; \
+                      ip link set eth0 mtu 1400 && cat /sys/class/net/eth0/mtu; \
+                      ip address add 10.67.0.3/16 dev eth0 && ping -c 1 -W 5 -I 10.67.0.3 10.67.0.1 > /dev/null && echo its own; \
+                      httpd -p 80 -h / && echo served";
+        let mut spec = script_spec(world, &bundle, script)?;
+        in_user_namespace(&mut spec)?;
+        let may = json!(["CAP_NET_ADMIN", "CAP_NET_BIND_SERVICE", "CAP_NET_RAW", "CAP_SETGID", "CAP_SETUID"]);
+        spec["process"]["capabilities"] = json!({"bounding": may, "effective": may, "permitted": may});
+        let hook = "pid=$(sed 's/.*\"pid\": *\\([0-9]*\\).*/\\1/')
+            ip link add rvm-user0 type veth peer name eth0 netns $pid; ip link set rvm-user0 up
+            ip address add 10.67.0.1/16 dev rvm-user0
+            nsenter -t $pid -n sh -ec 'ip link set eth0 up; ip address add 10.67.0.2/16 dev eth0'";
+        spec["hooks"] = json!({"createRuntime": [{"path": "/bin/sh", "args": ["sh", "-ec", hook],
+                               "env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"]}]});
+        let path = world.write_file("network.json", spec.to_string())?;
+        let finished = world.ctr().container("userns").with(&["--config", &path]).run(&[])?.success()?;
+        std::fs::remove_file(path)?;
+        ensure!(finished.text() == "10.67.0.2/16\nreached\n1400\nits own\nserved\n", "{finished}");
+        shell("ip link delete rvm-user0 2> /dev/null || true").map(drop)
+    });
+}
+
 #[test]
 fn exec_and_terminal_in_a_user_namespace() {
     case(|world| {

@@ -140,7 +140,7 @@ impl Namespaces {
                 Error::invalid(format!("{field}.sandbox"), reason)
             })?;
             let what = format!("the sandbox's {} namespace", name(kind));
-            let fd = held.try_clone().step(|| format!("join {what}"))?;
+            let fd = held.try_clone_to_owned().step(|| format!("join {what}"))?;
             return self.join_one(kind, fd, what);
         }
         if path.is_empty() {

@@ -5,7 +5,7 @@
 use std::{
     fs::File,
     io,
-    os::fd::{AsFd, AsRawFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::Path,
 };
 
@@ -21,6 +21,7 @@ use super::{
     child::{self, GivenUp},
     paths::Root,
     rootfs,
+    userns::{Ids, UserNamespace},
 };
 use crate::{
     channel,
@@ -40,12 +41,14 @@ pub const SHM_DIR: &str = "/run/rvm/shm";
 const SHM_BYTES: u64 = 64 << 20;
 
 /// What is asked for when the sandbox is set up.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Wanted {
     /// A pid namespace too.
     pub pid: bool,
     /// Size of `/dev/shm` in bytes; 0: the usual one.
     pub shm_bytes: u64,
+    /// The user namespace that is to own it, where that is not the guest's.
+    pub ids: Option<Ids>,
 }
 
 /// What the sandbox holds, made when the first container asks for it.
@@ -55,6 +58,7 @@ pub struct Shared {
     ipc: OwnedFd,
     uts: OwnedFd,
     pid: Option<OwnedFd>,
+    user: Option<UserNamespace>,
 }
 
 impl Shared {
@@ -66,9 +70,13 @@ impl Shared {
 
     /// Makes it.
     pub async fn make(wanted: Wanted) -> StepResult<Self> {
-        let [network, ipc, uts] = make_namespaces()?;
+        let user = wanted.ids.map(UserNamespace::new).transpose()?;
+        let [network, ipc, uts] = match &user {
+            None => make_namespaces()?,
+            Some(user) => make_namespaces_of(user)?,
+        };
         mount_shm(wanted.shm_bytes)?;
-        let mut shared = Self { network, ipc, uts, pid: None };
+        let mut shared = Self { network, ipc, uts, pid: None, user };
         if wanted.pid {
             shared.pid = Some(shared.make_pid_namespace().await?);
         }
@@ -81,12 +89,13 @@ impl Shared {
     }
 
     /// The namespace of this type, if the sandbox holds one.
-    pub fn namespace(&self, kind: NamespaceType) -> Option<&OwnedFd> {
+    pub fn namespace(&self, kind: NamespaceType) -> Option<BorrowedFd<'_>> {
         match kind {
-            NamespaceType::NETWORK => Some(&self.network),
-            NamespaceType::IPC => Some(&self.ipc),
-            NamespaceType::UTS => Some(&self.uts),
-            NamespaceType::PID => self.pid.as_ref(),
+            NamespaceType::NETWORK => Some(self.network.as_fd()),
+            NamespaceType::IPC => Some(self.ipc.as_fd()),
+            NamespaceType::UTS => Some(self.uts.as_fd()),
+            NamespaceType::PID => self.pid.as_ref().map(AsFd::as_fd),
+            NamespaceType::USER => self.user.as_ref().map(AsFd::as_fd),
             _ => None,
         }
     }
@@ -149,21 +158,34 @@ impl Shared {
     }
 }
 
+/// What [`make_namespaces`] makes, in the order of what is open of a process.
+const KINDS: [CloneFlags; 3] = [CloneFlags::CLONE_NEWNET, CloneFlags::CLONE_NEWIPC, CloneFlags::CLONE_NEWUTS];
+
+fn open_of(process: &str) -> StepResult<[OwnedFd; 3]> {
+    let open = |name| {
+        let namespace = File::open(format!("/proc/{process}/ns/{name}")).map(OwnedFd::from);
+        namespace.step(|| "open the sandbox's namespaces")
+    };
+    let [net, ipc, uts] = ["net", "ipc", "uts"].map(open);
+    Ok([net?, ipc?, uts?])
+}
+
+/// The same as [`make_namespaces`], but for a user namespace's own.
+fn make_namespaces_of(user: &UserNamespace) -> StepResult<[OwnedFd; 3]> {
+    let make = || {
+        unshare(KINDS.into_iter().collect())?;
+        loopback::up()
+    };
+    user.with_process(make, |pid| open_of(&pid.to_string()))
+}
+
 /// New network, ipc and uts namespaces, with the guest's host name and the
 /// loopback interface up. The agent is in them for as long as that takes.
 fn make_namespaces() -> StepResult<[OwnedFd; 3]> {
-    const NAMES: [&str; 3] = ["net", "ipc", "uts"];
-    let step = || "create the sandbox's namespaces";
-    let open = || -> io::Result<[OwnedFd; 3]> {
-        let open = |name| File::open(format!("/proc/self/ns/{name}")).map(OwnedFd::from);
-        let [net, ipc, uts] = NAMES.map(open);
-        Ok([net?, ipc?, uts?])
-    };
-    let own = open().step(step)?;
-    let kinds = [CloneFlags::CLONE_NEWNET, CloneFlags::CLONE_NEWIPC, CloneFlags::CLONE_NEWUTS];
-    unshare(kinds.into_iter().collect()).step(step)?;
-    let made = loopback::up().step(|| "bring up the loopback interface").and_then(|()| open().step(step));
-    for (namespace, kind) in own.iter().zip(kinds) {
+    let own = open_of("self")?;
+    unshare(KINDS.into_iter().collect()).step(|| "create the sandbox's namespaces")?;
+    let made = loopback::up().step(|| "bring up the loopback interface").and_then(|()| open_of("self"));
+    for (namespace, kind) in own.iter().zip(KINDS) {
         setns(namespace, kind).step(|| "go back to the guest's own namespaces")?;
     }
     made

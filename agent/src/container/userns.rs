@@ -136,30 +136,50 @@ impl Ids {
 impl UserNamespace {
     /// A new one.
     pub fn new(ids: Ids) -> StepResult<Self> {
-        let fd = with_process_in(libc::CLONE_NEWUSER as u64, None, |pid| {
-            let write = |file: &str, map: &Map| {
-                fs::write(format!("/proc/{pid}/{file}"), map.text())
-                    .step(|| format!("write {file} of the user namespace"))
-            };
-            write("uid_map", &ids.uids)?;
-            write("gid_map", &ids.gids)?;
-            let namespace = File::open(format!("/proc/{pid}/ns/user"));
-            Ok(namespace.step(|| "open the new user namespace")?.into())
-        })?;
+        let fd = with_process_in(
+            libc::CLONE_NEWUSER as u64,
+            "the user namespace",
+            || Ok(()),
+            |pid| {
+                let write = |file: &str, map: &Map| {
+                    fs::write(format!("/proc/{pid}/{file}"), map.text())
+                        .step(|| format!("write {file} of the user namespace"))
+                };
+                write("uid_map", &ids.uids)?;
+                write("gid_map", &ids.gids)?;
+                let namespace = File::open(format!("/proc/{pid}/ns/user"));
+                Ok(namespace.step(|| "open the new user namespace")?.into())
+            },
+        )?;
         Ok(Self { fd, ids })
     }
 
     /// The one a descriptor refers to; `what` is its name in errors.
     pub fn join(fd: OwnedFd, what: &str) -> StepResult<Self> {
-        let ids = with_process_in(0, Some((fd.as_fd(), what)), |pid| {
-            let read = |file: &str| {
-                let step = || format!("read {file} of {what}");
-                let text = fs::read_to_string(format!("/proc/{pid}/{file}")).step(step)?;
-                Map::parse(&text).ok_or_else(|| StepError::Refused(format!("{}: {text:?}", step())))
-            };
-            Ok(Ids { uids: read("uid_map")?, gids: read("gid_map")? })
-        })?;
+        let ids = with_process_in(
+            0,
+            what,
+            || setns(&fd, CloneFlags::CLONE_NEWUSER),
+            |pid| {
+                let read = |file: &str| {
+                    let step = || format!("read {file} of {what}");
+                    let text = fs::read_to_string(format!("/proc/{pid}/{file}")).step(step)?;
+                    Map::parse(&text).ok_or_else(|| StepError::Refused(format!("{}: {text:?}", step())))
+                };
+                Ok(Ids { uids: read("uid_map")?, gids: read("gid_map")? })
+            },
+        )?;
         Ok(Self { fd, ids })
+    }
+
+    /// Runs `look` while there is a process that has entered it and then done `act`.
+    pub fn with_process<T>(
+        &self,
+        act: impl FnOnce() -> nix::Result<()>,
+        look: impl FnOnce(Pid) -> StepResult<T>,
+    ) -> StepResult<T> {
+        let enter = || setns(&self.fd, CloneFlags::CLONE_NEWUSER).and_then(|()| act());
+        with_process_in(0, "the user namespace", enter, look)
     }
 
     /// Enters it. This process keeps the ids it has, which the namespace may not know.
@@ -183,17 +203,17 @@ pub fn become_root() -> StepResult<()> {
 }
 
 /// Runs `look` while there is a process in a user namespace: a new one by
-/// `flags` or the one to `join`.
+/// `flags`, or `what` it is told to `enter`.
 fn with_process_in<T>(
     flags: u64,
-    join: Option<(BorrowedFd<'_>, &str)>,
+    what: &str,
+    enter: impl FnOnce() -> nix::Result<()>,
     look: impl FnOnce(Pid) -> StepResult<T>,
 ) -> StepResult<T> {
     let step = || "make a process in the user namespace";
     let (said, say) = pipe2(OFlag::O_CLOEXEC).step(step)?;
     let Child { pid, pidfd } = fork(flags, || {
-        let entered = join.map_or(Ok(()), |(fd, _)| setns(fd, CloneFlags::CLONE_NEWUSER));
-        let errno = entered.err().map_or(0, |errno| errno as i32);
+        let errno = enter().err().map_or(0, |errno| errno as i32);
         if File::from(say).write_all(&errno.to_ne_bytes()).is_ok() && errno == 0 {
             // Until it is killed.
             pause();
@@ -205,8 +225,7 @@ fn with_process_in<T>(
     let heard = nix::unistd::read(&said, &mut errno);
     let looked = match (heard, i32::from_ne_bytes(errno)) {
         (Ok(4), 0) => look(pid),
-        (Ok(4), errno) => Err(Errno::from_raw(errno))
-            .step(|| format!("join {}", join.map_or("the user namespace", |(_, what)| what))),
+        (Ok(4), errno) => Err(Errno::from_raw(errno)).step(|| format!("join {what}")),
         _ => Err(StepError::Refused(format!("{}: it was killed", step()))),
     };
     // Nothing else can be done about a process that cannot be killed or waited for.

@@ -23,6 +23,7 @@ use crate::{
         process::Process,
         shared::{self, Shared},
         sysctl,
+        userns::Ids,
     },
     error::{Error, Step, StepError, StepResult, check_id},
     helper::{self, Outcome},
@@ -101,6 +102,10 @@ impl Sandbox {
 
     /// Prepares the guest for its first container.
     pub fn set_up(&self, request: &agent::SetUpSandboxRequest) -> Result<(), Error> {
+        let ids = match request.uid_mappings.is_empty() && request.gid_mappings.is_empty() {
+            true => None,
+            false => Some(Ids::new(&request.uid_mappings, &request.gid_mappings)?),
+        };
         let mut state = self.state();
         if state.is_set_up {
             return Err(Error::Precondition("the sandbox has been set up already".into()));
@@ -112,14 +117,14 @@ impl Sandbox {
         sysctl::apply_to_guest(&request.sysctl)?;
         scratch::prepare()?;
         share::mount(&request.layers_tag, &request.volumes_tag)?;
-        state.wanted = shared::Wanted { pid: request.shared_pid, shm_bytes: request.shm_bytes };
+        state.wanted = shared::Wanted { pid: request.shared_pid, shm_bytes: request.shm_bytes, ids };
         state.is_set_up = true;
         Ok(())
     }
 
     /// What its containers share.
     async fn shared(&self) -> StepResult<&Shared> {
-        let wanted = self.state().wanted;
+        let wanted = self.state().wanted.clone();
         self.shared.get_or_try_init(|| Shared::make(wanted)).await
     }
 

@@ -65,7 +65,8 @@ pub struct Machine {
 impl Machine {
     pub fn new() -> Self {
         let network = Network::new(Box::new(Veths));
-        let sandbox = Sandbox::already_set_up(Wanted { pid: true, shm_bytes: 0 }).with_network(network);
+        let sandbox =
+            Sandbox::already_set_up(Wanted { pid: true, ..Wanted::default() }).with_network(network);
         let sandbox = Arc::new(sandbox);
         let reaping = Arc::clone(&sandbox);
         tokio::spawn(async move { reaping.reaper().run().await });

@@ -289,7 +289,10 @@ fn host_name() -> Option<String> {
 }
 
 fn set_up_request(plan: &Plan) -> SetUpSandboxRequest {
+    let (uid_mappings, gid_mappings) = plan.owner.clone().unwrap_or_default();
     SetUpSandboxRequest {
+        uid_mappings,
+        gid_mappings,
         hostname: host_name().unwrap_or_else(|| plan.id.chars().take(MAX_HOSTNAME_LEN).collect()),
         layers_tag: LAYERS_TAG.into(),
         volumes_tag: VOLUMES_TAG.into(),

@@ -8,7 +8,7 @@ use rvm_protocol::vmm::MAX_VCPUS;
 use super::ledger::{Claim, Ledger};
 use crate::{
     config::Guest,
-    spec::{Bundle, HostNetwork, Role, Shm},
+    spec::{Bundle, HostNetwork, IdMappings, Role, Shm},
 };
 
 /// What kernel and agent use, in MiB: their text and data, and what a running
@@ -41,6 +41,8 @@ pub struct Plan {
     pub network: Option<HostNetwork>,
     /// The `/dev/shm` that its containers share.
     pub shm: Option<Shm>,
+    /// Ids of the user namespace that owns what the sandbox holds; none for the guest's.
+    pub owner: Option<IdMappings>,
     /// What it starts with.
     pub size: Size,
     /// How many vCPUs it may come to have.
@@ -76,6 +78,7 @@ impl Plan {
             not_applied: bundle.not_applied.clone(),
             network: bundle.network.clone(),
             shm: bundle.shm.clone(),
+            owner: bundle.owner.clone(),
             size,
             max_vcpus: most.max(size.vcpus),
             room: Room::of(size, host),

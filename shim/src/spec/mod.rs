@@ -38,7 +38,7 @@ pub use hooks::{Hook, HostHooks};
 pub use labels::DEFAULT_PROFILES;
 pub(crate) use mounts::MOUNT_OPTIONS;
 pub use mounts::Volume;
-pub use namespaces::HostNetwork;
+pub use namespaces::{HostNetwork, IdMappings};
 pub use pod::{Neighbour, Pod, Role, Shm, role_in};
 pub(crate) use process::CAPABILITIES;
 
@@ -111,6 +111,9 @@ pub struct Bundle {
     pub role: Role,
     /// The `/dev/shm` it shares with others.
     pub shm: Option<Shm>,
+    /// Ids of the user namespace that is to own what a sandbox made for it holds; none
+    /// for the guest's.
+    pub owner: Option<IdMappings>,
     /// The network namespace of the host that a sandbox made for it is to have; none
     /// where it gets a new one.
     pub network: Option<HostNetwork>,
@@ -275,11 +278,14 @@ fn translate(dir: &Path, id: &str, spec: &Spec, compat: &Compat, pod: &Pod) -> R
         Role::Member { .. } => pod.shm.clone(),
     };
     let from_host = mounts::translate(dir, mounts, shm.as_ref(), &mut container)?;
-    match role {
-        Role::Sandbox => namespaces::hold(&mut container.namespaces),
+    let owner = match role {
+        Role::Sandbox => {
+            namespaces::hold(&mut container.namespaces);
+            None
+        }
         Role::Alone => namespaces::hold_network(&mut container),
-        Role::Member { .. } => {}
-    }
+        Role::Member { .. } => None,
+    };
     for disk in from_host.disks {
         disks::add(&mut disks, disk);
     }
@@ -288,6 +294,7 @@ fn translate(dir: &Path, id: &str, spec: &Spec, compat: &Compat, pod: &Pod) -> R
         dir: dir.to_owned(),
         role,
         shm,
+        owner,
         network: namespaces::host_network(linux),
         root: dir.join(root.path()),
         container,

@@ -57,17 +57,25 @@ pub(super) fn hold(namespaces: &mut [Namespace]) {
     }
 }
 
+/// Ids of a user namespace, users' and groups'.
+pub type IdMappings = (Vec<IdMapping>, Vec<IdMapping>);
+
 /// Makes the new network of a container that is alone the sandbox's, which has
-/// what somebody puts into the namespace on the host. In a user namespace of its
-/// own the container has a network that is that one's.
-pub(super) fn hold_network(container: &mut CreateContainerRequest) {
-    if is_new(container, NamespaceType::USER) {
-        return;
+/// what somebody puts into the namespace on the host. It is its user namespace's, where
+/// that is new as well: that one is the sandbox's then, and its mappings are returned.
+pub(super) fn hold_network(container: &mut CreateContainerRequest) -> Option<IdMappings> {
+    let is_network_new = is_new(container, NamespaceType::NETWORK);
+    let is_user_new = is_new(container, NamespaceType::USER);
+    let mut hold = |kind: NamespaceType| {
+        let held = container.namespaces.iter_mut().filter(|namespace| namespace.type_ == kind.into());
+        held.for_each(|namespace| namespace.sandbox |= namespace.path.is_empty());
+    };
+    hold(NamespaceType::NETWORK);
+    if !(is_network_new && is_user_new) {
+        return None;
     }
-    let network = |namespace: &&mut Namespace| namespace.type_ == NamespaceType::NETWORK.into();
-    if let Some(network) = container.namespaces.iter_mut().find(network) {
-        network.sandbox |= network.path.is_empty();
-    }
+    hold(NamespaceType::USER);
+    Some((std::mem::take(&mut container.uid_mappings), std::mem::take(&mut container.gid_mappings)))
 }
 
 /// A network namespace of the host that somebody has prepared.

@@ -15,8 +15,25 @@ fn user_namespaces_come_with_their_mappings() {
     assert!(error.starts_with("linux.uidMappings: must map id 0"), "{error}");
     spec["linux"]["uidMappings"] = json!([{"hostID": 1000, "containerID": 0, "size": 10}]);
     spec["linux"]["gidMappings"] = json!([{"hostID": 2000, "containerID": 0, "size": 11}]);
-    let container = load(&spec).unwrap().container;
-    assert_eq!((container.uid_mappings[0].host_id, container.gid_mappings[0].size), (1000, 11));
+    // With its new network it is the sandbox's.
+    let bundle = load(&spec).unwrap();
+    let (uids, gids) = bundle.owner.unwrap();
+    assert_eq!((uids[0].host_id, gids[0].size), (1000, 11));
+    let user = |bundle: &Bundle| {
+        let namespaces = &bundle.container.namespaces;
+        namespaces.iter().any(|namespace| namespace.type_ == NamespaceType::USER.into() && namespace.sandbox)
+    };
+    assert!(bundle.container.uid_mappings.is_empty());
+    // With a network that somebody has prepared it is its own, as that is not its network's owner.
+    let mut prepared = spec.clone();
+    for namespace in prepared["linux"]["namespaces"].as_array_mut().unwrap() {
+        if namespace["type"] == "network" {
+            namespace["path"] = json!("/run/netns/x");
+        }
+    }
+    let prepared = load(&prepared).unwrap();
+    assert!(prepared.owner.is_none() && !user(&prepared));
+    assert_eq!(prepared.container.uid_mappings[0].host_id, 1000);
     spec["process"]["user"]["additionalGids"] = json!([10, 11]);
     assert_eq!(
         load(&spec).unwrap_err(),
@@ -72,8 +89,8 @@ fn a_network_of_the_host_is_the_sandbox_s() {
     let shared = |bundle: &Bundle| bundle.container.namespaces[2].sandbox;
     let new = with(json!({"type": "network", "path": ""}), &alone, false).unwrap();
     assert_eq!((new.network.as_ref(), shared(&new)), (None, true));
-    // Who has a user namespace of its own has its network in that.
-    assert!(!shared(&with(json!({"type": "network"}), &alone, true).unwrap()));
+    // In a user namespace of its own as well.
+    assert!(shared(&with(json!({"type": "network"}), &alone, true).unwrap()));
 
     // In a sandbox that runs, it is that one's or refused.
     let own = std::fs::metadata("/proc/self/ns/net").unwrap();
