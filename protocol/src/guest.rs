@@ -5,7 +5,7 @@
 //! host and writes [`ready_line`]. The host polls nothing: it listens where the
 //! monitor forwards that connection before it starts the monitor.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 
 /// vsock CID of the guest. Every sandbox has the same: the monitor's vsock is
 /// its own, no other sandbox sees it.
@@ -19,9 +19,17 @@ pub const AGENT_PORT: u32 = 1024;
 pub const READY_PORT: u32 = 1025;
 /// Guest port for processes' standard streams; see [`StreamHeader`].
 pub const STDIO_PORT: u32 = 1026;
-
 /// Guest port for connections to loopback addresses; see [`RelayTarget`].
 pub const RELAY_PORT: u32 = 1027;
+/// Host port for one query to Docker's name server that came in a datagram: it and
+/// the answer, each after its length in two bytes, the higher one first.
+pub const RESOLVER_DATAGRAM_PORT: u32 = 1028;
+/// Host port for a connection to Docker's name server.
+pub const RESOLVER_STREAM_PORT: u32 = 1029;
+
+/// Where Docker's name server listens in a container's network namespace, whose
+/// `/etc/resolv.conf` says so.
+pub const RESOLVER_ADDRESS: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 11);
 
 /// virtio-fs tag of the containers' layers: read-only, and constant but for
 /// containers that come and go.

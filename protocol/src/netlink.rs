@@ -1,4 +1,5 @@
-//! rtnetlink(7): requests and answers as bytes, whose meaning is their users'.
+//! netlink(7), of which rtnetlink(7) above all: requests and answers as bytes, whose
+//! meaning is their users'.
 
 use std::{
     io,
@@ -173,6 +174,35 @@ fn outcome(message: &Received<'_>) -> Result<(), Refusal> {
     Err(refusal)
 }
 
+/// One of several requests that are made together.
+#[derive(Debug)]
+pub struct Request {
+    /// The message's type.
+    pub kind: u16,
+    /// See [`Socket::request`].
+    pub flags: u16,
+    /// What comes before the attributes.
+    pub header: Vec<u8>,
+    /// And those.
+    pub attributes: Attributes,
+}
+
+impl Request {
+    fn message(kind: u16, flags: u16, header: &[u8], attributes: &Attributes) -> Vec<u8> {
+        let length = HEADER + aligned(header.len()) + attributes.0.len();
+        let mut message = Vec::with_capacity(length);
+        message.extend((length as u32).to_ne_bytes());
+        message.extend(kind.to_ne_bytes());
+        message.extend((flags | NLM_F_REQUEST).to_ne_bytes());
+        // One at a time: no sequence number is needed to tell answers apart.
+        message.extend([0; 8]);
+        message.extend(header);
+        message.resize(HEADER + aligned(header.len()), 0);
+        message.extend(&attributes.0);
+        message
+    }
+}
+
 /// A socket to the network namespace it was opened in. What is asked for is
 /// waited for: the kernel answers before `send` returns.
 #[derive(Debug)]
@@ -181,20 +211,26 @@ pub struct Socket(OwnedFd);
 impl Socket {
     /// Opens one in the calling thread's network namespace.
     pub fn open() -> nix::Result<Self> {
-        Self::with(SockFlag::SOCK_CLOEXEC)
+        Self::with(SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkRoute)
+    }
+
+    /// The same to netfilter.
+    pub fn netfilter() -> nix::Result<Self> {
+        Self::with(SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkNetFilter)
     }
 
     /// Opens one that is told of changes (`RTNLGRP_*`) and never waits.
     pub fn listen(groups: &[u32]) -> nix::Result<Self> {
-        let socket = Self::with(SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)?;
+        let socket =
+            Self::with(SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, SockProtocol::NetlinkRoute)?;
         for group in groups {
             socket.set_option(libc::NETLINK_ADD_MEMBERSHIP, group.cast_signed())?;
         }
         Ok(socket)
     }
 
-    fn with(flags: SockFlag) -> nix::Result<Self> {
-        let socket = socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkRoute)?;
+    fn with(flags: SockFlag, protocol: SockProtocol) -> nix::Result<Self> {
+        let socket = socket(AddressFamily::Netlink, SockType::Raw, flags, protocol)?;
         bind(socket.as_raw_fd(), &NetlinkAddr::new(0, 0))?;
         let socket = Self(socket);
         socket.set_option(libc::NETLINK_EXT_ACK, 1)?;
@@ -224,7 +260,24 @@ impl Socket {
         header: &[u8],
         attributes: &Attributes,
     ) -> Result<(), Refusal> {
-        self.send(kind, flags | NLM_F_ACK, header, attributes)?;
+        self.send(&Request::message(kind, flags | NLM_F_ACK, header, attributes))?;
+        self.answer()
+    }
+
+    /// Has all of them done, or none: the first begins a batch of nf_tables's and the
+    /// last ends it.
+    pub fn batch(&self, requests: &[Request]) -> Result<(), Refusal> {
+        let mut messages = Vec::new();
+        for (number, Request { kind, flags, header, attributes }) in requests.iter().enumerate() {
+            // A refusal is told by itself; that there was none, after the last but the end.
+            let ack = if number + 2 == requests.len() { NLM_F_ACK } else { 0 };
+            messages.extend(Request::message(*kind, flags | ack, header, attributes));
+        }
+        self.send(&messages)?;
+        self.answer()
+    }
+
+    fn answer(&self) -> Result<(), Refusal> {
         let mut buffer = vec![0; BUFFER];
         loop {
             let length = self.receive(&mut buffer)?;
@@ -246,7 +299,7 @@ impl Socket {
 
     /// None: it changed while it was read.
     fn dump_once(&self, kind: u16, header: &[u8]) -> Result<Option<Vec<Vec<u8>>>, Refusal> {
-        self.send(kind, NLM_F_DUMP, header, &Attributes::default())?;
+        self.send(&Request::message(kind, NLM_F_DUMP, header, &Attributes::default()))?;
         let (mut objects, mut whole) = (Vec::new(), true);
         let mut buffer = vec![0; BUFFER];
         loop {
@@ -275,18 +328,8 @@ impl Socket {
         }
     }
 
-    fn send(&self, kind: u16, flags: u16, header: &[u8], attributes: &Attributes) -> nix::Result<()> {
-        let length = HEADER + aligned(header.len()) + attributes.0.len();
-        let mut message = Vec::with_capacity(length);
-        message.extend((length as u32).to_ne_bytes());
-        message.extend(kind.to_ne_bytes());
-        message.extend((flags | NLM_F_REQUEST).to_ne_bytes());
-        // One request at a time: no sequence number is needed to tell answers apart.
-        message.extend([0; 8]);
-        message.extend(header);
-        message.resize(HEADER + aligned(header.len()), 0);
-        message.extend(&attributes.0);
-        send(self.0.as_raw_fd(), &message, MsgFlags::empty()).map(drop)
+    fn send(&self, messages: &[u8]) -> nix::Result<()> {
+        send(self.0.as_raw_fd(), messages, MsgFlags::empty()).map(drop)
     }
 
     fn receive(&self, buffer: &mut [u8]) -> nix::Result<usize> {

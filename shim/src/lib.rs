@@ -11,6 +11,7 @@
 pub mod agent;
 mod background;
 pub mod bootstrap;
+mod bpf;
 pub mod cgroup;
 pub mod clock;
 pub mod config;

@@ -71,8 +71,8 @@ impl Vsock {
         Self { dir, limit: LIMIT }
     }
 
-    /// Where connections of the guest to `port` of the host arrive. The monitor
-    /// must not run yet.
+    /// Where connections of the guest to `port` of the host arrive. One that comes
+    /// before this is refused.
     pub fn listen(&self, port: u32) -> Result<UnixListener, VsockError> {
         UnixListener::bind(self.path(&format!("{SOCKET}_{port}")))
             .map_err(|source| VsockError::Io { port, source })

@@ -4,6 +4,7 @@ mod clock;
 mod cpus;
 mod memory;
 pub mod network;
+mod resolver;
 mod set_up;
 
 use std::{
@@ -13,6 +14,7 @@ use std::{
 };
 
 use network::{Network, State as NetworkState};
+use resolver::Resolver;
 use rvm_protocol::{agent, guest::StreamHeader};
 use tokio::sync::{Notify, OnceCell};
 
@@ -40,6 +42,7 @@ pub struct Sandbox {
     reaper: Reaper,
     memory: memory::Memory,
     network: Network,
+    resolver: Resolver,
     shared: OnceCell<Shared>,
     shutdown: Notify,
 }
@@ -140,7 +143,11 @@ impl Sandbox {
         let wanted = NetworkState::new(request)?;
         self.state().check_set_up()?;
         let shared = self.shared().await?;
-        Ok(self.network.sync(wanted, shared.network(), &self.reaper).await?)
+        self.network.sync(wanted, shared.network(), &self.reaper).await?;
+        if request.resolver {
+            self.resolver.serve(shared.network())?;
+        }
+        Ok(())
     }
 
     fn container(&self, id: &str) -> Result<Arc<Container>, Error> {

@@ -242,6 +242,10 @@ impl network::Machine for Machine {
         self.monitor.control().remove_net(slot).await
     }
 
+    fn listen(&self, port: u32) -> Result<UnixListener, VsockError> {
+        self.vsock.listen(port)
+    }
+
     async fn apply(&self, wanted: &SyncNetworkRequest) -> Result<(), AgentError> {
         self.agent.sync_network(wanted).await
     }

@@ -8,9 +8,11 @@
 //! of the same wire. [`Network::sync`] compares namespace and machine and may be
 //! called at any time.
 
+mod answers;
 mod namespace;
 mod observe;
 mod redirect;
+mod resolver;
 mod tap;
 #[cfg(test)]
 mod tests;
@@ -19,7 +21,7 @@ mod watch;
 use std::{
     collections::BTreeMap,
     io,
-    os::fd::{AsRawFd, BorrowedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
 };
@@ -30,10 +32,13 @@ use rvm_protocol::{
     netlink::{Refusal, Socket},
     vmm::{InheritedNet, NetConfig},
 };
-use tokio::task::{AbortHandle, spawn_blocking};
+use tokio::{
+    net::UnixListener,
+    task::{AbortHandle, spawn_blocking},
+};
 
 use super::Sandbox;
-use crate::{agent::AgentError, config, spec::HostNetwork, vmm::MonitorError};
+use crate::{agent::AgentError, config, spec::HostNetwork, vmm::MonitorError, vsock::VsockError};
 pub use namespace::Namespace;
 use observe::{Kind, Link, Observed};
 use redirect::Redirect;
@@ -131,6 +136,9 @@ pub enum NetworkError {
         #[source]
         source: MonitorError,
     },
+    /// Nothing takes what the guest asks Docker's name server.
+    #[error("carrying queries to Docker's name server: {0}")]
+    Resolver(#[source] VsockError),
     /// The guest's namespace is not what it should be.
     #[error("the guest's network: {0}")]
     Guest(#[source] AgentError),
@@ -147,6 +155,8 @@ pub trait Machine: Sync {
     ) -> impl Future<Output = Result<(), MonitorError>> + Send;
     /// Takes one out that the guest has let go of.
     fn remove_net(&self, slot: u8) -> impl Future<Output = Result<(), MonitorError>> + Send;
+    /// Where connections of the guest to a port of the host arrive.
+    fn listen(&self, port: u32) -> Result<UnixListener, VsockError>;
     /// Makes the guest's namespace what it should be.
     fn apply(&self, wanted: &SyncNetworkRequest) -> impl Future<Output = Result<(), AgentError>> + Send;
 }
@@ -173,6 +183,8 @@ struct State {
     carried: BTreeMap<u32, Carried>,
     /// What the guest was told last.
     told: Option<SyncNetworkRequest>,
+    /// Once Docker's name server has been seen, which is there again when dockerd is.
+    resolver: Option<resolver::Relay>,
     /// The one that follows the namespace's changes.
     follower: Option<AbortHandle>,
     closed: bool,
@@ -250,11 +262,12 @@ impl Network {
             return Ok(());
         }
         let mut added = Vec::new();
-        let changed = self.add_missing(machine, &seen, &mut added).await;
-        let applied = match changed {
-            Ok(()) => self.apply(machine, &seen).await,
-            Err(error) => Err(error),
+        let applied = async {
+            self.add_missing(machine, &seen, &mut added).await?;
+            self.follow_resolver(machine, &seen).await?;
+            self.apply(machine, &seen).await
         };
+        let applied = applied.await;
         if applied.is_err() {
             for index in added {
                 self.take_out(machine, index).await;
@@ -311,6 +324,28 @@ impl Network {
         Ok(())
     }
 
+    /// Has Docker's name server reach the guest, and others' answers reach it.
+    async fn follow_resolver(
+        self: &Arc<Self>,
+        machine: &impl Machine,
+        seen: &Observed,
+    ) -> Result<(), NetworkError> {
+        if self.state().resolver.is_none() {
+            if !seen.resolver {
+                return Ok(());
+            }
+            let relay = resolver::Relay::start(machine, &self.host)?;
+            self.state().resolver = Some(relay);
+        }
+        if self.state().carried.values().any(|carried| !carried.lets_answers_through) {
+            self.on_a_thread(|network| {
+                network.state().carried.values_mut().for_each(Carried::let_answers_through);
+            })
+            .await;
+        }
+        Ok(())
+    }
+
     /// Tells the guest, unless it knows.
     async fn apply(&self, machine: &impl Machine, seen: &Observed) -> Result<(), NetworkError> {
         let wanted = {
@@ -321,7 +356,10 @@ impl Network {
                     .is_some_and(|link| carried.is_for(link))
                     .then_some((*index, carried.config.slot))
             };
-            seen.wanted(&state.carried.iter().filter_map(known).collect())
+            SyncNetworkRequest {
+                resolver: state.resolver.is_some(),
+                ..seen.wanted(&state.carried.iter().filter_map(known).collect())
+            }
         };
         if self.state().told.as_ref() == Some(&wanted) {
             return Ok(());
@@ -453,6 +491,7 @@ impl Network {
             if let Some(follower) = state.follower.take() {
                 follower.abort();
             }
+            state.resolver = None;
             std::mem::take(&mut state.carried)
         };
         drop(carried);
@@ -488,7 +527,10 @@ struct Carried {
     config: NetConfig,
     mtu: u32,
     tap: Tap,
+    /// To the guest last.
     redirects: Vec<Redirect>,
+    /// See [`answers`].
+    lets_answers_through: bool,
 }
 
 impl Carried {
@@ -510,6 +552,7 @@ impl Carried {
             mtu: link.mtu,
             tap,
             redirects,
+            lets_answers_through: false,
         };
         for (from, to, what) in [
             (tap_index, link.index, "redirecting frames to"),
@@ -525,6 +568,24 @@ impl Carried {
         }
         drop(socket);
         Ok(carried)
+    }
+
+    /// Has Docker's name server hear what others answer. Without that it still knows the
+    /// names of Docker's own.
+    fn let_answers_through(&mut self) {
+        if std::mem::replace(&mut self.lets_answers_through, true) {
+            return;
+        }
+        let Some(to_guest) = self.redirects.last() else { return };
+        let program = match answers::load(self.tap.index) {
+            Ok(program) => program,
+            Err(error) => {
+                return log::warn!("interface {:?}: no names from outside by Docker: {error}", self.name);
+            }
+        };
+        if let Err(refusal) = to_guest.except(&self.host.socket(), program.as_fd()) {
+            log::warn!("interface {:?}: no names from outside by Docker: {refusal}", self.name);
+        }
     }
 
     /// Whether it stands in for this very interface.

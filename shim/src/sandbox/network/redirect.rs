@@ -1,6 +1,8 @@
 //! tc(8) as far as it is used here: everything that arrives on one interface
 //! leaves by another, before the namespace's own network stack sees it.
 
+use std::os::fd::{AsRawFd, BorrowedFd};
+
 use nix::errno::Errno;
 use rvm_protocol::netlink::{
     Attributes, NLM_F_CREATE, NLM_F_EXCL, Refusal, Socket, attributes, text, u32_at,
@@ -24,10 +26,17 @@ const TCA_ACT_KIND: u16 = 1;
 const TCA_ACT_OPTIONS: u16 = 2;
 const TCA_MIRRED_PARMS: u16 = 2;
 const TCA_EGRESS_REDIR: u32 = 1;
+const TCA_BPF_FD: u16 = 6;
+const TCA_BPF_NAME: u16 = 7;
+const TCA_BPF_FLAGS: u16 = 8;
+const TCA_BPF_FLAG_ACT_DIRECT: u32 = 1;
 const ETH_P_ALL: u16 = 3;
 
-/// Priority of our filters, by which they are known; others' may come before.
+/// Priorities of our filters, by which they are known; others' may come before. That
+/// of the redirection,
 const PRIORITY: u16 = 0x7276;
+/// and that of what is not to be redirected.
+const PRIORITY_EXCEPT: u16 = 0x7275;
 
 /// A redirection, for [`Redirect::remove`].
 #[derive(Debug)]
@@ -56,7 +65,7 @@ impl Redirect {
         match socket.request(
             libc::RTM_NEWTFILTER,
             NLM_F_CREATE | NLM_F_EXCL,
-            &tcmsg(from, 0, PARENT_INGRESS, filter_info()),
+            &tcmsg(from, 0, PARENT_INGRESS, filter_info(PRIORITY)),
             &everything_to(to),
         ) {
             Ok(()) => Ok(redirect),
@@ -65,6 +74,19 @@ impl Redirect {
                 Err(refusal)
             }
         }
+    }
+
+    /// Has a program (`BPF_PROG_TYPE_SCHED_CLS`) see what arrives first and say what is
+    /// not to be redirected.
+    pub fn except(&self, socket: &Socket, program: BorrowedFd<'_>) -> Result<(), Refusal> {
+        let (mut filter, mut bpf) = (Attributes::default(), Attributes::default());
+        bpf.u32(TCA_BPF_FD, program.as_raw_fd().cast_unsigned());
+        bpf.text(TCA_BPF_NAME, "rvm");
+        bpf.u32(TCA_BPF_FLAGS, TCA_BPF_FLAG_ACT_DIRECT);
+        filter.text(TCA_KIND, "bpf");
+        filter.nested(TCA_OPTIONS, &bpf);
+        let header = tcmsg(self.from, 0, PARENT_INGRESS, filter_info(PRIORITY_EXCEPT));
+        socket.request(libc::RTM_NEWTFILTER, NLM_F_CREATE | NLM_F_EXCL, &header, &filter)
     }
 
     /// Takes it off again; it is fine that the interface has gone.
@@ -88,17 +110,20 @@ impl Redirect {
 
 /// Takes our filters off an interface.
 fn clear(socket: &Socket, from: u32) -> Result<(), Refusal> {
-    let header = tcmsg(from, 0, PARENT_INGRESS, filter_info());
-    match socket.request(libc::RTM_DELTFILTER, 0, &header, &Attributes::default()) {
-        Err(refusal) if refusal.errno == Errno::ENOENT => Ok(()),
-        result => result,
-    }
+    [PRIORITY_EXCEPT, PRIORITY].into_iter().try_for_each(|priority| {
+        let header = tcmsg(from, 0, PARENT_INGRESS, filter_info(priority));
+        match socket.request(libc::RTM_DELTFILTER, 0, &header, &Attributes::default()) {
+            Err(refusal) if refusal.errno == Errno::ENOENT => Ok(()),
+            result => result,
+        }
+    })
 }
 
 /// Takes off what a shim that was killed has left on an interface: the filter,
 /// and the qdisc unless somebody else has filters there.
 pub fn clean_up(socket: &Socket, from: u32) -> Result<(), Refusal> {
-    let ours = |filter: &Vec<u8>| u32_at(filter, 16).is_some_and(|info| info >> 16 == u32::from(PRIORITY));
+    let is_our_priority = |info: u32| [PRIORITY, PRIORITY_EXCEPT].map(u32::from).contains(&(info >> 16));
+    let ours = |filter: &Vec<u8>| u32_at(filter, 16).is_some_and(is_our_priority);
     let filters = match socket.dump(libc::RTM_GETTFILTER, &tcmsg(from, 0, PARENT_INGRESS, 0)) {
         Ok(filters) => filters,
         // It has no such qdisc.
@@ -131,8 +156,8 @@ fn tcmsg(index: u32, handle: u32, parent: u32, info: u32) -> [u8; 20] {
 }
 
 /// Priority and protocol.
-fn filter_info() -> u32 {
-    u32::from(PRIORITY) << 16 | u32::from(ETH_P_ALL.to_be())
+fn filter_info(priority: u16) -> u32 {
+    u32::from(priority) << 16 | u32::from(ETH_P_ALL.to_be())
 }
 
 /// A u32 filter, which every kernel with tc has, that takes all.

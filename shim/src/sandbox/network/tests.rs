@@ -19,6 +19,8 @@ struct Told {
     fails: Mutex<Option<&'static str>>,
     taps: Mutex<Vec<OwnedFd>>,
     last: Mutex<Option<SyncNetworkRequest>>,
+    /// Where it is listened, once a test has made it.
+    dir: Mutex<Option<PathBuf>>,
 }
 
 impl Told {
@@ -52,6 +54,12 @@ impl Machine for Told {
         self.call(format!("remove {slot}"));
         self.taps.lock().unwrap().clear();
         Ok(())
+    }
+
+    fn listen(&self, port: u32) -> Result<UnixListener, VsockError> {
+        self.call(format!("listen {port}"));
+        let dir = self.dir.lock().unwrap();
+        Ok(UnixListener::bind(dir.as_ref().unwrap().join(port.to_string())).unwrap())
     }
 
     async fn apply(&self, wanted: &SyncNetworkRequest) -> Result<(), AgentError> {
@@ -348,4 +356,87 @@ async fn changes_are_told_together() {
     );
     tokio::time::timeout(Duration::from_secs(10), watch.changed()).await.unwrap().unwrap();
     assert!(tokio::time::timeout(moment, watch.changed()).await.is_err(), "all of it was told");
+}
+
+/// A name server in the namespace and one beyond its interface: what the guest asks
+/// reaches the one, what the other answers reaches who has asked in the namespace.
+#[tokio::test]
+async fn dockers_name_server_hears_the_guest_and_others_answers() {
+    use std::net::{TcpListener, UdpSocket};
+
+    use rvm_protocol::guest::{RESOLVER_ADDRESS, RESOLVER_DATAGRAM_PORT, RESOLVER_STREAM_PORT};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    let (network, machine) = (network(), Told::default());
+    let dir = tempfile::tempdir().unwrap();
+    let guest = |port: u32| tokio::net::UnixStream::connect(dir.path().join(port.to_string()));
+    *machine.dir.lock().unwrap() = Some(dir.path().to_owned());
+    let far = with_eth0(&network);
+    network.sync(&machine).await.unwrap();
+    assert!(!machine.last.lock().unwrap().as_ref().unwrap().resolver);
+
+    let at = (RESOLVER_ADDRESS, 53);
+    let bind = || (UdpSocket::bind(at).unwrap(), TcpListener::bind(at).unwrap());
+    let (datagrams, streams) = network.namespace().run(bind).unwrap();
+    machine.calls();
+    network.sync(&machine).await.unwrap();
+    let listened = format!("listen {RESOLVER_DATAGRAM_PORT}");
+    assert_eq!(machine.calls(), [&listened, &format!("listen {RESOLVER_STREAM_PORT}"), "apply lo eth0"]);
+    assert!(machine.last.lock().unwrap().as_ref().unwrap().resolver);
+
+    let mut asking = guest(RESOLVER_DATAGRAM_PORT).await.unwrap();
+    asking.write_all(b"\0\x03who").await.unwrap();
+    let answering = spawn_blocking(move || {
+        let mut query = [0; 16];
+        let (length, from) = datagrams.recv_from(&mut query).unwrap();
+        datagrams.send_to(b"you", from).unwrap();
+        query[..length].to_vec()
+    });
+    assert_eq!(answering.await.unwrap(), b"who");
+    let mut answer = [0; 5];
+    asking.read_exact(&mut answer).await.unwrap();
+    assert_eq!(&answer, b"\0\x03you");
+
+    let mut asking = guest(RESOLVER_STREAM_PORT).await.unwrap();
+    let accepting = spawn_blocking(move || {
+        let (mut stream, _) = streams.accept().unwrap();
+        stream.write_all(b"you").unwrap();
+    });
+    let mut answer = String::new();
+    asking.read_to_string(&mut answer).await.unwrap();
+    accepting.await.unwrap();
+    assert_eq!(answer, "you");
+
+    // As Docker's asks others: from within the namespace.
+    let beyond = far.run(|| UdpSocket::bind(("10.9.0.1", 53)).unwrap()).unwrap();
+    let inside = network.namespace().run(|| UdpSocket::bind(("10.9.0.2", 0)).unwrap()).unwrap();
+    for socket in [&beyond, &inside] {
+        socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    }
+    inside.connect(("10.9.0.1", 53)).unwrap();
+    inside.send(b"who").unwrap();
+    let mut buffer = [0; 16];
+    let (_, from) = beyond.recv_from(&mut buffer).unwrap();
+    beyond.send_to(b"you", from).unwrap();
+    assert_eq!(inside.recv(&mut buffer).unwrap(), 3);
+    // The guest hears what is answered to itself.
+    let mut tap = File::from(machine.taps.lock().unwrap().pop().unwrap());
+    beyond.send_to(b"guest's own", ("10.9.0.2", 7)).unwrap();
+    loop {
+        let mut ready = [PollFd::new(std::os::fd::AsFd::as_fd(&tap), PollFlags::POLLIN)];
+        assert_eq!(poll(&mut ready, PollTimeout::from(10_000_u16)).unwrap(), 1, "the guest hears nothing");
+        let mut frame = [0; 2048];
+        let length = tap.read(&mut frame).unwrap();
+        assert!(!frame[..length].ends_with(b"you"), "the guest hears others' answers");
+        if frame[..length].ends_with(b"guest's own") {
+            break;
+        }
+    }
+    // dockerd may be gone for a while.
+    network.sync(&machine).await.unwrap();
+    assert!(machine.calls().is_empty());
+    drop(tap);
+    machine.taps.lock().unwrap().clear();
+    network.close();
+    assert_eq!(ours(network.namespace()), "");
 }

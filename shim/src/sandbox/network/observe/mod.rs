@@ -17,7 +17,7 @@ use rvm_protocol::{
 
 pub use links::{Kind, Link};
 
-use super::{Namespace, NetworkError};
+use super::{Namespace, NetworkError, resolver};
 
 /// A namespace as it was at one moment.
 #[derive(Clone, Debug, Default)]
@@ -26,6 +26,8 @@ pub struct Observed {
     pub links: BTreeMap<u32, Link>,
     /// Taps of a sandbox's, with their numbers.
     pub taps: Vec<u32>,
+    /// Whether Docker's name server listens there.
+    pub resolver: bool,
     addresses: BTreeMap<u32, Vec<Address>>,
     routes: Vec<Route>,
     rules: Vec<Rule>,
@@ -46,12 +48,15 @@ impl Observed {
         let neighbours = neighbours::read(socket, &links).map_err(failed("neighbours"))?;
         let carried = links.values().filter(|link| link.kind == Kind::Ethernet);
         let names: Vec<&str> = carried.map(|link| link.name.as_str()).collect();
-        let parameters = match names.is_empty() {
-            true => Ok(BTreeMap::new()),
-            false => namespace.run(|| parameters::read(names.into_iter())).flatten(),
+        let (parameters, resolver) = match names.is_empty() {
+            true => Default::default(),
+            false => {
+                let read = || (parameters::read(names.into_iter()), resolver::is_there());
+                let (parameters, resolver) = namespace.run(read).map_err(NetworkError::Enter)?;
+                (parameters.map_err(NetworkError::Parameters)?, resolver.map_err(NetworkError::Enter)?)
+            }
         };
-        let parameters = parameters.map_err(NetworkError::Parameters)?;
-        Ok(Self { links, taps, addresses, routes, rules, neighbours, parameters })
+        Ok(Self { links, taps, resolver, addresses, routes, rules, neighbours, parameters })
     }
 
     /// What the guest's namespace is to be, where interfaces have these slots.
