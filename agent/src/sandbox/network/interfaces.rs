@@ -175,7 +175,11 @@ impl Wanted {
         if link.flags & UP == wanted {
             return Ok(());
         }
+        // Asked for, the kernel takes note of the link at once, not within a second.
+        let noted =
+            || socket.request(libc::RTM_GETLINK, 0, &header(link.index, 0, 0), &Attributes::default());
         set_flags(socket, link.index, wanted, UP)
+            .and_then(|()| noted())
             .step(|| format!("interface {}: {}", self.name, if wanted == 0 { "down" } else { "up" }))
     }
 }
