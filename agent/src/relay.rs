@@ -9,7 +9,6 @@ use std::{
     time::Duration,
 };
 
-use nix::sched::{CloneFlags, setns};
 use rvm_protocol::guest::{self, RelayTarget};
 use tokio::{
     io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader},
@@ -20,6 +19,7 @@ use tokio::{
 
 use crate::{
     error::{Step, StepError, StepResult, describe},
+    sys::namespace::within,
     vsock::HostListener,
 };
 
@@ -92,21 +92,12 @@ where
 /// Connects to an address of a network namespace.
 async fn connect(namespace: BorrowedFd<'_>, to: SocketAddr) -> StepResult<TcpStream> {
     let step = || format!("connect to {to}");
-    let socket = socket_in(namespace, to)?;
+    let make = || if to.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() };
+    let socket = within(namespace, make).step(|| "create a socket in the sandbox's network namespace")?;
     match timeout(CONNECT_LIMIT, socket.connect(to)).await {
         Ok(connected) => connected.step(step),
         Err(_) => Err(StepError::Refused(format!("{}: {}", step(), describe(nix::errno::Errno::ETIMEDOUT)))),
     }
-}
-
-/// A socket belongs to the network namespace it was made in: the agent is in it for
-/// as long as that takes.
-fn socket_in(namespace: BorrowedFd<'_>, to: SocketAddr) -> StepResult<TcpSocket> {
-    let own = std::fs::File::open("/proc/self/ns/net").step(|| "open the guest's own network namespace")?;
-    setns(namespace, CloneFlags::CLONE_NEWNET).step(|| "enter the sandbox's network namespace")?;
-    let socket = if to.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() };
-    setns(own, CloneFlags::CLONE_NEWNET).step(|| "go back to the guest's own network namespace")?;
-    socket.step(|| "create a socket")
 }
 
 #[cfg(test)]

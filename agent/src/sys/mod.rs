@@ -3,6 +3,7 @@
 pub mod bpf;
 pub mod loopback;
 pub mod mount;
+pub mod namespace;
 pub mod pci;
 pub mod process;
 pub mod uevent;

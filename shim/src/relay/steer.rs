@@ -5,13 +5,14 @@
 use std::{
     io,
     net::TcpListener,
-    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    os::fd::{BorrowedFd, OwnedFd},
 };
+
+use crate::bpf::{self, Instruction, raw};
 
 // linux/bpf.h
 const BPF_MAP_CREATE: libc::c_long = 0;
 const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
-const BPF_PROG_LOAD: libc::c_long = 5;
 const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_MAP_TYPE_SOCKMAP: u32 = 15;
 const BPF_PROG_TYPE_SK_LOOKUP: u32 = 30;
@@ -26,17 +27,6 @@ const FAMILY: i16 = 8;
 const PROTOCOL: i16 = 12;
 const LOCAL_IP4: i16 = 40;
 const LOCAL_IP6: i16 = 44;
-
-/// `struct bpf_insn`.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Instruction {
-    code: u8,
-    /// Destination in the lower four bits, source in the upper ones.
-    registers: u8,
-    offset: i16,
-    immediate: i32,
-}
 
 /// `union bpf_attr` for `BPF_MAP_CREATE`, up to where it is used.
 #[repr(C)]
@@ -57,23 +47,6 @@ struct MapUpdate {
     flags: u64,
 }
 
-/// `union bpf_attr` for `BPF_PROG_LOAD`, up to where it is used.
-#[repr(C)]
-struct ProgramLoad {
-    prog_type: u32,
-    insn_cnt: u32,
-    insns: u64,
-    license: u64,
-    log_level: u32,
-    log_size: u32,
-    log_buf: u64,
-    kern_version: u32,
-    prog_flags: u32,
-    prog_name: [u8; 16],
-    prog_ifindex: u32,
-    expected_attach_type: u32,
-}
-
 /// `union bpf_attr` for `BPF_LINK_CREATE`.
 #[repr(C)]
 struct LinkCreate {
@@ -81,27 +54,6 @@ struct LinkCreate {
     target_fd: u32,
     attach_type: u32,
     flags: u32,
-}
-
-/// `attr` must hold no pointer to anything shorter than it says.
-unsafe fn bpf<T>(command: libc::c_long, attr: &T) -> io::Result<RawFd> {
-    // SAFETY: `attr` is a valid struct of the size given and outlives the call;
-    // what it points to is the caller's business.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, command, &raw const *attr, size_of::<T>()) };
-    if result < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    RawFd::try_from(result).map_err(io::Error::other)
-}
-
-/// The new descriptor a call returned.
-fn owned(fd: RawFd) -> OwnedFd {
-    // SAFETY: the callers pass what the kernel has just returned; nobody else has it.
-    unsafe { OwnedFd::from_raw_fd(fd) }
-}
-
-fn raw(fd: &impl AsRawFd) -> u32 {
-    fd.as_raw_fd().cast_unsigned()
 }
 
 fn program(map: u32) -> Vec<Instruction> {
@@ -167,8 +119,8 @@ fn program(map: u32) -> Vec<Instruction> {
 /// second, for as long as what is returned is open.
 pub fn to(listeners: &[Option<TcpListener>; 2], namespace: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let create = MapCreate { map_type: BPF_MAP_TYPE_SOCKMAP, key_size: 4, value_size: 4, max_entries: 2 };
-    // SAFETY: there is no pointer in `create`.
-    let map = owned(unsafe { bpf(BPF_MAP_CREATE, &create) }?);
+    // SAFETY: there is no pointer in `create`; a map is a descriptor.
+    let map = unsafe { bpf::make(BPF_MAP_CREATE, &create) }?;
     for (key, listener) in listeners.iter().enumerate() {
         let Some(listener) = listener else { continue };
         let (key, value) = (key as u32, raw(listener));
@@ -180,32 +132,16 @@ pub fn to(listeners: &[Option<TcpListener>; 2], namespace: BorrowedFd<'_>) -> io
             flags: 0,
         };
         // SAFETY: `key` and `value` are as long as the map's and outlive the call.
-        unsafe { bpf(BPF_MAP_UPDATE_ELEM, &update) }?;
+        unsafe { bpf::call(BPF_MAP_UPDATE_ELEM, &update) }?;
     }
     let program = program(raw(&map));
-    let load = ProgramLoad {
-        prog_type: BPF_PROG_TYPE_SK_LOOKUP,
-        insn_cnt: u32::try_from(program.len()).map_err(io::Error::other)?,
-        insns: program.as_ptr() as u64,
-        license: c"Apache-2.0".as_ptr() as u64,
-        log_level: 0,
-        log_size: 0,
-        log_buf: 0,
-        kern_version: 0,
-        prog_flags: 0,
-        prog_name: *b"rvm_loopback\0\0\0\0",
-        prog_ifindex: 0,
-        expected_attach_type: BPF_SK_LOOKUP,
-    };
-    // SAFETY: `insns` points to `insn_cnt` instructions and `license` to a literal;
-    // both outlive the call.
-    let program = owned(unsafe { bpf(BPF_PROG_LOAD, &load) }?);
+    let program = bpf::load(BPF_PROG_TYPE_SK_LOOKUP, BPF_SK_LOOKUP, "rvm_loopback", &program)?;
     let link = LinkCreate {
         prog_fd: raw(&program),
         target_fd: raw(&namespace),
         attach_type: BPF_SK_LOOKUP,
         flags: 0,
     };
-    // SAFETY: there is no pointer in `link`.
-    Ok(owned(unsafe { bpf(BPF_LINK_CREATE, &link) }?))
+    // SAFETY: there is no pointer in `link`; a link is a descriptor.
+    unsafe { bpf::make(BPF_LINK_CREATE, &link) }
 }

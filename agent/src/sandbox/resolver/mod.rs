@@ -15,7 +15,6 @@ use std::{
     time::Duration,
 };
 
-use nix::sched::{CloneFlags, setns};
 use rules::Rules;
 use rvm_protocol::guest::{HOST_CID, RESOLVER_ADDRESS, RESOLVER_DATAGRAM_PORT, RESOLVER_STREAM_PORT};
 use tokio::{
@@ -26,7 +25,10 @@ use tokio::{
 };
 use tokio_vsock::{VsockAddr, VsockStream};
 
-use crate::error::{Step, StepResult};
+use crate::{
+    error::{Step, StepResult},
+    sys::namespace::within,
+};
 
 /// Queries and connections at the same time; what comes beyond is asked again by
 /// who has asked, or waits.
@@ -62,7 +64,7 @@ impl Resolver {
 impl Serving {
     fn start(network: &OwnedFd) -> StepResult<Self> {
         let step = || format!("take queries at {RESOLVER_ADDRESS}");
-        let (rules, datagrams, listener) = in_namespace(network, || {
+        let (rules, datagrams, listener) = within(network, || {
             let any_port = SocketAddrV4::new(RESOLVER_ADDRESS, 0);
             let (datagrams, listener) = (UdpSocket::bind(any_port)?, TcpListener::bind(any_port)?);
             let ports = (datagrams.local_addr()?.port(), listener.local_addr()?.port());
@@ -79,16 +81,6 @@ impl Serving {
         tasks.spawn(serve_connections(listener, places));
         Ok(Self { _rules: rules, _tasks: tasks })
     }
-}
-
-/// Runs `act` in a network namespace. The agent has one thread, which is in it for
-/// as long as that takes.
-fn in_namespace<T>(network: &OwnedFd, act: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-    let own = std::fs::File::open("/proc/self/ns/net")?;
-    setns(network, CloneFlags::CLONE_NEWNET)?;
-    let result = act();
-    setns(&own, CloneFlags::CLONE_NEWNET)?;
-    result
 }
 
 async fn serve_datagrams(socket: Arc<tokio::net::UdpSocket>, places: Arc<Semaphore>) {

@@ -36,7 +36,7 @@ const PORT: u16 = 53;
 /// `guest` as well as to the namespace, those from port 53 to a socket of the namespace to
 /// that, and the program has no say about anything else.
 pub fn load(guest: u32) -> io::Result<OwnedFd> {
-    bpf::load(BPF_PROG_TYPE_SCHED_CLS, &program(guest))
+    bpf::load(BPF_PROG_TYPE_SCHED_CLS, 0, "rvm_resolver", &program(guest))
 }
 
 fn program(guest: u32) -> Vec<Instruction> {
