@@ -21,7 +21,7 @@ pub struct Bootstrap {
 }
 
 /// Changes when the same [`Bootstrap`] would give another image.
-const VERSION: &str = "1";
+const VERSION: &str = "2";
 
 /// Debian packages that building one needs.
 pub const PACKAGES: &[&str] = &["mmdebstrap", "util-linux"];

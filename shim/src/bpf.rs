@@ -58,8 +58,10 @@ pub unsafe fn call<T>(command: libc::c_long, attr: &T) -> io::Result<RawFd> {
 /// # Safety
 /// As for [`call`], and the command's result must be a new descriptor.
 pub unsafe fn make<T>(command: libc::c_long, attr: &T) -> io::Result<OwnedFd> {
-    // SAFETY: by this function's own conditions; nobody else has the descriptor.
-    unsafe { Ok(OwnedFd::from_raw_fd(call(command, attr)?)) }
+    // SAFETY: by this function's own conditions.
+    let fd = unsafe { call(command, attr) }?;
+    // SAFETY: by this function's own conditions; nobody else has it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// A descriptor as it is in attributes.

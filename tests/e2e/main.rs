@@ -11,6 +11,7 @@ mod death;
 mod debian;
 mod devices;
 mod docker;
+mod docker_network;
 mod exec;
 mod exec_robust;
 mod failures;

@@ -22,9 +22,13 @@ use crate::{
 pub const DIR_ENV: &str = "RVM_DOCKER_DIR";
 /// Image every case has.
 pub const IMAGE: &str = "busybox";
+/// A Debian with nginx, PostgreSQL and curl: image of the cases of [`case_with_services`].
+pub const SERVICES: &str = "debian-services";
 /// What `--runtime` may name beside `io.rvm.v2`, by the daemon's configuration.
 pub const RUNTIME_ALIAS: &str = "rvm";
 
+/// Names the archive of [`SERVICES`]; `cargo xtask test` makes it.
+const SERVICES_ENV: &str = "RVM_TEST_DEBIAN_IMAGE";
 const SERVICE: &str = "dockerd";
 /// dockerd dies with the world's keeper, which dies with this process.
 static DAEMON: Mutex<Option<Child>> = Mutex::new(None);
@@ -40,8 +44,26 @@ pub struct Docker<'a> {
 /// # Panics
 /// When the case fails, or leaves something on the host.
 pub fn case(test: impl FnOnce(&Docker) -> Result<()>) {
+    prepared(|docker| docker.prepare(), test);
+}
+
+/// The same with [`SERVICES`] as well.
+///
+/// # Panics
+/// See [`case`].
+pub fn case_with_services(test: impl FnOnce(&Docker) -> Result<()>) {
+    prepared(
+        |docker| {
+            docker.prepare()?;
+            docker.load_services()
+        },
+        test,
+    );
+}
+
+fn prepared(prepare: impl FnOnce(&Docker<'_>) -> Result<()>, test: impl FnOnce(&Docker<'_>) -> Result<()>) {
     case_with(
-        |world| Docker::of(world)?.prepare(),
+        |world| prepare(&Docker::of(world)?),
         |world| {
             let docker = Docker::of(world)?;
             let log = std::fs::metadata(world.service_log(SERVICE)).map_or(0, |meta| meta.len() as usize);
@@ -83,13 +105,26 @@ impl<'a> Docker<'a> {
         Ok(())
     }
 
+    /// Loads the image of services, which stays for the next case.
+    fn load_services(&self) -> Result<()> {
+        if self.run(&["image", "inspect", "--format", "there", SERVICES])?.code() == 0 {
+            return Ok(());
+        }
+        let archive = std::env::var(SERVICES_ENV).with_context(|| format!("{SERVICES_ENV} is not set"))?;
+        let mut command = Command::new("docker");
+        self.environment(command.args(["load", "--quiet", "--input", &archive]));
+        println!("{}", job::run(command, Input::Nothing, limit() * 3)?.success()?);
+        // What its first container leaves.
+        self.run(&["run", "--rm", "--network", "none", SERVICES, "true"])?.success()?;
+        Ok(())
+    }
+
     /// Writes the daemon's configuration: its own, and `changes`.
     ///
     /// # Errors
     /// When it cannot be written.
     pub fn configure(&self, changes: &Value) -> Result<()> {
         let mut config = json!({
-            "userland-proxy": false,
             "live-restore": true,
             // What is not there a reload leaves as it was.
             "default-runtime": "runc",
@@ -183,8 +218,8 @@ impl<'a> Docker<'a> {
 
     /// Removes what a failed case left, so that the next one starts clean.
     fn sweep(&self) {
-        let everything = "docker ps -aq | xargs -r docker rm -fv; docker volume prune -af; docker network prune -f; \
-                          docker images -q --filter dangling=false --filter before=busybox | xargs -r docker rmi -f";
+        let everything = "docker ps -aq | xargs -r docker rm -fv; docker volume prune -af; docker network prune -f
+             docker images --format '{{.Repository}}:{{.Tag}}' | grep -Ev '^(busybox|debian-services):' | xargs -r docker rmi -f";
         if let Ok(swept) = self.script(self.world.dir(), &[], everything) {
             println!("{swept}");
         }

@@ -278,10 +278,12 @@ fn files(items: &mut BTreeSet<String>, dir: &Path, depth: usize) {
     }
 }
 
-/// A socket of dockerd's, for hooks, of which each start makes one, or a network namespace, which it
-/// removes within a minute.
+/// A socket of dockerd's, for hooks, of which each start makes one, a network namespace, which it
+/// removes within a minute, or something temporary, which it removes when it starts.
 fn is_dockerds(path: &str) -> bool {
-    ["/run/docker/libnetwork/", "/run/docker/netns/"].iter().any(|dir| path.starts_with(dir))
+    ["/run/docker/libnetwork/", "/run/docker/netns/", "/run/rvm-tests/docker/tmp/"]
+        .iter()
+        .any(|dir| path.starts_with(dir))
 }
 
 /// Directories that the first container ever makes and that hold those of all others.

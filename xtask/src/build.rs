@@ -145,6 +145,7 @@ pub fn debian_image() -> Result<PathBuf> {
             "postgresql",
             "postgresql-contrib",
             "python3",
+            "curl",
             // Networks and packet filters of a container's own, and file systems in files.
             "iproute2",
             "iptables",

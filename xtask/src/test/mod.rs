@@ -252,7 +252,7 @@ fn end_to_end(selection: &Selection, parts: &mut Parts) {
 fn build_for(selection: &Selection) -> Result<(Prepared, PathBuf)> {
     let mut prepared = Prepared::new(Profile::Fast)?;
     let program = cases()?;
-    if selection.has(DEBIAN) {
+    if selection.has(DEBIAN) || selection.has(DOCKER) {
         prepared.set("RVM_TEST_DEBIAN_IMAGE", build::debian_image()?);
     }
     if selection.has(DOCKER) {
