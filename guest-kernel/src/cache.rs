@@ -17,7 +17,7 @@ use sha2::{Digest, Sha256};
 
 use crate::compile::Built;
 use crate::source::Source;
-use crate::{Error, Flavour, Kernel, command, config, io_error};
+use crate::{Error, Flavour, Kernel, command, config, io_error, patches};
 
 /// Changes when the builder makes something else of the same inputs.
 const BUILDER_VERSION: u32 = 2;
@@ -151,7 +151,7 @@ impl Drop for Scratch {
     }
 }
 
-/// A hash over everything that decides what the image is: source, fragments, builder, compiler and linker.
+/// A hash over everything that decides what the image is: source, fragments, patches, builder, compiler and linker.
 pub fn key(source: &Source, flavour: Flavour) -> Result<String, Error> {
     let mut hash = Sha256::new();
     let mut part = |bytes: &[u8]| {
@@ -162,6 +162,9 @@ pub fn key(source: &Source, flavour: Flavour) -> Result<String, Error> {
     part(source.sha256.as_bytes());
     for fragment in config::fragments(flavour) {
         part(fragment.as_bytes());
+    }
+    for (_, patch) in patches::of(flavour) {
+        part(patch.as_bytes());
     }
     let programs: &[&str] = if flavour == Flavour::Full { &["gcc", "ld", "pahole"] } else { &["gcc", "ld"] };
     for program in programs {

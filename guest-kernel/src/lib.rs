@@ -5,10 +5,11 @@
 //!
 //! 1. [`source`]: the package [`PACKAGE`] from Debian through a private apt
 //!    configuration, checked against apt's signed index, kept in the cache.
-//! 2. [`config`]: the fragments on top of `allnoconfig` (or `tinyconfig` for
+//! 2. [`patches`]: what we change in it.
+//! 3. [`config`]: the fragments on top of `allnoconfig` (or `tinyconfig` for
 //!    the peer), and a check that every line of them holds in the result.
-//! 3. [`compile`]: `make vmlinux`, stripped.
-//! 4. [`cache`]: under a key over everything that goes in, in one rename.
+//! 4. [`compile`]: `make vmlinux`, stripped.
+//! 5. [`cache`]: under a key over everything that goes in, in one rename.
 //!
 //! With a cached kernel nothing is asked of the network; with a cached source
 //! only the compiler is needed.
@@ -19,6 +20,7 @@ mod cache;
 mod command;
 mod compile;
 mod config;
+mod patches;
 mod source;
 
 use std::path::PathBuf;
@@ -43,6 +45,7 @@ pub const BUILD_PACKAGES: &[&str] = &[
     "libc6-dev",
     "libelf-dev",
     "make",
+    "patch",
     "xz-utils",
 ];
 
@@ -258,6 +261,7 @@ pub fn build(options: &BuildOptions<'_>) -> Result<Kernel, Error> {
     }
     let scratch = cache.scratch()?;
     let tree = source::unpack(&source, scratch.path(), options.progress)?;
+    patches::apply(patches::of(options.flavour), &tree)?;
     let build_dir = scratch.path().join("build");
     (options.progress)(Step::Configure, 0.0);
     config::configure(&tree, &build_dir, options)?;

@@ -66,6 +66,8 @@ pub const DEFAULT_CMDLINE: &str = concat!(
     "rcupdate.rcu_expedited=1 ",
     // No look at each PCI slot for chips that need work-arounds before the scan proper.
     "pci=noearly ",
+    // A root file system that can have pages of the initramfs for its own.
+    "rootfstype=ramfs ",
     // No 64 MiB of bounce buffers in guests with memory above 4 GiB: virtio reaches all of it.
     "swiotlb=noforce",
 );

@@ -11,6 +11,12 @@ const S_IFREG: u32 = 0o100_000;
 const S_IFLNK: u32 = 0o120_000;
 const S_IFCHR: u32 = 0o020_000;
 
+/// What the guest's memory is shared by.
+const PAGE: u64 = 4096;
+/// Longest name with its NULs that Linux takes (`PATH_MAX`).
+const MAX_NAME: u64 = 4096;
+const HEADER_SIZE: u64 = 110;
+
 /// A cpio archive being written. Paths are relative to the root and are not
 /// created implicitly: a directory comes before what it contains.
 pub struct CpioWriter<W: Write> {
@@ -33,6 +39,22 @@ impl<W: Write> CpioWriter<W> {
     /// A regular file.
     pub fn file(&mut self, path: &str, mode: u32, content: &[u8]) -> io::Result<()> {
         self.entry(path, S_IFREG | mode, 1, (0, 0), content)
+    }
+
+    /// A regular file whose content begins at a page's beginning: NULs behind its name make
+    /// up for what is missing, for which there is always room behind the start of a page.
+    pub fn file_in_pages(&mut self, path: &str, mode: u32, content: &[u8]) -> io::Result<()> {
+        let name = self.written + HEADER_SIZE;
+        let shortest = name + path.len() as u64 + 1;
+        let nuls = shortest.next_multiple_of(PAGE) - shortest;
+        if shortest + nuls - name > MAX_NAME {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("{path}: no room for its padding"),
+            ));
+        }
+        let name = [path, &"\0".repeat(nuls as usize)].concat();
+        self.file(&name, mode, content)
     }
 
     /// A symbolic link.
@@ -103,6 +125,26 @@ impl<W: Write> CpioWriter<W> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_can_begin_with_a_page() {
+        for before in 0..3 {
+            let mut cpio = CpioWriter::new(Vec::new());
+            for at in 0..before {
+                cpio.dir(&format!("{at}"), 0o755).unwrap();
+            }
+            cpio.file_in_pages("init", 0o755, b"hello").unwrap();
+            let bytes = cpio.finish().unwrap();
+            assert_eq!(&bytes[4096..4101], b"hello");
+            let header = before * 112;
+            let size = format!("{:08x}", 4096 - header - 110);
+            assert_eq!(&bytes[header + 94..header + 102], size.as_bytes());
+            assert_eq!(&bytes[header + 110..header + 115], b"init\0");
+        }
+        let mut cpio = CpioWriter::new(Vec::new());
+        cpio.file("f", 0o644, &[1; 3872]).unwrap();
+        assert!(cpio.file_in_pages("init", 0o755, b"hello").is_err(), "a page more would be too much");
+    }
 
     #[test]
     fn layout_is_the_documented_one() {

@@ -8,16 +8,16 @@ use crate::cpio::CpioWriter;
 const DIRS: &[(&str, u32)] =
     &[("dev", 0o755), ("etc", 0o755), ("proc", 0o555), ("run", 0o755), ("sys", 0o555), ("tmp", 0o1777)];
 
-/// Builds the archive, uncompressed: unpacking costs every start more than
-/// reading. The same agent gives the same bytes.
+/// Builds the archive, uncompressed, with the agent in whole pages: our guest kernel makes
+/// them the file's, and all guests share them. The same agent gives the same bytes.
 pub fn build(agent: &[u8]) -> io::Result<Vec<u8>> {
-    let mut cpio = CpioWriter::new(Vec::with_capacity(agent.len() + 4096));
+    let mut cpio = CpioWriter::new(Vec::with_capacity(agent.len() + 8192));
+    cpio.file_in_pages("init", 0o755, agent)?;
     for &(path, mode) in DIRS {
         cpio.dir(path, mode)?;
     }
     // The kernel opens it as the agent's standard streams before anything is mounted.
     cpio.char_device("dev/console", 0o600, 5, 1)?;
-    cpio.file("init", 0o755, agent)?;
     cpio.finish()
 }
 

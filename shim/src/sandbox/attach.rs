@@ -21,7 +21,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::{Claim, Sandbox, SandboxError, network::Network};
+use super::{Claim, Sandbox, SandboxError, machine::Boot, network::Network};
 use crate::{
     agent::process_ref,
     config::{self, Config},
@@ -37,6 +37,15 @@ use crate::{
 const MOUNT_LIMIT: Duration = Duration::from_secs(5);
 /// How long the end of a container that was given up may take.
 const WITHDRAW_LIMIT: Duration = Duration::from_secs(10);
+
+/// What an error of a scratch's disk is about.
+const SCRATCH_FIELD: &str = "scratch";
+
+/// The serial of a sandbox's scratch. No other disk has it: at most the 20 bytes of a
+/// virtio-blk serial.
+fn scratch_serial(number: u32) -> String {
+    format!("scratch-{number}")
+}
 
 /// What the containers of a sandbox share on the host.
 pub(super) struct HostSide {
@@ -144,11 +153,19 @@ pub struct Preparing {
     part: Part,
     holder: Starting,
     mounts: Option<JoinHandle<Result<(), ShareError>>>,
-    scratch: Option<Preparation>,
+    scratch: Option<ScratchDisk>,
     tmpfs_bytes: u64,
     disks: Vec<HostDisk>,
     claim: Claim,
     writes: bool,
+}
+
+/// A scratch that is a disk.
+enum ScratchDisk {
+    /// On its way.
+    Preparing(Preparation),
+    /// The first one, plugged in while the guest booted.
+    PluggedIn,
 }
 
 /// A container's directory in the share.
@@ -192,7 +209,8 @@ impl Preparing {
                 let noted = timeline.clone();
                 let done = move || noted.mark("scratch ready");
                 let cache_dir = &config.host.cache_dir;
-                (Some(Preparation::start(size_bytes, cache_dir, layers, &host.dir, done)?), 0)
+                let preparation = Preparation::start(size_bytes, cache_dir, layers, &host.dir, done)?;
+                (Some(ScratchDisk::Preparing(preparation)), 0)
             }
         };
         let mounts = spawn_blocking({
@@ -214,6 +232,17 @@ impl Preparing {
             writes: scratch.is_some() || bundle.writes_to_host(),
             scratch,
         })
+    }
+
+    /// Waits until the mounts are there, and the scratch is in the machine that boots.
+    pub(super) async fn made(&mut self, boot: &Boot) -> Result<(), SandboxError> {
+        if let Some(ScratchDisk::Preparing(preparation)) = &mut self.scratch {
+            let path = preparation.finished().await?;
+            let added = boot.add_disk(&scratch_serial(0), &path).await;
+            added.map_err(|source| SandboxError::Disk { field: SCRATCH_FIELD.to_owned(), source })?;
+            self.scratch = Some(ScratchDisk::PluggedIn);
+        }
+        self.mounted().await
     }
 
     /// Waits until the mounts are there. It may be given up and called again.
@@ -314,10 +343,20 @@ impl Sandbox {
             self.admit(&attached.part.container, claim).await?;
             attached.scratch.backing = Some(match scratch {
                 None => Backing::TmpfsBytes(tmpfs_bytes),
-                Some(mut scratch) => {
-                    let serial = self.scratch_serial();
-                    let path = scratch.finished().await?;
-                    self.plug("scratch", &serial, &path, false).await?;
+                Some(scratch) => {
+                    let serial = scratch_serial(self.scratches.fetch_add(1, Ordering::Relaxed));
+                    match scratch {
+                        ScratchDisk::Preparing(mut preparation) => {
+                            let path = preparation.finished().await?;
+                            self.plug(SCRATCH_FIELD, &serial, &path, false).await?;
+                        }
+                        ScratchDisk::PluggedIn => {
+                            self.disks
+                                .lock()
+                                .await
+                                .insert(serial.clone(), Disk { readonly: false, users: 1 });
+                        }
+                    }
                     attached.serials.push(serial.clone());
                     Backing::BlockSerial(serial)
                 }
@@ -335,11 +374,6 @@ impl Sandbox {
                 Err(error)
             }
         }
-    }
-
-    /// No other disk has it: at most the 20 bytes of a virtio-blk serial.
-    fn scratch_serial(&self) -> String {
-        format!("scratch-{}", self.scratches.fetch_add(1, Ordering::Relaxed))
     }
 
     async fn plug(&self, field: &str, serial: &str, path: &Path, readonly: bool) -> Result<(), SandboxError> {

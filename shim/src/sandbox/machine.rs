@@ -34,6 +34,8 @@ use crate::{
 
 /// How long a guest may take to flush its file systems and power off.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long after what it causes a monitor's end may come to be known.
+const MOMENT: Duration = Duration::from_millis(500);
 /// The kernel's limit for a host name.
 const MAX_HOSTNAME_LEN: usize = 64;
 
@@ -106,28 +108,47 @@ impl Boot {
     }
 
     /// Waits until the agent has set the sandbox up.
-    pub(super) async fn finished(self) -> Result<Machine, SandboxError> {
-        let Self { monitor, vsock, ready, console, set_up, limit, timeline, spawned } = self;
+    pub(super) async fn agent(&self) -> Result<Agent, SandboxError> {
+        let Self { monitor, vsock, ready, console, set_up, limit, timeline, .. } = self;
         let boot = async {
             wait_ready(ready).await?;
             timeline.mark("agent ready");
-            let agent = Agent::connect(&vsock).await?;
-            agent.set_up_sandbox(set_up).await?;
+            let agent = Agent::connect(vsock).await?;
+            agent.set_up_sandbox(set_up.clone()).await?;
             timeline.mark("sandbox set up");
             Ok(agent)
         };
-        let agent = tokio::select! {
+        tokio::select! {
             // An end of the monitor explains a lost connection, not the other way round.
             biased;
-            exited = monitor.exited() => Err(SandboxError::Ended(describe_end(&exited, &console))),
-            agent = timeout(limit, boot) => match agent {
+            exited = monitor.exited() => Err(SandboxError::Ended(describe_end(&exited, console))),
+            agent = timeout(*limit, boot) => match agent {
                 Ok(Ok(agent)) => Ok(agent),
-                Ok(Err(error)) => Err(explain(error, &monitor, &console).await),
-                Err(_) => Err(SandboxError::TimedOut { limit, console: failure::console_summary(&console) }),
+                Ok(Err(error)) => Err(explain(error, monitor, console).await),
+                Err(_) => {
+                    Err(SandboxError::TimedOut { limit: *limit, console: failure::console_summary(console) })
+                }
             },
-        }?;
+        }
+    }
+
+    /// Plugs in the file at `path` as soon as there is a machine: a guest that has not
+    /// looked at its bus yet need not look again. Of a monitor that ends meanwhile
+    /// [`agent`](Self::agent) tells.
+    pub(super) async fn add_disk(&self, serial: &str, path: &Path) -> Result<(), MonitorError> {
+        match add_disk(&self.monitor, serial, path, false, self.limit).await {
+            Err(MonitorError::Control { .. }) if timeout(MOMENT, self.monitor.exited()).await.is_ok() => {
+                std::future::pending().await
+            }
+            added => added,
+        }
+    }
+
+    /// The machine, whose agent this is.
+    pub(super) fn machine(self, agent: Agent) -> Machine {
+        let Self { monitor, vsock, console, spawned, .. } = self;
         let clock = Keeper::start(agent.clone());
-        Ok(Machine { monitor, agent, clock, vsock, console, spawned })
+        Machine { monitor, agent, clock, vsock, console, spawned }
     }
 }
 
@@ -197,14 +218,7 @@ impl Machine {
         path: &Path,
         readonly: bool,
     ) -> Result<(), MonitorError> {
-        let open = {
-            let path = path.to_owned();
-            // Opening a device may wait for it.
-            move || File::options().read(true).write(!readonly).open(path)
-        };
-        let opened = spawn_blocking(open).await.map_err(io::Error::other).flatten();
-        let file = opened.map_err(|source| MonitorError::Disk { path: path.to_owned(), source })?;
-        self.monitor.control().add_disk(serial, readonly, file.as_fd()).await
+        add_disk(&self.monitor, serial, path, readonly, vmm::LIMIT).await
     }
 
     /// Takes a disk out that the guest has let go of.
@@ -249,6 +263,23 @@ impl network::Machine for Machine {
     async fn apply(&self, wanted: &SyncNetworkRequest) -> Result<(), AgentError> {
         self.agent.sync_network(wanted).await
     }
+}
+
+async fn add_disk(
+    monitor: &Monitor,
+    serial: &str,
+    path: &Path,
+    readonly: bool,
+    limit: Duration,
+) -> Result<(), MonitorError> {
+    let open = {
+        let path = path.to_owned();
+        // Opening a device may wait for it.
+        move || File::options().read(true).write(!readonly).open(path)
+    };
+    let opened = spawn_blocking(open).await.map_err(io::Error::other).flatten();
+    let file = opened.map_err(|source| MonitorError::Disk { path: path.to_owned(), source })?;
+    monitor.control().add_disk(serial, readonly, file.as_fd(), limit).await
 }
 
 fn vm_config(config: &Config, plan: &Plan, nets: Vec<InheritedNet>) -> VmConfig {
@@ -305,7 +336,7 @@ fn set_up_request(plan: &Plan) -> SetUpSandboxRequest {
     }
 }
 
-async fn wait_ready(listener: UnixListener) -> Result<(), SandboxError> {
+async fn wait_ready(listener: &UnixListener) -> Result<(), SandboxError> {
     let io = |source| VsockError::Io { port: READY_PORT, source };
     let (mut stream, _) = listener.accept().await.map_err(io)?;
     let found = vsock::read_line(&mut stream).await.map_err(io)?;
@@ -322,7 +353,6 @@ async fn wait_ready(listener: UnixListener) -> Result<(), SandboxError> {
 /// A connection that fails because the monitor is going down is told as the
 /// monitor's end, which is known a moment later.
 async fn explain(error: SandboxError, monitor: &Monitor, console: &Path) -> SandboxError {
-    const MOMENT: Duration = Duration::from_millis(500);
     if !matches!(
         error,
         SandboxError::Vsock(_) | SandboxError::Agent(AgentError::Lost { .. } | AgentError::Connect(_))

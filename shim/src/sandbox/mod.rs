@@ -193,8 +193,8 @@ impl Sandbox {
         let (base, boot) = Base::begin(config, plan, network, timeline)?;
         let started = async {
             let mut preparing = Preparing::begin(&base.host, config, bundle, layers, &base.timeline)?;
-            let (machine, ()) = tokio::try_join!(boot.finished(), preparing.mounted())?;
-            Ok((machine, preparing))
+            let (agent, ()) = tokio::try_join!(boot.agent(), preparing.made(&boot))?;
+            Ok((boot.machine(agent), preparing))
         };
         let (machine, preparing) = match started.await {
             Ok(started) => started,

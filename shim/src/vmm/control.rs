@@ -20,7 +20,7 @@ use super::MonitorError;
 
 /// How long the monitor may take for any request: it does them on a thread of
 /// their own, none of which waits for the guest.
-const LIMIT: Duration = Duration::from_secs(10);
+pub const LIMIT: Duration = Duration::from_secs(10);
 
 /// The owner's end. Dropping it ends the machine.
 #[derive(Debug)]
@@ -43,16 +43,18 @@ impl Control {
         Ok((Self { socket, last: Mutex::new(0), limit: LIMIT }, monitors))
     }
 
-    /// Plugs a disk into the running machine: the file or block device `fd`, which
-    /// is open for writing unless `readonly`.
+    /// Plugs a disk into the machine: the file or block device `fd`, which is open for
+    /// writing unless `readonly`. A monitor that is still making the machine answers when
+    /// it has made it: `limit` is how long that may take.
     pub async fn add_disk(
         &self,
         serial: &str,
         readonly: bool,
         fd: BorrowedFd<'_>,
+        limit: Duration,
     ) -> Result<(), MonitorError> {
         let request = Request::AddDisk { serial: serial.to_owned(), readonly };
-        self.done("add_disk", request, &[fd]).await
+        self.done_within(limit, "add_disk", request, &[fd]).await
     }
 
     /// Takes a disk out of the running machine. The guest has let go of it.
@@ -103,7 +105,7 @@ impl Control {
 
     /// The monitor's counters.
     pub async fn metrics(&self) -> Result<Metrics, MonitorError> {
-        match self.call("metrics", Request::Metrics, &[]).await? {
+        match self.call(self.limit, "metrics", Request::Metrics, &[]).await? {
             Response::Metrics(metrics) => Ok(metrics),
             other => Err(MonitorError::Refused(format!("answers metrics with {other:?}"))),
         }
@@ -115,7 +117,17 @@ impl Control {
         request: Request,
         fds: &[BorrowedFd<'_>],
     ) -> Result<(), MonitorError> {
-        match self.call(name, request, fds).await? {
+        self.done_within(self.limit, name, request, fds).await
+    }
+
+    async fn done_within(
+        &self,
+        limit: Duration,
+        name: &'static str,
+        request: Request,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(), MonitorError> {
+        match self.call(limit, name, request, fds).await? {
             Response::Ok => Ok(()),
             other => Err(MonitorError::Refused(format!("answers {name} with {other:?}"))),
         }
@@ -125,6 +137,7 @@ impl Control {
     /// come later is known by its id and thrown away.
     async fn call(
         &self,
+        limit: Duration,
         name: &'static str,
         request: Request,
         fds: &[BorrowedFd<'_>],
@@ -142,10 +155,10 @@ impl Control {
                 log::debug!("the monitor answers call {} late: {:?}", reply.id, reply.response);
             }
         };
-        match timeout(self.limit, answered).await {
+        match timeout(limit, answered).await {
             Ok(Ok(Response::Error { message })) => Err(MonitorError::Refused(message)),
             Ok(answer) => answer.map_err(|source| MonitorError::Control { request: name, source }),
-            Err(_) => Err(MonitorError::TimedOut { request: name, limit: self.limit }),
+            Err(_) => Err(MonitorError::TimedOut { request: name, limit }),
         }
     }
 
@@ -232,7 +245,7 @@ mod tests {
         let (ours, fd) = control(LIMIT);
         drop(fd);
         let file = tempfile::tempfile().unwrap();
-        let error = ours.add_disk("x", true, file.as_fd()).await.unwrap_err().to_string();
+        let error = ours.add_disk("x", true, file.as_fd(), LIMIT).await.unwrap_err().to_string();
         assert!(error.starts_with("asking the monitor (add_disk): "), "{error}");
     }
 

@@ -31,7 +31,7 @@ use crate::{
 
 mod control;
 
-pub use control::Control;
+pub use control::{Control, LIMIT};
 
 /// The monitor's configuration in the sandbox's directory.
 pub const CONFIG_FILE: &str = "vm.json";

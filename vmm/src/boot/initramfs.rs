@@ -1,7 +1,7 @@
-//! Reads the initramfs into guest memory.
+//! Maps the initramfs into guest memory.
 //!
-//! The guest unpacks it, which is to copy it, and then has the memory for other
-//! things; all of that is cheaper in pages of its own than in the file's.
+//! Our guest kernel makes whole pages of it pages of the files in it (decision 0105), so
+//! that all guests of a host share them; what is left it has for other things.
 
 use std::fs::File;
 use std::io;
@@ -10,7 +10,7 @@ use std::os::unix::fs::FileExt;
 use thiserror::Error;
 
 use crate::arch::layout::PAGE_SIZE;
-use crate::memory::{self, GuestRam, MemoryError};
+use crate::memory::{self, GuestRam, HUGE_PAGE, MemoryError};
 
 /// Why the initramfs could not be loaded.
 #[derive(Debug, Error)]
@@ -32,7 +32,7 @@ pub enum InitramfsError {
         /// Room above the kernel.
         free: u64,
     },
-    /// It could not be read into guest memory.
+    /// It could not be mapped into guest memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),
 }
@@ -40,13 +40,13 @@ pub enum InitramfsError {
 /// An initramfs in guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LoadedInitramfs {
-    /// Its first address, page aligned.
+    /// Its first address, at the beginning of a page.
     pub address: u64,
     /// Its size in bytes.
     pub size: u64,
 }
 
-/// Reads `file` to the end of low memory (`low_memory` bytes), above `kernel_end`.
+/// Maps `file`, copy-on-write, above `kernel_end` into low memory (`low_memory` bytes).
 pub fn load(
     memory: &GuestRam,
     file: &File,
@@ -55,11 +55,16 @@ pub fn load(
 ) -> Result<LoadedInitramfs, InitramfsError> {
     let size = file.metadata().map_err(InitramfsError::Read)?.len();
     check(file, size)?;
-    let free = low_memory.saturating_sub(kernel_end.next_multiple_of(PAGE_SIZE));
+    let room = |boundary| {
+        let start = kernel_end.next_multiple_of(boundary);
+        (start, low_memory.saturating_sub(start))
+    };
+    let (first, free) = room(PAGE_SIZE);
     let pages = size.checked_next_multiple_of(PAGE_SIZE).filter(|&p| p <= free);
     let Some(pages) = pages else { return Err(InitramfsError::Space { size, free }) };
-    let address = low_memory - low_memory % PAGE_SIZE - pages;
-    memory::read_file(memory, address, file, 0, size)?;
+    // A huge page that is partly the file's is none: Linux takes what it needs first from the end of memory.
+    let address = Some(room(HUGE_PAGE)).filter(|(_, free)| pages <= *free).map_or(first, |(start, _)| start);
+    memory::map_file(memory, address, file, 0, size)?;
     Ok(LoadedInitramfs { address, size })
 }
 
@@ -162,14 +167,19 @@ mod tests {
     }
 
     #[test]
-    fn lies_page_aligned_at_the_end_of_memory() {
+    fn lies_behind_the_kernel_in_huge_pages_of_its_own_where_there_is_room() {
         let memory = memory::create(16 << 20).unwrap();
         let bytes = archive();
-        let loaded = load(&memory, &file(&bytes), 8 << 20, 16 << 20).unwrap();
-        assert_eq!(loaded, LoadedInitramfs { address: (16 << 20) - 0x2000, size: bytes.len() as u64 });
-        let mut seen = vec![0; bytes.len()];
-        memory.read_slice(&mut seen, GuestAddress(loaded.address)).unwrap();
-        assert_eq!(seen, bytes);
+        let near_the_end = (16 << 20) - 0x3000;
+        for (kernel_end, address) in
+            [(8 << 20, 8 << 20), ((8 << 20) + 1, 10 << 20), (near_the_end + 1, near_the_end + 0x1000)]
+        {
+            let loaded = load(&memory, &file(&bytes), kernel_end, 16 << 20).unwrap();
+            assert_eq!(loaded, LoadedInitramfs { address, size: bytes.len() as u64 });
+            let mut seen = vec![0; bytes.len()];
+            memory.read_slice(&mut seen, GuestAddress(loaded.address)).unwrap();
+            assert_eq!(seen, bytes);
+        }
     }
 
     #[test]

@@ -53,7 +53,9 @@ pub fn load(memory: &GuestRam, file: &File, low_memory: u64) -> Result<LoadedKer
     let image = elf::parse(file)?;
     let (low, high) = (HIGH_RAM_START, low_memory.min(BOOT_MAPPED_END));
     let mut kernel_end = low;
-    for segment in &image.segments {
+    // The mapped ones first: what lies beside them is not to come in huge pages.
+    let in_turn = |data| image.segments.iter().filter(move |segment| segment.data == data);
+    for segment in in_turn(false).chain(in_turn(true)) {
         let (start, end) = (segment.address, segment.address + segment.memory_size);
         if start < low || end > high {
             return Err(KernelError::Place { start, end, low, high });

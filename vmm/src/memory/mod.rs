@@ -63,7 +63,7 @@ pub enum MemoryError {
 const SPARSE: Range<u64> = 2 << 20..8 << 20;
 
 /// A large page of the CPU's.
-const HUGE_PAGE: u64 = 2 << 20;
+pub const HUGE_PAGE: u64 = 2 << 20;
 
 /// How guest memory is to be made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -140,6 +140,7 @@ pub fn map_file(
     if first_page >= last_page || start % PAGE_SIZE != offset % PAGE_SIZE {
         return read_file(memory, start, file, offset, len);
     }
+    keep_edges_small(memory, first_page, last_page);
     read_file(memory, start, file, offset, first_page - start)?;
     map_pages(memory, first_page, file, offset + (first_page - start), last_page - first_page)?;
     read_file(memory, last_page, file, offset + (last_page - start), end - last_page)
@@ -168,6 +169,19 @@ pub fn read_file(
     memory
         .read_exact_volatile_from(GuestAddress(start), &mut file.as_fd(), count)
         .map_err(MemoryError::FillFrom)
+}
+
+/// What is left of the huge pages at both edges of a mapping comes in small pages: a huge
+/// one would be there in full, and of no use where the mapping hides it.
+fn keep_edges_small(memory: &GuestRam, first: u64, last: u64) {
+    let Some(region) = memory.find_region(GuestAddress(first)) else { return };
+    let end = last.next_multiple_of(HUGE_PAGE).min(region.start_addr().0 + region.mapped());
+    for edge in [first - first % HUGE_PAGE..first, last..end] {
+        region.advise(
+            edge.start.saturating_sub(region.start_addr().0)..edge.end - region.start_addr().0,
+            false,
+        );
+    }
 }
 
 /// Maps whole pages; the range must be inside one region.
@@ -306,6 +320,22 @@ mod tests {
         } else {
             assert_eq!(resident, small);
         }
+    }
+
+    #[test]
+    fn beside_a_mapped_file_there_are_small_pages() {
+        use std::os::unix::fs::MetadataExt;
+        const START: u64 = 32 << 20;
+        let memory = create_shaped(Shape { boot: 64 << 20, huge_pages: true, ..Shape::default() }).unwrap();
+        map_file(&memory, START + PAGE_SIZE, &numbered_file(3), 0, 3 * PAGE_SIZE).unwrap();
+        for beside in [START, START + 4 * PAGE_SIZE] {
+            memory.write_obj(7u64, GuestAddress(beside)).unwrap();
+        }
+        let region = memory.find_region(GuestAddress(START)).unwrap();
+        let allocated = region.file_offset().unwrap().file().metadata().unwrap().blocks() * 512;
+        assert_eq!(allocated, 2 * PAGE_SIZE, "nothing is there that the mapping hides");
+        memory.write_obj(7u64, GuestAddress(START + HUGE_PAGE)).unwrap();
+        assert!(!backing::has_huge_pages() || resident_bytes(&memory).unwrap() >= HUGE_PAGE);
     }
 
     /// A file of `pages` pages and a half, each byte telling its page.

@@ -8,6 +8,7 @@
 //! while the machine runs: what was found inside once stays inside.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -16,6 +17,8 @@ use vm_memory::{
     FileOffset, GuestAddress, GuestMemory, GuestMemoryError, GuestMemoryRegion, GuestMemoryRegionBytes,
     GuestRegionMmap, MemoryRegionAddress, VolatileSlice,
 };
+
+use super::backing;
 
 /// One mapping, of which the first bytes are guest memory.
 #[derive(Debug)]
@@ -54,6 +57,11 @@ impl Region {
     /// Bytes of the mapping, granted or not.
     pub fn mapped(&self) -> u64 {
         self.mapping.len()
+    }
+
+    /// Asks for huge pages, or for none, behind a range of it.
+    pub(super) fn advise(&self, range: Range<u64>, huge: bool) {
+        backing::advise(&self.mapping, range, huge);
     }
 }
 

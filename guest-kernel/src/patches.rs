@@ -1,0 +1,77 @@
+//! What we change in the kernel's source (`patches/*.patch`): exits and pages that no configuration saves.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use crate::{Error, Flavour, command, io_error};
+
+/// A patch: its name, and a unified diff.
+type Patch = (&'static str, &'static str);
+
+const PATCHES: [Patch; 5] = [
+    ("pci-remember-configuration", include_str!("../patches/pci-remember-configuration.patch")),
+    ("virtiofs-tag-in-words", include_str!("../patches/virtiofs-tag-in-words.patch")),
+    ("initramfs-keep-pages", include_str!("../patches/initramfs-keep-pages.patch")),
+    ("no-clearing-of-bss", include_str!("../patches/no-clearing-of-bss.patch")),
+    ("no-poison-in-freed-init", include_str!("../patches/no-poison-in-freed-init.patch")),
+];
+
+/// The flavour's, in the order in which they are applied. The baseline of benchmarks is Linux as it is.
+pub fn of(flavour: Flavour) -> &'static [Patch] {
+    match flavour {
+        Flavour::Rvm | Flavour::Full | Flavour::Peer => &PATCHES,
+        Flavour::Trial => &[],
+    }
+}
+
+/// Applies them to the unpacked source. Where a point release has moved the lines around one it applies all the same; one
+/// that does not fit any more is an error.
+pub fn apply(patches: &[Patch], tree: &Path) -> Result<(), Error> {
+    for (name, text) in patches {
+        let file = tree.join(format!("{name}.patch"));
+        fs::write(&file, text).map_err(io_error("write", &file))?;
+        let mut patch = Command::new("patch");
+        patch.args(["--strip=1", "--forward", "--batch", "--input"]).arg(&file).arg("--directory").arg(tree);
+        command::output(&mut patch)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PATCH: Patch =
+        ("a-patch", "Why.\n\n--- a/dir/file\n+++ b/dir/file\n@@ -1,3 +1,3 @@\n one\n-two\n+2\n three\n");
+
+    fn tree(file: &str) -> tempfile::TempDir {
+        let tree = tempfile::tempdir().unwrap();
+        fs::create_dir(tree.path().join("dir")).unwrap();
+        fs::write(tree.path().join("dir/file"), file).unwrap();
+        tree
+    }
+
+    #[test]
+    fn lines_that_have_moved_are_found() {
+        let tree = tree("zero\none\ntwo\nthree\n");
+        apply(&[PATCH], tree.path()).unwrap();
+        assert_eq!(fs::read_to_string(tree.path().join("dir/file")).unwrap(), "zero\none\n2\nthree\n");
+    }
+
+    #[test]
+    fn a_source_they_do_not_fit_is_refused() {
+        for file in ["one\nzwei\nthree\n", "one\n2\nthree\n", ""] {
+            let error = apply(&[PATCH], tree(file).path()).unwrap_err().to_string();
+            assert!(error.contains("dir/file") && error.contains("a-patch"), "{error}");
+        }
+    }
+
+    #[test]
+    fn every_patch_says_what_it_is_for() {
+        for (name, text) in PATCHES {
+            let (why, diff) = text.split_once("\n--- a/").unwrap_or_default();
+            assert!(!why.trim().is_empty() && diff.contains("\n+++ b/"), "{name}");
+        }
+    }
+}
