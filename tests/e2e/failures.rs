@@ -93,7 +93,7 @@ fn guest_that_crashes_at_once() {
 fn guest_kernel_that_panics() {
     case(|world| {
         let config = world.config().text("guest", "kernel_params", "rdinit=/no/such/init");
-        let words = ["the guest did not start", "Kernel panic", "Unable to mount root fs"];
+        let words = ["the guest did not start", "Kernel panic", "No working init found"];
         let finished = refused_config(world, &config, &words)?;
         ensure!(finished.took < scale::container(), "{finished}");
         Ok(())
