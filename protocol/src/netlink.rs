@@ -1,6 +1,8 @@
 //! netlink(7), of which rtnetlink(7) above all: requests and answers as bytes, whose
 //! meaning is their users'.
 
+mod headers;
+
 use std::{
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
@@ -12,6 +14,8 @@ use nix::{
         AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, send, socket,
     },
 };
+
+pub use headers::{fib_rules, if_addr, if_link, neighbour, rtnetlink};
 
 // linux/netlink.h
 const NLM_F_REQUEST: u16 = 0x1;
@@ -352,31 +356,6 @@ impl AsRawFd for Socket {
     fn as_raw_fd(&self) -> std::os::fd::RawFd {
         self.0.as_raw_fd()
     }
-}
-
-/// Attributes and flags of routing policy rules, as `linux/fib_rules.h` names them.
-#[allow(missing_docs, reason = "they are documented there")]
-pub mod fib_rules {
-    pub const FRA_DST: u16 = 1;
-    pub const FRA_SRC: u16 = 2;
-    pub const FRA_IIFNAME: u16 = 3;
-    pub const FRA_GOTO: u16 = 4;
-    pub const FRA_PRIORITY: u16 = 6;
-    pub const FRA_FWMARK: u16 = 10;
-    pub const FRA_TUN_ID: u16 = 12;
-    pub const FRA_SUPPRESS_IFGROUP: u16 = 13;
-    pub const FRA_SUPPRESS_PREFIXLEN: u16 = 14;
-    pub const FRA_TABLE: u16 = 15;
-    pub const FRA_FWMASK: u16 = 16;
-    pub const FRA_OIFNAME: u16 = 17;
-    pub const FRA_L3MDEV: u16 = 19;
-    pub const FRA_UID_RANGE: u16 = 20;
-    pub const FRA_PROTOCOL: u16 = 21;
-    pub const FRA_IP_PROTO: u16 = 22;
-    pub const FRA_SPORT_RANGE: u16 = 23;
-    pub const FRA_DPORT_RANGE: u16 = 24;
-    pub const FR_ACT_TO_TBL: u32 = 1;
-    pub const FIB_RULE_INVERT: u32 = 2;
 }
 
 #[cfg(test)]

@@ -3,7 +3,9 @@
 use std::net::{IpAddr, Ipv4Addr};
 
 use rvm_protocol::netlink::{
-    Attributes, NLM_F_CREATE, NLM_F_REPLACE, Refusal, Socket, attributes, text, u32_at,
+    Attributes, NLM_F_CREATE, NLM_F_REPLACE, Refusal, Socket, attributes,
+    if_addr::{IFA_ADDRESS, IFA_BROADCAST, IFA_CACHEINFO, IFA_FLAGS, IFA_LABEL, IFA_LOCAL, IFA_RT_PRIORITY},
+    text, u32_at,
 };
 
 use super::{
@@ -11,14 +13,6 @@ use super::{
     object::{Object, family, ip, octets},
 };
 
-// linux/if_addr.h
-const IFA_ADDRESS: u16 = 1;
-const IFA_LOCAL: u16 = 2;
-const IFA_LABEL: u16 = 3;
-const IFA_BROADCAST: u16 = 4;
-const IFA_CACHEINFO: u16 = 6;
-const IFA_FLAGS: u16 = 8;
-const IFA_RT_PRIORITY: u16 = 9;
 /// Those that say how an address is to be used, not what has become of it.
 const KEPT_FLAGS: u32 = libc::IFA_F_NODAD
     | libc::IFA_F_HOMEADDRESS

@@ -3,20 +3,17 @@
 use std::collections::BTreeMap;
 
 use nix::errno::Errno;
-use rvm_protocol::netlink::{Attributes, Refusal, Socket, attributes, text, u32_at};
+use rvm_protocol::netlink::{
+    Attributes, Refusal, Socket, attributes,
+    if_link::{
+        IFLA_ADDRESS, IFLA_GROUP, IFLA_IFALIAS, IFLA_IFNAME, IFLA_MTU, IFLA_NET_NS_FD, IFLA_NEW_IFINDEX,
+        IFLA_PARENT_DEV_NAME, IFLA_TXQLEN,
+    },
+    text, u32_at,
+};
 
 use crate::error::{Step, StepError, StepResult};
 
-// linux/if_link.h
-const IFLA_ADDRESS: u16 = 1;
-const IFLA_IFNAME: u16 = 3;
-const IFLA_MTU: u16 = 4;
-const IFLA_TXQLEN: u16 = 13;
-const IFLA_IFALIAS: u16 = 20;
-const IFLA_GROUP: u16 = 27;
-const IFLA_NET_NS_FD: u16 = 28;
-const IFLA_NEW_IFINDEX: u16 = 49;
-const IFLA_PARENT_DEV_NAME: u16 = 56;
 /// `struct ifinfomsg`.
 const HEADER: usize = 16;
 /// The slot that stands for lo.

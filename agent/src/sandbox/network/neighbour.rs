@@ -2,17 +2,19 @@
 
 use std::net::IpAddr;
 
-use rvm_protocol::netlink::{Attributes, NLM_F_CREATE, NLM_F_REPLACE, attributes, u16_at, u32_at};
+use rvm_protocol::netlink::{
+    Attributes, NLM_F_CREATE, NLM_F_REPLACE, attributes,
+    neighbour::{NDA_DST, NDA_LLADDR, NTF_PROXY, NTF_ROUTER, NUD_PERMANENT},
+    u16_at, u32_at,
+};
 
 use super::{
     interfaces::Interfaces,
     object::{Object, family, ip, octets},
 };
 
-// linux/neighbour.h
-const NTF_ROUTER: u8 = 0x80;
 /// Flags that are set with a neighbour.
-const KEPT_FLAGS: u8 = libc::NTF_PROXY | NTF_ROUTER;
+const KEPT_FLAGS: u8 = NTF_PROXY | NTF_ROUTER;
 /// `struct ndmsg`.
 const HEADER: usize = 12;
 
@@ -33,7 +35,7 @@ impl Neighbour {
     }
 
     fn is_proxy(&self) -> bool {
-        self.flags & libc::NTF_PROXY != 0
+        self.flags & NTF_PROXY != 0
     }
 }
 
@@ -41,20 +43,20 @@ impl Object for Neighbour {
     const GET: u16 = libc::RTM_GETNEIGH;
     const NEW: u16 = libc::RTM_NEWNEIGH;
     const DELETE: u16 = libc::RTM_DELNEIGH;
-    const DUMPS: &[&[u8]] = &[&[0; HEADER], &[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, libc::NTF_PROXY, 0]];
+    const DUMPS: &[&[u8]] = &[&[0; HEADER], &[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, NTF_PROXY, 0]];
 
     fn parse(message: &[u8], _: &Interfaces) -> Option<Self> {
         let header: &[u8; HEADER] = message.first_chunk()?;
         let flags = Self::flags(header[10].into());
-        let is_set = u16_at(header, 8)? & libc::NUD_PERMANENT != 0;
-        if !is_set && flags & libc::NTF_PROXY == 0 {
+        let is_set = u16_at(header, 8)? & NUD_PERMANENT != 0;
+        if !is_set && flags & NTF_PROXY == 0 {
             return None;
         }
         let find = |wanted| attributes(&message[HEADER..]).find(|(kind, _)| *kind == wanted).map(|(_, v)| v);
         Some(Self {
             interface: u32_at(header, 4)?,
-            address: ip(header[0], find(libc::NDA_DST)?)?,
-            mac: find(libc::NDA_LLADDR).unwrap_or_default().to_vec(),
+            address: ip(header[0], find(NDA_DST)?)?,
+            mac: find(NDA_LLADDR).unwrap_or_default().to_vec(),
             flags,
         })
     }
@@ -62,12 +64,12 @@ impl Object for Neighbour {
     fn encode(&self, _: &Interfaces) -> (Vec<u8>, Attributes) {
         let mut header = vec![family(self.address), 0, 0, 0];
         header.extend(self.interface.to_ne_bytes());
-        header.extend((if self.is_proxy() { 0 } else { libc::NUD_PERMANENT }).to_ne_bytes());
+        header.extend((if self.is_proxy() { 0 } else { NUD_PERMANENT }).to_ne_bytes());
         header.extend([self.flags, 0]);
         let mut out = Attributes::default();
-        out.bytes(libc::NDA_DST, &octets(self.address));
+        out.bytes(NDA_DST, &octets(self.address));
         if !self.mac.is_empty() {
-            out.bytes(libc::NDA_LLADDR, &self.mac);
+            out.bytes(NDA_LLADDR, &self.mac);
         }
         (header, out)
     }

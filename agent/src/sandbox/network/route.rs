@@ -2,23 +2,24 @@
 
 use std::{collections::BTreeMap, net::IpAddr};
 
-use rvm_protocol::netlink::{Attributes, NLM_F_APPEND, NLM_F_CREATE, attributes, u16_at, u32_at};
+use rvm_protocol::netlink::{
+    Attributes, NLM_F_APPEND, NLM_F_CREATE, attributes,
+    rtnetlink::{
+        RTA_DST, RTA_GATEWAY, RTA_METRICS, RTA_MULTIPATH, RTA_OIF, RTA_PREF, RTA_PREFSRC, RTA_PRIORITY,
+        RTA_SRC, RTA_TABLE, RTA_VIA, RTAX_CC_ALGO, RTNH_F_ONLINK,
+    },
+    u16_at, u32_at,
+};
 
 use super::{
     interfaces::Interfaces,
     object::{Object, family, ip, octets},
 };
 
-// linux/rtnetlink.h
-const RTA_VIA: u16 = 18;
-const RTA_PREF: u16 = 20;
-const RTNH_F_ONLINK: u8 = 4;
 /// `struct rtmsg`.
 const HEADER: usize = 12;
 /// `struct rtnexthop`.
 const HOP_HEADER: usize = 8;
-/// The kernel numbers what a metric may be up to 17; this one is a name.
-const RTAX_CC_ALGO: u16 = 16;
 
 /// An address and how much of it counts.
 pub type Prefix = (IpAddr, u8);
@@ -79,7 +80,7 @@ pub fn unspecified(family: u8) -> Option<IpAddr> {
 
 fn gateway(family: u8, kind: u16, value: &[u8]) -> Option<IpAddr> {
     match kind {
-        libc::RTA_GATEWAY => ip(family, value),
+        RTA_GATEWAY => ip(family, value),
         RTA_VIA => ip(u16_at(value, 0)?.try_into().ok()?, value.get(2..)?),
         _ => None,
     }
@@ -104,7 +105,7 @@ fn parse_hops(family: u8, mut bytes: &[u8]) -> Vec<Hop> {
 fn put_gateway(out: &mut Attributes, family_of_route: u8, gateway: Option<IpAddr>) {
     match gateway {
         Some(gateway) if family(gateway) == family_of_route => {
-            out.bytes(libc::RTA_GATEWAY, &octets(gateway));
+            out.bytes(RTA_GATEWAY, &octets(gateway));
         }
         Some(gateway) => {
             let family = u16::from(family(gateway)).to_ne_bytes();
@@ -143,15 +144,15 @@ impl Object for Route {
         let mut hop = Hop { interface: 0, gateway: None, weight: 0, on_link: header[8] & RTNH_F_ONLINK != 0 };
         for (kind, value) in attributes(&message[HEADER..]) {
             match kind {
-                libc::RTA_DST => route.destination.0 = ip(family, value)?,
-                libc::RTA_SRC => route.source.0 = ip(family, value)?,
-                libc::RTA_OIF => hop.interface = u32_at(value, 0)?,
-                libc::RTA_GATEWAY | RTA_VIA => hop.gateway = gateway(family, kind, value),
-                libc::RTA_PRIORITY => route.metric = u32_at(value, 0)?,
-                libc::RTA_PREFSRC => route.preferred_source = ip(family, value),
-                libc::RTA_TABLE => route.table = u32_at(value, 0)?,
-                libc::RTA_MULTIPATH => route.hops = parse_hops(family, value),
-                libc::RTA_METRICS => {
+                RTA_DST => route.destination.0 = ip(family, value)?,
+                RTA_SRC => route.source.0 = ip(family, value)?,
+                RTA_OIF => hop.interface = u32_at(value, 0)?,
+                RTA_GATEWAY | RTA_VIA => hop.gateway = gateway(family, kind, value),
+                RTA_PRIORITY => route.metric = u32_at(value, 0)?,
+                RTA_PREFSRC => route.preferred_source = ip(family, value),
+                RTA_TABLE => route.table = u32_at(value, 0)?,
+                RTA_MULTIPATH => route.hops = parse_hops(family, value),
+                RTA_METRICS => {
                     let numbers = attributes(value).filter(|(kind, _)| *kind != RTAX_CC_ALGO);
                     route.metrics =
                         numbers.filter_map(|(kind, value)| Some((kind, u32_at(value, 0)?))).collect();
@@ -187,28 +188,28 @@ impl Object for Route {
         let flags = if one.is_some_and(|hop| hop.on_link) { RTNH_F_ONLINK } else { 0 };
         header.extend(u32::from(flags).to_ne_bytes());
         let mut out = Attributes::default();
-        out.u32(libc::RTA_TABLE, self.table);
-        for (kind, prefix) in [(libc::RTA_DST, self.destination), (libc::RTA_SRC, self.source)] {
+        out.u32(RTA_TABLE, self.table);
+        for (kind, prefix) in [(RTA_DST, self.destination), (RTA_SRC, self.source)] {
             if prefix.1 > 0 {
                 out.bytes(kind, &octets(prefix.0));
             }
         }
         if self.metric != 0 {
-            out.u32(libc::RTA_PRIORITY, self.metric);
+            out.u32(RTA_PRIORITY, self.metric);
         }
         if let Some(source) = self.preferred_source {
-            out.bytes(libc::RTA_PREFSRC, &octets(source));
+            out.bytes(RTA_PREFSRC, &octets(source));
         }
         if !self.metrics.is_empty() {
             let mut metrics = Attributes::default();
             self.metrics.iter().for_each(|(&kind, &value)| metrics.u32(kind, value));
-            out.nested(libc::RTA_METRICS, &metrics);
+            out.nested(RTA_METRICS, &metrics);
         }
         if self.preference != 0 {
             out.u8(RTA_PREF, self.preference);
         }
         if let Some(hop) = one {
-            out.u32(libc::RTA_OIF, hop.interface);
+            out.u32(RTA_OIF, hop.interface);
             put_gateway(&mut out, self.family(), hop.gateway);
         } else if !self.hops.is_empty() {
             let mut hops = Vec::new();
@@ -220,7 +221,7 @@ impl Object for Route {
                 hops.extend(hop.interface.to_ne_bytes());
                 hops.extend(inner.as_bytes());
             }
-            out.bytes(libc::RTA_MULTIPATH, &hops);
+            out.bytes(RTA_MULTIPATH, &hops);
         }
         (header, out)
     }

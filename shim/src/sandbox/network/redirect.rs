@@ -5,11 +5,10 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 use nix::errno::Errno;
 use rvm_protocol::netlink::{
-    Attributes, NLM_F_CREATE, NLM_F_EXCL, Refusal, Socket, attributes, text, u32_at,
+    Attributes, NLM_F_CREATE, NLM_F_EXCL, Refusal, Socket, attributes, if_link::IFLA_IFNAME, text, u32_at,
 };
 
 // linux/rtnetlink.h
-const IFLA_IFNAME: u16 = 3;
 const TCA_KIND: u16 = 1;
 const TCA_OPTIONS: u16 = 2;
 // linux/pkt_sched.h: the qdisc `clsact`, and what arrives in it.

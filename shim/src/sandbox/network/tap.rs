@@ -8,7 +8,10 @@ use std::{
 };
 
 use nix::errno::Errno;
-use rvm_protocol::netlink::{Attributes, Refusal, Socket};
+use rvm_protocol::netlink::{
+    Attributes, Refusal, Socket,
+    if_link::{IFLA_AF_SPEC, IFLA_INET6_ADDR_GEN_MODE, IFLA_MTU},
+};
 
 use super::{
     NetworkError,
@@ -21,9 +24,6 @@ const TUN: &str = "/dev/net/tun";
 const VHOST: &str = "/dev/vhost-net";
 /// What taps' names begin with; the slot follows.
 const PREFIX: &str = "rvm-tap";
-const IFLA_MTU: u16 = 4;
-const IFLA_AF_SPEC: u16 = 26;
-const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
 const IN6_ADDR_GEN_MODE_NONE: u8 = 1;
 
 /// A tap, which is gone when it and who was given its descriptors are.

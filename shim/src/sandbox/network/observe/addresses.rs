@@ -4,17 +4,14 @@ use std::collections::BTreeMap;
 
 use rvm_protocol::{
     agent::Address,
-    netlink::{Refusal, Socket, attributes, text, u32_at},
+    netlink::{
+        Refusal, Socket, attributes,
+        if_addr::{IFA_ADDRESS, IFA_BROADCAST, IFA_FLAGS, IFA_LABEL, IFA_LOCAL, IFA_PROTO, IFA_RT_PRIORITY},
+        text, u32_at,
+    },
 };
 
 // linux/if_addr.h
-const IFA_ADDRESS: u16 = 1;
-const IFA_LOCAL: u16 = 2;
-const IFA_LABEL: u16 = 3;
-const IFA_BROADCAST: u16 = 4;
-const IFA_FLAGS: u16 = 8;
-const IFA_RT_PRIORITY: u16 = 9;
-const IFA_PROTO: u16 = 11;
 const IFAPROT_KERNEL_RA: u8 = 2;
 /// Where duplicate address detection stands; it is the kernel's to say, and not
 /// waited for in the guest.

@@ -2,24 +2,18 @@
 
 use rvm_protocol::{
     agent::{Address, Interface},
-    netlink::{Refusal, Socket, attributes, text, u16_at, u32_at},
+    netlink::{
+        Refusal, Socket, attributes,
+        if_link::{
+            IFLA_ADDRESS, IFLA_GROUP, IFLA_IFALIAS, IFLA_IFNAME, IFLA_INFO_KIND, IFLA_LINK,
+            IFLA_LINK_NETNSID, IFLA_LINKINFO, IFLA_MASTER, IFLA_MTU, IFLA_TXQLEN,
+        },
+        text, u16_at, u32_at,
+    },
 };
 
 use super::{super::tap, Links};
 use crate::sandbox::network::NetworkError;
-
-// linux/if_link.h
-const IFLA_ADDRESS: u16 = 1;
-const IFLA_IFNAME: u16 = 3;
-const IFLA_MTU: u16 = 4;
-const IFLA_LINK: u16 = 5;
-const IFLA_MASTER: u16 = 10;
-const IFLA_TXQLEN: u16 = 13;
-const IFLA_LINKINFO: u16 = 18;
-const IFLA_IFALIAS: u16 = 20;
-const IFLA_GROUP: u16 = 27;
-const IFLA_LINK_NETNSID: u16 = 37;
-const IFLA_INFO_KIND: u16 = 1;
 
 /// Kinds that are a part of another interface: where that is in the namespace
 /// too, its frames are the guest's before they are theirs.

@@ -2,17 +2,14 @@
 
 use rvm_protocol::{
     agent::Neighbour,
-    netlink::{Refusal, Socket, attributes, u16_at, u32_at},
+    netlink::{
+        Refusal, Socket, attributes,
+        neighbour::{NDA_DST, NDA_LLADDR, NTF_PROXY, NTF_ROUTER, NUD_PERMANENT},
+        u16_at, u32_at,
+    },
 };
 
 use super::Links;
-
-// linux/neighbour.h
-const NDA_DST: u16 = 1;
-const NDA_LLADDR: u16 = 2;
-const NUD_PERMANENT: u16 = 0x80;
-const NTF_PROXY: u8 = 0x08;
-const NTF_ROUTER: u8 = 0x80;
 
 /// Permanent ones and proxies of interfaces that go to the guest.
 pub(super) fn read(socket: &Socket, links: &Links) -> Result<Vec<Neighbour>, Refusal> {

@@ -2,27 +2,20 @@
 
 use rvm_protocol::{
     agent::{NextHop, Route},
-    netlink::{Refusal, Socket, attributes, u16_at, u32_at},
+    netlink::{
+        Refusal, Socket, attributes,
+        rtnetlink::{
+            RTA_DST, RTA_ENCAP_TYPE, RTA_GATEWAY, RTA_METRICS, RTA_MULTIPATH, RTA_OIF, RTA_PREF, RTA_PREFSRC,
+            RTA_PRIORITY, RTA_SRC, RTA_TABLE, RTA_VIA, RTM_F_CLONED, RTNH_F_ONLINK,
+        },
+        u16_at, u32_at,
+    },
 };
 
 use super::Links;
 use crate::sandbox::network::NetworkError;
 
 // linux/rtnetlink.h
-const RTA_DST: u16 = 1;
-const RTA_SRC: u16 = 2;
-const RTA_OIF: u16 = 4;
-const RTA_GATEWAY: u16 = 5;
-const RTA_PRIORITY: u16 = 6;
-const RTA_PREFSRC: u16 = 7;
-const RTA_METRICS: u16 = 8;
-const RTA_MULTIPATH: u16 = 9;
-const RTA_TABLE: u16 = 15;
-const RTA_VIA: u16 = 18;
-const RTA_PREF: u16 = 20;
-const RTA_ENCAP_TYPE: u16 = 21;
-const RTM_F_CLONED: u32 = 0x200;
-const RTNH_F_ONLINK: u32 = 4;
 const RTPROT_REDIRECT: u8 = 1;
 const RTPROT_RA: u8 = 9;
 
@@ -94,7 +87,7 @@ fn parse(message: &[u8], links: &Links) -> Option<Result<Route, NetworkError>> {
             interface: link.name.clone(),
             gateway: hop.gateway,
             weight: hop.weight,
-            on_link: hop.flags & RTNH_F_ONLINK != 0,
+            on_link: hop.flags & u32::from(RTNH_F_ONLINK) != 0,
             ..Default::default()
         });
     }
