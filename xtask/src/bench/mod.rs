@@ -4,6 +4,7 @@ mod boot;
 mod container;
 mod files;
 mod many;
+mod net;
 mod report;
 mod tiny_init;
 
@@ -33,6 +34,8 @@ enum What {
     Many(many::Args),
     /// What programs do with files of an image and of a volume, against runc.
     Files(files::Args),
+    /// A container's network, against runc's and QEMU's: throughput, loss, latency and what they cost.
+    Net(net::Args),
 }
 
 /// Runs `cargo xtask bench`.
@@ -42,6 +45,7 @@ pub fn run(args: Args) -> Result<()> {
         What::Container(args) => container::run(args),
         What::Many(args) => many::run(args),
         What::Files(args) => files::run(args),
+        What::Net(args) => net::run(args),
     }
 }
 

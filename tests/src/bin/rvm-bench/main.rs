@@ -8,6 +8,7 @@
 //!   side with runc. Needs the same.
 //! * `rvm-bench many`: many containers started at once, and removed at once.
 //! * `rvm-bench files`: what programs do with files, in an image and on a volume.
+//! * `rvm-bench net`: a container's network, beside runc's and QEMU's.
 //! * `rvm-bench first-run`: the monitor's exec to its first `KVM_RUN`. Any KVM.
 
 mod boot;
@@ -18,6 +19,7 @@ mod files;
 mod many;
 mod memory;
 mod monitor;
+mod net;
 mod peer;
 mod ready;
 
@@ -74,8 +76,12 @@ fn run() -> Result<Value> {
             let images = [variable("RVM_BENCH_IMAGE_ONE")?, variable("RVM_BENCH_IMAGE_FIVE")?];
             files::measure(stage, runs, &images)
         }
+        Some("net") => {
+            let short = std::env::var_os("RVM_BENCH_SHORT").is_some();
+            net::measure(stage, runs, variable("RVM_BENCH_KERNEL_PEER")?, short)
+        }
         Some("first-run") => monitor::first_run(&stage, runs),
-        other => bail!("boot, container, many, files or first-run, not {other:?}"),
+        other => bail!("boot, container, many, files, net or first-run, not {other:?}"),
     }
 }
 
