@@ -219,8 +219,7 @@ services:
     command: /usr/lib/postgresql/15/bin/postgres -D /var/lib/postgresql/15/main
       -c config_file=/etc/postgresql/15/main/postgresql.conf -c hba_file=/hba.conf
       -c listen_addresses=* -c unix_socket_directories=/tmp
-    configs: [{source: hba, target: /hba.conf}]
-    volumes: ["data:/var/lib/postgresql"]
+    volumes: ["data:/var/lib/postgresql", "./hba.conf:/hba.conf:ro"]
     healthcheck: {test: "pg_isready -h /tmp", interval: 2s, timeout: 60s, retries: 100}
   web:
     image: debian-services
@@ -240,13 +239,15 @@ services:
       db: {condition: service_healthy}
       web: {condition: service_healthy}
 volumes: {data: {}}
-configs: {hba: {content: "host all all all trust\nlocal all all trust\n"}}
 "#;
 
 #[test]
 fn three_services_of_a_compose_file() {
     case_with_services(|docker| {
-        let file = docker.world().write_file("compose.yaml", COMPOSE.replace("RUNTIME", docker.runtime()))?;
+        let files = [
+            docker.world().write_file("compose.yaml", COMPOSE.replace("RUNTIME", docker.runtime()))?,
+            docker.world().write_file("hba.conf", "host all all all trust\nlocal all all trust\n")?,
+        ];
         let told = script(
             docker,
             "C='docker compose -p shop'; trap '$C down -v -t 1 >/dev/null 2>&1' EXIT
@@ -256,7 +257,7 @@ fn three_services_of_a_compose_file() {
              $C restart -t 30 db 2>&1; $C run --rm -T client 2>&1
              $C down -v -t 30 2>&1; docker ps -aq | wc -l; docker volume ls -q | wc -l; docker network ls -q | wc -l",
         );
-        std::fs::remove_file(file)?;
+        files.iter().try_for_each(std::fs::remove_file)?;
         let told = told?;
         for part in ["0\n1\nCREATE TABLE\nINSERT 0 1\n1\ndb healthy\nweb healthy\n1\n", "INSERT 0 1\n2\n"] {
             ensure!(told.contains(part), "{part:?}: {told}");
