@@ -12,6 +12,7 @@ mod debian;
 mod devices;
 mod docker;
 mod docker_network;
+mod docker_session;
 mod exec;
 mod exec_robust;
 mod failures;
