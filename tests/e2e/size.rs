@@ -95,10 +95,37 @@ fn guest_memory_is_in_huge_pages_unless_the_configuration_says_no() {
             let kib = huge_kib(monitor)?;
             println!("guest.huge_pages = {huge}: {kib} KiB");
             ensure!(expected.contains(&kib), "guest.huge_pages = {huge}: {kib} KiB");
+            // What a guest only reads of its kernel and its agent it shares with all others.
+            for (file, most) in [(world.stage().kernel(), 3 << 10), (world.stage().initramfs(), 256)] {
+                let (resident, own) = file_kib(monitor, &file)?;
+                println!("of {}: {resident} KiB, its own {own}", file.display());
+                ensure!(
+                    resident >= 1 << 10 && own <= most,
+                    "{}: {resident} KiB, {own} its own",
+                    file.display()
+                );
+            }
             world.ctr().remove(&run.id)?;
         }
         Ok(())
     });
+}
+
+/// KiB of a file that a process has mapped and touched, and of those what is a copy of its own.
+fn file_kib(pid: libc::pid_t, file: &Path) -> Result<(u64, u64)> {
+    let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps"))?;
+    let (mut inside, mut resident, mut own) = (false, 0, 0);
+    for line in smaps.lines() {
+        let mut words = line.split_whitespace();
+        let (first, second) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
+        match first {
+            "Rss:" if inside => resident += second.parse::<u64>()?,
+            "Anonymous:" if inside => own += second.parse::<u64>()?,
+            _ if !first.ends_with(':') => inside = line.ends_with(&*file.to_string_lossy()),
+            _ => {}
+        }
+    }
+    Ok((resident, own))
 }
 
 #[test]
