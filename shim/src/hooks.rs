@@ -465,7 +465,7 @@ mod tests {
     /// adopts it may not have waited for it yet.
     fn assert_gone(dir: &Path) {
         let pid = fs::read_to_string(dir.join("pid")).unwrap();
-        for _ in 0..200 {
+        for _ in 0..3000 {
             let stat = fs::read_to_string(format!("/proc/{}/stat", pid.trim())).unwrap_or_default();
             match stat.rsplit_once(") ") {
                 Some((_, rest)) if !rest.starts_with(['Z', 'X']) => {
