@@ -610,7 +610,8 @@ fn a_message_is_no_larger_than_any_that_is_right() {
         let len = client.queue.wait_used(1) as usize;
         assert_eq!(client.answer(len).0, expected, "opcode {op}");
     }
-    let grown = most_resident() - before;
+    // The kernel's sum of its counters is late by some pages: the most can have become less.
+    let grown = most_resident().saturating_sub(before);
     assert!(grown < 64 << 10, "{grown} KiB");
     assert_eq!(client.call(GETATTR, ROOT, &[0; 16]).0, 0);
 }
