@@ -108,7 +108,11 @@ impl Machine {
             if console.contains(text) {
                 return Ok(());
             }
-            ensure!(!console.contains("failed: "), "the attack failed:\n{console}");
+            ensure!(
+                !console.contains("failed: "),
+                "the attack failed:\n{console}\nthe monitor says: {}",
+                self.job.stderr()
+            );
             ensure!(!self.job.has_ended(), "the monitor ended: {}\n{console}", self.job.stderr());
             ensure!(Instant::now() < until, "no {text:?} within {limit:?}:\n{console}");
             std::thread::sleep(Duration::from_millis(20));
