@@ -4,11 +4,14 @@
 //!   agent: vsock ports, share tag, the stdio stream header.
 //! * `agent` (feature `agent`): the ttrpc service the agent serves on
 //!   [`guest::AGENT_PORT`].
+//! * `bpf` (feature `bpf`): how shim and agent give programs to the kernel.
 //! * `netlink` (feature `netlink`): what shim and agent say to the kernel of networks.
 //! * `vmm` (feature `vmm`): the monitor's configuration and its control socket.
 
 #[cfg(feature = "agent")]
 pub mod agent;
+#[cfg(feature = "bpf")]
+pub mod bpf;
 pub mod guest;
 #[cfg(feature = "netlink")]
 pub mod netlink;

@@ -11,7 +11,6 @@
 pub mod agent;
 mod background;
 pub mod bootstrap;
-mod bpf;
 pub mod cgroup;
 pub mod clock;
 pub mod config;

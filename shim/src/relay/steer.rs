@@ -8,7 +8,7 @@ use std::{
     os::fd::{BorrowedFd, OwnedFd},
 };
 
-use crate::bpf::{self, Instruction, raw};
+use rvm_protocol::bpf::{self, Instruction, raw};
 
 // linux/bpf.h
 const BPF_MAP_CREATE: libc::c_long = 0;
@@ -105,12 +105,7 @@ fn program(map: u32) -> Vec<Instruction> {
         op(0x85, 0x00, 0, SK_RELEASE),
     ]);
     let end = program.len();
-    for (at, instruction) in program.iter_mut().enumerate() {
-        if instruction.offset == PASS {
-            // Fewer instructions than an i16 counts.
-            instruction.offset = (end - at - 1) as i16;
-        }
-    }
+    bpf::lead(&mut program, PASS, end);
     program.extend([op(0xb7, 0x00, 0, SK_PASS), op(0x95, 0x00, 0, 0)]);
     program
 }

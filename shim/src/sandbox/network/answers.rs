@@ -5,7 +5,7 @@
 
 use std::{io, os::fd::OwnedFd};
 
-use crate::bpf::{self, Instruction};
+use rvm_protocol::bpf::{self, Instruction};
 
 // linux/bpf.h
 const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
@@ -110,14 +110,8 @@ fn program(guest: u32) -> Vec<Instruction> {
         op(0x95, 0x00, 0, 0),
     ]);
     let none = program.len();
-    for (at, instruction) in program.iter_mut().enumerate() {
-        // Fewer instructions than an i16 counts.
-        match instruction.offset {
-            ARP => instruction.offset = (arp - at - 1) as i16,
-            NONE => instruction.offset = (none - at - 1) as i16,
-            _ => {}
-        }
-    }
+    bpf::lead(&mut program, ARP, arp);
+    bpf::lead(&mut program, NONE, none);
     program.extend([op(0xb7, 0x00, 0, TC_ACT_UNSPEC), op(0x95, 0x00, 0, 0)]);
     program
 }

@@ -5,7 +5,7 @@
 //! minor) and allows what it returns 1 for.
 
 use super::rules::{ALL, Access, Devices, Rules};
-use crate::sys::bpf::Instruction;
+use rvm_protocol::bpf::Instruction;
 
 // Registers: the result, the context, and what is read from it.
 const RESULT: u8 = 0;

@@ -1,4 +1,4 @@
-//! bpf(2), as far as programs about sockets and packets need it.
+//! bpf(2), as far as programs about sockets, packets and devices need it.
 
 use std::{
     io,
@@ -69,8 +69,19 @@ pub fn raw(fd: &impl AsRawFd) -> u32 {
     fd.as_raw_fd().cast_unsigned()
 }
 
+/// Has the instructions of a program whose offset is `place` jump to the one at `to`, which comes
+/// behind them: for targets that are not known when the jumps are written.
+pub fn lead(program: &mut [Instruction], place: i16, to: usize) {
+    for (at, instruction) in program.iter_mut().enumerate() {
+        if instruction.offset == place {
+            // Fewer instructions than an i16 counts.
+            instruction.offset = (to - at - 1) as i16;
+        }
+    }
+}
+
 /// Loads a program: its type (`BPF_PROG_TYPE_*`), what it is to be attached to (`BPF_*`;
-/// 0 where the type says it), a name of at most 15 bytes that tools show.
+/// 0 where the type says it), a name of at most 15 bytes that tools show, or none.
 pub fn load(kind: u32, attach: u32, name: &str, program: &[Instruction]) -> io::Result<OwnedFd> {
     let mut prog_name = [0; 16];
     for (to, from) in prog_name.iter_mut().take(15).zip(name.bytes()) {
