@@ -11,14 +11,12 @@ mod steer;
 use std::{
     io,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener as StdListener},
-    os::fd::{AsRawFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, OwnedFd},
     sync::Arc,
-    thread,
 };
 
 use nix::{
     errno::Errno,
-    sched::{CloneFlags, setns},
     sys::socket::{
         AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, SockaddrIn6, bind, listen, socket,
     },
@@ -30,7 +28,7 @@ use tokio::{
     task::JoinSet,
 };
 
-use crate::vsock::Vsock;
+use crate::{sandbox::Namespace, vsock::Vsock};
 
 /// Connections there may be at once for a sandbox; each takes two descriptors.
 const MOST: usize = 256;
@@ -60,11 +58,13 @@ pub struct Relay {
 impl Relay {
     /// Relays what is dialled in `namespace` to the guest behind `vsock`. The event
     /// loop must be running.
-    pub fn open(namespace: BorrowedFd<'_>, vsock: &Vsock) -> Result<Self, RelayError> {
-        let listeners = within(namespace, listeners)
+    pub fn open(namespace: &Namespace, vsock: &Vsock) -> Result<Self, RelayError> {
+        let listeners = namespace
+            .run(listeners)
             .map_err(failed("enter the sandbox's network namespace"))?
             .map_err(failed("listen in the sandbox's network namespace"))?;
-        let link = steer::to(&listeners, namespace).map_err(failed("look up sockets by a BPF program"))?;
+        let link =
+            steer::to(&listeners, namespace.as_fd()).map_err(failed("look up sockets by a BPF program"))?;
         let most = Arc::new(Semaphore::new(MOST));
         let mut accepting = JoinSet::new();
         for listener in listeners.into_iter().flatten() {
@@ -72,17 +72,6 @@ impl Relay {
             accepting.spawn(accept(listener, vsock.clone(), Arc::clone(&most)));
         }
         Ok(Self { _link: link, _accepting: accepting })
-    }
-}
-
-/// Does something on a thread in a network namespace.
-fn within<T: Send>(namespace: BorrowedFd<'_>, work: impl FnOnce() -> T + Send) -> io::Result<T> {
-    let work = || setns(namespace, CloneFlags::CLONE_NEWNET).map(|()| work());
-    let done =
-        thread::scope(|scope| thread::Builder::new().spawn_scoped(scope, work).map(|thread| thread.join()));
-    match done? {
-        Ok(done) => Ok(done?),
-        Err(panic) => std::panic::resume_unwind(panic),
     }
 }
 
@@ -166,9 +155,8 @@ async fn carry(mut client: TcpStream, vsock: &Vsock) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs::File, os::fd::AsFd, time::Duration};
+    use std::time::Duration;
 
-    use nix::sched::unshare;
     use tokio::{
         io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
         net::UnixListener,
@@ -210,16 +198,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         tokio::spawn(guest(UnixListener::bind(dir.path().join(SOCKET)).unwrap(), 8080));
         let vsock = Vsock::new(open_dir(dir.path()).unwrap());
-        let make = || {
-            unshare(CloneFlags::CLONE_NEWNET).unwrap();
-            let up = std::process::Command::new("ip").args(["link", "set", "lo", "up"]).status().unwrap();
-            assert!(up.success());
-            File::open("/proc/thread-self/ns/net").unwrap()
-        };
-        let namespace = thread::spawn(make).join().unwrap();
+        let namespace = Namespace::new().unwrap();
         let dial = |to: &str| {
             let to: SocketAddr = to.parse().unwrap();
-            let stream = within(namespace.as_fd(), move || std::net::TcpStream::connect(to)).unwrap();
+            let stream = namespace.run(move || std::net::TcpStream::connect(to)).unwrap();
             stream.map(|stream| {
                 stream.set_nonblocking(true).unwrap();
                 TcpStream::from_std(stream).unwrap()
@@ -227,7 +209,7 @@ mod tests {
         };
         let refused = |to: &str| dial(to).unwrap_err().kind() == io::ErrorKind::ConnectionRefused;
         assert!(refused("127.0.0.1:8080"));
-        let relay = Relay::open(namespace.as_fd(), &vsock).unwrap();
+        let relay = Relay::open(&namespace, &vsock).unwrap();
         for to in ["127.0.0.1:8080", "[::1]:8080"] {
             let mut stream = dial(to).unwrap();
             stream.write_all(b"hello").await.unwrap();

@@ -20,7 +20,6 @@ mod resize;
 
 use std::{
     fs, io,
-    os::fd::AsFd,
     path::Path,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -39,7 +38,7 @@ pub use dir::{clean_up, is_held};
 pub use error::SandboxError;
 pub use ledger::{Claim, Ledger};
 use network::Network;
-pub use network::{NetworkError, try_out as try_network};
+pub use network::{Namespace, NetworkError, try_out as try_network};
 pub use plan::{HostSize, Plan, Room, Size};
 pub use record::Member;
 pub use resize::{GrowError, Update};
@@ -365,7 +364,7 @@ async fn open_network(config: &Config, plan: &Plan) -> Result<Arc<Network>, Sand
 /// Relays what is dialled at the loopback addresses of the sandbox's network
 /// namespace on the host.
 fn relay_for(network: &Network, vsock: &Vsock) -> Option<Relay> {
-    Relay::open(network.namespace().as_fd(), vsock)
+    Relay::open(network.namespace(), vsock)
         .inspect_err(|error| log::warn!("the sandbox's loopback cannot be reached from the host: {error}"))
         .ok()
 }

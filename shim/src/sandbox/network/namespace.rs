@@ -79,12 +79,11 @@ impl Namespace {
 
     /// Does `work` on a thread that is in it, and waits for its end.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> io::Result<T> {
-        thread::scope(|scope| {
-            joined(scope.spawn(|| {
-                setns(&self.0, CloneFlags::CLONE_NEWNET)?;
-                Ok(work())
-            }))
-        })
+        let work = || {
+            setns(&self.0, CloneFlags::CLONE_NEWNET)?;
+            Ok(work())
+        };
+        thread::scope(|scope| joined(thread::Builder::new().spawn_scoped(scope, work)?))
     }
 }
 
