@@ -8,6 +8,7 @@
 //! [`events`] and kept in [`state`]. `rvmctl` uses the same parts from
 //! [`container`] downwards, without containerd.
 
+mod accept;
 pub mod agent;
 mod background;
 pub mod bootstrap;

@@ -13,6 +13,7 @@ use std::{
     net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener as StdListener},
     os::fd::{AsFd, AsRawFd, OwnedFd},
     sync::Arc,
+    task::Context,
 };
 
 use nix::{
@@ -28,11 +29,13 @@ use tokio::{
     task::JoinSet,
 };
 
-use crate::{sandbox::Namespace, vsock::Vsock};
+use crate::{accept, sandbox::Namespace, vsock::Vsock};
 
 /// Connections there may be at once for a sandbox; each takes two descriptors.
 const MOST: usize = 256;
 const BACKLOG: i32 = 128;
+/// In the log.
+const WHAT: &str = "loopback of the sandbox";
 
 /// Why a sandbox's loopback addresses cannot be reached from the host.
 #[derive(Debug, thiserror::Error)]
@@ -69,7 +72,7 @@ impl Relay {
         let mut accepting = JoinSet::new();
         for listener in listeners.into_iter().flatten() {
             let listener = TcpListener::from_std(listener).map_err(failed("watch a listening socket"))?;
-            accepting.spawn(accept(listener, vsock.clone(), Arc::clone(&most)));
+            accepting.spawn(serve(listener, vsock.clone(), Arc::clone(&most)));
         }
         Ok(Self { _link: link, _accepting: accepting })
     }
@@ -109,30 +112,18 @@ fn listener(address: SocketAddr) -> io::Result<StdListener> {
     Ok(socket.into())
 }
 
-/// Accepts for ever.
-async fn accept(listener: TcpListener, vsock: Vsock, most: Arc<Semaphore>) {
-    // Connections end with the relay.
-    let mut connections = JoinSet::new();
-    loop {
-        let Ok(room) = Arc::clone(&most).acquire_owned().await else { return };
-        match listener.accept().await {
-            Ok((client, _)) => {
-                let vsock = vsock.clone();
-                connections.spawn(async move {
-                    if let Err(error) = carry(client, &vsock).await {
-                        log::info!("loopback of the sandbox: {error}");
-                    }
-                    drop(room);
-                });
-            }
-            Err(error) => {
-                log::warn!("loopback of the sandbox: accept a connection: {error}");
-                // Want of descriptors passes.
-                tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+/// Serves a listening socket for ever.
+async fn serve(listener: TcpListener, vsock: Vsock, most: Arc<Semaphore>) {
+    let accept = |cx: &mut Context<'_>| listener.poll_accept(cx).map_ok(|(client, _)| client);
+    accept::serve(WHAT, most, accept, |client| {
+        let vsock = vsock.clone();
+        async move {
+            if let Err(error) = carry(client, &vsock).await {
+                log::info!("{WHAT}: {error}");
             }
         }
-        while connections.try_join_next().is_some() {}
-    }
+    })
+    .await;
 }
 
 /// Carries one connection. One that nobody in the guest takes is reset: here it has

@@ -6,6 +6,7 @@ use std::{
     fs, io,
     net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream as StdTcpStream, UdpSocket as StdUdpSocket},
     sync::Arc,
+    task::Context,
     time::Duration,
 };
 
@@ -19,6 +20,7 @@ use tokio::{
 };
 
 use super::{Host, Machine, NetworkError};
+use crate::accept;
 
 const SERVER: SocketAddr = SocketAddr::V4(SocketAddrV4::new(RESOLVER_ADDRESS, 53));
 /// Queries and connections at the same time: the guest's agent has no more, its
@@ -28,8 +30,8 @@ const MOST: usize = 128;
 const LIMIT: Duration = Duration::from_secs(60);
 /// Longest message.
 const MAX_MESSAGE: usize = u16::MAX as usize;
-/// How long to wait where no connection can be accepted.
-const PAUSE: Duration = Duration::from_millis(100);
+/// In the log.
+const WHAT: &str = "names for the guest";
 
 /// Whether it listens in the calling thread's network namespace.
 pub(super) fn is_there() -> io::Result<bool> {
@@ -69,26 +71,16 @@ async fn serve<F>(
 ) where
     F: Future<Output = io::Result<()>> + Send + 'static,
 {
-    let mut connections = JoinSet::new();
-    loop {
-        while connections.try_join_next().is_some() {}
-        let Ok(place) = places.clone().acquire_owned().await else { return };
-        match listener.accept().await {
-            Ok((guest, _)) => {
-                let carried = timeout(LIMIT, carry(guest, host.clone()));
-                connections.spawn(async move {
-                    let _place = place;
-                    if let Ok(Err(error)) = carried.await {
-                        log::debug!("names for the guest: {error}");
-                    }
-                });
-            }
-            Err(error) => {
-                log::warn!("names for the guest: {error}");
-                tokio::time::sleep(PAUSE).await;
+    let accept = |cx: &mut Context<'_>| listener.poll_accept(cx).map_ok(|(guest, _)| guest);
+    accept::serve(WHAT, places, accept, |guest| {
+        let carried = timeout(LIMIT, carry(guest, host.clone()));
+        async move {
+            if let Ok(Err(error)) = carried.await {
+                log::debug!("{WHAT}: {error}");
             }
         }
-    }
+    })
+    .await;
 }
 
 /// One query and its answer: what came in a datagram goes on in one, as Docker asks
