@@ -9,6 +9,18 @@ use crate::{
     scale,
 };
 
+/// How the `/init` of a guest that has busybox and its mount points begins: with its programs, the
+/// kernel's file systems, a `/tmp`, and `lo`.
+pub const BUSYBOX_INIT: &str = "#!/bin/busybox sh
+/bin/busybox --install -s /bin
+export PATH=/bin
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs dev /dev
+mount -t tmpfs tmpfs /tmp
+ip link set lo up
+";
+
 /// Copies a program and all that it loads below `dir`, as `NAME` and `lib/…`, for a guest that has
 /// `dir` at `at`, and a shell.
 ///

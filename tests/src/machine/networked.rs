@@ -20,19 +20,11 @@ use rvm_protocol::{
 use tempfile::TempDir;
 
 use super::{Control, inherits};
-use crate::{scale, world::World};
+use crate::{programs::BUSYBOX_INIT, scale, world::World};
 
 /// What the guest runs: a shell, a sink that answers with the sum of what it took, and a
 /// source, each at a port. An interface in PCI slot N has the address 10.0.N.2.
-const INIT: &str = r#"#!/bin/busybox sh
-/bin/busybox --install -s /bin
-export PATH=/bin
-mount -t proc proc /proc
-mount -t sysfs sysfs /sys
-mount -t devtmpfs dev /dev
-mount -t tmpfs tmpfs /tmp
-ip link set lo up
-interfaces
+const INIT: &str = "interfaces
 echo 0123456789abcde > /tmp/source
 for i in $(seq 20); do cat /tmp/source /tmp/source > /tmp/twice; mv /tmp/twice /tmp/source; done
 nc -ll -p 99 -e sh &
@@ -40,7 +32,7 @@ nc -ll -p 100 -e md5sum &
 nc -ll -p 101 -e source &
 echo '<0>up' > /dev/kmsg
 while :; do sleep 1000; done
-"#;
+";
 const INTERFACES: &str = r#"#!/bin/sh
 for dev in /sys/bus/pci/devices/0000:00:*/virtio*/net/*; do
   slot=${dev#*0000:00:}
@@ -298,7 +290,7 @@ fn initramfs(busybox: &[u8]) -> Result<Vec<u8>> {
     cpio.char_device("dev/console", 0o600, 5, 1)?;
     cpio.file("bin/busybox", 0o755, busybox)?;
     cpio.symlink("bin/sh", "busybox")?;
-    cpio.file("init", 0o755, INIT.as_bytes())?;
+    cpio.file("init", 0o755, format!("{BUSYBOX_INIT}{INIT}").as_bytes())?;
     cpio.file("bin/interfaces", 0o755, INTERFACES.as_bytes())?;
     cpio.file("bin/source", 0o755, SOURCE.as_bytes())?;
     Ok(cpio.finish()?)

@@ -16,7 +16,7 @@ use rvm_tests::{
     cni::Namespace,
     ctr::Run,
     job::{Input, Job},
-    programs,
+    programs::{self, BUSYBOX_INIT},
     sandbox::Sandbox,
     scale,
     stage::RUNTIME,
@@ -37,15 +37,7 @@ const DIR: &str = "/net";
 const SERVE: &str =
     "nc -ll -p 5207 -e cat < /dev/null & nc -ll -p 5299 -e sh < /dev/null & exec /net/iperf3 -s";
 /// QEMU's guest: the kernel hands `address` on from its command line.
-const INIT: &str = "#!/bin/busybox sh
-/bin/busybox --install -s /bin
-export PATH=/bin
-mount -t proc proc /proc
-mount -t sysfs sysfs /sys
-mount -t devtmpfs dev /dev
-mount -t tmpfs tmpfs /tmp
-ip link set lo up
-ip addr add $address dev eth0
+const INIT: &str = "ip addr add $address dev eth0
 ip link set eth0 up
 ";
 
@@ -102,7 +94,7 @@ fn pack(dir: &Path, busybox: &Path) -> Result<Vec<u8>> {
     cpio.char_device("dev/console", 0o600, 5, 1)?;
     cpio.file("bin/busybox", 0o755, &fs::read(busybox)?)?;
     cpio.symlink("bin/sh", "busybox")?;
-    cpio.file("init", 0o755, format!("{INIT}{SERVE}\n").as_bytes())?;
+    cpio.file("init", 0o755, format!("{BUSYBOX_INIT}{INIT}{SERVE}\n").as_bytes())?;
     for below in ["", "lib/"] {
         for entry in fs::read_dir(dir.join(below))? {
             let entry = entry?;
