@@ -5,9 +5,10 @@
 //! only. Device numbers are slots: a device that is added later takes a free one,
 //! with the BAR address that belongs to it ([`bar_address`]), so nothing of the
 //! others moves; one that is taken out leaves an empty slot, which reads as ones
-//! like every other, and a BAR that reads as zeroes until the slot is used again: a driver
-//! that was not asked resets the device before it lets go, and waits for the status to be 0. There is no host bridge among them: Linux is told that the ports
-//! are there (`pci=conf1`), and a device costs it a hundred exits to look at.
+//! like every other, and a BAR that reads as zeroes until the slot is used again: a
+//! driver that was not asked resets the device before it lets go, and waits for the
+//! status to be 0. There is no host bridge among them: Linux is told that the ports
+//! are there (`pci=conf1`), and a device costs it some ninety accesses to look at.
 
 pub mod config;
 pub mod msix;
