@@ -93,7 +93,7 @@ pub async fn a_pid_namespace_of_the_sandbox(machine: &Machine) {
     let nothing = "PPid:\t0\nCapEff:\t0000000000000000\nCapBnd:\t0000000000000000\nNoNewPrivs:\t1\n";
     assert_eq!(init, nothing);
     // What was orphaned belongs to it, and what has ended is collected.
-    let orphans = "until ! grep -l '^State:.Z' /proc/[0-9]*/status 2>/dev/null; do sleep 0.05; done; \
+    let orphans = "until ! grep -q '^State:.Z' /proc/[0-9]*/status 2>/dev/null; do sleep 0.05; done; \
                    for p in /proc/[0-9]*; do tr '\\0' ' ' 2>/dev/null < $p/cmdline | grep -q 'sleep 100[2]' && grep PPid $p/status; done";
     assert_eq!(exec(machine, "sleeper", orphans).await, "PPid:\t1\n");
 
