@@ -74,8 +74,13 @@ impl Vsock {
     /// Where connections of the guest to `port` of the host arrive. One that comes
     /// before this is refused.
     pub fn listen(&self, port: u32) -> Result<UnixListener, VsockError> {
-        UnixListener::bind(self.path(&format!("{SOCKET}_{port}")))
-            .map_err(|source| VsockError::Io { port, source })
+        let path = self.path(&format!("{SOCKET}_{port}"));
+        // Of an earlier listener; the directory is this guest's alone.
+        let bound = match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => UnixListener::bind(path),
+        };
+        bound.map_err(|source| VsockError::Io { port, source })
     }
 
     /// Connects to a port of the guest.
