@@ -109,6 +109,21 @@ pub(super) fn tc() -> Check {
     }
 }
 
+/// What leads who dials 127.0.0.1 in a sandbox's network namespace into the guest, tried in one of
+/// its own.
+pub(super) fn loopback() -> Check {
+    let name = "loopback";
+    match rvm_shim::relay::try_out() {
+        Ok(()) => Check::ok(name, "BPF programs look up sockets"),
+        Err(error) => Check::optional(
+            name,
+            error.to_string(),
+            "Linux 5.9 or later with CONFIG_BPF_SYSCALL and CONFIG_BPF_STREAM_PARSER, or run this as root: kubectl port-forward needs it, \
+             rvmctl port-forward does not",
+        ),
+    }
+}
+
 /// An optional device counts when it opens: its node may be there without the
 /// module.
 fn device(name: &'static str, path: &str, remedy: &str) -> Check {

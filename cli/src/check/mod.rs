@@ -76,7 +76,14 @@ impl Report {
     pub fn of_this_host(config_file: Option<&Path>) -> Self {
         let mut checks = vec![host::linux()];
         checks.extend(kvm::checks());
-        checks.extend([host::overlayfs(), host::cgroup_v2(), host::tun(), host::vhost_net(), host::tc()]);
+        checks.extend([
+            host::overlayfs(),
+            host::cgroup_v2(),
+            host::tun(),
+            host::vhost_net(),
+            host::tc(),
+            host::loopback(),
+        ]);
         checks.push(idmap::check(Path::new("/var/lib")));
         match Config::load(config_file) {
             Ok(config) => {

@@ -62,12 +62,7 @@ impl Relay {
     /// Relays what is dialled in `namespace` to the guest behind `vsock`. The event
     /// loop must be running.
     pub fn open(namespace: &Namespace, vsock: &Vsock) -> Result<Self, RelayError> {
-        let listeners = namespace
-            .run(listeners)
-            .map_err(failed("enter the sandbox's network namespace"))?
-            .map_err(failed("listen in the sandbox's network namespace"))?;
-        let link =
-            steer::to(&listeners, namespace.as_fd()).map_err(failed("look up sockets by a BPF program"))?;
+        let (listeners, link) = listen_in(namespace)?;
         let most = Arc::new(Semaphore::new(MOST));
         let mut accepting = JoinSet::new();
         for listener in listeners.into_iter().flatten() {
@@ -76,6 +71,24 @@ impl Relay {
         }
         Ok(Self { _link: link, _accepting: accepting })
     }
+}
+
+/// Whether this host can do it: tries it in a namespace of its own.
+pub fn try_out() -> Result<(), RelayError> {
+    let namespace =
+        Namespace::new().map_err(|error| failed("make a network namespace")(io::Error::other(error)))?;
+    listen_in(&namespace).map(drop)
+}
+
+/// Listens in the namespace, and has all ports lead there while the descriptor is open.
+fn listen_in(namespace: &Namespace) -> Result<([Option<StdListener>; 2], OwnedFd), RelayError> {
+    let listeners = namespace
+        .run(listeners)
+        .map_err(failed("enter the sandbox's network namespace"))?
+        .map_err(failed("listen in the sandbox's network namespace"))?;
+    let link =
+        steer::to(&listeners, namespace.as_fd()).map_err(failed("look up sockets by a BPF program"))?;
+    Ok((listeners, link))
 }
 
 /// One for IPv4, and one for IPv6 where the host has that.
