@@ -9,7 +9,7 @@ use crate::{Error, Flavour, command, io_error};
 /// A patch: its name, and a unified diff.
 type Patch = (&'static str, &'static str);
 
-const PATCHES: [Patch; 8] = [
+const PATCHES: [Patch; 9] = [
     ("pci-remember-configuration", include_str!("../patches/pci-remember-configuration.patch")),
     ("virtiofs-tag-in-words", include_str!("../patches/virtiofs-tag-in-words.patch")),
     ("initramfs-keep-pages", include_str!("../patches/initramfs-keep-pages.patch")),
@@ -17,6 +17,7 @@ const PATCHES: [Patch; 8] = [
     ("no-poison-in-freed-init", include_str!("../patches/no-poison-in-freed-init.patch")),
     ("bpf-smaller-packs", include_str!("../patches/bpf-smaller-packs.patch")),
     ("percpu-chunks-of-their-size", include_str!("../patches/percpu-chunks-of-their-size.patch")),
+    ("overlay-no-attributes-in-layers", include_str!("../patches/overlay-no-attributes-in-layers.patch")),
     ("usemap-beside-all-else", include_str!("../patches/usemap-beside-all-else.patch")),
 ];
 

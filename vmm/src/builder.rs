@@ -52,6 +52,8 @@ pub enum BuildError {
     Initramfs { path: PathBuf, source: InitramfsError },
     #[error("boot parameters")]
     Params(#[from] ParamsError),
+    #[error("what is on the PCI bus could not be written")]
+    PciTable(#[source] GuestMemoryError),
     #[error("the MP table could not be written")]
     MpTable(#[source] GuestMemoryError),
     #[error("console_log: {}", path.display())]
@@ -119,6 +121,12 @@ pub fn build(
         joined(taken)?;
         timeline.reached("memory_taken");
         let Built { buses, vcpus, more_vcpus, disks, nets, socket } = built?;
+        if snapshot.is_none() {
+            let table = buses.pci.table();
+            memory
+                .write_slice(&table, GuestAddress(layout::PCI_TABLE_START))
+                .map_err(BuildError::PciTable)?;
+        }
         let (vm, memory) = (Arc::clone(&vm), memory.clone());
         Ok::<_, BuildError>(Machine { vm, memory, buses, vcpus, more_vcpus, disks, nets, socket, timeline })
     })?;

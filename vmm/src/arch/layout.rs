@@ -7,6 +7,7 @@
 //! 0x0000_9000    boot page tables (PML4, PDPT, PD)
 //! 0x0002_0000    kernel command line
 //! 0x0009_fc00    end of conventional memory; nothing up to 1 MiB is offered as RAM
+//! 0x000e_0000    what is on the PCI bus, for our guest kernel
 //! 0x000f_0000    MP table, where a BIOS has it
 //! 0x0010_0000    the kernel's segments at their own physical addresses
 //!         ...    the initramfs, at the end of low memory
@@ -32,6 +33,8 @@ pub const CMDLINE_START: u64 = 0x2_0000;
 pub const CMDLINE_MAX_SIZE: usize = 2048;
 /// End of conventional memory.
 pub const LOW_RAM_END: u64 = 0x9_fc00;
+/// What is on the PCI bus when the machine starts.
+pub const PCI_TABLE_START: u64 = 0xe_0000;
 /// MP table.
 pub const MP_TABLE_START: u64 = 0xf_0000;
 /// Largest MP table.

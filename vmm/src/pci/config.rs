@@ -6,6 +6,8 @@ use serde::{Deserialize, Serialize};
 
 /// Size of configuration space.
 pub const SIZE: usize = 256;
+/// Size of what [`ConfigSpace::told`] says of it.
+pub const TOLD_SIZE: usize = 8 + 2 * SIZE;
 
 const COMMAND: usize = 0x04;
 const COMMAND_MEMORY: u8 = 1 << 1;
@@ -119,6 +121,14 @@ impl ConfigSpace {
         Some(start..start + u64::from(self.bar_size))
     }
 
+    /// All there is to say of it to a guest that does not ask, [`TOLD_SIZE`] bytes: a bit for
+    /// each register of 32 that is no more than memory, their content, and which of their bits
+    /// can be written. `acting` is the one register behind which something happens.
+    pub fn told(&self, acting: usize) -> Vec<u8> {
+        let plain = !(1_u64 << (acting / 4));
+        [&plain.to_le_bytes()[..], &self.registers, &self.writable].concat()
+    }
+
     /// Reads registers; those outside read as 0xff.
     pub fn read(&self, offset: usize, data: &mut [u8]) {
         match self.registers.get(offset..offset.saturating_add(data.len())) {
@@ -187,6 +197,25 @@ mod tests {
         let mut data = [0; 4];
         space.read(254, &mut data);
         assert_eq!(data, [0xff; 4]);
+    }
+
+    #[test]
+    fn what_is_told_is_what_would_be_read_and_could_be_written() {
+        let mut space = space();
+        let capability = space.add_capability(0x09, &[1; 6], &[]);
+        let told = space.told(capability + 4);
+        assert_eq!(told.len(), TOLD_SIZE);
+        let (plain, rest) = told.split_at(8);
+        assert_eq!(u64::from_le_bytes(plain.try_into().unwrap()), !(1 << 17));
+        let (registers, writable) = rest.split_at(SIZE);
+        let mut read = [0; SIZE];
+        space.read(0, &mut read);
+        assert_eq!(registers, read);
+        space.write(0, &[0xff; SIZE]);
+        let ones = registers.iter().zip(writable).map(|(register, mask)| register | mask);
+        space.read(0, &mut read);
+        assert!(ones.eq(read));
+        assert_eq!(writable[BAR_0..BAR_0 + 4], (!0x3fff_u32).to_le_bytes());
     }
 
     #[test]

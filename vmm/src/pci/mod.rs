@@ -20,12 +20,13 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Instant;
 
+use config::TOLD_SIZE;
 use rvm_protocol::guest::NET_SLOTS;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use virtio::function::{FunctionError, FunctionState};
 
-use crate::arch::layout::{PCI_WINDOW_END, PCI_WINDOW_START};
+use crate::arch::layout::{MP_TABLE_START, PCI_TABLE_START, PCI_WINDOW_END, PCI_WINDOW_START};
 
 /// First configuration port; the address is written to the first four.
 pub const CONFIG_ADDRESS_PORT: u16 = 0xcf8;
@@ -33,6 +34,9 @@ pub const CONFIG_ADDRESS_PORT: u16 = 0xcf8;
 pub const CONFIG_DATA_PORT: u16 = 0xcfc;
 /// Last configuration port.
 pub const CONFIG_LAST_PORT: u16 = 0xcff;
+
+/// How [`PciBus::table`] begins.
+const TABLE_MAGIC: &[u8; 16] = b"rvm PCI devices.";
 
 /// Devices a bus has room for.
 pub const SLOTS: usize = 32;
@@ -47,6 +51,7 @@ pub fn bar_address(slot: usize) -> u64 {
 }
 
 const _: () = assert!(NET_SLOTS.end as usize <= SLOTS);
+const _: () = assert!(PCI_TABLE_START + (TABLE_MAGIC.len() + SLOTS * TOLD_SIZE) as u64 <= MP_TABLE_START);
 
 /// The bus has no free slot.
 #[derive(Debug, Error)]
@@ -69,6 +74,12 @@ pub trait PciFunction: Send {
 
     /// Writes configuration space; `offset + data.len()` is at most 256.
     fn write_config(&mut self, offset: usize, data: &[u8]);
+
+    /// What [`ConfigSpace::told`](config::ConfigSpace::told) says of its configuration space;
+    /// nothing of a function whose registers are more than memory.
+    fn told(&self) -> Option<Vec<u8>> {
+        None
+    }
 
     /// The addresses its memory BAR answers to at present.
     fn memory(&self) -> Option<Range<u64>> {
@@ -168,6 +179,19 @@ impl PciBus {
         // In the way of no other that the guest puts there.
         windows.sort_by_key(|(_, other)| *other == slot);
         place.take()
+    }
+
+    /// What is on the bus, for [`PCI_TABLE_START`](crate::arch::layout::PCI_TABLE_START): of
+    /// each slot what [`ConfigSpace::told`](config::ConfigSpace::told) says, zeroes where
+    /// nobody does. Our guest kernel believes it of what it then finds there, and spares the
+    /// accesses; others do not look.
+    pub fn table(&self) -> Vec<u8> {
+        let mut table = TABLE_MAGIC.to_vec();
+        for index in 0..SLOTS {
+            let told = self.lock(index).as_ref().and_then(|function| function.told());
+            table.extend(told.unwrap_or_else(|| vec![0; TOLD_SIZE]));
+        }
+        table
     }
 
     /// The bus and what is on it; the slot of what cannot be saved, and why.

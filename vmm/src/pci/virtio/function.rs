@@ -424,6 +424,10 @@ impl PciFunction for VirtioFunction {
         }
     }
 
+    fn told(&self) -> Option<Vec<u8>> {
+        Some(self.config.told(self.pci_access + PCI_DATA))
+    }
+
     fn memory(&self) -> Option<Range<u64>> {
         self.config.memory()
     }

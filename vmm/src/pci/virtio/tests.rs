@@ -21,6 +21,7 @@ use crate::devices::virtio::worker::Handler;
 use crate::devices::virtio::{ActivateError, Activation, VirtioDevice};
 use crate::kvm::Host;
 use crate::memory::{self, GuestRam};
+use crate::pci::config::TOLD_SIZE;
 use crate::pci::{CONFIG_ADDRESS_PORT, CONFIG_DATA_PORT, PciBus, PciFunction, bar_address};
 use crate::vcpu::Vcpu;
 use crate::vcpu::exits::{End, ExitCounters, Next, run_once};
@@ -532,4 +533,24 @@ fn state_round_trip() {
     changed["transport"]["driver_features"] = u64::MAX.into();
     let (mut other, _vm) = make();
     assert!(other.restore(serde_json::from_value(changed).unwrap()).is_err(), "features nobody offered");
+}
+
+#[test]
+fn the_table_says_what_a_guest_would_find_out() {
+    let guest = Guest::new();
+    let table = guest.buses.pci.table();
+    let (told, empty) = table[16..].split_at(TOLD_SIZE);
+    assert!(empty.iter().all(|byte| *byte == 0));
+    let plain = u64::from_le_bytes(told[..8].try_into().unwrap());
+    let word = |at: usize| u32::from_le_bytes(told[at..at + 4].try_into().unwrap());
+    let data = guest.capabilities(0x09).last().unwrap() + 16;
+    assert_eq!(plain, !(1 << (data / 4)));
+    for register in (0..256).step_by(4).filter(|register| *register != data) {
+        let (holds, writable) = (word(8 + register as usize), word(264 + register as usize));
+        assert_eq!(holds, guest.config(register), "{register:#x}");
+        for value in [u32::MAX, 0, holds] {
+            guest.set_config(register, value);
+            assert_eq!(guest.config(register), (holds & !writable) | (value & writable), "{register:#x}");
+        }
+    }
 }
