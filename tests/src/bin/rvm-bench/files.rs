@@ -83,6 +83,8 @@ fn compared(world: &World, runs: usize) -> Result<Value> {
     let mut order = Vec::new();
     let mut add = |which: usize, times: Times| {
         for (name, microseconds) in times {
+            // A run takes long; what it has found so far is worth something by itself.
+            eprintln!("   {:>9.1} ms {name}", microseconds / 1e3);
             if !all.contains_key(&name) {
                 order.push(name.clone());
             }
