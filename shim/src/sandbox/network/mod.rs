@@ -558,7 +558,8 @@ impl Carried {
             (tap_index, link.index, "redirecting frames to"),
             (link.index, tap_index, "redirecting frames from"),
         ] {
-            match Redirect::create(&socket, from, to) {
+            let redirect = || Redirect::create(&socket, from, to);
+            match if from == tap_index { redirect() } else { tap::keeping_queue(&socket, link, redirect) } {
                 Ok(redirect) => carried.redirects.push(redirect),
                 Err(source) => {
                     drop(socket);

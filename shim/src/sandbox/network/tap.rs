@@ -10,12 +10,13 @@ use std::{
 use nix::errno::Errno;
 use rvm_protocol::netlink::{
     Attributes, Refusal, Socket,
-    if_link::{IFLA_AF_SPEC, IFLA_INET6_ADDR_GEN_MODE, IFLA_MTU},
+    if_link::{IFLA_AF_SPEC, IFLA_INET6_ADDR_GEN_MODE, IFLA_MTU, IFLA_TXQLEN},
 };
 
 use super::{
     NetworkError,
     namespace::{Namespace, set_up},
+    observe::Link,
     redirect::index_of,
 };
 use crate::config::Vhost;
@@ -124,6 +125,29 @@ pub(super) fn set_mtu(socket: &Socket, index: u32, mtu: u32) -> Result<(), Refus
     let mut attributes = Attributes::default();
     attributes.u32(IFLA_MTU, mtu);
     socket.request(libc::RTM_NEWLINK, 0, &link_header(index), &attributes)
+}
+
+/// Has the interface's queue as long afterwards as before. Who makes a veth often gives it none;
+/// Linux takes that for a mistake when the first qdisc comes, makes it 1000 and tells the host's log.
+pub(super) fn keeping_queue<T>(
+    socket: &Socket,
+    link: &Link,
+    make: impl FnOnce() -> Result<T, Refusal>,
+) -> Result<T, Refusal> {
+    if link.tx_queue_len > 0 {
+        return make();
+    }
+    let set = |length| {
+        let mut attributes = Attributes::default();
+        attributes.u32(IFLA_TXQLEN, length);
+        socket.request(libc::RTM_NEWLINK, 0, &link_header(link.index), &attributes)
+    };
+    set(1)?;
+    let made = make();
+    if let Err(refusal) = set(0) {
+        log::warn!("interface {:?}: its queue has a length now: {refusal}", link.name);
+    }
+    made
 }
 
 /// Keeps the namespace's own network stack from speaking to the guest: without an

@@ -120,6 +120,20 @@ fn ours(namespace: &Namespace) -> String {
 }
 
 #[tokio::test]
+async fn an_interface_without_a_queue_stays_without() {
+    let (network, machine) = (network(), Told::default());
+    let _far = with_eth0(&network);
+    run(network.namespace(), "ip link set eth0 txqueuelen 0");
+    network.sync(&machine).await.unwrap();
+    assert_eq!(machine.calls(), ["add 24", "apply lo eth0"]);
+    assert_eq!(ours(network.namespace()).matches("clsact").count(), 2);
+    let shown = run(network.namespace(), "ip -o link show eth0");
+    assert!(!shown.contains("qlen"), "{shown}");
+    network.sync(&machine).await.unwrap();
+    assert_eq!(machine.calls(), [""; 0], "nothing has changed");
+}
+
+#[tokio::test]
 async fn frames_pass_and_the_namespaces_own_stack_sees_none() {
     let (network, machine) = (network(), Told::default());
     let far = with_eth0(&network);

@@ -47,7 +47,8 @@ pub struct Link {
     pub mtu: u32,
     flags: u32,
     alias: String,
-    tx_queue_len: u32,
+    /// Frames its queue has room for.
+    pub tx_queue_len: u32,
     group: u32,
     /// `IFLA_INFO_KIND`: its driver's word for it.
     driver: String,
