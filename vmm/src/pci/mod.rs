@@ -8,7 +8,7 @@
 //! like every other, and a BAR that reads as zeroes until the slot is used again: a
 //! driver that was not asked resets the device before it lets go, and waits for the
 //! status to be 0. There is no host bridge among them: Linux is told that the ports
-//! are there (`pci=conf1`), and a device costs it some ninety accesses to look at.
+//! are there (`pci=conf1`), and a device costs it some fifty accesses to look at.
 
 pub mod config;
 pub mod msix;
