@@ -1,6 +1,7 @@
 //! What the host's kernel has to offer beside KVM.
 
 use std::{
+    error::Error,
     ffi::CStr,
     fs::{self, File},
     io,
@@ -98,29 +99,31 @@ pub(super) fn vhost_net() -> Check {
 
 /// What carries frames between an interface and its tap, tried in a namespace of its own.
 pub(super) fn tc() -> Check {
-    let name = "tc";
-    match rvm_shim::sandbox::try_network() {
-        Ok(()) => Check::ok(name, "clsact, u32 and mirred"),
-        Err(error) => Check::optional(
-            name,
-            error.to_string(),
-            "modprobe -a tun sch_ingress cls_u32 act_mirred, or run this as root: containers with a network need them",
-        ),
-    }
+    tried(
+        "tc",
+        rvm_shim::sandbox::try_network(),
+        "clsact, u32 and mirred",
+        "modprobe -a tun sch_ingress cls_u32 act_mirred, or run this as root: containers with a network need them",
+    )
 }
 
 /// What leads who dials 127.0.0.1 in a sandbox's network namespace into the guest, tried in one of
 /// its own.
 pub(super) fn loopback() -> Check {
-    let name = "loopback";
-    match rvm_shim::relay::try_out() {
-        Ok(()) => Check::ok(name, "BPF programs look up sockets"),
-        Err(error) => Check::optional(
-            name,
-            error.to_string(),
-            "Linux 5.9 or later with CONFIG_BPF_SYSCALL and CONFIG_BPF_STREAM_PARSER, or run this as root: kubectl port-forward needs it, \
-             rvmctl port-forward does not",
-        ),
+    tried(
+        "loopback",
+        rvm_shim::relay::try_out(),
+        "BPF programs look up sockets",
+        "Linux 5.9 or later with CONFIG_BPF_SYSCALL and CONFIG_BPF_STREAM_PARSER, or run this as root: kubectl port-forward needs it, \
+         rvmctl port-forward does not",
+    )
+}
+
+/// What some containers need, tried: `works` where it does, else the error and the remedy.
+fn tried<E: Error>(name: &'static str, result: Result<(), E>, works: &str, remedy: &str) -> Check {
+    match result {
+        Ok(()) => Check::ok(name, works),
+        Err(error) => Check::optional(name, error.to_string(), remedy),
     }
 }
 

@@ -559,7 +559,11 @@ impl Carried {
             (link.index, tap_index, "redirecting frames from"),
         ] {
             let redirect = || Redirect::create(&socket, from, to);
-            match if from == tap_index { redirect() } else { tap::keeping_queue(&socket, link, redirect) } {
+            let made = match from == link.index {
+                true => tap::keeping_queue(&socket, link, redirect),
+                false => redirect(),
+            };
+            match made {
                 Ok(redirect) => carried.redirects.push(redirect),
                 Err(source) => {
                     drop(socket);

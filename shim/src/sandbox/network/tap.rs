@@ -122,8 +122,13 @@ fn open_vhost(wanted: Vhost, count: u8) -> Result<Vec<File>, NetworkError> {
 }
 
 pub(super) fn set_mtu(socket: &Socket, index: u32, mtu: u32) -> Result<(), Refusal> {
+    set(socket, index, IFLA_MTU, mtu)
+}
+
+/// Sets one attribute of an interface.
+fn set(socket: &Socket, index: u32, attribute: u16, value: u32) -> Result<(), Refusal> {
     let mut attributes = Attributes::default();
-    attributes.u32(IFLA_MTU, mtu);
+    attributes.u32(attribute, value);
     socket.request(libc::RTM_NEWLINK, 0, &link_header(index), &attributes)
 }
 
@@ -137,14 +142,9 @@ pub(super) fn keeping_queue<T>(
     if link.tx_queue_len > 0 {
         return make();
     }
-    let set = |length| {
-        let mut attributes = Attributes::default();
-        attributes.u32(IFLA_TXQLEN, length);
-        socket.request(libc::RTM_NEWLINK, 0, &link_header(link.index), &attributes)
-    };
-    set(1)?;
+    set(socket, link.index, IFLA_TXQLEN, 1)?;
     let made = make();
-    if let Err(refusal) = set(0) {
+    if let Err(refusal) = set(socket, link.index, IFLA_TXQLEN, 0) {
         log::warn!("interface {:?}: its queue has a length now: {refusal}", link.name);
     }
     made
