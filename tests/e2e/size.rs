@@ -113,6 +113,32 @@ fn guest_memory_is_in_huge_pages_unless_the_configuration_says_no() {
     });
 }
 
+#[test]
+fn the_seed_of_the_guests_generator_is_read_and_gone() {
+    case(|world| {
+        let run = world.ctr().container("seed").detached();
+        run.run(&["sleep", "1000"])?.success()?;
+        let monitor = Sandbox::find(world.stage(), &run.id)?.monitor.pid;
+        // A struct setup_data behind the boot parameters: Linux overwrites the seed and its length.
+        let mut left = [0; 80];
+        memory_at(monitor, 0x8000, &mut left)?;
+        let mut expected = [0; 80];
+        expected[8] = 9;
+        ensure!(left == expected, "{left:?}");
+        world.ctr().remove(&run.id)
+    });
+}
+
+/// Reads the memory of a monitor's guest at `address`, below where the kernel is.
+fn memory_at(monitor: libc::pid_t, address: u64, bytes: &mut [u8]) -> Result<()> {
+    let maps = std::fs::read_to_string(format!("/proc/{monitor}/maps"))?;
+    let first = maps.lines().find(|line| line.contains(" rw-s 00000000 ") && line.ends_with("(deleted)"));
+    let start = first.and_then(|line| line.split('-').next()).context("no guest memory")?;
+    let start = u64::from_str_radix(start, 16)?;
+    let memory = std::fs::File::open(format!("/proc/{monitor}/mem"))?;
+    Ok(std::os::unix::fs::FileExt::read_exact_at(&memory, bytes, start + address)?)
+}
+
 /// KiB of a file that a process has mapped and touched, and of those what is a copy of its own.
 fn file_kib(pid: libc::pid_t, file: &Path) -> Result<(u64, u64)> {
     let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps"))?;

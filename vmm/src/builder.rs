@@ -23,7 +23,6 @@ use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::blk::{Blk, BlkError};
 use crate::devices::virtio::fs::{Fs, FsError};
 use crate::devices::virtio::net::{Net, NetControl, NetError};
-use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::{Vsock, VsockError};
 use crate::kvm::irq::IrqError;
 use crate::kvm::probe::{self, ProbeError};
@@ -238,7 +237,6 @@ fn attach_devices(
     vm: &Arc<Vm>,
 ) -> Result<HashMap<String, usize>, BuildError> {
     let attach = |device: Box<dyn VirtioDevice>| function::attach(pci, device, memory, vm);
-    attach(Box::new(Rng::new()))?;
     if let Some(vsock) = &config.vm.vsock {
         attach(Box::new(Vsock::new(vsock).map_err(BuildError::Vsock)?))?;
     }

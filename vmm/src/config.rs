@@ -23,9 +23,8 @@ pub const MIN_MEMORY_MIB: u64 = 32;
 pub const MAX_MEMORY_MIB: u64 = 1 << 20;
 /// Longest path of a Unix socket.
 const MAX_SOCKET_PATH: usize = 107;
-/// Devices beside the entropy device, which is always there, and network interfaces,
-/// which have slots of their own.
-const MAX_DEVICES: usize = NET_SLOTS.start as usize - 1;
+/// Devices beside network interfaces, which have slots of their own.
+const MAX_DEVICES: usize = NET_SLOTS.start as usize;
 
 /// What is wrong with a configuration; every message starts with the field.
 #[derive(Debug, Error)]

@@ -299,10 +299,10 @@ fn others_can_look_and_do_nothing_else() {
     assert_eq!(finish(child).status.code(), Some(exit_code::OK));
 }
 
-/// Reads the vendor of the PCI function in slot 2, behind rng and vsock, until there is one.
-const WAIT_FOR_SLOT_2: &[u8] = &[
+/// Reads the vendor of the PCI function in slot 1, behind vsock, until there is one.
+const WAIT_FOR_SLOT_1: &[u8] = &[
     0x66, 0xba, 0xf8, 0x0c, // mov dx, 0xcf8
-    0xb8, 0x00, 0x10, 0x00, 0x80, // mov eax, enable | 2 << 11
+    0xb8, 0x00, 0x08, 0x00, 0x80, // mov eax, enable | 1 << 11
     0xef, // out dx, eax
     0x66, 0xba, 0xfc, 0x0c, // mov dx, 0xcfc
     0xed, // in eax, dx
@@ -311,8 +311,8 @@ const WAIT_FOR_SLOT_2: &[u8] = &[
 ];
 
 /// The same until there is none.
-const WAIT_FOR_NO_SLOT_2: &[u8] = &[
-    0x66, 0xba, 0xf8, 0x0c, 0xb8, 0x00, 0x10, 0x00, 0x80, 0xef, 0x66, 0xba, 0xfc, 0x0c, 0xed, 0x83, 0xf8,
+const WAIT_FOR_NO_SLOT_1: &[u8] = &[
+    0x66, 0xba, 0xf8, 0x0c, 0xb8, 0x00, 0x08, 0x00, 0x80, 0xef, 0x66, 0xba, 0xfc, 0x0c, 0xed, 0x83, 0xf8,
     0xff, 0x75, 0xec, // jne to the first
 ];
 
@@ -323,7 +323,7 @@ fn disk(serial: &str) -> Request {
 #[test]
 fn a_disk_is_plugged_into_the_running_machine_and_taken_out() {
     let code =
-        [WAIT_FOR_SLOT_2, &print("found\n"), WAIT_FOR_NO_SLOT_2, &print("gone\n"), RESET, HANG].concat();
+        [WAIT_FOR_SLOT_1, &print("found\n"), WAIT_FOR_NO_SLOT_1, &print("gone\n"), RESET, HANG].concat();
     let sandbox = Sandbox::new(&code);
     let (child, mut control) = sandbox.start();
     control.metrics_of_running();
@@ -394,15 +394,15 @@ fn a_monitor_without_descriptors_goes_on() {
     assert_eq!(finish(child).status.code(), Some(exit_code::OK));
 }
 
-/// Prints another letter each time something is plugged into slot 2, and a dash when
+/// Prints another letter each time something is plugged into slot 1, and a dash when
 /// it is gone: the letter is in a register, the code in memory.
 fn count_plugs() -> Vec<u8> {
     let mut code = vec![0xbb, 0x61, 0, 0, 0]; // mov ebx, 'a'
     let again = code.len();
-    code.extend(WAIT_FOR_SLOT_2);
+    code.extend(WAIT_FOR_SLOT_1);
     // mov dx, 0x3f8; mov al, bl; out dx, al; mov al, 10; out dx, al; inc ebx
     code.extend([0x66, 0xba, 0xf8, 0x03, 0x88, 0xd8, 0xee, 0xb0, 0x0a, 0xee, 0xff, 0xc3]);
-    code.extend(WAIT_FOR_NO_SLOT_2);
+    code.extend(WAIT_FOR_NO_SLOT_1);
     code.extend(print("-\n"));
     code.push(0xe9); // jmp
     code.extend((again as i32 - (code.len() as i32 + 4)).to_le_bytes());
@@ -479,7 +479,7 @@ fn a_saved_machine_goes_on_where_it_was() {
     refuse(same().set("memory_mib", 65.into()), &good, "bytes instead of");
     let mut without_vsock = same();
     without_vsock.config.as_object_mut().unwrap().remove("vsock");
-    refuse(without_vsock, &good, "PCI slot 1: ");
+    refuse(without_vsock, &good, "PCI slot 0: ");
     let other_cid = serde_json::json!({"guest_cid": 4, "socket": "vsock.sock"});
     refuse(same().set("vsock", other_cid), &good, "guest_cid 4 is not that of the snapshot, 3");
 }
@@ -493,7 +493,7 @@ fn a_share_keeps_a_machine_from_being_saved() {
     assert_eq!(control.ask(Request::Pause), Response::Ok);
     let file = tempfile::tempfile().unwrap();
     let message = control.refused(Request::Save, Some(&file));
-    assert_eq!(message, "this machine cannot be saved: slot 2: a fs device cannot be saved");
+    assert_eq!(message, "this machine cannot be saved: slot 1: a fs device cannot be saved");
     assert_eq!(control.ask(Request::Stop), Response::Ok);
     assert_eq!(finish(child).status.code(), Some(exit_code::OK));
 }
@@ -507,7 +507,7 @@ fn old_performance_counters_fault_instead_of_reaching_the_hosts_log() {
         return;
     }
     // Denied a moment after the guest has started, and long before Linux tries them.
-    let code = [WAIT_FOR_SLOT_2, &print("tries\n"), WRITE_OLD_COUNTER, &print("has them\n"), RESET, HANG];
+    let code = [WAIT_FOR_SLOT_1, &print("tries\n"), WRITE_OLD_COUNTER, &print("has them\n"), RESET, HANG];
     let sandbox = Sandbox::new(&code.concat());
     let (child, mut control) = sandbox.start();
     control.metrics_of_running();
@@ -536,8 +536,8 @@ fn a_hundred_disks_that_come_and_go_leave_nothing() {
         }
     }
     assert_eq!(holdings(&child), before);
-    // As many as there are slots beside rng, vsock and network interfaces.
-    for number in 0..22 {
+    // As many as there are slots beside vsock and network interfaces.
+    for number in 0..23 {
         assert_eq!(control.ask_with(disk(&number.to_string()), Some(&file)), Response::Ok);
     }
     assert!(control.refused(disk("one-more"), Some(&file)).contains("room for 24"));
@@ -572,7 +572,7 @@ fn vcpus_are_added_up_to_the_possible_ones() {
 
 #[test]
 fn memory_is_plugged_into_the_running_machine() {
-    let code = [WAIT_FOR_SLOT_2, &print("found\n"), HANG].concat();
+    let code = [WAIT_FOR_SLOT_1, &print("found\n"), HANG].concat();
     let sandbox = Sandbox::new(&code).set("hotplug_memory_mib", 1024.into());
     let (child, mut control) = sandbox.start();
     control.metrics_of_running();

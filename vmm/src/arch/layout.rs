@@ -4,6 +4,7 @@
 //! 0x0000_0000  low memory starts
 //! 0x0000_0500    boot GDT
 //! 0x0000_7000    boot_params ("zero page")
+//! 0x0000_8000    seed of the kernel's random number generator
 //! 0x0000_9000    boot page tables (PML4, PDPT, PD)
 //! 0x0002_0000    kernel command line
 //! 0x0009_fc00    end of conventional memory; nothing up to 1 MiB is offered as RAM
@@ -25,6 +26,8 @@ pub const PAGE_SIZE: u64 = 4096;
 pub const GDT_START: u64 = 0x500;
 /// `boot_params` of the Linux boot protocol.
 pub const BOOT_PARAMS_START: u64 = 0x7000;
+/// Seed of the kernel's random number generator, a `struct setup_data`.
+pub const SEED_START: u64 = 0x8000;
 /// First of the three boot page tables.
 pub const PAGE_TABLES_START: u64 = 0x9000;
 /// Kernel command line.

@@ -3,13 +3,15 @@
 //! Offsets are those of `struct boot_params` and `struct setup_header`
 //! (Linux, `Documentation/arch/x86/zero-page.rst` and `boot.rst`).
 
+use std::io;
+
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::initramfs::LoadedInitramfs;
 use crate::arch::layout::{
     BOOT_PARAMS_START, CMDLINE_MAX_SIZE, CMDLINE_START, GDT_START, HIGH_RAM_START, LOW_RAM_END, PAGE_SIZE,
-    PAGE_TABLES_START, ranges,
+    PAGE_TABLES_START, SEED_START, ranges,
 };
 use crate::memory::GuestRam;
 
@@ -19,6 +21,9 @@ pub enum ParamsError {
     /// The command line is longer than the kernel reads.
     #[error("the command line has {0} bytes; the kernel reads {max}", max = CMDLINE_MAX_SIZE - 1)]
     CmdlineTooLong(usize),
+    /// The host gave no random bytes.
+    #[error("the host's generator gave no seed for the guest's")]
+    Seed(#[source] io::Error),
     /// Guest memory could not be written.
     #[error("guest memory could not be written")]
     Memory(#[source] GuestMemoryError),
@@ -48,9 +53,15 @@ const RAMDISK_IMAGE: usize = 0x218;
 const RAMDISK_SIZE: usize = 0x21c;
 const CMD_LINE_PTR: usize = 0x228;
 const CMDLINE_SIZE: usize = 0x238;
+const SETUP_DATA: usize = 0x250;
 const E820_TABLE: usize = 0x2d0;
 const E820_ENTRY_SIZE: usize = 20;
 const E820_RAM: u32 = 1;
+
+/// Type of the `setup_data` that seeds the kernel's generator, from Linux 6.0 on.
+const SETUP_RNG_SEED: u32 = 9;
+/// Bytes of it: up to 256 [`libc::getrandom`] gives all of them at once.
+const SEED_SIZE: usize = 64;
 
 /// Boot protocol version 2.12: the first with `xloadflags` of 64-bit entry.
 const PROTOCOL_VERSION: u16 = 0x020c;
@@ -93,6 +104,7 @@ pub fn write_boot_params(
         put(RAMDISK_IMAGE, &(initramfs.address as u32).to_le_bytes());
         put(RAMDISK_SIZE, &(initramfs.size as u32).to_le_bytes());
     }
+    put(SETUP_DATA, &SEED_START.to_le_bytes());
     let map = ram_map(memory_size);
     put(E820_ENTRIES, &[map.len() as u8]);
     for (i, (start, size)) in map.into_iter().enumerate() {
@@ -102,6 +114,22 @@ pub fn write_boot_params(
         put(entry + 16, &E820_RAM.to_le_bytes());
     }
     memory.write_slice(&params, GuestAddress(BOOT_PARAMS_START))?;
+    write_seed(memory)
+}
+
+/// Writes a `struct setup_data` that seeds the kernel's generator before anything
+/// asks it for a byte. The kernel overwrites it once it has read it.
+fn write_seed(memory: &GuestRam) -> Result<(), ParamsError> {
+    let mut seed = [0; SEED_SIZE];
+    // SAFETY: the pointer and length describe one writable array.
+    let given = unsafe { libc::getrandom(seed.as_mut_ptr().cast(), seed.len(), 0) };
+    if given.cast_unsigned() != seed.len() {
+        return Err(ParamsError::Seed(io::Error::last_os_error()));
+    }
+    // After the address of the next one, of which there is none: new memory is zero.
+    memory.write_obj(SETUP_RNG_SEED, GuestAddress(SEED_START + 8))?;
+    memory.write_obj(SEED_SIZE as u32, GuestAddress(SEED_START + 12))?;
+    memory.write_slice(&seed, GuestAddress(SEED_START + 16))?;
     Ok(())
 }
 
@@ -168,6 +196,11 @@ mod tests {
         assert_eq!(memory.read_obj::<u32>(at(RAMDISK_SIZE)).unwrap(), 1234);
         assert_eq!(memory.read_obj::<u8>(at(E820_ENTRIES)).unwrap(), 2);
         let size = memory.read_obj::<u32>(at(CMDLINE_SIZE)).unwrap() as usize;
+        let seed = u64::from_le(memory.read_obj(at(SETUP_DATA)).unwrap());
+        let header: [u32; 4] = memory.read_obj(GuestAddress(seed)).unwrap();
+        assert_eq!(header, [0, 0, SETUP_RNG_SEED, SEED_SIZE as u32]);
+        let last: u128 = memory.read_obj(GuestAddress(seed + SEED_SIZE as u64)).unwrap();
+        assert_ne!(last, 0);
         let mut line = vec![0; size + 1];
         memory.read_slice(&mut line, GuestAddress(CMDLINE_START)).unwrap();
         assert_eq!(line, b"quiet\0");

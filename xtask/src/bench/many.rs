@@ -60,6 +60,15 @@ fn text(result: &Value) -> String {
             let _ = writeln!(text, "   {name:<44} {:>8.2} {:>8.2}", number(&row[0]), number(&row[1]));
         }
     }
+    for runtime in ["rvm", "runc"] {
+        let _ =
+            writeln!(text, "\nprocessor seconds of a start under {runtime} (user, system, guest, children):");
+        for row in result["start_processor_s, of the last round"][runtime].as_array().into_iter().flatten() {
+            let name = row[0].as_str().unwrap_or_default();
+            let [user, system, guest, children] = [1, 2, 3, 4].map(|n| number(&row[n]));
+            let _ = writeln!(text, "   {name:<24} {user:>8.1} {system:>8.1} {guest:>8.1} {children:>8.1}");
+        }
+    }
     let _ = writeln!(text, "\nsteps of the shim's start, ms (median, largest):");
     for step in result["start_steps_ms, median and largest"].as_array().into_iter().flatten() {
         let name = step[0].as_str().unwrap_or_default();

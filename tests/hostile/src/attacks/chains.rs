@@ -1,5 +1,5 @@
 //! Everything that is wrong with a chain, a ring or the order of a start, on each
-//! queue of each device; then each device has to serve as it should.
+//! queue of each device; then the shares have to serve as they should.
 
 use std::time::Duration;
 
@@ -16,8 +16,6 @@ const NEXT: u16 = VRING_DESC_F_NEXT as u16;
 const WRITE: u16 = VRING_DESC_F_WRITE as u16;
 const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
 
-/// Type of virtio device.
-const RNG: u16 = 4;
 /// How long a device may look at what is wrong.
 const LOOK: Duration = Duration::from_millis(10);
 
@@ -55,19 +53,7 @@ pub fn run() -> Result<()> {
         device.reset()?;
         say(&format!("device {}: {} queues", found.kind, queues.len()));
     }
-    // All of them serve still.
-    for found in all.iter().filter(|found| found.kind == RNG) {
-        let device = Device::take(found)?;
-        let mut queues = device.start(&mut memory)?;
-        let queue = &mut queues[0];
-        describe(queue, 0, pieces.buffer.physical, 64, WRITE, 0);
-        queue.offer(0);
-        device.notify(0);
-        let used = queue.wait_used(Duration::from_secs(60));
-        if used != Some((0, 64)) {
-            return Err(format!("entropy: {used:?}").into());
-        }
-    }
+    // They serve still.
     for (tag, mut share) in fuse::shares(&mut memory)? {
         share.look_up(fuse::ROOT, "file")?.map_err(|error| format!("{tag}: LOOKUP: error {error}"))?;
     }

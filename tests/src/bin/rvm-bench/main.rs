@@ -21,6 +21,7 @@ mod memory;
 mod monitor;
 mod net;
 mod peer;
+mod processor;
 mod ready;
 
 use std::{path::PathBuf, process::ExitCode};

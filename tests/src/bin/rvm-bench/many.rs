@@ -19,7 +19,7 @@ use rvm_tests::{
 };
 use serde_json::{Value, json};
 
-use crate::{RUNC, median, swept};
+use crate::{RUNC, median, processor::ProcessorTimes, swept};
 
 /// How long a client waits before it tries `task rm` again.
 const RETRY: Duration = Duration::from_millis(500);
@@ -34,6 +34,8 @@ struct Round {
     memory_mib: f64,
     /// Of each container.
     ends: Vec<End>,
+    /// Who used the processor for the start: [`ProcessorTimes::since`].
+    processor: Value,
     /// Milliseconds of each step of the shim's, the median and the largest; none under runc.
     steps: Vec<(String, f64, f64)>,
 }
@@ -94,10 +96,12 @@ fn beside_the_containers() -> Result<()> {
 fn round(world: &World, ctr: &Ctr, count: usize, is_rvm: bool) -> Result<Round> {
     let before = available_mib()?;
     let containers: Vec<Run> = (0..count).map(|_| ctr.container("many").detached()).collect();
+    let times = ProcessorTimes::now();
     let started = at_once(world, &containers, |_, run| {
         run.start(&["sleep", "100000"], Input::Nothing)?.finish(limit(count))?.success().map(drop)
     })?;
     let started = started.into_iter().map(|(at, ())| at).fold(0.0, f64::max);
+    let processor = times.since(&ProcessorTimes::now());
     let memory_mib = (before - settled_mib()?) / count as f64;
     let steps = if is_rvm { steps(world, &containers)? } else { Vec::new() };
 
@@ -127,6 +131,7 @@ fn round(world: &World, ctr: &Ctr, count: usize, is_rvm: bool) -> Result<Round> 
         removed: removed.iter().map(|one| one.0).fold(0.0, f64::max),
         memory_mib,
         ends: ends.collect::<Result<_>>()?,
+        processor,
         steps,
     })
 }
@@ -255,6 +260,10 @@ fn result(rounds: &[Vec<Round>; 2], count: usize) -> Value {
         },
         "rounds": { "start_s": starts, "removal_s": removals, "memory_mib": memories },
         "removal_s, median and largest": { "rvm": ends(rvm), "runc": ends(runc) },
+        "start_processor_s, of the last round": {
+            "rvm": rvm.last().map(|round| &round.processor),
+            "runc": runc.last().map(|round| &round.processor),
+        },
         "start_steps_ms, median and largest": steps,
         "conditions": {
             "runs": runc.len(),

@@ -17,7 +17,6 @@ pub mod fs;
 pub mod mem;
 pub mod net;
 pub mod ring;
-pub mod rng;
 pub mod vsock;
 pub mod worker;
 

@@ -1,5 +1,4 @@
-//! The transport from the driver's side: a real entropy device on a real VM,
-//! notified by a vCPU.
+//! The transport from the driver's side: a device on a real VM, notified by a vCPU.
 
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex};
@@ -16,9 +15,8 @@ use super::*;
 use crate::buses::Buses;
 use crate::devices::legacy::serial::Serial;
 use crate::devices::virtio::ring::Ring;
-use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::worker::Handler;
-use crate::devices::virtio::{ActivateError, Activation, VirtioDevice};
+use crate::devices::virtio::{ActivateError, Activation, StateError, VirtioDevice};
 use crate::kvm::Host;
 use crate::memory::{self, GuestRam};
 use crate::pci::config::TOLD_SIZE;
@@ -46,7 +44,7 @@ impl Guest {
     }
 
     fn with_posting(posting: bool) -> Self {
-        Self::with(posting, Box::new(Rng::new()))
+        Self::with(posting, Box::new(Slow::default()))
     }
 
     fn with(posting: bool, device: Box<dyn VirtioDevice>) -> Self {
@@ -236,12 +234,17 @@ fn notification_reaches_the_device_without_an_exit_and_it_interrupts() {
     assert_eq!(guest.write_from_vcpu(guest.notify_address()), 1, "nobody listens after a reset");
 }
 
-/// A device that is in a request as long as `host` is locked, and cannot serve the
-/// one after the third.
+/// A device that fills a buffer, is in a request as long as `host` is locked, and
+/// cannot serve the one after the third.
+#[derive(Default)]
 struct Slow {
     host: Arc<Mutex<()>>,
     served: Arc<AtomicU16>,
 }
+
+#[derive(serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SlowState {}
 
 struct SlowWorker {
     memory: GuestRam,
@@ -271,6 +274,15 @@ impl VirtioDevice for Slow {
         data.fill(0x5a);
     }
 
+    fn save(&self) -> Result<serde_json::Value, StateError> {
+        Ok(serde_json::to_value(SlowState {})?)
+    }
+
+    fn restore(&mut self, state: serde_json::Value) -> Result<(), StateError> {
+        let SlowState {} = serde_json::from_value(state)?;
+        Ok(())
+    }
+
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let Activation { memory, queues, features, threads, .. } = activation;
         let queue = queues.into_iter().next().flatten().ok_or(ActivateError::MissingQueue(0))?;
@@ -288,11 +300,11 @@ impl Handler for SlowWorker {
     }
 
     fn handle(&mut self, _epoll: &Epoll, _ready: &[EpollEvent]) -> std::io::Result<()> {
-        let (host, served) = (&self.host, &self.served);
+        let (host, served, memory) = (&self.host, &self.served, &self.memory);
         let answer = |_| {
             served.fetch_add(1, Ordering::SeqCst);
             let _host = host.lock();
-            0
+            memory.write_slice(&[0x5a; 64], GuestAddress(BUFFER)).map_or(0, |()| 64)
         };
         self.ring.serve(&self.memory, answer).map_err(std::io::Error::other)?;
         if served.load(Ordering::SeqCst) > 3 { Err(std::io::Error::other("it is tired")) } else { Ok(()) }
@@ -498,7 +510,7 @@ fn state_round_trip() {
     let make = || {
         let vm = Arc::new(Host::open().unwrap().create_vm(1).unwrap());
         let memory = memory::create(1 << 20).unwrap();
-        (VirtioFunction::new(Box::new(Rng::new()), memory, Arc::clone(&vm), 1).unwrap(), vm)
+        (VirtioFunction::new(Box::new(Slow::default()), memory, Arc::clone(&vm), 1).unwrap(), vm)
     };
     let (mut first, _vm1) = make();
     first.write_config(0x04, &[6, 0]);
