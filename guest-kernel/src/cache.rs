@@ -17,10 +17,10 @@ use sha2::{Digest, Sha256};
 
 use crate::compile::Built;
 use crate::source::Source;
-use crate::{Error, Flavour, Kernel, command, config, io_error, patches};
+use crate::{Error, Flavour, Kernel, command, config, io_error, order, patches};
 
 /// Changes when the builder makes something else of the same inputs.
-const BUILDER_VERSION: u32 = 2;
+const BUILDER_VERSION: u32 = 3;
 
 /// The directory of everything to do with kernels.
 pub struct Cache {
@@ -151,7 +151,7 @@ impl Drop for Scratch {
     }
 }
 
-/// A hash over everything that decides what the image is: source, fragments, patches, builder, compiler and linker.
+/// A hash over everything that decides what the image is: source, fragments, patches, order of functions, builder, compiler and linker.
 pub fn key(source: &Source, flavour: Flavour) -> Result<String, Error> {
     let mut hash = Sha256::new();
     let mut part = |bytes: &[u8]| {
@@ -166,6 +166,7 @@ pub fn key(source: &Source, flavour: Flavour) -> Result<String, Error> {
     for (_, patch) in patches::of(flavour) {
         part(patch.as_bytes());
     }
+    part(order::FUNCTIONS.as_bytes());
     let programs: &[&str] = if flavour == Flavour::Full { &["gcc", "ld", "pahole"] } else { &["gcc", "ld"] };
     for program in programs {
         part(command::output(Command::new(program).arg("--version"))?.as_bytes());

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::{BuildOptions, Error, Flavour, Step, command, io_error};
+use crate::{BuildOptions, Error, Flavour, Step, command, io_error, order};
 
 /// A build's result, still in the scratch directory.
 pub struct Built {
@@ -66,6 +66,16 @@ fn compiler_flags(build_dir: &Path) -> Result<String, Error> {
     Ok(format!("-ftrack-macro-expansion=0 -Wno-all -Wno-extra -fgnu89-inline {include}"))
 }
 
+/// Puts in place what [`order`] needs, where the flavour's linker script asks for it; returns the compiler's flag.
+fn ordered(build_dir: &Path, flavour: Flavour) -> Result<&'static str, Error> {
+    if flavour == Flavour::Trial {
+        return Ok("");
+    }
+    let script = build_dir.join(order::SCRIPT_NAME);
+    std::fs::write(&script, order::script()).map_err(io_error("write", &script))?;
+    Ok(order::COMPILER_FLAG)
+}
+
 /// Compiles the configured kernel.
 pub fn compile(tree: &Path, build_dir: &Path, options: &BuildOptions<'_>) -> Result<Built, Error> {
     let expected = expected_steps(options.flavour);
@@ -76,7 +86,8 @@ pub fn compile(tree: &Path, build_dir: &Path, options: &BuildOptions<'_>) -> Res
     // Which headers each file includes is for a second make to know, and there is none.
     make.arg("cmd_and_fixdep=$(cmd)");
     environment(&mut make);
-    make.env("KCFLAGS", compiler_flags(build_dir)?);
+    let ordered = ordered(build_dir, options.flavour)?;
+    make.env("KCFLAGS", format!("{} {ordered}", compiler_flags(build_dir)?));
     (options.progress)(Step::Compile, 0.0);
     command::watch(&mut make, |line| {
         if is_step(line) {

@@ -20,6 +20,7 @@ mod cache;
 mod command;
 mod compile;
 mod config;
+pub mod order;
 mod patches;
 mod source;
 

@@ -9,7 +9,7 @@ use crate::{Error, Flavour, command, io_error};
 /// A patch: its name, and a unified diff.
 type Patch = (&'static str, &'static str);
 
-const PATCHES: [Patch; 9] = [
+const PATCHES: [Patch; 12] = [
     ("pci-remember-configuration", include_str!("../patches/pci-remember-configuration.patch")),
     ("virtiofs-tag-in-words", include_str!("../patches/virtiofs-tag-in-words.patch")),
     ("initramfs-keep-pages", include_str!("../patches/initramfs-keep-pages.patch")),
@@ -19,6 +19,9 @@ const PATCHES: [Patch; 9] = [
     ("percpu-chunks-of-their-size", include_str!("../patches/percpu-chunks-of-their-size.patch")),
     ("overlay-no-attributes-in-layers", include_str!("../patches/overlay-no-attributes-in-layers.patch")),
     ("usemap-beside-all-else", include_str!("../patches/usemap-beside-all-else.patch")),
+    ("functions-in-order-of-a-start", include_str!("../patches/functions-in-order-of-a-start.patch")),
+    ("init-text-beside-text", include_str!("../patches/init-text-beside-text.patch")),
+    ("cpu-features-by-test", include_str!("../patches/cpu-features-by-test.patch")),
 ];
 
 /// The flavour's, in the order in which they are applied. The baseline of benchmarks is Linux as it is.

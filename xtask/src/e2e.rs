@@ -34,6 +34,8 @@ pub struct Prepared {
     pub apparmor: bool,
     /// Memory of the devhost in MiB.
     pub memory_mib: u32,
+    /// Where the devhost writes what is executed: [`devhost::Options::trace`].
+    pub trace: Option<PathBuf>,
     env: Vec<(OsString, OsString)>,
 }
 
@@ -79,7 +81,14 @@ impl Prepared {
             ("RVM_TEST_IMAGE".into(), image.into_os_string()),
         ];
         let options = devhost::Options::default();
-        Ok(Self { host, cgroups: options.cgroups, apparmor: false, memory_mib: options.memory_mib, env })
+        Ok(Self {
+            host,
+            cgroups: options.cgroups,
+            apparmor: false,
+            memory_mib: options.memory_mib,
+            trace: None,
+            env,
+        })
     }
 
     /// Sets an environment variable of every program.
@@ -105,6 +114,7 @@ impl Prepared {
             cgroups: self.cgroups,
             apparmor: self.apparmor,
             memory_mib: self.memory_mib,
+            trace: self.trace.clone(),
             ..devhost::Options::default()
         };
         Ok(Place::Devhost(self, Box::new(Devhost::new(options)?)))

@@ -402,6 +402,11 @@ impl Machine<'_> {
         add("-initrd", self.initrd.into());
         let apparmor = u8::from(self.options.apparmor);
         add("-append", format!("{KERNEL_PARAMETERS} apparmor={apparmor}").into());
+        if let Some(trace) = &self.options.trace {
+            add("-d", "in_asm".into());
+            add("-dfilter", "0xffffffff81000000+0x2000000".into());
+            add("-D", trace.into());
+        }
         add("-device", "virtio-rng-pci".into());
         for (id, path, readonly) in [("host", Path::new("/"), "on"), ("out", self.out, "off")] {
             let prefix =

@@ -86,6 +86,8 @@ pub struct Options {
     pub cgroups: Cgroups,
     /// Whether time goes by instructions executed, not by this machine's clock.
     pub instructions: bool,
+    /// Where to write what is executed at a kernel's addresses, as QEMU translates it.
+    pub trace: Option<PathBuf>,
     /// Whether its kernel has AppArmor, for whose profiles clients then run a parser that is slow here.
     pub apparmor: bool,
 }
@@ -99,6 +101,7 @@ impl Default for Options {
             visible: Vec::new(),
             cgroups: Cgroups::V2,
             instructions: false,
+            trace: None,
             apparmor: false,
         }
     }
