@@ -176,7 +176,7 @@ impl Hooks {
             }
             Some(Err(source)) => Err(HookError::Run { field, path, source }),
             None => {
-                running.kill();
+                running.group.kill();
                 let said = running.said().await;
                 Err(HookError::TimedOut { field, path, seconds: hook.timeout_s.unwrap_or(0), said })
             }
@@ -211,11 +211,10 @@ fn how(status: ExitStatus) -> String {
 
 /// A hook's process. Dropping it ends it, if it still runs.
 struct Running {
-    child: Child,
+    group: Group,
     pidfd: AsyncFd<OwnedFd>,
     output: Arc<Mutex<Vec<u8>>>,
     reading: tokio::task::JoinHandle<()>,
-    ended: bool,
     /// Keeps the thread that started it, with which it would die.
     _parent: mpsc::Sender<()>,
 }
@@ -252,31 +251,20 @@ impl Running {
         // SAFETY: the closure makes system calls only and allocates nothing, as
         // is required between fork and exec.
         unsafe { command.pre_exec(prepare) };
-        let (mut child, parent) = spawn(command).await?;
-        let watched = || -> io::Result<_> {
-            // SAFETY: the AsyncFd owns the descriptor, which stays open and the
-            // same for as long as it is registered.
-            let pidfd = unsafe { AsyncFd::register(pidfd_open(child.id())?) }.map_err(io::Error::from)?;
-            let output = Arc::new(Mutex::new(Vec::new()));
-            Ok((pidfd, output.clone(), follow(reader, output)?))
-        };
-        match watched() {
-            Ok((pidfd, output, reading)) => {
-                Ok(Self { child, pidfd, output, reading, ended: false, _parent: parent })
-            }
-            Err(error) => {
-                let _ = child.kill();
-                let _ = child.wait();
-                Err(error)
-            }
-        }
+        let (group, parent) = spawn(command).await?;
+        // SAFETY: the AsyncFd owns the descriptor, which stays open and the
+        // same for as long as it is registered.
+        let pidfd = unsafe { AsyncFd::register(pidfd_open(group.child.id())?) }.map_err(io::Error::from)?;
+        let output = Arc::new(Mutex::new(Vec::new()));
+        let reading = follow(reader, output.clone())?;
+        Ok(Self { group, pidfd, output, reading, _parent: parent })
     }
 
     async fn ended(&mut self) -> io::Result<ExitStatus> {
         loop {
             let _ = self.pidfd.readable().await?;
-            if let Some(status) = self.child.try_wait()? {
-                self.ended = true;
+            if let Some(status) = self.group.child.try_wait()? {
+                self.group.ended = true;
                 return Ok(status);
             }
             tokio::task::yield_now().await;
@@ -292,9 +280,25 @@ impl Running {
             text.split(|c: char| c.is_control()).map(str::trim).filter(|line| !line.is_empty()).collect();
         if lines.is_empty() { String::new() } else { format!(": {}", lines.join("; ")) }
     }
+}
 
-    /// Ends the hook and its process group. Its number is nobody else's as long
-    /// as the hook has not been waited for.
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.group.kill();
+        self.reading.abort();
+    }
+}
+
+/// A process group and its first process, a child of this one. Dropping it ends them, from the moment they are there:
+/// who has started a hook may be gone before it is told so.
+struct Group {
+    child: Child,
+    /// The first process has been waited for.
+    ended: bool,
+}
+
+impl Group {
+    /// Ends it. Its number is nobody else's as long as its first process has not been waited for.
     fn kill(&mut self) {
         if !self.ended {
             let _ = killpg(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGKILL);
@@ -304,36 +308,28 @@ impl Running {
     }
 }
 
-impl Drop for Running {
+impl Drop for Group {
     fn drop(&mut self) {
         self.kill();
-        self.reading.abort();
     }
 }
 
 /// Starts a hook on a thread of its own: its program may lie on a file system that
 /// does not answer. The thread is there until the sender is dropped.
-async fn spawn(mut command: Command) -> io::Result<(Child, mpsc::Sender<()>)> {
+async fn spawn(mut command: Command) -> io::Result<(Group, mpsc::Sender<()>)> {
     let (started, starting) = oneshot::channel();
     let (parent, over) = mpsc::channel::<()>();
     let run = move || {
-        let child = command.spawn();
+        let group = command.spawn().map(|child| Group { child, ended: false });
         // It holds the pipe's other end.
         drop(command);
-        match started.send(child) {
-            Ok(()) => drop(over.recv()),
-            // Nobody waits for it any more.
-            Err(child) => {
-                if let Ok(mut child) = child {
-                    let _ = child.kill();
-                    let _ = child.wait();
-                }
-            }
+        if started.send(group).is_ok() {
+            let _ = over.recv();
         }
     };
     std::thread::Builder::new().name("hook".into()).spawn(run)?;
-    let child = starting.await.map_err(io::Error::other)??;
-    Ok((child, parent))
+    let group = starting.await.map_err(io::Error::other)??;
+    Ok((group, parent))
 }
 
 /// A file with `state` in it, at its beginning.
