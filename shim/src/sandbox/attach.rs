@@ -52,28 +52,28 @@ pub(super) struct HostSide {
     /// The sandbox's directory.
     pub(super) dir: PathBuf,
     share: Mutex<Sharing>,
-    /// Signalled when a container has been added to the share, or could not be.
-    added: Condvar,
+    /// Signalled when a container has been added to the share or taken out, or could not be.
+    done: Condvar,
     /// Of its cgroup.
     procs: Vec<CString>,
     network: Arc<Network>,
     holders: Mutex<Vec<Weak<Holder>>>,
 }
 
-/// The share, and who is just being added to it: a mount may take as long as a file
-/// system of the host does, and holds up its own container alone.
+/// The share, and who is just being added to it or taken out: a mount may take as long as a
+/// file system of the host does, and holds up its own container alone.
 struct Sharing {
     /// Gone once the sandbox is closed.
     share: Option<Arc<Share>>,
-    adding: BTreeSet<String>,
+    moving: BTreeSet<String>,
 }
 
 impl HostSide {
     pub(super) fn new(dir: &Path, share: Share, procs: Vec<CString>, network: Arc<Network>) -> Arc<Self> {
         Arc::new(Self {
             dir: dir.to_owned(),
-            share: Mutex::new(Sharing { share: Some(Arc::new(share)), adding: BTreeSet::new() }),
-            added: Condvar::new(),
+            share: Mutex::new(Sharing { share: Some(Arc::new(share)), moving: BTreeSet::new() }),
+            done: Condvar::new(),
             procs,
             network,
             holders: Mutex::default(),
@@ -93,13 +93,13 @@ impl HostSide {
         for holder in self.holders().drain(..).filter_map(|holder| holder.upgrade()) {
             holder.end();
         }
-        let is_adding = |sharing: &mut Sharing| !sharing.adding.is_empty();
-        let waited = self.added.wait_timeout_while(self.sharing(), MOUNT_LIMIT, is_adding);
+        let is_moving = |sharing: &mut Sharing| !sharing.moving.is_empty();
+        let waited = self.done.wait_timeout_while(self.sharing(), MOUNT_LIMIT, is_moving);
         let (mut sharing, waited) = waited.unwrap_or_else(PoisonError::into_inner);
         let share = sharing.share.take();
         drop(sharing);
         if waited.timed_out() {
-            log::error!("a mount of the host's is not made within {} s", MOUNT_LIMIT.as_secs());
+            log::error!("a mount of the host's is not made or taken off within {} s", MOUNT_LIMIT.as_secs());
         }
         drop(share);
     }
@@ -127,24 +127,31 @@ impl HostSide {
             let mut sharing = self.sharing();
             // Nobody waits for it any more.
             let Some(share) = sharing.share.clone() else { return Ok(()) };
-            sharing.adding.insert(container.clone());
+            sharing.moving.insert(container.clone());
             share
         };
         let added = share.add(bundle, layers);
-        drop(share);
-        self.sharing().adding.remove(container);
-        self.added.notify_all();
+        self.moved(container, share);
         added
     }
 
     /// Takes a container out of the share, after what is being mounted for it.
     fn remove(&self, container: &str) {
-        let is_adding = |sharing: &mut Sharing| sharing.adding.contains(container);
-        let sharing = self.added.wait_while(self.sharing(), is_adding);
-        let share = sharing.unwrap_or_else(PoisonError::into_inner).share.clone();
-        if let Some(share) = share {
-            share.remove(container);
-        }
+        let is_moving = |sharing: &mut Sharing| sharing.moving.contains(container);
+        let sharing = self.done.wait_while(self.sharing(), is_moving);
+        let mut sharing = sharing.unwrap_or_else(PoisonError::into_inner);
+        let Some(share) = sharing.share.clone() else { return };
+        sharing.moving.insert(container.to_owned());
+        drop(sharing);
+        share.remove(container);
+        self.moved(container, share);
+    }
+
+    /// Lets go of the share, whose mounts and directory go with the last who has it, before [`HostSide::close`] goes on.
+    fn moved(&self, container: &str, share: Arc<Share>) {
+        drop(share);
+        self.sharing().moving.remove(container);
+        self.done.notify_all();
     }
 }
 
