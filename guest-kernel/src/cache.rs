@@ -166,7 +166,9 @@ pub fn key(source: &Source, flavour: Flavour) -> Result<String, Error> {
     for (_, patch) in patches::of(flavour) {
         part(patch.as_bytes());
     }
-    part(order::FUNCTIONS.as_bytes());
+    if let Some(functions) = order::of(flavour) {
+        part(functions.as_bytes());
+    }
     let programs: &[&str] = if flavour == Flavour::Full { &["gcc", "ld", "pahole"] } else { &["gcc", "ld"] };
     for program in programs {
         part(command::output(Command::new(program).arg("--version"))?.as_bytes());

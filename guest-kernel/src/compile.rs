@@ -68,11 +68,9 @@ fn compiler_flags(build_dir: &Path) -> Result<String, Error> {
 
 /// Puts in place what [`order`] needs, where the flavour's linker script asks for it; returns the compiler's flag.
 fn ordered(build_dir: &Path, flavour: Flavour) -> Result<&'static str, Error> {
-    if flavour == Flavour::Trial {
-        return Ok("");
-    }
+    let Some(functions) = order::of(flavour) else { return Ok("") };
     let script = build_dir.join(order::SCRIPT_NAME);
-    std::fs::write(&script, order::script()).map_err(io_error("write", &script))?;
+    std::fs::write(&script, order::script(functions)).map_err(io_error("write", &script))?;
     Ok(order::COMPILER_FLAG)
 }
 

@@ -7,22 +7,31 @@ use std::collections::{BTreeMap, HashSet};
 use std::fmt::Write;
 use std::io::{self, BufRead};
 
+use crate::Flavour;
+
 /// What has the compiler give each function a section of its own, named after it.
 pub const COMPILER_FLAG: &str = "-ffunction-sections";
 
 /// What the patch `functions-in-order-of-a-start` has the linker include.
 pub const SCRIPT_NAME: &str = "function-order.lds";
 
-/// Names of functions, one a line, in the order in which a start comes to them. One that this kernel does not have is
-/// passed over, and one that is not named lies behind all that are.
-pub const FUNCTIONS: &str = include_str!("../config/function-order.txt");
+const FUNCTIONS: &str = include_str!("../config/function-order.txt");
 
 /// Fewer bytes of instructions in a row may be those of the machine around the guest at the same address.
 const LEAST_BYTES: usize = 12;
 
-/// The part of a linker script that takes their sections in this order.
-pub fn script() -> String {
-    FUNCTIONS.lines().fold(String::new(), |mut script, name| {
+/// Names of functions, one a line, in the order in which a start of the flavour comes to them. One that this kernel does
+/// not have is passed over, and one that is not named lies behind all that are. The baseline of benchmarks has none.
+pub fn of(flavour: Flavour) -> Option<&'static str> {
+    match flavour {
+        Flavour::Rvm | Flavour::Full | Flavour::Peer => Some(FUNCTIONS),
+        Flavour::Trial => None,
+    }
+}
+
+/// The part of a linker script that takes the sections of `functions` in this order.
+pub fn script(functions: &str) -> String {
+    functions.lines().fold(String::new(), |mut script, name| {
         let _ = writeln!(script, "*(.text.{name})");
         script
     })
@@ -127,7 +136,7 @@ mod tests {
             assert!(seen.insert(name), "{name} is there twice");
         }
         assert!(seen.contains("do_idle"), "these are not a start's");
-        assert_eq!(script().lines().count(), seen.len());
+        assert_eq!(script(FUNCTIONS).lines().count(), seen.len());
     }
 
     #[test]

@@ -284,7 +284,6 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        self.group.kill();
         self.reading.abort();
     }
 }

@@ -18,13 +18,6 @@ use rvm_tests::{
     world::World,
 };
 
-fn detached(world: &World, prefix: &str) -> Result<(Run, Sandbox)> {
-    let run = world.ctr().container(prefix).detached();
-    run.run(&["sleep", "100000"])?.success()?;
-    let sandbox = Sandbox::find(world.stage(), &run.id)?;
-    Ok((run, sandbox))
-}
-
 #[test]
 fn monitor_killed_under_ctr_run() {
     case(|world| {
@@ -43,7 +36,7 @@ fn monitor_killed_under_ctr_run() {
 fn monitor_killed_and_task_deleted() {
     case(|world| {
         let ctr = world.ctr();
-        let (run, sandbox) = detached(world, "deleted")?;
+        let (run, sandbox) = Sandbox::sleeping(world, "deleted")?;
         // A second process's waiter is told as well.
         let exec = ctr.exec(&run.id, &[], &["sh", "-c", "echo in; sleep 100000"], Input::Open)?;
         exec.wait_for("in", scale::container())?;
@@ -66,7 +59,7 @@ fn monitor_killed_and_task_deleted() {
 fn shim_killed() {
     case(|world| {
         let ctr = world.ctr();
-        let (run, sandbox) = detached(world, "shim")?;
+        let (run, sandbox) = Sandbox::sleeping(world, "shim")?;
         sandbox.kill_shim()?;
         // containerd calls `containerd-shim-rvm-v2 delete`, which must not need the shim.
         sandbox.wait_until_gone(scale::container())?;
@@ -87,7 +80,7 @@ fn shim_killed() {
 fn shim_and_monitor_killed_together() {
     case(|world| {
         let ctr = world.ctr();
-        let (run, sandbox) = detached(world, "both")?;
+        let (run, sandbox) = Sandbox::sleeping(world, "both")?;
         sandbox.kill_monitor()?;
         sandbox.kill_shim()?;
         world.events(|events| events.wait_for("/tasks/exit", &run.id, scale::container()))?;
@@ -158,7 +151,7 @@ fn exit_while_containerd_is_away() {
 #[test]
 fn killed_by_the_host_for_want_of_memory() {
     case(|world| {
-        let (run, sandbox) = detached(world, "starved")?;
+        let (run, sandbox) = Sandbox::sleeping(world, "starved")?;
         let groups = std::fs::read_to_string(format!("/proc/{}/cgroup", sandbox.monitor.pid))?;
         let limit = groups.lines().find_map(|line| {
             let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
@@ -185,7 +178,7 @@ fn killed_by_the_host_for_want_of_memory() {
 #[test]
 fn execs_exit_before_the_container() {
     case(|world| {
-        let (run, _) = detached(world, "order")?;
+        let (run, _) = Sandbox::sleeping(world, "order")?;
         let exec = world.ctr().exec(&run.id, &[], &["sh", "-c", "echo in; sleep 100000"], Input::Open)?;
         exec.wait_for("in", scale::container())?;
         world.end(&run.id)?;
@@ -207,7 +200,7 @@ fn execs_exit_before_the_container() {
 fn a_task_always_lists_a_process() {
     case(|world| {
         let ctr = world.ctr();
-        let (run, sandbox) = detached(world, "still")?;
+        let (run, sandbox) = Sandbox::sleeping(world, "still")?;
         let monitor = Pid::from_raw(sandbox.monitor.pid);
         let listed = || -> Result<String> {
             let listed = ctr.run(&["task", "ps", &run.id], scale::command())?.success()?.text();

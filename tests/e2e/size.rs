@@ -91,9 +91,8 @@ fn guest_memory_is_in_huge_pages_unless_the_configuration_says_no() {
         // could fill is lost.
         for (huge, expected) in [("true", 2048..28 << 10), ("false", 0..1)] {
             world.set_config(&world.config().set("guest", "huge_pages", huge))?;
-            let run = world.ctr().container("huge").detached();
-            run.run(&["sleep", "1000"])?.success()?;
-            let monitor = Sandbox::find(world.stage(), &run.id)?.monitor.pid;
+            let (run, sandbox) = Sandbox::sleeping(world, "huge")?;
+            let monitor = sandbox.monitor.pid;
             let kib = huge_kib(monitor)?;
             println!("guest.huge_pages = {huge}: {kib} KiB");
             ensure!(expected.contains(&kib), "guest.huge_pages = {huge}: {kib} KiB");
@@ -116,9 +115,8 @@ fn guest_memory_is_in_huge_pages_unless_the_configuration_says_no() {
 #[test]
 fn the_seed_of_the_guests_generator_is_read_and_gone() {
     case(|world| {
-        let run = world.ctr().container("seed").detached();
-        run.run(&["sleep", "1000"])?.success()?;
-        let monitor = Sandbox::find(world.stage(), &run.id)?.monitor.pid;
+        let (run, sandbox) = Sandbox::sleeping(world, "seed")?;
+        let monitor = sandbox.monitor.pid;
         // A struct setup_data behind the boot parameters: Linux overwrites the seed and its length.
         let mut left = [0; 80];
         memory_at(monitor, 0x8000, &mut left)?;
@@ -159,9 +157,8 @@ fn file_kib(pid: libc::pid_t, file: &Path) -> Result<(u64, u64)> {
 #[test]
 fn a_monitor_inherits_nothing_and_its_guest_leaves_no_line_in_the_hosts_log() {
     case(|world| {
-        let run = world.ctr().container("inherits").detached();
-        run.run(&["sleep", "1000"])?.success()?;
-        let monitor = Sandbox::find(world.stage(), &run.id)?.monitor.pid;
+        let (run, sandbox) = Sandbox::sleeping(world, "inherits")?;
+        let monitor = sandbox.monitor.pid;
         let read = |file: &str| std::fs::read_to_string(format!("/proc/{monitor}/{file}"));
         ensure!(read("environ")?.is_empty(), "its environment is {:?}", read("environ")?);
         ensure!(read("oom_score_adj")?.trim() == "0", "oom_score_adj {}", read("oom_score_adj")?);

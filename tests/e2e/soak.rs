@@ -52,9 +52,7 @@ fn containers_one_after_another() {
 fn added_processes_one_after_another() {
     const TURNS: u32 = 1500;
     case(|world| {
-        let run = world.ctr().container("soak").detached();
-        run.run(&["sleep", "100000"])?.success()?;
-        let sandbox = Sandbox::find(world.stage(), &run.id)?;
+        let (run, sandbox) = Sandbox::sleeping(world, "soak")?;
         let process = json!({
             "args": ["/bin/echo", "said"], "cwd": "/", "env": ["PATH=/bin"], "user": { "uid": 0, "gid": 0 },
         });

@@ -133,10 +133,8 @@ impl Process {
     /// Reads one process; none where it is gone.
     pub fn read(pid: libc::pid_t) -> Option<Self> {
         let stat = read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // `pid (name) state ppid ...`; the name may hold spaces and parentheses (proc_pid_stat(5)).
-        let (head, tail) = stat.rsplit_once(") ")?;
-        let name = head.split_once(" (")?.1.to_owned();
-        let fields: Vec<&str> = tail.split(' ').collect();
+        let (name, fields) = parse_stat(&stat)?;
+        let name = name.to_owned();
         let args = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let args = args.split(|&byte| byte == 0).filter(|arg| !arg.is_empty());
         Some(Self {
@@ -151,8 +149,21 @@ impl Process {
 
     /// Every process of the host.
     pub fn all() -> Vec<Self> {
-        names("/proc").iter().filter_map(|name| name.parse().ok()).filter_map(Self::read).collect()
+        pids().into_iter().filter_map(Self::read).collect()
     }
+}
+
+/// Ids of every process of the host.
+pub fn pids() -> Vec<libc::pid_t> {
+    names("/proc").iter().filter_map(|name| name.parse().ok()).collect()
+}
+
+/// The name in a `/proc/PID/stat`, which may hold spaces and parentheses, and the fields behind it, of which the first
+/// is the third of proc_pid_stat(5).
+pub fn parse_stat(stat: &str) -> Option<(&str, Vec<&str>)> {
+    // `pid (name) state ppid ...`
+    let (head, tail) = stat.rsplit_once(") ")?;
+    Some((head.split_once(" (")?.1, tail.split_whitespace().collect()))
 }
 
 /// Processes whose program is one of the installation under test.

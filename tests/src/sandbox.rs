@@ -12,8 +12,10 @@ use nix::{
 };
 
 use crate::{
+    ctr::Run,
     host::{Process, sandbox_processes},
     stage::Stage,
+    world::World,
 };
 
 /// Shim and monitor of one sandbox.
@@ -28,6 +30,17 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
+    /// Starts a container that does nothing, and finds its sandbox.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn sleeping(world: &World, prefix: &str) -> Result<(Run, Self)> {
+        let run = world.ctr().container(prefix).detached();
+        run.run(&["sleep", "100000"])?.success()?;
+        let sandbox = Self::find(world.stage(), &run.id)?;
+        Ok((run, sandbox))
+    }
+
     /// Finds shim and monitor of a running sandbox.
     ///
     /// # Errors

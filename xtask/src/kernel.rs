@@ -36,6 +36,7 @@ pub fn run(args: Args) -> Result<()> {
     Ok(())
 }
 
+/// Has a container started in a devhost that tells what is executed, and writes the list of that.
 fn write_order() -> Result<()> {
     let mut prepared = Prepared::new(Profile::Fast)?;
     ensure!(

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use rvm_tests::host::Process;
+use rvm_tests::host::{parse_stat, pids};
 use serde_json::{Value, json};
 
 /// What the kernel counts processor time in, by the second (`USER_HZ`).
@@ -14,27 +14,19 @@ const LEAST: f64 = 0.5;
 /// children that they have waited for.
 pub struct ProcessorTimes(BTreeMap<String, Times>);
 
-/// In ticks. A guest's time is not in `user`.
-#[derive(Clone, Copy, Default)]
-struct Times {
-    user: i64,
-    system: i64,
-    guest: i64,
-    children: i64,
-}
+/// In ticks: user, without a guest's; system; a guest's; the children's.
+type Times = [i64; 4];
 
 impl ProcessorTimes {
     /// Those of now.
     pub fn now() -> Self {
         let mut all = BTreeMap::<String, Times>::new();
-        for process in Process::all() {
-            let stat = std::fs::read_to_string(format!("/proc/{}/stat", process.pid)).unwrap_or_default();
-            let Some(times) = Times::of(&stat) else { continue };
-            let sum = all.entry(process.name).or_default();
-            sum.user += times.user;
-            sum.system += times.system;
-            sum.guest += times.guest;
-            sum.children += times.children;
+        for pid in pids() {
+            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            if let Some((name, times)) = times_of(&stat) {
+                let sum = all.entry(name.to_owned()).or_default();
+                *sum = std::array::from_fn(|n| sum[n] + times[n]);
+            }
         }
         Self(all)
     }
@@ -42,35 +34,26 @@ impl ProcessorTimes {
     /// Seconds that each program used from then to now, the largest first:
     /// `[program, user, system, guest, children]`.
     pub fn since(&self, now: &Self) -> Value {
-        let mut rows: Vec<(String, [f64; 4])> = Vec::new();
-        for (name, times) in &now.0 {
+        let used = |(name, times): (&String, &Times)| {
             let was = self.0.get(name).copied().unwrap_or_default();
-            let used = [
-                times.user - was.user,
-                times.system - was.system,
-                times.guest - was.guest,
-                times.children - was.children,
-            ];
             // Who has ended took its time away with it.
-            rows.push((name.clone(), used.map(|ticks| ticks.max(0) as f64 / TICKS)));
-        }
-        rows.retain(|(_, used)| used.iter().sum::<f64>() >= LEAST);
-        rows.sort_by(|(_, a), (_, b)| b.iter().sum::<f64>().total_cmp(&a.iter().sum()));
+            let used: [f64; 4] = std::array::from_fn(|n| (times[n] - was[n]).max(0) as f64 / TICKS);
+            (name.clone(), used, used.iter().sum::<f64>())
+        };
+        let mut rows: Vec<_> = now.0.iter().map(used).filter(|(.., sum)| *sum >= LEAST).collect();
+        rows.sort_by(|(.., a), (.., b)| b.total_cmp(a));
         rows.into_iter()
-            .map(|(name, [user, system, guest, children])| json!([name, user, system, guest, children]))
+            .map(|(name, [user, system, guest, children], _)| json!([name, user, system, guest, children]))
             .collect()
     }
 }
 
-impl Times {
-    /// Of a line of `/proc/PID/stat` (proc(5)), whose third field is the first behind the name.
-    fn of(stat: &str) -> Option<Self> {
-        let (_, fields) = stat.rsplit_once(')')?;
-        let fields: Vec<&str> = fields.split_whitespace().collect();
-        let field = |number: usize| fields.get(number - 3)?.parse::<i64>().ok();
-        let guest = field(43)?;
-        Some(Self { user: field(14)? - guest, system: field(15)?, guest, children: field(16)? + field(17)? })
-    }
+/// Of a `/proc/PID/stat`, with the process's name.
+fn times_of(stat: &str) -> Option<(&str, Times)> {
+    let (name, fields) = parse_stat(stat)?;
+    let field = |number: usize| fields.get(number - 3)?.parse::<i64>().ok();
+    let guest = field(43)?;
+    Some((name, [field(14)? - guest, field(15)?, guest, field(16)? + field(17)?]))
 }
 
 #[cfg(test)]
@@ -83,14 +66,13 @@ mod tests {
         let stat = format!("7 (a) b) S 1 7 7 0 -1 0 9 9 9 9 250 30 4 5 20 0 {zeros} 50 1 0");
         let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
         assert_eq!(fields[43 - 3], "50");
-        let times = Times::of(&stat).unwrap();
-        assert_eq!([times.user, times.system, times.guest, times.children], [200, 30, 50, 9]);
-        assert!(Times::of("7 (a) S 1").is_none());
+        assert_eq!(times_of(&stat), Some(("a) b", [200, 30, 50, 9])));
+        assert!(times_of("7 (a) S 1").is_none());
     }
 
     #[test]
     fn who_used_most_comes_first() {
-        let times = |user, guest| Times { user, guest, ..Times::default() };
+        let times = |user, guest| [user, 0, guest, 0];
         let before =
             ProcessorTimes([("b".to_owned(), times(100, 0)), ("gone".to_owned(), times(900, 0))].into());
         let after = ProcessorTimes(
