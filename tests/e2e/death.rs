@@ -9,7 +9,7 @@ use nix::{
 };
 use rvm_tests::{
     case,
-    ctr::{Run, remove_clients_fifos},
+    ctr::remove_clients_fifos,
     host::Process,
     job::{Input, Job},
     sandbox::Sandbox,
