@@ -179,7 +179,13 @@ impl Child {
     /// to go on. `false`: the agent has given this child up.
     pub fn ready(&self) -> StepResult<bool> {
         self.say(&[READY]).step(|| "report readiness")?;
-        Ok(self.hear().step(|| "wait for the start")? == Some(START))
+        loop {
+            match self.hear().step(|| "wait for the start")? {
+                // To the child before this one, which was killed before it heard it.
+                Some(ADOPTED) => {}
+                word => return Ok(word == Some(START)),
+            }
+        }
     }
 
     /// What the agent says next; none once it has given this child up.
@@ -271,6 +277,22 @@ mod tests {
             assert_eq!(byte, [0]);
             assert!(matches!(parent.hear().await, Ok(Message::Ready)));
             // The thread ends after the start, which closes its end as execve would.
+            parent.start().await.unwrap();
+            assert!(child.join().unwrap());
+        });
+    }
+
+    #[test]
+    fn a_child_takes_over_from_one_that_was_killed_before_it_heard_that() {
+        run(async {
+            let (parent, child) = pair().unwrap();
+            let mut moved = vec![MOVED];
+            moved.extend(4711_i32.to_le_bytes());
+            child.say(&moved).unwrap();
+            assert!(matches!(parent.hear().await, Ok(Message::Moved(_))));
+            parent.adopted().unwrap();
+            let child = std::thread::spawn(move || child.ready().unwrap());
+            assert!(matches!(parent.hear().await, Ok(Message::Ready)));
             parent.start().await.unwrap();
             assert!(child.join().unwrap());
         });

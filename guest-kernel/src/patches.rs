@@ -9,7 +9,7 @@ use crate::{Error, Flavour, command, io_error};
 /// A patch: its name, and a unified diff.
 type Patch = (&'static str, &'static str);
 
-const PATCHES: [Patch; 12] = [
+const PATCHES: [Patch; 14] = [
     ("pci-remember-configuration", include_str!("../patches/pci-remember-configuration.patch")),
     ("virtiofs-tag-in-words", include_str!("../patches/virtiofs-tag-in-words.patch")),
     ("initramfs-keep-pages", include_str!("../patches/initramfs-keep-pages.patch")),
@@ -21,6 +21,8 @@ const PATCHES: [Patch; 12] = [
     ("usemap-beside-all-else", include_str!("../patches/usemap-beside-all-else.patch")),
     ("functions-in-order-of-a-start", include_str!("../patches/functions-in-order-of-a-start.patch")),
     ("init-text-beside-text", include_str!("../patches/init-text-beside-text.patch")),
+    ("static-calls-by-trampoline", include_str!("../patches/static-calls-by-trampoline.patch")),
+    ("msix-same-message", include_str!("../patches/msix-same-message.patch")),
     ("cpu-features-by-test", include_str!("../patches/cpu-features-by-test.patch")),
 ];
 

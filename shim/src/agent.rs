@@ -76,6 +76,11 @@ impl AgentError {
     pub fn is_not_found(&self) -> bool {
         matches!(self, Self::Refused { code: Code::NOT_FOUND, .. })
     }
+
+    /// Whether what was asked for does not go with what is there now.
+    pub fn is_failed_precondition(&self) -> bool {
+        matches!(self, Self::Refused { code: Code::FAILED_PRECONDITION, .. })
+    }
 }
 
 /// The guest is not trusted with the terminal or the log of who reads this.

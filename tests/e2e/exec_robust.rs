@@ -241,6 +241,44 @@ fn two_hundred_in_a_row_leave_nothing() {
     });
 }
 
+/// Of a start that the guest does not answer nobody knows whether it was one: it is refused, and what has run for it
+/// all the same is ended and told of once, as what was started is.
+#[test]
+fn a_start_that_is_not_answered_has_one_exit() {
+    case(|world| {
+        let run = sleeper(world)?;
+        let shim = Shim::of(&run.id)?;
+        let process = json!({
+            "args": ["/bin/sleep", "54321"], "cwd": "/", "env": ["PATH=/bin"], "user": { "uid": 0, "gid": 0 },
+        });
+        // Without streams, which would be connected to the guest first, and with another limit.
+        shim.add_exec("unanswered", &process, std::path::Path::new(""))?;
+        let monitor = nix::unistd::Pid::from_raw(Sandbox::find(world.stage(), &run.id)?.monitor.pid);
+        nix::sys::signal::kill(monitor, Signal::SIGSTOP)?;
+        let started = shim.start_added("unanswered");
+        nix::sys::signal::kill(monitor, Signal::SIGCONT)?;
+        let refused = started.err().context("it is started")?.to_string();
+        ensure!(refused.contains("does not answer start_process within"), "{refused}");
+        let code = shim.await_exec("unanswered")?;
+        ensure!(code == 137, "exit code {code}");
+        let left = world.ctr().exec(
+            &run.id,
+            &[],
+            &["sh", "-c", "ps | grep '[s]leep 54321' || true"],
+            Input::Nothing,
+        )?;
+        let left = left.finish(scale::container())?.success()?.text();
+        ensure!(left.is_empty(), "still there: {left}");
+        let told = world.events(|events| {
+            events.marker(scale::command())?;
+            events.of(&run.id)
+        })?;
+        let told: Vec<_> = told.iter().filter(|event| event.text("id") == "unanswered").collect();
+        ensure!(told.len() == 1 && told[0].topic == "/tasks/exit", "{told:?}");
+        world.end(&run.id)
+    });
+}
+
 /// Each has descriptors in the agent, the shim and the monitor: 142 was the most that a limit of 1,024 allowed.
 #[test]
 fn three_hundred_at_once() {

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fmt};
 
-use crate::stage::Stage;
+use crate::{scale, stage::Stage};
 
 /// Keys by section, values as they stand in the file.
 #[derive(Clone, Debug, Default)]
@@ -11,9 +11,12 @@ pub struct ConfigFile {
 }
 
 impl ConfigFile {
-    /// Kernel, initramfs and monitor of the stage; every other key at its default.
+    /// Kernel, initramfs and monitor of the stage, and as much longer for a guest to answer as this machine is slower;
+    /// every other key at its default.
     pub fn of(stage: &Stage) -> Self {
+        let boot_timeout = scale::seconds(10.0).as_secs().clamp(60, 3600);
         Self::default()
+            .set("guest", "boot_timeout_s", &boot_timeout.to_string())
             .text("guest", "kernel", &stage.kernel().to_string_lossy())
             .text("guest", "initramfs", &stage.initramfs().to_string_lossy())
             .text("host", "monitor", &stage.monitor().to_string_lossy())

@@ -209,7 +209,8 @@ impl<'a> Docker<'a> {
         let mut command = Command::new("sh");
         command.args(["-c", script]).current_dir(dir).envs(variables.iter().copied());
         self.environment(&mut command);
-        job::run(command, Input::Nothing, limit())
+        // Of many commands.
+        job::run(command, Input::Nothing, limit() * 2)
     }
 
     fn environment(&self, command: &mut Command) {
@@ -231,7 +232,7 @@ fn daemon() -> std::sync::MutexGuard<'static, Option<Child>> {
     DAEMON.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// For one command, or several of a script.
+/// For one command, or a few.
 fn limit() -> std::time::Duration {
     scale::container() * 4
 }

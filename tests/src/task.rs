@@ -6,7 +6,7 @@ use std::{
     collections::BTreeMap,
     io::Read,
     path::{Path, PathBuf},
-    sync::mpsc::channel,
+    sync::mpsc::{Receiver, channel},
     time::Instant,
 };
 
@@ -58,31 +58,24 @@ impl Shim {
         Ok(Self { client, container: container.to_owned() })
     }
 
-    /// Runs a process to its end. `dir` takes the FIFO of its output.
+    /// Runs a process to its end. `dir` takes the FIFOs of its output.
     ///
     /// # Errors
     /// When the shim refuses, or it does not end in time.
     pub fn exec(&self, exec_id: &str, process: &Value, dir: &Path) -> Result<Executed> {
-        let fifo: PathBuf = dir.join(exec_id);
-        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::from_bits_truncate(0o600))?;
-        let (sender, receiver) = channel();
-        let reader = fifo.clone();
-        std::thread::spawn(move || {
-            // Opens when the shim does.
-            let mut text = Vec::new();
-            let read = std::fs::File::open(reader).and_then(|mut file| file.read_to_end(&mut text));
-            sender.send(read.map(|_| text))
-        });
-        let result = self.run(exec_id, process, &fifo);
-        if result.is_err() {
-            // Nobody else may ever open it: the reader sees an end.
-            drop(std::fs::File::options().read(true).write(true).open(&fifo));
+        // One each, as clients have it: of one for both containerd's own shim may be done with the first use
+        // before it comes to the second, and then waits for a reader.
+        let stdout = Output::new(dir.join(exec_id))?;
+        let terminal = process["terminal"].as_bool().unwrap_or(false);
+        let stderr = (!terminal).then(|| Output::new(dir.join(format!("{exec_id}.stderr")))).transpose()?;
+        let result = self.run(exec_id, process, &stdout, stderr.as_ref());
+        let mut output = stdout.end(result.is_ok());
+        if let Some(stderr) = stderr {
+            let more = stderr.end(result.is_ok());
+            output = output.and_then(|text| Ok(text + &more?));
         }
-        let output = receiver.recv_timeout(scale::container());
-        std::fs::remove_file(&fifo)?;
         let (code, calls_ms) = result?;
-        let output = output.context("the output does not end")??;
-        Ok(Executed { output: String::from_utf8_lossy(&output).into_owned(), code, calls_ms })
+        Ok(Executed { output: output?, code, calls_ms })
     }
 
     /// Starts a process and leaves it running; `output` is a FIFO that somebody reads.
@@ -90,6 +83,15 @@ impl Shim {
     /// # Errors
     /// What the shim answers.
     pub fn start_exec(&self, exec_id: &str, process: &Value, output: &Path) -> Result<()> {
+        self.add_exec(exec_id, process, output)?;
+        self.start_added(exec_id)
+    }
+
+    /// Announces a process; `output` is a FIFO that somebody reads.
+    ///
+    /// # Errors
+    /// What the shim answers.
+    pub fn add_exec(&self, exec_id: &str, process: &Value, output: &Path) -> Result<()> {
         let output = output.to_string_lossy().into_owned();
         let exec = ExecProcessRequest {
             id: self.container.clone(),
@@ -99,7 +101,14 @@ impl Shim {
             spec: Some(process_spec(process)?).into(),
             ..Default::default()
         };
-        self.call("Exec", &exec)?;
+        self.call("Exec", &exec).map(drop)
+    }
+
+    /// Starts a process that [`Shim::add_exec`] has announced.
+    ///
+    /// # Errors
+    /// What the shim answers.
+    pub fn start_added(&self, exec_id: &str) -> Result<()> {
         let (id, exec_id) = (self.container.clone(), exec_id.to_owned());
         self.call("Start", &StartRequest { id, exec_id, ..Default::default() }).map(drop)
     }
@@ -112,6 +121,15 @@ impl Shim {
         let (id, exec_id) = (self.container.clone(), exec_id.to_owned());
         let kill = KillRequest { id: id.clone(), exec_id: exec_id.clone(), signal: 9, ..Default::default() };
         self.call("Kill", &kill)?;
+        self.await_exec(&exec_id)
+    }
+
+    /// Waits for a process's end, and deletes it. Returns its exit code.
+    ///
+    /// # Errors
+    /// What the shim answers.
+    pub fn await_exec(&self, exec_id: &str) -> Result<u32> {
+        let (id, exec_id) = (self.container.clone(), exec_id.to_owned());
         let wait = WaitRequest { id: id.clone(), exec_id: exec_id.clone(), ..Default::default() };
         let (ended, _) = self.call("Wait", &wait)?;
         self.call("Delete", &DeleteRequest { id, exec_id, ..Default::default() })?;
@@ -157,17 +175,23 @@ impl Shim {
         self.call("Delete", &request).map(drop)
     }
 
-    fn run(&self, exec_id: &str, process: &Value, fifo: &Path) -> Result<(u32, [f64; 4])> {
+    fn run(
+        &self,
+        exec_id: &str,
+        process: &Value,
+        stdout: &Output,
+        stderr: Option<&Output>,
+    ) -> Result<(u32, [f64; 4])> {
         let spec = process_spec(process)?;
         let (id, exec_id) = (self.container.clone(), exec_id.to_owned());
-        let terminal = process["terminal"].as_bool().unwrap_or(false);
+        let path = |output: &Output| output.fifo.to_string_lossy().into_owned();
         let exec = ExecProcessRequest {
             id: id.clone(),
             exec_id: exec_id.clone(),
-            terminal,
             // containerd's own shim wants both where there is no terminal.
-            stderr: if terminal { String::new() } else { fifo.to_string_lossy().into_owned() },
-            stdout: fifo.to_string_lossy().into_owned(),
+            terminal: stderr.is_none(),
+            stderr: stderr.map(path).unwrap_or_default(),
+            stdout: path(stdout),
             spec: Some(spec).into(),
             ..Default::default()
         };
@@ -200,6 +224,36 @@ impl Shim {
             error => anyhow!("{method}: {error}"),
         })?;
         Ok((response.payload, started.elapsed().as_secs_f64() * 1e3))
+    }
+}
+
+/// A FIFO, read from when somebody opens it for writing.
+struct Output {
+    fifo: PathBuf,
+    text: Receiver<std::io::Result<Vec<u8>>>,
+}
+
+impl Output {
+    fn new(fifo: PathBuf) -> Result<Self> {
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::from_bits_truncate(0o600))?;
+        let (sender, text) = channel();
+        let reader = fifo.clone();
+        std::thread::spawn(move || {
+            let mut text = Vec::new();
+            let read = std::fs::File::open(reader).and_then(|mut file| file.read_to_end(&mut text));
+            sender.send(read.map(|_| text))
+        });
+        Ok(Self { fifo, text })
+    }
+
+    /// What came, once those who write are done; where it is not known that there are any, what came so far.
+    fn end(self, written: bool) -> Result<String> {
+        if !written {
+            drop(std::fs::File::options().read(true).write(true).open(&self.fifo));
+        }
+        let text = self.text.recv_timeout(scale::container());
+        std::fs::remove_file(&self.fifo)?;
+        Ok(String::from_utf8_lossy(&text.context("the output does not end")??).into_owned())
     }
 }
 

@@ -24,18 +24,17 @@ use crate::{
     sys::process::{close_all_except, fork_sibling, reset_signals, restore_descriptor_limit, set_undumpable},
 };
 
-/// Exit code of a child that did not get as far as its program.
+/// Exit code of a child that did not get as far as its program. Nobody is told of
+/// that of one that has been moved away from.
 const NOT_RUN: i32 = 127;
 
 /// Runs `steps`, of which the last is `execve`, and reports the one that fails.
 pub fn run(channel: &channel::Child, steps: impl FnOnce() -> StepResult<GivenUp>) -> i32 {
     match steps() {
-        Ok(GivenUp) => 0,
-        Err(error) => {
-            channel.failed(&error);
-            NOT_RUN
-        }
+        Ok(GivenUp) => {}
+        Err(error) => channel.failed(&error),
     }
+    NOT_RUN
 }
 
 /// The agent does not want the program run any more.

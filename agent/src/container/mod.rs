@@ -124,7 +124,7 @@ impl Container {
         };
         let exit = reaper.watch(child.pid);
         let first = Arc::new(Process::new(plan.process().clone(), streams));
-        first.spawned(child);
+        first.spawned(child, plan.moves());
         let container = Arc::new(Self {
             id: id.to_owned(),
             cgroup,
@@ -256,7 +256,7 @@ impl Container {
             .with_child(|first| enter::spawn_into(first, &self.cgroup, &process.spec, &self.common, &ends));
         let (child, channel) = spawned.ok_or_else(stopped)??;
         let exit = reaper.watch(child.pid);
-        process.spawned(child);
+        process.spawned(child, true);
         Ok(Preparing { channel, moves: true, exit })
     }
 

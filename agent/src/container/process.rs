@@ -12,7 +12,7 @@ use crate::{
     error::{Error, Step, StepError, StepResult},
     io::Streams,
     reaper::{Exit, ExitReceiver, ended},
-    sys::process::{Child, send_signal},
+    sys::process::{Child, SIGNALS, send_signal},
 };
 
 /// A container's first process, or one that was added to it.
@@ -28,18 +28,26 @@ pub struct Process {
 
 /// ```text
 ///  Registered ──spawn──> Spawned ──ready──> Created ──start──> Started
+///       └─────> Preceded ──moved──^
 /// ```
 /// Whether it has ended is told by `exit`: it may do so at any point after spawn.
 #[derive(Debug)]
 enum Stage {
     /// No process yet.
     Registered,
+    /// A child makes another one in its place, which `signals` are for: bit n - 1 for signal n.
+    Preceded { by: Child, signals: u64 },
     /// The child is preparing itself.
     Spawned(Child),
     /// The child waits just before `execve`.
     Created(Child, channel::Parent),
     /// The program runs, or could not be run.
     Started(Child),
+}
+
+/// Where a signal is in a set of them; nowhere if it is none.
+fn bit(signal: u32) -> u64 {
+    signal.checked_sub(1).and_then(|bit| 1u64.checked_shl(bit)).unwrap_or(0)
 }
 
 fn unexpected(said: &Message) -> StepError {
@@ -59,7 +67,7 @@ impl Process {
 
     /// Whether its child has not got as far as waiting for the start.
     pub fn is_preparing(&self) -> bool {
-        matches!(*self.stage(), Stage::Spawned(_))
+        matches!(*self.stage(), Stage::Preceded { .. } | Stage::Spawned(_))
     }
 
     /// Whether it waits for [`start`](Self::start).
@@ -67,9 +75,26 @@ impl Process {
         matches!(*self.stage(), Stage::Created(..))
     }
 
-    /// Notes the child that prepares itself to be this process.
-    pub fn spawned(&self, child: Child) {
-        *self.stage() = Stage::Spawned(child);
+    /// Notes the child that prepares itself to be this process, or where it
+    /// `moves`, one that will take its place.
+    pub fn spawned(&self, child: Child, moves: bool) {
+        *self.stage() = if moves { Stage::Preceded { by: child, signals: 0 } } else { Stage::Spawned(child) };
+    }
+
+    /// Notes the child that takes the place of the one before, and passes on the
+    /// signals that process was sent.
+    fn moved(&self, child: Child) -> StepResult<()> {
+        let mut stage = self.stage();
+        let signals = if let Stage::Preceded { signals, .. } = *stage { signals } else { 0 };
+        for signal in (1..=SIGNALS).filter(|signal| signals & bit(*signal) != 0) {
+            match send_signal(&child.pidfd, signal as i32) {
+                // It has ended already, which is told in its turn.
+                Ok(()) | Err(Errno::ESRCH) => {}
+                failed => failed.step(|| format!("send signal {signal}"))?,
+            }
+        }
+        *stage = Stage::Spawned(child);
+        Ok(())
     }
 
     /// Waits until the child has done everything up to `execve`, or the one it
@@ -84,7 +109,7 @@ impl Process {
             // The first child is the agent's own; what comes later is said where
             // the container may have a hand in it.
             match channel.hear().await? {
-                Message::Moved(pid) => self.spawned(adopt(pid)?),
+                Message::Moved(pid) => self.moved(adopt(pid)?)?,
                 said => return Err(unexpected(&said)),
             }
             channel.adopted()?;
@@ -139,8 +164,19 @@ impl Process {
         if self.exited().is_some() {
             return Err(finished());
         }
-        match &*self.stage() {
+        match &mut *self.stage() {
             Stage::Registered => Err(Error::Precondition("the process has not been started".into())),
+            Stage::Preceded { by, signals } => {
+                *signals |= bit(signal.unsigned_abs());
+                if signal != libc::SIGKILL {
+                    return Ok(());
+                }
+                // It may wait for what never comes; the other one may be there all the same.
+                match send_signal(&by.pidfd, signal) {
+                    Err(Errno::ESRCH) => Ok(()),
+                    sent => Ok(sent.step(|| "end a process that is being created")?),
+                }
+            }
             Stage::Spawned(child) | Stage::Created(child, ..) | Stage::Started(child) => {
                 match send_signal(&child.pidfd, signal) {
                     Err(Errno::ESRCH) => Err(finished()),
@@ -158,9 +194,10 @@ impl Process {
         }
         match &*self.stage() {
             Stage::Registered => None,
-            Stage::Spawned(child) | Stage::Created(child, ..) | Stage::Started(child) => {
-                Some(use_child(child))
-            }
+            Stage::Preceded { by: child, .. }
+            | Stage::Spawned(child)
+            | Stage::Created(child, ..)
+            | Stage::Started(child) => Some(use_child(child)),
         }
     }
 

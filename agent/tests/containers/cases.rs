@@ -81,6 +81,7 @@ cases![
     closing_stdin,
     many_added_processes_leak_nothing,
     signals_as_for_any_init,
+    a_signal_to_a_process_that_is_being_made,
     orphans_are_collected,
     a_deletion_that_cannot_end_is_given_up,
     an_added_process_without_its_caller,

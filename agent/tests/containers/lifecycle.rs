@@ -72,6 +72,30 @@ pub async fn signals_as_for_any_init(machine: &Machine) {
     end(machine, "init", running).await;
 }
 
+pub async fn a_signal_to_a_process_that_is_being_made(machine: &Machine) {
+    let running = machine.create(container("making", program(&["sleep", "1000"]))).await.unwrap();
+    running.start().await.unwrap();
+    for n in 0..40_u32 {
+        let signal = signal("making", if n % 2 == 0 { libc::SIGKILL } else { libc::SIGTERM }, false);
+        let (number, exec) = (signal.signal, format!("e{n}"));
+        let mut signal = signal;
+        signal.process.mut_or_insert_default().exec_id.clone_from(&exec);
+        let added = machine.create_exec("making", &exec, program(&["sleep", "1000"])).unwrap();
+        // Before it moves, while it does, and after.
+        let later = async {
+            tokio::time::sleep(Duration::from_micros(u64::from(n / 2) * 200)).await;
+            machine.sandbox.signal_process(&signal)
+        };
+        // The start is under way when the signal comes; whether it is one is a matter of time.
+        let (_, sent) = tokio::join!(added.start(), later);
+        sent.unwrap();
+        assert_eq!(added.wait().await.code, 128 + number, "{exec}");
+        added.delete().await.unwrap();
+    }
+    assert_eq!(listed(machine, "making").len(), 1);
+    end(machine, "making", running).await;
+}
+
 pub async fn orphans_are_collected(machine: &Machine) {
     // In the guest's own pid namespace orphans become children of the agent.
     let script = "(sh -c 'exec sleep 0.05' &) ; (sh -c 'exit 3' &) ; echo left; exec sleep 1000";

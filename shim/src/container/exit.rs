@@ -89,11 +89,33 @@ impl Container {
 
     /// Ends an exec of which it is not known whether it was started.
     pub(super) async fn give_up(self: Arc<Self>, process: Arc<Process>) {
-        let reference = process_ref(&self.id, &process.exec_id);
-        if let Err(error) = self.sandbox.agent().signal(reference, libc::SIGKILL as u32, false).await {
-            log::debug!("{}/{} exec {}: {error}", self.namespace, self.id, process.exec_id);
+        tokio::select! {
+            () = self.kill_or_forget(&process) => {}
+            _ = self.sandbox.ended() => {}
         }
         self.follow(process).await;
+    }
+
+    /// Sees to it that an exec does not run, however long the agent takes to answer.
+    async fn kill_or_forget(&self, process: &Process) {
+        let reference = process_ref(&self.id, &process.exec_id);
+        loop {
+            let agent = self.sandbox.agent();
+            let error = match agent.signal(reference.clone(), libc::SIGKILL as u32, false).await {
+                // It has not been started. Forgotten, it never will be.
+                Err(error) if error.is_failed_precondition() => match agent.delete(&reference).await {
+                    Err(error) => error,
+                    Ok(()) => return,
+                },
+                Err(error) => error,
+                Ok(()) => return,
+            };
+            log::debug!("{}/{} exec {}: {error}", self.namespace, self.id, process.exec_id);
+            if !error.is_unanswered() && !error.is_failed_precondition() {
+                return;
+            }
+            sleep(RECONNECT_AFTER).await;
+        }
     }
 
     /// Delivers what is left of a process's output and lets go of its FIFOs.
