@@ -119,10 +119,10 @@ impl Plan {
         Ok(Self { request, namespaces, rootfs, mounts, devices, limits, common })
     }
 
-    /// Mounts the file systems of the host's block devices among its mounts.
-    pub async fn mount_disks(&mut self, reaper: &Reaper) -> StepResult<()> {
+    /// Makes what its mounts show and is not there yet: memory volumes, file systems of the host's block devices.
+    pub async fn open_mounts(&mut self, reaper: &Reaper) -> StepResult<()> {
         for mount in &mut self.mounts {
-            mount.mount_disk(reaper).await?;
+            mount.open(reaper).await?;
         }
         Ok(())
     }

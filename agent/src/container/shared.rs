@@ -65,7 +65,7 @@ impl Shared {
     /// Whether a container wants something of the sandbox's.
     pub fn is_wanted_by(request: &agent::CreateContainerRequest) -> bool {
         request.namespaces.iter().any(|namespace| namespace.sandbox)
-            || request.mounts.iter().any(|mount| mount.from_sandbox)
+            || request.mounts.iter().any(|mount| mount.from_sandbox && mount.memory.is_none())
     }
 
     /// Makes it.

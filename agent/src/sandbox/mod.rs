@@ -199,7 +199,7 @@ impl Sandbox {
         };
         self.find_disks(&request).await?;
         let mut plan = Plan::new(request, scratch, shared)?;
-        plan.mount_disks(&self.reaper).await?;
+        plan.open_mounts(&self.reaper).await?;
         let (container, preparing) = Container::create(id, &plan, Arc::clone(scratch), &self.reaper)?;
         self.state().containers.insert(id.to_owned(), Some(Arc::clone(&container)));
         if let Err(error) = container.ready(preparing, &self.reaper).await {

@@ -106,6 +106,7 @@ cases![
     a_created_container_that_died_does_not_start,
     two_hundred_at_once,
     namespaces_of_the_sandbox,
+    memory_volumes_of_the_sandbox,
     what_the_sandbox_does_not_hold,
     a_pid_namespace_of_the_sandbox,
     nothing_of_the_agent_is_in_sight,

@@ -3,8 +3,11 @@
 
 use std::time::Duration;
 
+use protobuf::MessageField;
 use rvm_agent::error::Error;
-use rvm_protocol::agent::{CreateContainerRequest, Mount, Namespace, NamespaceType, Process};
+use rvm_protocol::agent::{
+    CreateContainerRequest, FileOwner, MemoryVolume, Mount, Namespace, NamespaceType, Process,
+};
 
 use crate::{
     cases::signal,
@@ -71,6 +74,60 @@ pub async fn namespaces_of_the_sandbox(machine: &Machine) {
     let own_shm = machine.run("alone", &format!("{LOOK}; ls /dev/shm")).await;
     assert!(own_shm.stdout.lines().all(|line| !second.contains(line)), "{own_shm:?}");
     end(machine, "two", two).await;
+}
+
+pub async fn memory_volumes_of_the_sandbox(machine: &Machine) {
+    let volume = |path: &str, options: &[&str]| Mount {
+        destination: "/volume".into(),
+        type_: "bind".into(),
+        source: "0-77".into(),
+        options: [&["rbind"], options].concat().into_iter().map(str::to_owned).collect(),
+        from_sandbox: true,
+        memory: MessageField::some(MemoryVolume {
+            bytes: 1 << 20,
+            top: MessageField::some(FileOwner { mode: 0o2770, uid: 7, gid: 8, ..Default::default() }),
+            path: path.into(),
+            owner: MessageField::some(FileOwner { mode: 0o711, uid: 9, gid: 10, ..Default::default() }),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    let with = |id: &str, mount: Mount| {
+        let mut request = container(id, program(&["sleep", "1000"]));
+        request.mounts.push(mount);
+        request
+    };
+    let one = machine.create(with("one", volume("", &["nosuid"]))).await.unwrap();
+    one.start().await.unwrap();
+    let look = "stat -c '%a %u %g' /volume; stat -f -c '%T %b' /volume; grep ' /volume ' /proc/mounts | grep -c nosuid";
+    assert_eq!(exec(machine, "one", look).await, "2770 7 8\ntmpfs 256\n1\n");
+    exec(machine, "one", "echo hello > /volume/file; mkdir /volume/sub; ln -s /../../etc /volume/out").await;
+    let two = machine.create(with("two", volume("sub", &["ro"]))).await.unwrap();
+    two.start().await.unwrap();
+    exec(machine, "one", "echo below > /volume/sub/file").await;
+    let look = "cat /volume/file; echo no 2>/dev/null > /volume/new || echo read-only";
+    assert_eq!(exec(machine, "two", look).await, "below\nread-only\n");
+    end(machine, "two", two).await;
+    // What is missing is made, with its owner, and no link leads out.
+    let three = machine.create(with("three", volume("out/made", &[]))).await.unwrap();
+    three.start().await.unwrap();
+    assert_eq!(exec(machine, "three", "stat -c '%a %u %g' /volume").await, "711 9 10\n");
+    assert_eq!(exec(machine, "one", "ls /volume/etc").await, "made\n");
+    end(machine, "three", three).await;
+    end(machine, "one", one).await;
+    let again = machine.create(with("again", volume("", &[]))).await.unwrap();
+    again.start().await.unwrap();
+    assert_eq!(exec(machine, "again", "cat /volume/file").await, "hello\n", "it is the sandbox's");
+    end(machine, "again", again).await;
+    for (source, path, expected) in [
+        ("../x", "", "source: \"../x\" must consist of"),
+        ("x", "../etc", "memory.path: \"../etc\" must not contain \"..\""),
+        ("x", "/etc", "memory.path: \"/etc\" must be a relative path"),
+    ] {
+        let mount = Mount { source: source.into(), ..volume(path, &[]) };
+        let error = machine.create(with("x", mount)).await.err().unwrap().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
 }
 
 fn exec_namespaces() -> Vec<String> {

@@ -11,7 +11,7 @@ use super::plan::{HostSize, Size, with_overhead};
 use crate::{
     cgroup::DEFAULT_PERIOD_US,
     config::Guest,
-    spec::{Bundle, Role},
+    spec::{Announced, Bundle, Role},
 };
 
 /// Most CPUs of one list that are looked at: more than a guest can have.
@@ -30,12 +30,15 @@ pub struct Claim {
     memory: Option<u64>,
     /// Whether it holds a pod's namespaces and does no work of its own.
     holds_only: bool,
+    /// What others will claim that join it.
+    announced: Announced,
 }
 
 impl Claim {
     /// Of the container in a bundle.
     pub fn of(bundle: &Bundle) -> Self {
-        let mut claim = Self { holds_only: bundle.role == Role::Sandbox, ..Self::default() };
+        let holds_only = bundle.role == Role::Sandbox;
+        let mut claim = Self { holds_only, announced: bundle.announced, ..Self::default() };
         claim.change(&bundle.container.resources);
         claim
     }
@@ -140,6 +143,7 @@ impl Ledger {
     /// gives those that have none, once for all of them. Never less than is
     /// configured, so that a limit can be raised up to there; what the guest does
     /// not touch, the host does not give. A limit above the host's memory is none.
+    /// Nor less than is announced: then nothing has to be plugged in when that is claimed.
     pub fn size(&self) -> Size {
         Size { vcpus: self.vcpus(), memory_mib: self.memory_mib() }
     }
@@ -152,12 +156,18 @@ impl Ledger {
     pub fn wanted_memory_mib(&self) -> u64 {
         let limits = self.claims.values().filter_map(|claim| claim.memory);
         let sum = limits.fold(0_u64, |sum, limit| sum.saturating_add(limit.div_ceil(1 << 20)));
+        let announced =
+            self.announced(|of| of.memory).map_or(0, |bytes| with_overhead(bytes.div_ceil(1 << 20)));
         if sum == 0 {
-            return self.base.memory_mib;
+            return self.base.memory_mib.max(announced);
         }
         let shared =
             if self.working().any(|claim| claim.memory.is_none()) { self.base.memory_mib } else { 0 };
-        with_overhead(sum).saturating_add(shared)
+        with_overhead(sum).saturating_add(shared).max(announced)
+    }
+
+    fn announced(&self, what: fn(&Announced) -> Option<u64>) -> Option<u64> {
+        self.claims.values().filter_map(|claim| what(&claim.announced)).max()
     }
 
     /// As many as the quotas can keep busy, as the lists of CPUs have, as the host
@@ -179,8 +189,10 @@ impl Ledger {
             }
             limited = true;
         }
+        let announced = self.announced(|of| of.cpus);
+        limited |= announced.is_some();
         let listed = by_list.min(list.len() as u64);
-        let wanted = by_quota.saturating_add(listed).min(self.host.cpus).max(1);
+        let wanted = by_quota.saturating_add(listed).max(announced.unwrap_or(0)).min(self.host.cpus).max(1);
         let wanted = u8::try_from(wanted).unwrap_or(u8::MAX - 1).min(u8::MAX - 1);
         let base = if limited && !unlimited { 0 } else { self.base.vcpus };
         let used = self.guest_cpus.values().max().map_or(0, |last| last.saturating_add(1));
@@ -318,6 +330,10 @@ mod tests {
         Claim { holds_only: true, ..Claim::default() }
     }
 
+    fn pod(mib: u64, cpus: u64) -> Claim {
+        Claim { announced: Announced { memory: Some(mib << 20), cpus: Some(cpus) }, ..pause() }
+    }
+
     fn memory(mib: i64) -> Claim {
         claim(Resources { memory_max: Some(mib * MIB), ..Default::default() })
     }
@@ -365,6 +381,25 @@ mod tests {
         // What was used under a limit may be used without it.
         let lifted = memory(1024).with(&Resources { memory_max: Some(-1), ..Default::default() });
         assert_eq!(size(&[lifted]).memory_mib, 1024 + 48 + 32);
+    }
+
+    #[test]
+    fn what_is_announced_is_there_before_it_is_claimed() {
+        let announced = Size { vcpus: 3, memory_mib: 1024 + 48 + 32 };
+        assert_eq!(size(&[pod(1024, 3)]), announced);
+        let half = || {
+            let limits =
+                Resources { memory_max: Some(512 * MIB), cpu_quota_us: Some(150_000), ..Default::default() };
+            claim(limits)
+        };
+        assert_eq!(size(&[pod(1024, 3), half()]), announced);
+        assert_eq!(size(&[pod(1024, 3), half(), half()]).memory_mib, announced.memory_mib);
+        assert!(
+            size(&[pod(1024, 3), half(), half(), half()]).memory_mib > announced.memory_mib,
+            "claimed beyond"
+        );
+        assert_eq!(size(&[pod(1024, 1), Claim::default()]).vcpus, 2, "no fewer than configured");
+        assert_eq!(size(&[pod(1 << 40, 1 << 40)]), Size { vcpus: 8, memory_mib: HOST.memory_mib });
     }
 
     #[test]

@@ -9,6 +9,7 @@ mod disks;
 mod hooks;
 mod labels;
 mod linux;
+mod memory_volume;
 mod mounts;
 mod namespaces;
 mod pod;
@@ -39,7 +40,7 @@ pub use labels::DEFAULT_PROFILES;
 pub(crate) use mounts::MOUNT_OPTIONS;
 pub use mounts::Volume;
 pub use namespaces::{HostNetwork, IdMappings};
-pub use pod::{Neighbour, Pod, Role, Shm, role_in};
+pub use pod::{Announced, Neighbour, Pod, Role, Shm, role_in};
 pub(crate) use process::CAPABILITIES;
 
 /// Name of the specification in a bundle.
@@ -109,6 +110,8 @@ pub struct Bundle {
     pub root: PathBuf,
     /// What the container is to its sandbox.
     pub role: Role,
+    /// What others will ask for that join it.
+    pub announced: Announced,
     /// The `/dev/shm` it shares with others.
     pub shm: Option<Shm>,
     /// Ids of the user namespace that is to own what a sandbox made for it holds; none
@@ -271,7 +274,14 @@ fn translate(dir: &Path, id: &str, spec: &Spec, compat: &Compat, pod: &Pod) -> R
     let hooks = hooks::translate(spec, &dir.to_string_lossy(), &mut container)?;
     let annotations = spec.annotations().clone().unwrap_or_default();
     let role = Role::of(&annotations)?;
+    let announced = match role {
+        Role::Sandbox => Announced::of(&annotations)?,
+        Role::Alone | Role::Member { .. } => Announced::default(),
+    };
     let mounts = spec.mounts().as_deref().unwrap_or_default();
+    if role != Role::Alone {
+        mounts::refuse_bidirectional(mounts)?;
+    }
     let shm = match role {
         Role::Sandbox => mounts::shm(mounts),
         Role::Alone => None,
@@ -280,6 +290,7 @@ fn translate(dir: &Path, id: &str, spec: &Spec, compat: &Compat, pod: &Pod) -> R
     let from_host = mounts::translate(dir, mounts, shm.as_ref(), &mut container)?;
     let owner = match role {
         Role::Sandbox => {
+            namespaces::refuse_the_hosts(&container)?;
             namespaces::hold(&mut container.namespaces);
             None
         }
@@ -293,6 +304,7 @@ fn translate(dir: &Path, id: &str, spec: &Spec, compat: &Compat, pod: &Pod) -> R
     Ok(Bundle {
         dir: dir.to_owned(),
         role,
+        announced,
         shm,
         owner,
         network: namespaces::host_network(linux),

@@ -9,7 +9,7 @@ use std::{
 use oci_spec::runtime as oci;
 use rvm_protocol::agent::{CreateContainerRequest, IdMapping, Mount};
 
-use super::{HostDisk, Shm, SpecError, namespaces::mappings, path_text, submounts, text};
+use super::{HostDisk, Shm, SpecError, memory_volume, namespaces::mappings, path_text, submounts, text};
 use crate::user_namespace::{IdMap, IdRange};
 
 /// Options that mean something to a mount whatever its file system is; the
@@ -170,6 +170,18 @@ pub(super) fn translate(
                 SpecError::field(format!("{at}.source"), "is missing; a bind mount needs a path of the host")
             })?;
             let source = bundle.join(source);
+            let follows_host = FOLLOWING.into_iter().any(has);
+            let memory = if idmap.is_none() && !follows_host { memory_volume::at(&source) } else { None };
+            if let Some((name, volume)) = memory {
+                // Its own options come after, and win.
+                message.options.splice(0..0, submounts::flags_of(&source));
+                message.type_ = "bind".into();
+                message.source = name;
+                message.from_sandbox = true;
+                message.memory = Some(volume).into();
+                container.mounts.push(message);
+                continue;
+            }
             let mut share_path = format!("{}/{n}", container.container_id);
             if source.metadata().is_ok_and(|found| !found.is_dir()) {
                 share_path.push_str("/file");
@@ -181,7 +193,7 @@ pub(super) fn translate(
                 recursive: has("rbind"),
                 readonly: is_readonly(&message.options),
                 readonly_below: has("rro"),
-                follows_host: FOLLOWING.into_iter().any(has),
+                follows_host,
                 idmap,
             });
             // Its own options come after, and win.
@@ -206,6 +218,26 @@ pub(super) fn translate(
         container.mounts.push(message);
     }
     Ok(from_host)
+}
+
+/// Refuses mounts of a pod's that are to reach the host, which Kubernetes calls `Bidirectional`: whoever asks for that
+/// counts on what the guest mounts being there. Of containers that are none of a pod's the host's mounts arrive.
+pub(super) fn refuse_bidirectional(mounts: &[oci::Mount]) -> Result<(), SpecError> {
+    for (n, mount) in mounts.iter().enumerate() {
+        for (k, option) in mount.options().iter().flatten().enumerate() {
+            if option == "shared" || option == "rshared" {
+                return Err(SpecError::unsupported(
+                    format!("mounts[{n}].options[{k}]"),
+                    format!(
+                        "{option:?} would have what the container mounts at {:?} appear on the host, which a microVM \
+                         cannot (Kubernetes: mountPropagation: HostToContainer or None)",
+                        mount.destination()
+                    ),
+                ));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Refuses a file system that the guest's `kernel` does not have.

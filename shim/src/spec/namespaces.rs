@@ -135,6 +135,26 @@ fn namespaces(namespaces: &[oci::LinuxNamespace], pod: &Pod) -> Result<Vec<Names
     Ok(out)
 }
 
+/// Refuses a pod that is to have the host's processes or its ipc: its first container, that of the sandbox, has a
+/// namespace of either kind unless the host's is meant.
+pub(super) fn refuse_the_hosts(container: &CreateContainerRequest) -> Result<(), SpecError> {
+    for (kind, name, what, field) in [
+        (NamespaceType::PID, "pid", "processes", "hostPID"),
+        (NamespaceType::IPC, "ipc", "System V objects and /dev/shm", "hostIPC"),
+    ] {
+        if !has(container, kind) {
+            return Err(SpecError::unsupported(
+                "linux.namespaces",
+                format!(
+                    "without a \"{name}\" namespace the pod would share the host's {what}, which a microVM cannot \
+                     (Kubernetes: {field}: false)"
+                ),
+            ));
+        }
+    }
+    Ok(())
+}
+
 /// A namespace to join: the sandbox's, or one of a process in the guest, by the
 /// pid it is known by on the host.
 fn joined(

@@ -11,13 +11,44 @@ use rvm_protocol::agent::{Namespace, NamespaceType};
 use serde::Deserialize;
 
 use super::{CONFIG_FILE, SpecError, from_json, read};
-use crate::name;
+use crate::{cgroup::DEFAULT_PERIOD_US, name};
 
 /// `sandbox` or `container`, and the pod's id, as containerd and CRI-O write them.
 const KEYS: [(&str, &str); 2] = [
     ("io.kubernetes.cri.container-type", "io.kubernetes.cri.sandbox-id"),
     ("io.kubernetes.cri-o.ContainerType", "io.kubernetes.cri-o.SandboxID"),
 ];
+
+/// What containerd says of a pod's resources with the container that holds it: the sum over its containers, as
+/// kubelet reckons it.
+const MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
+const CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
+const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
+
+/// What the containers of a pod will ask for, as far as that is said before they come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Announced {
+    /// Bytes of memory.
+    pub memory: Option<u64>,
+    /// CPUs that can be kept busy.
+    pub cpus: Option<u64>,
+}
+
+impl Announced {
+    /// What `annotations` say; of nothing and less nothing is said.
+    pub(super) fn of(annotations: &HashMap<String, String>) -> Result<Self, SpecError> {
+        let number = |key: &str| {
+            let Some(text) = annotations.get(key).filter(|text| !text.is_empty()) else { return Ok(None) };
+            let number: i64 = text.parse().map_err(|_| {
+                SpecError::field(format!("annotations[{key:?}]"), format!("must be a number, is {text:?}"))
+            })?;
+            Ok(u64::try_from(number).ok().filter(|number| *number > 0))
+        };
+        let period = number(CPU_PERIOD)?.unwrap_or(DEFAULT_PERIOD_US);
+        let cpus = number(CPU_QUOTA)?.map(|quota| quota.div_ceil(period));
+        Ok(Self { memory: number(MEMORY)?, cpus })
+    }
+}
 
 /// What a container is to its sandbox.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -182,6 +213,24 @@ mod tests {
             assert!(error.starts_with(&format!("annotations[{kind:?}]: must be")), "{error}");
         }
         assert_eq!(role(&[("io.kubernetes.cri.sandbox-id", "pod")]).unwrap(), Role::Alone);
+    }
+
+    #[test]
+    fn what_a_pod_will_use_is_read() {
+        let of = |annotations: &[(&str, &str)]| {
+            let annotations =
+                annotations.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect();
+            Announced::of(&annotations).map_err(|error| error.to_string())
+        };
+        assert_eq!(of(&[]).unwrap(), Announced::default());
+        let said = of(&[(MEMORY, "1073741824"), (CPU_QUOTA, "250000"), (CPU_PERIOD, "100000")]).unwrap();
+        assert_eq!(said, Announced { memory: Some(1 << 30), cpus: Some(3) });
+        assert_eq!(of(&[(CPU_QUOTA, "150000")]).unwrap().cpus, Some(2));
+        // As containerd writes that there is no limit.
+        assert_eq!(of(&[(MEMORY, "0"), (CPU_QUOTA, "-1"), (CPU_PERIOD, "0")]).unwrap(), Announced::default());
+        let error = of(&[(MEMORY, "1Gi")]).unwrap_err();
+        assert_eq!(error, format!("annotations[{MEMORY:?}]: must be a number, is \"1Gi\""));
+        assert!(of(&[(CPU_QUOTA, "9223372036854775808")]).is_err());
     }
 
     #[test]

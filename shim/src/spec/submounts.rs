@@ -57,7 +57,7 @@ pub(super) fn flags_of(source: &Path) -> Vec<String> {
 }
 
 /// Spaces and the like are octal there: a backslash and three digits.
-fn unescape(field: &str) -> PathBuf {
+pub(super) fn unescape(field: &str) -> PathBuf {
     let mut bytes = Vec::with_capacity(field.len());
     let mut rest = field.as_bytes();
     while let Some((first, others)) = rest.split_first() {

@@ -1,6 +1,7 @@
 //! The mounts of a container, in the order of its spec.
 
 mod copy_up;
+mod memory;
 mod options;
 
 use std::{
@@ -8,6 +9,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use memory::MemoryVolume;
 use nix::{
     errno::Errno,
     fcntl::AT_FDCWD,
@@ -63,6 +65,8 @@ enum Kind {
     /// The file system on a block device, mounted at no place yet: for the agent,
     /// whom neither device rules nor a user namespace keep from it.
     Block { fs_type: String, device: PathBuf, mount: Option<OwnedFd> },
+    /// What the sandbox's containers share in memory, open as that of a block device is.
+    Memory { volume: MemoryVolume, mount: Option<OwnedFd> },
     /// A place of the guest, seen at a second place.
     Bind { source: PathBuf, recursive: bool },
     /// A volume, with what the host has mounted below it.
@@ -88,6 +92,16 @@ fn allowed_in_proc(path: &Path) -> bool {
 
 fn inside_proc(path: &Path) -> String {
     format!("{path:?} cannot be mounted because it is inside /proc")
+}
+
+/// Gives a bind mount the attributes that its options name.
+fn set_all(mount: &OwnedFd, options: &Options) -> nix::Result<()> {
+    for (attributes, recursive) in [(options.attributes, false), (options.recursive, true)] {
+        if !attributes.is_empty() {
+            set_attributes(mount.as_fd(), attributes, recursive)?;
+        }
+    }
+    Ok(())
 }
 
 impl Submount {
@@ -142,6 +156,9 @@ impl Mount {
                     submounts: submounts.collect::<Result<_, Error>>()?,
                 }
             }
+            Some(_) if mount.from_sandbox && mount.memory.is_some() => {
+                Kind::Memory { volume: MemoryVolume::plan(mount, field)?, mount: None }
+            }
             Some(recursive) if mount.from_sandbox => match mount.source.as_str() {
                 "shm" => Kind::Bind { source: SHM_DIR.into(), recursive },
                 _ => return Err(Error::invalid(field("source"), "the sandbox shares \"shm\" only")),
@@ -194,13 +211,21 @@ impl Mount {
     /// The descriptor the child needs, if any.
     pub fn descriptor(&self) -> Option<RawFd> {
         match &self.kind {
-            Kind::Block { mount, .. } => mount.as_ref().map(AsRawFd::as_raw_fd),
+            Kind::Block { mount, .. } | Kind::Memory { mount, .. } => mount.as_ref().map(AsRawFd::as_raw_fd),
             _ => None,
         }
     }
 
-    /// Mounts the file system of a block device, as long as that may take.
-    pub async fn mount_disk(&mut self, reaper: &Reaper) -> StepResult<()> {
+    /// Makes what it shows where that is not a place of the guest's yet: a memory volume, or the file system of a block
+    /// device, as long as that may take.
+    pub async fn open(&mut self, reaper: &Reaper) -> StepResult<()> {
+        if let Kind::Memory { volume, mount } = &mut self.kind {
+            let opened = volume.open()?;
+            set_all(&opened, &self.options)
+                .step(|| format!("set flags of the memory volume at {:?}", self.destination))?;
+            *mount = Some(opened);
+            return Ok(());
+        }
         let Kind::Block { fs_type, device, .. } = &self.kind else { return Ok(()) };
         let mount = || {
             let context = FsContext::new(fs_type).step(|| self.describe())?;
@@ -223,8 +248,12 @@ impl Mount {
         match (&self.kind, source) {
             (Kind::New { fs_type, source }, _) => self.make_new(root, fs_type, source),
             (Kind::Remount { whole }, _) => self.remount(root, *whole).map(|()| None),
-            (Kind::Block { mount: Some(mount), .. }, _) => self.put(root, mount).map(|()| None),
-            (Kind::Block { mount: None, .. }, _) => refused(|| self.describe(), "it has not been mounted"),
+            (Kind::Block { mount: Some(mount), .. } | Kind::Memory { mount: Some(mount), .. }, _) => {
+                self.put(root, mount).map(|()| None)
+            }
+            (Kind::Block { mount: None, .. } | Kind::Memory { mount: None, .. }, _) => {
+                refused(|| self.describe(), "it has not been mounted")
+            }
             (Kind::Bind { .. } | Kind::Volume { .. }, Some(mount)) => self.put(root, &mount).map(|()| None),
             (Kind::Bind { .. } | Kind::Volume { .. }, None) => {
                 refused(|| self.describe(), "it has no source")
@@ -243,11 +272,7 @@ impl Mount {
             _ => return Ok(None),
         };
         let mount = clone_tree(AT_FDCWD, source, *recursive).step(|| self.describe())?;
-        for (attributes, recursive) in [(self.options.attributes, false), (self.options.recursive, true)] {
-            if !attributes.is_empty() {
-                set_attributes(mount.as_fd(), attributes, recursive).step(|| self.describe())?;
-            }
-        }
+        set_all(&mount, &self.options).step(|| self.describe())?;
         Ok(Some(mount))
     }
 
@@ -259,6 +284,7 @@ impl Mount {
             Kind::Bind { source, .. } | Kind::Volume { source, .. } => {
                 format!("bind mount {source:?} at {:?}", self.destination)
             }
+            Kind::Memory { .. } => format!("bind mount a memory volume at {:?}", self.destination),
             Kind::Remount { .. } => format!("remount {:?}", self.destination),
         }
     }
