@@ -25,6 +25,8 @@ mod limits;
 mod loopback;
 mod network;
 mod parity;
+mod pod_volumes;
+mod pods;
 mod process;
 mod ring0;
 mod rootfs;

@@ -77,6 +77,11 @@ impl Ctr {
         Self { runtime: runtime.to_owned(), ..self.clone() }
     }
 
+    /// Where containerd listens.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
     /// The command line up to `args`.
     pub fn command<S: AsRef<str>>(&self, args: &[S]) -> Command {
         let mut command = Command::new(&self.program);

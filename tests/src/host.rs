@@ -299,13 +299,21 @@ fn is_dockerds(path: &str) -> bool {
 
 /// Directories that the first container ever makes and that hold those of all others.
 fn made_once(path: &str) -> bool {
-    const CONTAINERD: [&str; 5] =
-        ["/fifo", "/s", "/runc", "/runc/default", "/io.containerd.runtime.v2.task/default"];
-    path == "/run/rvm"
-        || path == "/run/rvm/default"
-        || path == "/run/rvm/moby"
-        || path.strip_prefix("/run/containerd").is_some_and(|rest| CONTAINERD.contains(&rest))
-        || path.ends_with("/containerd/io.containerd.runtime.v2.task/default")
+    const BESIDE: [&str; 4] = ["/fifo", "/s", "/runc", "/runc/default"];
+    // In containerd's state and in its root.
+    const PLUGINS: [&str; 5] = [
+        "/io.containerd.runtime.v2.task/default",
+        "/io.containerd.runtime.v2.task/k8s.io",
+        "/io.containerd.grpc.v1.cri",
+        "/io.containerd.grpc.v1.cri/containers",
+        "/io.containerd.grpc.v1.cri/sandboxes",
+    ];
+    const RVM: [&str; 4] = ["/run/rvm", "/run/rvm/default", "/run/rvm/moby", "/run/rvm/k8s.io"];
+    let of_containerd =
+        |rest: &str| BESIDE.contains(&rest) || PLUGINS.contains(&rest) || rest == "/runc/k8s.io";
+    RVM.contains(&path)
+        || path.strip_prefix("/run/containerd").is_some_and(of_containerd)
+        || path.strip_prefix("/run/rvm-tests/containerd").is_some_and(|rest| PLUGINS.contains(&rest))
 }
 
 fn bears_our_name(text: &str) -> bool {

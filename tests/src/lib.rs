@@ -8,6 +8,7 @@
 //! * [`config`]: rvm's configuration file.
 //! * [`ctr`]: `ctr` commands.
 //! * [`bundle`]: specifications and bundles for what `ctr` has no option for.
+//! * [`cri`]: pods by containerd's CRI plugin.
 //! * [`docker`]: a dockerd and its command line.
 //! * [`cni`]: plugins of the Container Network Interface.
 //! * [`events`]: what containerd published.
@@ -28,6 +29,7 @@ pub mod bundle;
 pub mod case;
 pub mod cni;
 pub mod config;
+pub mod cri;
 pub mod ctr;
 pub mod docker;
 pub mod events;

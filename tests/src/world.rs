@@ -44,6 +44,8 @@ use crate::{
 const DIR: &str = "/run/rvm-tests";
 /// containerd's default address, so that plain `ctr` finds it.
 const ADDRESS: &str = "/run/containerd/containerd.sock";
+/// CRI is used by few cases and takes a second of every start in the devhost.
+const NO_CRI: &str = "disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n";
 /// Name of the imported image.
 pub const IMAGE: &str = "docker.io/library/busybox:latest";
 
@@ -79,7 +81,7 @@ impl World {
         };
         world.enter()?;
         std::fs::create_dir_all(world.wrapper_dir())?;
-        world.write_containerd_config()?;
+        world.write_containerd_config(NO_CRI)?;
         world.set_config(&world.config())?;
         world.start_containerd()?;
         let image = world.stage.image.to_string_lossy().into_owned();
@@ -318,11 +320,22 @@ impl World {
         self.dir().join("containerd.toml")
     }
 
-    fn write_containerd_config(&self) -> Result<()> {
-        // CRI is not used here and takes a second of every start in the devhost.
+    /// Runs `act` with a containerd whose configuration has `more` instead of what disables the CRI plugin.
+    ///
+    /// # Errors
+    /// What `act` returns, and when containerd does not come up.
+    pub fn with_containerd_config<T>(&self, more: &str, act: impl FnOnce() -> Result<T>) -> Result<T> {
+        self.write_containerd_config(more)?;
+        let result = self.restart_containerd(Signal::SIGTERM).and_then(|()| act());
+        self.write_containerd_config(NO_CRI)?;
+        self.restart_containerd(Signal::SIGTERM)?;
+        result
+    }
+
+    fn write_containerd_config(&self, more: &str) -> Result<()> {
         let text = format!(
-            "version = 2\nroot = \"{DIR}/containerd\"\nstate = \"/run/containerd\"\n\
-             disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n[grpc]\naddress = \"{ADDRESS}\"\n"
+            "version = 2\nroot = \"{DIR}/containerd\"\nstate = \"/run/containerd\"\n{more}\
+             [grpc]\naddress = \"{ADDRESS}\"\n"
         );
         std::fs::write(self.containerd_config_path(), text).context("writing containerd's configuration")
     }

@@ -196,6 +196,8 @@ pub fn run(args: Args) -> Result<()> {
     let whole = args.filter.is_empty() && args.docker.is_none();
     if whole {
         parts.act("formatting", || cargo(&["fmt", "--all", "--check"]).into());
+        // What compiling the tests takes, and so linting them.
+        parts.act("packages", || packages::ensure(&[Purpose::Build]).map(|()| String::new()).into());
         let lints = ["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"];
         parts.act("clippy", || cargo(&lints).into());
         // No test of the workspace's, so not among all its targets.

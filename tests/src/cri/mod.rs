@@ -1,0 +1,200 @@
+//! containerd's CRI plugin, asked as kubelet asks it.
+
+mod pod;
+
+use std::{future::Future, path::Path};
+
+use anyhow::{Context, Result, bail, ensure};
+use k8s_cri::v1::{
+    ListContainersRequest, ListPodSandboxRequest, RemovePodSandboxRequest, StopPodSandboxRequest,
+    VersionRequest, runtime_service_client::RuntimeServiceClient,
+};
+use rootfs_builder::{image::Image, layer};
+use serde_json::{Value, json};
+use tokio::runtime::Runtime;
+use tonic::{
+    Response, Status,
+    transport::{Channel, Endpoint},
+};
+
+use crate::{
+    job::{self, Input},
+    scale,
+    world::{World, shell},
+};
+
+pub use pod::{Container, Executed, Pod};
+
+/// The image of pause containers.
+const PAUSE: &str = "docker.io/library/pause:rvm";
+/// The network of pods.
+const BRIDGE: &str = "rvm-cri0";
+/// What is kept here from one case to the next.
+const DIR: &str = "/run/rvm-tests/cri";
+/// The cgroup that kubelet makes for pods.
+const CGROUP: &str = "/sys/fs/cgroup/kubepods";
+
+/// How to reach it, and the handler its pods are to have: `runc` or `rvm`, as a RuntimeClass names one.
+pub struct Cri {
+    tokio: Runtime,
+    client: RuntimeServiceClient<Channel>,
+    handler: &'static str,
+}
+
+impl Cri {
+    /// Makes what all cases have in common: images, and what describes the network.
+    ///
+    /// # Errors
+    /// When an image cannot be made or imported.
+    pub fn prepare(world: &World) -> Result<()> {
+        if Path::new(DIR).exists() {
+            return Ok(());
+        }
+        std::fs::create_dir_all(format!("{DIR}/net.d"))?;
+        std::fs::create_dir_all(format!("{DIR}/logs"))?;
+        std::fs::write(format!("{DIR}/net.d/10-pods.conflist"), network().to_string())?;
+        for path in [pause_image(world)?, world.stage().image.to_string_lossy().into_owned()] {
+            let import = world.ctr().command(&["--namespace", "k8s.io", "images", "import", &path]);
+            job::run(import, Input::Nothing, scale::container())?.success()?;
+        }
+        Ok(())
+    }
+
+    /// Runs `act` with pods under runc and then under rvm, in a containerd that has the plugin, and returns what
+    /// it returned for each.
+    ///
+    /// # Errors
+    /// What `act` returns, with the handler; when containerd does not come up; when something of a pod is left.
+    pub fn compare<T>(world: &World, act: impl Fn(&Self) -> Result<T>) -> Result<[T; 2]> {
+        let outcome = world.with_containerd_config(&plugin_config(), || {
+            let run = |handler| {
+                let cri = Self::connect(world.ctr().address(), handler)?;
+                let result = act(&cri).and_then(|result| cri.has_nothing().map(|()| result));
+                if result.is_err() {
+                    // Else the next case would find it.
+                    cri.sweep();
+                }
+                result.with_context(|| format!("under {handler}"))
+            };
+            let results = [run("runc")?, run("rvm")?];
+            collect_garbage(world)?;
+            Ok(results)
+        });
+        // What kubelet and the network's administrator would keep.
+        let removed = shell(&format!(
+            "ip link delete {BRIDGE} || true; rm -rf {DIR}/addresses; rmdir {CGROUP} /run/netns"
+        ));
+        let results = outcome?;
+        removed?;
+        Ok(results)
+    }
+
+    fn connect(address: &str, handler: &'static str) -> Result<Self> {
+        // On this thread, which is in the mount namespace.
+        let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let endpoint = Endpoint::from_shared(format!("unix://{address}"))?;
+        let channel = tokio.block_on(endpoint.connect()).context("connecting to containerd")?;
+        let cri = Self { tokio, client: RuntimeServiceClient::new(channel), handler };
+        let mut client = cri.client();
+        cri.wait("Version", client.version(VersionRequest::default()))?;
+        Ok(cri)
+    }
+
+    /// The handler of its pods.
+    pub fn handler(&self) -> &'static str {
+        self.handler
+    }
+
+    fn client(&self) -> RuntimeServiceClient<Channel> {
+        self.client.clone()
+    }
+
+    /// Waits for an answer, as long as a container may take.
+    fn wait<T>(&self, name: &str, call: impl Future<Output = Result<Response<T>, Status>>) -> Result<T> {
+        let limit = scale::container();
+        let answer = self.tokio.block_on(async { tokio::time::timeout(limit, call).await });
+        match answer.with_context(|| format!("no answer to {name} within {limit:?}"))? {
+            Ok(answer) => Ok(answer.into_inner()),
+            Err(status) => bail!("{name}: {:?}: {}", status.code(), status.message()),
+        }
+    }
+
+    /// Removes what a failed case left.
+    fn sweep(&self) {
+        let mut client = self.client();
+        let listed = self.wait("ListPodSandbox", client.list_pod_sandbox(ListPodSandboxRequest::default()));
+        for pod in listed.map(|pods| pods.items).unwrap_or_default() {
+            let pod_sandbox_id = pod.id;
+            let stop = StopPodSandboxRequest { pod_sandbox_id: pod_sandbox_id.clone() };
+            let stopped = self.wait("StopPodSandbox", client.stop_pod_sandbox(stop)).map(drop);
+            let remove = client.remove_pod_sandbox(RemovePodSandboxRequest { pod_sandbox_id });
+            let removed = self.wait("RemovePodSandbox", remove).map(drop);
+            if let Err(error) = stopped.and(removed) {
+                println!("{error:#}");
+            }
+        }
+        if let Err(error) = shell(&format!("rmdir {CGROUP}/pod-*; rm -rf {DIR}/logs/*")) {
+            println!("{error:#}");
+        }
+    }
+
+    /// Checks that no pod and no container is left.
+    fn has_nothing(&self) -> Result<()> {
+        let mut client = self.client();
+        let pods = self.wait("ListPodSandbox", client.list_pod_sandbox(ListPodSandboxRequest::default()))?;
+        let containers =
+            self.wait("ListContainers", client.list_containers(ListContainersRequest::default()))?;
+        ensure!(pods.items.is_empty() && containers.containers.is_empty(), "left: {pods:?} {containers:?}");
+        Ok(())
+    }
+}
+
+/// Has containerd remove what removed containers had, which it does a moment later by itself.
+fn collect_garbage(world: &World) -> Result<()> {
+    for args in [["create", "--id", "garbage"], ["delete", "--sync", "garbage"]] {
+        let args = [&["--namespace", "k8s.io", "leases"][..], &args].concat();
+        world.ctr().run(&args, scale::command())?.success()?;
+    }
+    Ok(())
+}
+
+/// An image whose program waits.
+fn pause_image(world: &World) -> Result<String> {
+    let layer = layer::busybox(&world.rootfs()?.join("bin/busybox"))?;
+    let mut image = Image::new(PAUSE, vec![layer])?;
+    image.command = vec!["sleep".into(), "2147483647".into()];
+    let path = format!("{DIR}/pause.tar");
+    std::fs::write(&path, image.archive()?)?;
+    Ok(path)
+}
+
+/// The network of pods, as a list of CNI's plugins.
+fn network() -> Value {
+    json!({
+        "cniVersion": "0.4.0",
+        "name": "pods",
+        "plugins": [{
+            "type": "bridge",
+            "bridge": BRIDGE,
+            "isGateway": true,
+            "ipam": {
+                "type": "host-local",
+                "dataDir": format!("{DIR}/addresses"),
+                "ranges": [[{ "subnet": "10.85.0.0/24" }]],
+                "routes": [{ "dst": "0.0.0.0/0" }],
+            },
+        }],
+    })
+}
+
+/// The part of containerd's configuration (version 2) that is the plugin's.
+fn plugin_config() -> String {
+    const PLUGIN: &str = "[plugins.\"io.containerd.grpc.v1.cri\"";
+    format!(
+        "{PLUGIN}]\nsandbox_image = \"{PAUSE}\"\nstream_server_address = \"127.0.0.1\"\n\
+         {PLUGIN}.cni]\nbin_dir = \"/usr/lib/cni\"\nconf_dir = \"{DIR}/net.d\"\n\
+         {PLUGIN}.containerd.runtimes.runc]\nruntime_type = \"io.containerd.runc.v2\"\n\
+         {PLUGIN}.containerd.runtimes.rvm]\nruntime_type = \"io.rvm.v2\"\n\
+         privileged_without_host_devices = true\npod_annotations = [\"io.rvm.*\"]\n"
+    )
+}
