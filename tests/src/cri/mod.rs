@@ -66,27 +66,37 @@ impl Cri {
     /// # Errors
     /// What `act` returns, with the handler; when containerd does not come up; when something of a pod is left.
     pub fn compare<T>(world: &World, act: impl Fn(&Self) -> Result<T>) -> Result<[T; 2]> {
-        let outcome = world.with_containerd_config(&plugin_config(), || {
-            let run = |handler| {
-                let cri = Self::connect(world.ctr().address(), handler)?;
-                let result = act(&cri).and_then(|result| cri.has_nothing().map(|()| result));
+        Self::with_both(world, |[runc, rvm]| {
+            let run = |cri: &Self| {
+                let result = act(cri).and_then(|result| cri.has_nothing().map(|()| result));
                 if result.is_err() {
                     // Else the next case would find it.
                     cri.sweep();
                 }
-                result.with_context(|| format!("under {handler}"))
+                result.with_context(|| format!("under {}", cri.handler))
             };
-            let results = [run("runc")?, run("rvm")?];
+            Ok([run(runc)?, run(rvm)?])
+        })
+    }
+
+    /// Runs `act` with both handlers, in a containerd that has the plugin.
+    ///
+    /// # Errors
+    /// What `act` returns; when containerd does not come up.
+    pub fn with_both<T>(world: &World, act: impl FnOnce(&[Self; 2]) -> Result<T>) -> Result<T> {
+        let outcome = world.with_containerd_config(&plugin_config(), || {
+            let connect = |handler| Self::connect(world.ctr().address(), handler);
+            let result = act(&[connect("runc")?, connect("rvm")?])?;
             collect_garbage(world)?;
-            Ok(results)
+            Ok(result)
         });
         // What kubelet and the network's administrator would keep.
         let removed = shell(&format!(
             "ip link delete {BRIDGE} || true; rm -rf {DIR}/addresses; rmdir {CGROUP} /run/netns"
         ));
-        let results = outcome?;
+        let result = outcome?;
         removed?;
-        Ok(results)
+        Ok(result)
     }
 
     fn connect(address: &str, handler: &'static str) -> Result<Self> {

@@ -5,6 +5,7 @@ mod container;
 mod files;
 mod many;
 mod net;
+mod pod;
 mod report;
 mod tiny_init;
 
@@ -36,6 +37,8 @@ enum What {
     Files(files::Args),
     /// A container's network, against runc's and QEMU's: throughput, loss, latency and what they cost.
     Net(net::Args),
+    /// A pod by containerd's CRI plugin and its containers, against runc.
+    Pod(pod::Args),
 }
 
 /// Runs `cargo xtask bench`.
@@ -46,6 +49,7 @@ pub fn run(args: Args) -> Result<()> {
         What::Many(args) => many::run(args),
         What::Files(args) => files::run(args),
         What::Net(args) => net::run(args),
+        What::Pod(args) => pod::run(args),
     }
 }
 

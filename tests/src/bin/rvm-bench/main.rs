@@ -9,6 +9,7 @@
 //! * `rvm-bench many`: many containers started at once, and removed at once.
 //! * `rvm-bench files`: what programs do with files, in an image and on a volume.
 //! * `rvm-bench net`: a container's network, beside runc's and QEMU's.
+//! * `rvm-bench pod`: a pod by containerd's CRI plugin, beside runc's.
 //! * `rvm-bench first-run`: the monitor's exec to its first `KVM_RUN`. Any KVM.
 
 mod boot;
@@ -21,6 +22,7 @@ mod memory;
 mod monitor;
 mod net;
 mod peer;
+mod pod;
 mod processor;
 mod ready;
 
@@ -81,8 +83,9 @@ fn run() -> Result<Value> {
             let short = std::env::var_os("RVM_BENCH_SHORT").is_some();
             net::measure(stage, runs, variable("RVM_BENCH_KERNEL_PEER")?, short)
         }
+        Some("pod") => pod::measure(stage, runs),
         Some("first-run") => monitor::first_run(&stage, runs),
-        other => bail!("boot, container, many, files, net or first-run, not {other:?}"),
+        other => bail!("boot, container, many, files, net, pod or first-run, not {other:?}"),
     }
 }
 
