@@ -222,7 +222,10 @@ impl NetWorker {
             attach(&self.taps, self.shared.pairs());
         }
         let Some(vhost) = &self.vhost else {
-            self.shared.set_mover(NetMover::UserSpace);
+            // Of several threads the one that has set up the tap says so.
+            if self.features.is_some() {
+                self.shared.set_mover(NetMover::UserSpace);
+            }
             return self.pairs.iter_mut().try_for_each(|pair| pair.register(epoll));
         };
         match vhost.prepare(self.features.unwrap_or_default(), &self.memory) {
