@@ -24,8 +24,13 @@ fn with_networks(docker: &Docker, names: &str, test: impl FnOnce() -> Result<()>
          docker network create --subnet 10.92.0.0/24 back >/dev/null",
     )?;
     let result = test();
-    let removed =
-        script(docker, &format!("docker rm -f {names} >/dev/null; docker network rm front back >/dev/null"));
+    // Docker gives a killed container ten seconds, which runc's may need on a busy machine.
+    let removed = script(
+        docker,
+        &format!(
+            "docker rm -f {names} >/dev/null || docker rm -f {names} >/dev/null; docker network rm front back >/dev/null"
+        ),
+    );
     result.and(removed.map(drop))
 }
 
