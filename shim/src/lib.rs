@@ -34,6 +34,7 @@ pub mod process_id;
 pub mod relay;
 pub mod rootfs;
 pub mod sandbox;
+pub mod sandbox_service;
 pub mod scratch;
 pub mod seccomp;
 pub mod server;

@@ -198,8 +198,10 @@ fn cgroup_path(field: &str, text: String) -> Result<PathBuf, Error> {
 }
 
 /// A field's value, as far as these messages need it.
-enum Value {
+pub(crate) enum Value {
+    /// Of an integer, a boolean or an enumeration.
     Number(u64),
+    /// Of a string or a message.
     Bytes(Vec<u8>),
 }
 
@@ -221,7 +223,7 @@ impl Value {
 }
 
 /// The fields of a message in their order; `None` where it is none.
-fn decode(message: &[u8]) -> Option<Vec<(u32, Value)>> {
+pub(crate) fn decode(message: &[u8]) -> Option<Vec<(u32, Value)>> {
     let mut input = CodedInputStream::from_bytes(message);
     let mut fields = Vec::new();
     while let Some(tag) = input.read_raw_tag_or_eof().ok()? {

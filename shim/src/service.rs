@@ -11,6 +11,7 @@ use containerd_shim_protos::{
         StartRequest, StartResponse, StateRequest, StateResponse, StatsRequest, StatsResponse, Status,
         UpdateTaskRequest, WaitRequest, WaitResponse,
     },
+    sandbox_async::create_sandbox,
     shim::oci::ProcessDetails,
     shim_async::{Task, create_task},
     types::mount::Mount,
@@ -29,6 +30,7 @@ use crate::{
     options::Options,
     process::Phase,
     rootfs::Layer,
+    sandbox_service::SandboxService,
     task::{CreateTask, Tasks},
 };
 
@@ -40,9 +42,8 @@ const TASK_V2: &str = "containerd.task.v2.Task";
 /// Services a shim may have and this one does not. Clients ask for them to find
 /// out, and take UNIMPLEMENTED for an answer: what a service without methods
 /// says, while ttrpc's own for one it was never told of is INVALID_ARGUMENT.
-const ABSENT: [&str; 7] = [
+const ABSENT: [&str; 6] = [
     "containerd.runtime.linux.shim.v1.Shim",
-    "containerd.runtime.sandbox.v1.Sandbox",
     "containerd.services.mounts.v1.Mounts",
     "containerd.services.streaming.v1.Streaming",
     "containerd.services.transfer.v1.Transfer",
@@ -52,10 +53,12 @@ const ABSENT: [&str; 7] = [
 
 /// The services of one shim, by their names.
 pub fn services(tasks: Arc<Tasks>) -> HashMap<String, Service> {
+    let sandboxes = tasks.clone();
     let service: Arc<dyn Task + Send + Sync> = Arc::new(TaskService { tasks });
     let absent = |name: &str| (name.to_owned(), Service { methods: HashMap::new(), streams: HashMap::new() });
     let mut services: HashMap<_, _> = ABSENT.into_iter().map(absent).collect();
     services.extend(create_task(service.clone()));
+    services.extend(create_sandbox(Arc::new(SandboxService { tasks: sandboxes })));
     if let Some(older) = create_task(service).remove(TASK_V3) {
         services.insert(TASK_V2.to_owned(), older);
     }
@@ -68,7 +71,7 @@ struct TaskService {
 
 /// Does `work` to its end even where the request is given up meanwhile, as it
 /// is when containerd restarts: half of a deletion helps nobody.
-async fn to_its_end<T: Send + 'static>(
+pub(crate) async fn to_its_end<T: Send + 'static>(
     work: impl Future<Output = Result<T, Error>> + Send + 'static,
 ) -> ttrpc::Result<T> {
     match tokio::spawn(work).await {
@@ -288,7 +291,7 @@ mod tests {
         let mut names: Vec<_> = services.keys().map(String::as_str).collect();
         names.retain(|name| !ABSENT.contains(name));
         names.sort_unstable();
-        assert_eq!(names, [TASK_V2, TASK_V3]);
+        assert_eq!(names, ["containerd.runtime.sandbox.v1.Sandbox", TASK_V2, TASK_V3]);
         assert_eq!(services[TASK_V2].methods.len(), services[TASK_V3].methods.len());
     }
 
@@ -325,7 +328,7 @@ mod tests {
     #[tokio::test]
     async fn a_service_that_is_not_there_is_not_implemented() {
         for (service, method) in [
-            ("containerd.runtime.sandbox.v1.Sandbox", "CreateSandbox"),
+            ("containerd.runtime.sandbox.v1.Sandbox", "UpdateSandbox"),
             ("containerd.services.transfer.v1.Transfer", "Transfer"),
             (TASK_V3, "Hibernate"),
         ] {

@@ -1,5 +1,7 @@
 //! What one shim serves: its sandbox and the containers in it.
 
+mod pod;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::PathBuf,
@@ -29,6 +31,8 @@ use crate::{
     spec::{Bundle, Pod, Role},
     timeline::Timeline,
 };
+
+pub use pod::{CreateSandbox, Status as SandboxStatus};
 
 /// What containerd asks for when it creates a task.
 #[derive(Debug)]
@@ -66,12 +70,14 @@ pub struct Tasks {
     /// Signalled when containerd has no more use for the shim.
     done: Notify,
     work: watch::Sender<Work>,
+    /// Held while a sandbox that was asked for by itself is started or stopped.
+    pod_changing: tokio::sync::Mutex<()>,
 }
 
 /// Whether there is something to do.
 #[derive(Clone, Copy, Debug, Default)]
 struct Work {
-    /// There is a container.
+    /// There is a container, or a sandbox that was asked for by itself.
     kept: bool,
     /// One is being created or deleted.
     changing: bool,
@@ -89,6 +95,8 @@ struct Slots {
     /// Those that are being created or deleted: their names are taken.
     changing: BTreeSet<String>,
     home: Home,
+    /// The sandbox that was asked for by itself, if it was.
+    pod: Option<pod::Pod>,
     /// Whether containerd wants the shim to end as soon as nothing is left.
     shut_down: bool,
     /// Whether the shim is ending, whatever is left.
@@ -101,7 +109,7 @@ enum Home {
     /// There is none yet.
     #[default]
     None,
-    /// It is made for this container.
+    /// It is made for this container, or is that one itself.
     Starting(String),
     /// It runs, as long as the container that it was made for is there.
     Running(Arc<Sandbox>),
@@ -111,7 +119,8 @@ enum Home {
 
 impl Slots {
     fn work(&self) -> Work {
-        Work { kept: !self.containers.is_empty(), changing: !self.changing.is_empty() }
+        let kept = !self.containers.is_empty() || self.pod.is_some();
+        Work { kept, changing: !self.changing.is_empty() }
     }
 }
 
@@ -139,6 +148,7 @@ impl Tasks {
             slots: Mutex::default(),
             done: Notify::new(),
             work: watch::Sender::default(),
+            pod_changing: tokio::sync::Mutex::default(),
         }
     }
 
@@ -262,7 +272,10 @@ impl Tasks {
     fn pod(&self) -> Pod {
         let slots = self.slots();
         let Home::Running(sandbox) = &slots.home else { return Pod::default() };
+        let own = slots.pod.as_ref();
         Pod {
+            shared_pid: own.is_some_and(pod::Pod::shares_pids),
+            files: own.map(|_| sandbox.files()),
             monitor: Some(sandbox.monitor_pid()),
             neighbours: slots.containers.values().map(|container| container.neighbour()).collect(),
             shm: sandbox.shm().cloned(),

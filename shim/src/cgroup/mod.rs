@@ -9,6 +9,7 @@ mod hierarchy;
 mod limits;
 
 use std::{
+    collections::HashMap,
     ffi::{CStr, CString},
     fs,
     io::{self, Write},
@@ -58,6 +59,23 @@ pub enum CgroupError {
         source: io::Error,
     },
 }
+
+/// What [`HostCgroup::stats`] reads.
+const STATS: [&str; 13] = [
+    "cpu.pressure",
+    "cpu.stat",
+    "io.pressure",
+    "io.stat",
+    "memory.current",
+    "memory.events",
+    "memory.max",
+    "memory.pressure",
+    "memory.stat",
+    "memory.swap.current",
+    "memory.swap.max",
+    "pids.current",
+    "pids.max",
+];
 
 /// A sandbox's cgroups, one in each hierarchy of the host. Dropping it removes
 /// them; no process may be left in them.
@@ -121,6 +139,15 @@ impl HostCgroup {
             text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse::<u64>().ok())
         };
         self.paths.0.iter().filter_map(told).sum()
+    }
+
+    /// The files of version 2 that say what is used, by name; none on a host without it.
+    pub fn stats(&self) -> HashMap<String, String> {
+        let Some(root) = self.hierarchies.v2().map(|hierarchy| hierarchy.root.join(&self.relative)) else {
+            return HashMap::new();
+        };
+        let read = |name: &&str| Some(((*name).to_owned(), fs::read_to_string(root.join(name)).ok()?));
+        STATS.iter().filter_map(read).collect()
     }
 
     /// For a child between fork and exec: moves the calling process. Allocates

@@ -13,6 +13,13 @@ use crate::{mount, name, share, state::State};
 
 /// Name of the share in the directory.
 pub const SHARE: &str = "share";
+/// Name of the directory with the files that a pod's containers find in `/etc`.
+const FILES: &str = "files";
+
+/// Where those are of the sandbox in `dir`.
+pub fn files(dir: &Path) -> PathBuf {
+    dir.join(FILES)
+}
 
 /// A sandbox's directory. Dropping it removes it with the files in it.
 #[derive(Debug)]
@@ -135,15 +142,17 @@ fn mounts_below(dir: &Path) -> Vec<PathBuf> {
 /// Removes the directory with the files in it, and its namespace's directory
 /// where it was the last one.
 fn remove(dir: &Path) {
-    let members = dir.join(MEMBERS);
-    for dir in [&members, dir] {
+    let (members, files) = (dir.join(MEMBERS), files(dir));
+    for dir in [&members, &files, dir] {
         for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
             if entry.file_type().is_ok_and(|kind| !kind.is_dir()) {
                 let _ = fs::remove_file(entry.path());
             }
         }
     }
-    let _ = fs::remove_dir(&members);
+    for dir in [members, files] {
+        let _ = fs::remove_dir(dir);
+    }
     match fs::remove_dir(dir) {
         Ok(()) => {}
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}

@@ -43,6 +43,11 @@ impl Claim {
         claim
     }
 
+    /// Of a pod before its containers.
+    pub fn of_pod(announced: Announced) -> Self {
+        Self { holds_only: true, announced, ..Self::default() }
+    }
+
     /// With the limits that `changed` sets; the others stay.
     #[must_use]
     pub fn with(&self, changed: &Resources) -> Self {

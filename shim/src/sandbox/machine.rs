@@ -328,7 +328,12 @@ fn set_up_request(plan: &Plan) -> SetUpSandboxRequest {
     SetUpSandboxRequest {
         uid_mappings,
         gid_mappings,
-        hostname: host_name().unwrap_or_else(|| plan.id.chars().take(MAX_HOSTNAME_LEN).collect()),
+        hostname: plan
+            .hostname
+            .clone()
+            .or_else(host_name)
+            .unwrap_or_else(|| plan.id.chars().take(MAX_HOSTNAME_LEN).collect()),
+        shared_pid: plan.shared_pid,
         layers_tag: LAYERS_TAG.into(),
         volumes_tag: VOLUMES_TAG.into(),
         shm_bytes: plan.shm.as_ref().map_or(0, |shm| shm.bytes),

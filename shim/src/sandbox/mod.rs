@@ -20,7 +20,7 @@ mod resize;
 
 use std::{
     fs, io,
-    path::Path,
+    path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU32, Ordering},
@@ -31,6 +31,7 @@ use std::{
 use dir::SandboxDir;
 use machine::{Boot, Machine};
 use record::Record;
+use rvm_protocol::agent::ContainerStats;
 use tokio::time::timeout;
 
 pub use attach::{Attached, Preparing};
@@ -212,6 +213,25 @@ impl Sandbox {
         }
     }
 
+    /// Starts a microVM that has no container yet. On an error, and when the future is
+    /// dropped, nothing is left.
+    pub async fn start(
+        config: &Config,
+        plan: Plan,
+        timeline: Arc<Timeline>,
+    ) -> Result<Arc<Self>, SandboxError> {
+        let network = open_network(config, &plan).await?;
+        timeline.mark("network opened");
+        let (base, boot) = Base::begin(config, plan, network, timeline)?;
+        match boot.agent().await {
+            Ok(agent) => Ok(Arc::new(base.with(boot.machine(agent)))),
+            Err(error) => {
+                base.owned.end().await;
+                Err(error)
+            }
+        }
+    }
+
     /// The agent.
     pub fn agent(&self) -> &Agent {
         self.machine.agent()
@@ -301,6 +321,11 @@ impl Sandbox {
         &self.host.dir
     }
 
+    /// Where the files are that a pod's containers find in `/etc`, where no client makes them.
+    pub fn files(&self) -> PathBuf {
+        dir::files(self.dir())
+    }
+
     /// Makes the machine's network that of its namespace on the host, as that is now.
     pub async fn sync_network(&self) -> Result<(), SandboxError> {
         Ok(self.host.network().sync(&self.machine).await?)
@@ -311,6 +336,12 @@ impl Sandbox {
         let network = self.host.network();
         network.follow(Arc::downgrade(self))?;
         Ok(network.sync(&self.machine).await?)
+    }
+
+    /// What its machine uses of the host: the files of its cgroup, where that is of version 2.
+    pub fn host_stats(&self) -> ContainerStats {
+        let files = self.owned().as_ref().map(|owned| owned.cgroup.stats()).unwrap_or_default();
+        ContainerStats { files, ..Default::default() }
     }
 
     /// Device and inode of its network namespace on the host.

@@ -1,14 +1,14 @@
 //! What machine a sandbox gets: how large it starts, how large it may become, and
 //! where on the host it counts.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use rvm_protocol::vmm::MAX_VCPUS;
 
 use super::ledger::{Claim, Ledger};
 use crate::{
     config::Guest,
-    spec::{Bundle, HostNetwork, IdMappings, Role, Shm},
+    spec::{Bundle, HostNetwork, IdMappings, PodConfig, Role, Shm},
 };
 
 /// What kernel and agent use, in MiB: their text and data, and what a running
@@ -16,6 +16,9 @@ use crate::{
 const FIXED_OVERHEAD_MIB: u64 = 48;
 /// The kernel keeps 64 bytes for each page of 4096, and page tables beside.
 const OVERHEAD_PER_MEMORY: u64 = 32;
+
+/// What containerd's CRI plugin gives a pause container: a pod's machine goes after what is in the others.
+const POD_OOM_SCORE_ADJ: i32 = -998;
 
 /// The most memory a monitor gives its machine, in MiB.
 const MAX_MEMORY_MIB: u64 = 1 << 20;
@@ -49,6 +52,10 @@ pub struct Plan {
     pub max_vcpus: u8,
     /// What its memory may become.
     pub room: Room,
+    /// Its host name; none: the host's.
+    pub hostname: Option<String>,
+    /// Whether it has a pid namespace that its containers share.
+    pub shared_pid: bool,
     /// How soon the host's kernel takes the monitor when memory runs out: as the
     /// first container's process says, else like any process that nobody protects.
     pub oom_score_adj: i32,
@@ -82,7 +89,43 @@ impl Plan {
             size,
             max_vcpus: most.max(size.vcpus),
             room: Room::of(size, host),
+            hostname: None,
+            shared_pid: false,
             oom_score_adj: bundle.container.process.oom_score_adj.unwrap_or_default(),
+            ledger,
+        }
+    }
+
+    /// For a pod that has no container yet, with the network namespace at `network`.
+    pub fn of_pod(
+        namespace: &str,
+        id: &str,
+        bundle: &Path,
+        pod: &PodConfig,
+        network: Option<HostNetwork>,
+        guest: &Guest,
+    ) -> Self {
+        let host = HostSize::read();
+        let mut ledger = Ledger::new(guest, host);
+        ledger.set(id, Claim::of_pod(pod.announced));
+        let size = ledger.size();
+        Self {
+            namespace: namespace.to_owned(),
+            id: id.to_owned(),
+            first: id.to_owned(),
+            bundle: bundle.to_owned(),
+            cgroup_path: pod.cgroup.0.clone(),
+            not_applied: Vec::new(),
+            network,
+            // Its own, wherever a client has its containers look for it.
+            shm: None,
+            owner: None,
+            size,
+            max_vcpus: u8::try_from(host.cpus).unwrap_or(MAX_VCPUS).max(size.vcpus),
+            room: Room::of(size, host),
+            hostname: Some(pod.hostname.clone()).filter(|name| !name.is_empty()),
+            shared_pid: pod.shared_pid,
+            oom_score_adj: POD_OOM_SCORE_ADJ,
             ledger,
         }
     }

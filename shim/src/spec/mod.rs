@@ -13,6 +13,7 @@ mod memory_volume;
 mod mounts;
 mod namespaces;
 mod pod;
+mod pod_config;
 mod process;
 pub(crate) mod resources;
 mod scheduling;
@@ -40,7 +41,8 @@ pub use labels::DEFAULT_PROFILES;
 pub(crate) use mounts::MOUNT_OPTIONS;
 pub use mounts::Volume;
 pub use namespaces::{HostNetwork, IdMappings};
-pub use pod::{Announced, Neighbour, Pod, Role, Shm, role_in};
+pub use pod::{Announced, HOST_FILES, Neighbour, Pod, Role, Shm, role_in};
+pub use pod_config::PodConfig;
 pub(crate) use process::CAPABILITIES;
 
 /// Name of the specification in a bundle.
@@ -285,7 +287,16 @@ fn translate(dir: &Path, id: &str, spec: &Spec, compat: &Compat, pod: &Pod) -> R
     let shm = match role {
         Role::Sandbox => mounts::shm(mounts),
         Role::Alone => None,
+        Role::Member { .. } if pod.files.is_some() => mounts::shm_of_nobody(mounts),
         Role::Member { .. } => pod.shm.clone(),
+    };
+    let with_files;
+    let mounts = match &pod.files {
+        Some(files) if role != Role::Alone => {
+            with_files = mounts::with_host_files(mounts, files);
+            &with_files[..]
+        }
+        _ => mounts,
     };
     let from_host = mounts::translate(dir, mounts, shm.as_ref(), &mut container)?;
     let owner = match role {

@@ -9,7 +9,9 @@ use std::{
 use oci_spec::runtime as oci;
 use rvm_protocol::agent::{CreateContainerRequest, IdMapping, Mount};
 
-use super::{HostDisk, Shm, SpecError, memory_volume, namespaces::mappings, path_text, submounts, text};
+use super::{
+    HOST_FILES, HostDisk, Shm, SpecError, memory_volume, namespaces::mappings, path_text, submounts, text,
+};
 use crate::user_namespace::{IdMap, IdRange};
 
 /// Options that mean something to a mount whatever its file system is; the
@@ -124,6 +126,12 @@ pub(super) fn shm(mounts: &[oci::Mount]) -> Option<Shm> {
     Shm::at(mount.source().as_deref()?)
 }
 
+/// Where a client has a container look for the `/dev/shm` of a pod that nobody has made one for on the host.
+pub(super) fn shm_of_nobody(mounts: &[oci::Mount]) -> Option<Shm> {
+    let mount = mounts.iter().rfind(|mount| mount.destination() == Path::new(Shm::DESTINATION))?;
+    Some(Shm { source: mount.source().clone()?, bytes: 0 })
+}
+
 /// Adds the mounts to `container`, which has its user namespace's mappings, and
 /// returns what they need of the host.
 pub(super) fn translate(
@@ -218,6 +226,26 @@ pub(super) fn translate(
         container.mounts.push(message);
     }
     Ok(from_host)
+}
+
+/// With the files that a pod's containers find where nobody mounts others, in whose place a client mounts those of a
+/// pause container.
+pub(super) fn with_host_files(mounts: &[oci::Mount], files: &Path) -> Vec<oci::Mount> {
+    let mut all = mounts.to_vec();
+    for name in HOST_FILES {
+        let destination = Path::new("/etc").join(name);
+        if mounts.iter().any(|mount| *mount.destination() == destination) {
+            continue;
+        }
+        let mut mount = oci::Mount::default();
+        mount
+            .set_destination(destination)
+            .set_typ(Some("bind".into()))
+            .set_source(Some(files.join(name)))
+            .set_options(Some(["rbind", "rprivate", "rw"].map(str::to_owned).to_vec()));
+        all.push(mount);
+    }
+    all
 }
 
 /// Refuses mounts of a pod's that are to reach the host, which Kubernetes calls `Bidirectional`: whoever asks for that

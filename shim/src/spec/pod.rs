@@ -94,6 +94,9 @@ impl Role {
     }
 }
 
+/// Files of a pod in `/etc` of its containers.
+pub const HOST_FILES: [&str; 3] = ["hostname", "hosts", "resolv.conf"];
+
 /// What a specification may refer to in the sandbox its container comes to.
 #[derive(Clone, Debug, Default)]
 pub struct Pod {
@@ -105,6 +108,10 @@ pub struct Pod {
     pub shm: Option<Shm>,
     /// Device and inode of the sandbox's network namespace on the host.
     pub network: Option<(u64, u64)>,
+    /// Whether the sandbox has a pid namespace that its containers share.
+    pub shared_pid: bool,
+    /// Where [`HOST_FILES`] are on the host, where no client makes them.
+    pub files: Option<PathBuf>,
 }
 
 /// A container in the same sandbox.
@@ -125,7 +132,8 @@ impl Pod {
         let of =
             |path: String, sandbox| Namespace { type_: kind.into(), path, sandbox, ..Default::default() };
         if self.monitor == Some(pid) {
-            return is_sandboxs(kind).then(|| of(String::new(), true));
+            let held = is_sandboxs(kind) || kind == NamespaceType::PID && self.shared_pid;
+            return held.then(|| of(String::new(), true));
         }
         let neighbour = self.neighbours.iter().find(|neighbour| neighbour.pid == pid)?;
         let its = neighbour.namespaces.iter().find(|namespace| namespace.type_ == kind.into());

@@ -118,7 +118,7 @@ fn namespaces_of_a_sandbox_s_tasks_are_known_by_their_pids() {
         guest_pid: 7,
         namespaces: vec![held(NamespaceType::NETWORK), held(NamespaceType::IPC), own(NamespaceType::PID)],
     };
-    let pod = Pod { monitor: Some(99), neighbours: vec![first], shm: None, network: None };
+    let pod = Pod { monitor: Some(99), neighbours: vec![first], ..Pod::default() };
     let at = |pid: u32, kind: &str, link: &str| {
         let mut spec = ctr_spec();
         let path = format!("/proc/{pid}/ns/{link}");

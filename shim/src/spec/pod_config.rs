@@ -1,0 +1,242 @@
+//! A pod as the Sandbox API describes it: `runtime.v1.PodSandboxConfig` of Kubernetes' CRI, of which what a machine is made
+//! from is read. There is no container's specification beside it.
+
+use protobuf::well_known_types::any::Any;
+
+use super::{Announced, SpecError, linux, text};
+use crate::{
+    cgroup::DEFAULT_PERIOD_US,
+    options::{Value, decode},
+};
+
+/// The message's name, whatever is before it.
+const NAME: &str = "PodSandboxConfig";
+/// `NamespaceMode` of CRI: the sandbox's, and the node's.
+const OF_POD: u64 = 0;
+const OF_NODE: u64 = 2;
+/// Longest host name the kernel takes.
+const HOST_NAME_MAX: usize = 64;
+
+/// What a pod asks of its machine.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PodConfig {
+    /// Its host name; empty: the host's.
+    pub hostname: String,
+    /// Its resolv.conf; none: the host's.
+    pub resolv_conf: Option<String>,
+    /// Where on the host it is accounted for, and whether that was spelt as for systemd.
+    pub cgroup: (String, bool),
+    /// Whether its containers share a pid namespace.
+    pub shared_pid: bool,
+    /// What its containers will use.
+    pub announced: Announced,
+}
+
+impl PodConfig {
+    /// Of what came with a sandbox called `id`; without any it is a plain one.
+    pub fn parse(id: &str, options: Option<&Any>) -> Result<Self, SpecError> {
+        let Some(any) = options.filter(|any| !any.type_url.is_empty()) else {
+            return Ok(Self { cgroup: linux::cgroup_path(id, None)?, ..Self::default() });
+        };
+        if any.type_url.rsplit(['/', '.']).next() != Some(NAME) {
+            let problem = format!("must be a runtime.v1.{NAME}, is {:?}", any.type_url);
+            return Err(SpecError::field("options", problem));
+        }
+        let pod = Message::decode("options", &any.value)?;
+        let linux = pod.message(8, "linux")?;
+        let security = linux.message(2, "security_context")?;
+        let namespaces = security.message(1, "namespace_options")?;
+        refuse(&linux, &namespaces)?;
+        let hostname = text("options.hostname", Some(&pod.string(2, "hostname")?))?;
+        if hostname.len() > HOST_NAME_MAX {
+            let problem = format!("must have at most {HOST_NAME_MAX} bytes, is {hostname:?}");
+            return Err(SpecError::field("options.hostname", problem));
+        }
+        Ok(Self {
+            hostname,
+            resolv_conf: resolv_conf(&pod.message(4, "dns_config")?)?,
+            cgroup: cgroup(id, &linux.string(1, "cgroup_parent")?)?,
+            // As CRI has it where nothing is said.
+            shared_pid: namespaces.number(2) == OF_POD,
+            announced: announced(&linux.message(5, "resources")?),
+        })
+    }
+}
+
+/// What no microVM can have.
+fn refuse(linux: &Message, namespaces: &Message) -> Result<(), SpecError> {
+    let field = |name: &str| format!("options.linux.{name}");
+    for (number, name, kubernetes) in
+        [(1, "network", "hostNetwork"), (2, "pid", "hostPID"), (3, "ipc", "hostIPC")]
+    {
+        if namespaces.number(number) == OF_NODE {
+            let reason = format!("a microVM cannot share it with the host (Kubernetes: {kubernetes}: false)");
+            return Err(SpecError::unsupported(
+                field(&format!("security_context.namespace_options.{name}")),
+                reason,
+            ));
+        }
+    }
+    let users = namespaces.message(5, "userns_options")?;
+    if !users.0.is_empty() && users.number(1) == OF_POD {
+        let reason =
+            "user namespaces need the pause container of the other sandboxer (Kubernetes: hostUsers: true)";
+        return Err(SpecError::unsupported(
+            field("security_context.namespace_options.userns_options"),
+            reason,
+        ));
+    }
+    if linux.0.iter().any(|(number, _)| *number == 3) {
+        let reason = "kernel parameters of a pod need the pause container of the other sandboxer";
+        return Err(SpecError::unsupported(field("sysctls"), reason));
+    }
+    Ok(())
+}
+
+/// As containerd's CRI plugin puts a sandbox below the pod's cgroup.
+fn cgroup(id: &str, parent: &str) -> Result<(String, bool), SpecError> {
+    let path = match parent.rsplit('/').next() {
+        _ if parent.is_empty() => return linux::cgroup_path(id, None),
+        Some(slice) if slice.ends_with(".slice") => format!("{slice}:cri-containerd:{id}"),
+        _ => format!("{parent}/{id}"),
+    };
+    linux::cgroup_path(id, Some(path.as_ref()))
+}
+
+fn announced(resources: &Message) -> Announced {
+    // They are signed, and of nothing and less nothing is said.
+    let positive =
+        |number| Some(resources.number(number)).filter(|value| (1..=i64::MAX as u64).contains(value));
+    let period = positive(1).unwrap_or(DEFAULT_PERIOD_US);
+    Announced { memory: positive(4), cpus: positive(2).map(|quota| quota.div_ceil(period)) }
+}
+
+fn resolv_conf(dns: &Message) -> Result<Option<String>, SpecError> {
+    let [servers, searches, options] = [dns.strings(1)?, dns.strings(2)?, dns.strings(3)?];
+    if dns.0.is_empty() {
+        return Ok(None);
+    }
+    let mut lines = String::new();
+    for (word, values) in [("search", &searches), ("options", &options)] {
+        if !values.is_empty() {
+            lines = format!("{lines}{word} {}\n", values.join(" "));
+        }
+    }
+    let servers: String = servers.iter().map(|server| format!("nameserver {server}\n")).collect();
+    Ok(Some(servers + &lines))
+}
+
+/// The fields of a message, whatever they mean.
+struct Message(Vec<(u32, Value)>);
+
+impl Message {
+    fn decode(field: &str, bytes: &[u8]) -> Result<Self, SpecError> {
+        decode(bytes).map(Self).ok_or_else(|| SpecError::field(field, "cannot be decoded"))
+    }
+
+    fn bytes(&self, number: u32) -> impl Iterator<Item = &[u8]> {
+        self.0.iter().filter_map(move |(found, value)| match value {
+            Value::Bytes(bytes) if *found == number => Some(bytes.as_slice()),
+            _ => None,
+        })
+    }
+
+    /// A message in it; empty where there is none.
+    fn message(&self, number: u32, name: &str) -> Result<Self, SpecError> {
+        self.bytes(number)
+            .last()
+            .map_or(Ok(Self(Vec::new())), |bytes| Self::decode(&format!("options.{name}"), bytes))
+    }
+
+    fn string(&self, number: u32, name: &str) -> Result<String, SpecError> {
+        let bytes = self.bytes(number).last().unwrap_or_default();
+        let utf8 = str::from_utf8(bytes);
+        utf8.map(str::to_owned).map_err(|_| SpecError::field(format!("options.{name}"), "must be UTF-8"))
+    }
+
+    fn strings(&self, number: u32) -> Result<Vec<String>, SpecError> {
+        let line = |bytes: &[u8]| {
+            let text = str::from_utf8(bytes).ok().filter(|text| !text.contains(char::is_control));
+            let wrong = || SpecError::field("options.dns_config", "must be words without control characters");
+            text.map(str::to_owned).ok_or_else(wrong)
+        };
+        self.bytes(number).map(line).collect()
+    }
+
+    fn number(&self, number: u32) -> u64 {
+        let value = |(found, value): &(u32, Value)| match value {
+            Value::Number(value) if *found == number => Some(*value),
+            _ => None,
+        };
+        self.0.iter().rev().find_map(value).unwrap_or(0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One field of a message or a string.
+    fn field(number: u8, content: &[u8]) -> Vec<u8> {
+        [&[number << 3 | 2, u8::try_from(content.len()).unwrap()], content].concat()
+    }
+
+    fn parse(message: &[u8]) -> Result<PodConfig, String> {
+        let any = Any {
+            type_url: "runtime.v1.PodSandboxConfig".into(),
+            value: message.into(),
+            ..Default::default()
+        };
+        PodConfig::parse("pod", Some(&any)).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn what_a_pod_asks_for_is_read() {
+        let dns =
+            [field(1, b"192.0.2.1"), field(1, b"192.0.2.2"), field(2, b"a.b"), field(3, b"ndots:5")].concat();
+        // A period of 100000, a quota of 150000, shares, 1 GiB.
+        let resources = b"\x08\xa0\x8d\x06\x10\xf0\x93\x09\x18\x02\x20\x80\x80\x80\x80\x04";
+        let namespaces = b"\x10\x01";
+        let linux =
+            [field(1, b"/kubepods/burstable/pod1"), field(2, &field(1, namespaces)), field(5, resources)];
+        let pod = [field(1, b""), field(2, b"web-0"), field(4, &dns), field(8, &linux.concat())].concat();
+        let expected = PodConfig {
+            hostname: "web-0".into(),
+            resolv_conf: Some(
+                "nameserver 192.0.2.1\nnameserver 192.0.2.2\nsearch a.b\noptions ndots:5\n".into(),
+            ),
+            cgroup: ("/kubepods/burstable/pod1/pod".into(), false),
+            shared_pid: false,
+            announced: Announced { memory: Some(1 << 30), cpus: Some(2) },
+        };
+        assert_eq!(parse(&pod).unwrap(), expected);
+        // Of an enumeration nothing is said where it is 0.
+        assert!(parse(&field(8, &field(2, &field(1, b"")))).unwrap().shared_pid);
+        let systemd = parse(&field(8, &field(1, b"/kubepods.slice/kubepods-pod1.slice"))).unwrap();
+        assert_eq!(
+            systemd.cgroup,
+            ("/kubepods.slice/kubepods-pod1.slice/cri-containerd-pod.scope".into(), true)
+        );
+        assert_eq!(PodConfig::parse("pod", None).unwrap().cgroup.0, "/pod");
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused_by_its_name() {
+        let namespaces = |bytes: &[u8]| field(8, &field(2, &field(1, bytes)));
+        for (message, field) in [
+            (namespaces(b"\x08\x02"), "options.linux.security_context.namespace_options.network"),
+            (namespaces(b"\x10\x02"), "options.linux.security_context.namespace_options.pid"),
+            (namespaces(b"\x18\x02"), "options.linux.security_context.namespace_options.ipc"),
+            (field(8, &field(3, b"")), "options.linux.sysctls"),
+            (field(2, &[b'x'; 65]), "options.hostname"),
+            (field(2, b"\xff"), "options.hostname"),
+            (field(4, &field(1, b"1\nnameserver 2")), "options.dns_config"),
+            (b"\x0a\x7f".to_vec(), "options"),
+        ] {
+            let error = parse(&message).unwrap_err();
+            assert!(error.starts_with(&format!("{field}: ")), "{error}");
+        }
+        let other = Any { type_url: "runtime.v1.Other".into(), ..Default::default() };
+        assert!(PodConfig::parse("pod", Some(&other)).is_err());
+    }
+}
