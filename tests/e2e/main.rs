@@ -32,6 +32,7 @@ mod ring0;
 mod rootfs;
 mod run;
 mod rvmctl;
+mod sandbox_api;
 mod scratch;
 mod seccomp;
 mod size;

@@ -37,6 +37,7 @@ pub mod host;
 pub mod job;
 pub mod machine;
 pub mod parity;
+pub mod pod_shim;
 pub mod programs;
 pub mod sandbox;
 pub mod scale;

@@ -160,23 +160,21 @@ impl Tasks {
                 }
             }
         })?;
-        let started = self.boot(id, *wanted).await;
+        // A shim that is told to end waits for this, and closes what runs then.
+        let (_reserved, started) = match self.reserve(id) {
+            Ok(reserved) => (Some(reserved), self.boot(id, *wanted).await),
+            Err(error) => (None, Err(error)),
+        };
         self.change(|slots| {
-            let closing = slots.closing;
             let pod = slots.pod(id)?;
             match started {
-                Ok(sandbox) if !closing => {
+                Ok(sandbox) => {
                     pod.stage = Stage::Ready;
                     pod.pid = sandbox.monitor_pid();
                     let answer = (pod.pid, pod.created_at);
                     slots.home = Home::Running(sandbox.clone());
                     tokio::spawn(self.clone().follow_sandbox(id.to_owned(), sandbox));
                     Ok(answer)
-                }
-                Ok(sandbox) => {
-                    sandbox.kill();
-                    pod.end(Exit::now(Exit::KILLED));
-                    Err(Error::FailedPrecondition("the shim was told to end".into()))
                 }
                 Err(error) => {
                     pod.end(Exit::now(Exit::KILLED));
