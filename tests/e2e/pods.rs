@@ -4,7 +4,8 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use k8s_cri::v1::{
-    ContainerState, DnsConfig, LinuxContainerResources, NamespaceMode, PodSandboxConfig, PodSandboxState,
+    ContainerConfig, ContainerState, DnsConfig, LinuxContainerResources, NamespaceMode, NamespaceOption,
+    PodSandboxConfig, PodSandboxState,
 };
 use rvm_tests::{
     case_with,
@@ -39,20 +40,28 @@ pub fn same(act: impl Fn(&Cri, &mut Seen) -> Result<()>) {
     });
 }
 
-/// What a container prints within the limit.
-fn printed(container: &Container<'_>, text: &str) -> Result<String> {
-    let until = Instant::now() + scale::container();
-    loop {
-        let log = container.log().unwrap_or_default();
-        if log.contains(text) {
-            return Ok(log);
+pub fn plain(_: &mut PodSandboxConfig) {}
+
+/// A container with these limits.
+fn limited(resources: LinuxContainerResources) -> impl FnOnce(&mut ContainerConfig) {
+    move |config| {
+        if let Some(linux) = config.linux.as_mut() {
+            linux.resources = Some(resources);
         }
-        ensure!(Instant::now() < until, "{text:?} is not in {log:?}");
-        std::thread::sleep(scale::seconds(0.01));
     }
 }
 
-pub fn plain(_: &mut PodSandboxConfig) {}
+fn memory(mib: i64) -> LinuxContainerResources {
+    LinuxContainerResources { memory_limit_in_bytes: mib << 20, ..Default::default() }
+}
+
+/// A pod whose namespaces `edit` changes.
+fn with_namespaces(config: &mut PodSandboxConfig, edit: impl FnOnce(&mut NamespaceOption)) {
+    let security = config.linux.as_mut().and_then(|linux| linux.security_context.as_mut());
+    if let Some(options) = security.and_then(|security| security.namespace_options.as_mut()) {
+        edit(options);
+    }
+}
 
 #[test]
 fn containers_of_a_pod_share_what_pods_share() {
@@ -79,7 +88,7 @@ fn containers_of_a_pod_share_what_pods_share() {
 
         let sleeping = ["sh", "-c", "echo started; exec sleep 100000"];
         let (one, two) = (pod.start("one", &sleeping, |_| {})?, pod.start("two", &sleeping, |_| {})?);
-        seen.add("log", printed(&one, "started")?);
+        seen.add("log", one.printed("started")?);
         seen.add("exec", one.exec(&["sh", "-c", "echo hi; echo no >&2; exit 7"])?);
         for (what, script) in [
             ("hostname", "hostname; cat /etc/hostname"),
@@ -128,10 +137,7 @@ fn containers_of_a_pod_share_what_pods_share() {
 fn a_pod_with_one_process_namespace() {
     same(|cri, seen| {
         let pod = Pod::run(cri, "processes", |config| {
-            let security = config.linux.as_mut().and_then(|linux| linux.security_context.as_mut());
-            if let Some(options) = security.and_then(|security| security.namespace_options.as_mut()) {
-                options.pid = NamespaceMode::Pod.into();
-            }
+            with_namespaces(config, |options| options.pid = NamespaceMode::Pod.into());
         })?;
         let one = pod.start("one", &["sleep", "11111"], |_| {})?;
         let two = pod.start("two", &["sleep", "22222"], |_| {})?;
@@ -149,14 +155,6 @@ fn a_pod_with_one_process_namespace() {
 fn limits_are_a_containers() {
     same(|cri, seen| {
         let pod = Pod::run(cri, "limits", plain)?;
-        let mib = 1_i64 << 20;
-        let limited = |resources: LinuxContainerResources| {
-            move |config: &mut k8s_cri::v1::ContainerConfig| {
-                if let Some(linux) = config.linux.as_mut() {
-                    linux.resources = Some(resources);
-                }
-            }
-        };
         let one = pod.start(
             "one",
             &["sleep", "100000"],
@@ -164,20 +162,16 @@ fn limits_are_a_containers() {
                 cpu_period: 100_000,
                 cpu_quota: 50_000,
                 cpu_shares: 512,
-                memory_limit_in_bytes: 64 * mib,
                 oom_score_adj: 900,
-                ..Default::default()
+                ..memory(64)
             }),
         )?;
         for file in ["cpu.max", "memory.max"] {
             seen.add(file, one.sh(&format!("cat /sys/fs/cgroup/{file}"))?);
         }
         seen.add("score", one.sh("cat /proc/1/oom_score_adj")?);
-        let eats = pod.start(
-            "eats",
-            &["sh", "-c", "x=x; while true; do x=$x$x; done"],
-            limited(LinuxContainerResources { memory_limit_in_bytes: 32 * mib, ..Default::default() }),
-        )?;
+        let eats =
+            pod.start("eats", &["sh", "-c", "x=x; while true; do x=$x$x; done"], limited(memory(32)))?;
         let ended = eats.ended()?;
         seen.add("out of memory", (ended.exit_code, ended.reason));
         seen.add("the other", one.status()?.state() == ContainerState::ContainerRunning);
@@ -190,15 +184,13 @@ fn limits_are_a_containers() {
 #[test]
 fn a_pods_machine_has_at_once_what_it_will_need() {
     same(|cri, seen| {
-        let mib = 1_i64 << 20;
         let pod = Pod::run(cri, "announced", |config| {
             if let Some(linux) = config.linux.as_mut() {
                 linux.resources = Some(LinuxContainerResources {
                     cpu_period: 100_000,
                     cpu_quota: 50_000,
                     cpu_shares: 512,
-                    memory_limit_in_bytes: 768 * mib,
-                    ..Default::default()
+                    ..memory(768)
                 });
             }
         })?;
@@ -210,20 +202,10 @@ fn a_pods_machine_has_at_once_what_it_will_need() {
         if cri.handler() == "rvm" {
             ensure!((768..900).contains(&total), "{total} MiB");
         }
-        let limit = |config: &mut k8s_cri::v1::ContainerConfig| {
-            if let Some(linux) = config.linux.as_mut() {
-                linux.resources =
-                    Some(LinuxContainerResources { memory_limit_in_bytes: 256 * mib, ..Default::default() });
-            }
-        };
-        let two = pod.start("two", &["sleep", "100000"], limit)?;
+        let two = pod.start("two", &["sleep", "100000"], limited(memory(256)))?;
         seen.add("limit", two.sh("cat /sys/fs/cgroup/memory.max")?);
         pod.remove()
     });
-}
-
-fn memory(mib: i64) -> LinuxContainerResources {
-    LinuxContainerResources { memory_limit_in_bytes: mib << 20, ..Default::default() }
 }
 
 #[test]
@@ -233,11 +215,7 @@ fn limits_change_while_it_runs_and_what_is_used_is_told() {
         let pod = Pod::run(cri, "changes", |config| {
             config.annotations.insert("io.rvm.writes".into(), "host".into());
         })?;
-        let one = pod.start("one", &["sleep", "100000"], |config| {
-            if let Some(linux) = config.linux.as_mut() {
-                linux.resources = Some(memory(96));
-            }
-        })?;
+        let one = pod.start("one", &["sleep", "100000"], limited(memory(96)))?;
         // In place, as of Kubernetes 1.35: beyond what its machine was made for, and back.
         for mib in [640, 128] {
             one.update(LinuxContainerResources {
@@ -310,14 +288,11 @@ fn what_is_the_hosts_is_refused() {
                     // The host has its own name.
                     config.hostname.clear();
                 }
-                let security = config.linux.as_mut().and_then(|linux| linux.security_context.as_mut());
-                if let Some(options) = security.and_then(|security| security.namespace_options.as_mut()) {
-                    match what {
-                        "network" => options.network = NamespaceMode::Node.into(),
-                        "pid" => options.pid = NamespaceMode::Node.into(),
-                        _ => options.ipc = NamespaceMode::Node.into(),
-                    }
-                }
+                with_namespaces(config, |options| match what {
+                    "network" => options.network = NamespaceMode::Node.into(),
+                    "pid" => options.pid = NamespaceMode::Node.into(),
+                    _ => options.ipc = NamespaceMode::Node.into(),
+                });
             };
             if cri.handler() == "rvm" {
                 let error = Pod::refused(cri, name, edit)?;

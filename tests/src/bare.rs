@@ -20,13 +20,14 @@ use containerd_shim_protos::{
 use serde_json::Value;
 
 use crate::{
+    host::Process,
     job::{self, Finished, Input},
     scale,
     world::World,
 };
 
 /// Where the tests' containerd takes events.
-const EVENTS: &str = "/run/containerd/containerd.sock.ttrpc";
+pub(crate) const EVENTS: &str = "/run/containerd/containerd.sock.ttrpc";
 
 /// A shim with one bundle.
 pub struct Bare {
@@ -142,39 +143,55 @@ impl Bare {
     /// When it goes on.
     pub fn shut_down(self) -> Result<()> {
         let pid = self.pid()?;
-        let ended = crate::host::Process::read(pid.cast_signed()).context("the shim is gone already")?;
+        let ended = Process::read(pid.cast_signed()).context("the shim is gone already")?;
         // The answer may be lost with the connection.
         let _ = self.call("Shutdown", &ShutdownRequest { id: self.id.clone(), ..Default::default() });
         drop(self.client);
-        let until = std::time::Instant::now() + scale::command();
-        let there = || {
-            crate::host::Process::read(ended.pid)
-                .is_some_and(|now| now.start_ticks == ended.start_ticks && now.state != 'Z')
-        };
-        while there() {
-            ensure!(std::time::Instant::now() < until, "the shim goes on after Shutdown");
-            std::thread::sleep(std::time::Duration::from_millis(10));
-        }
+        until_gone(&ended)?;
         std::fs::remove_dir_all(self.bundle.parent().context("a bundle has a parent")?)?;
         Ok(())
     }
 
     /// The response's payload.
     fn call(&self, method: &str, message: &impl Message) -> Result<Vec<u8>, ttrpc::Status> {
-        let payload = message.write_to_bytes().unwrap_or_default();
-        let request = ttrpc::Request {
-            service: "containerd.task.v2.Task".into(),
-            method: method.into(),
-            timeout_nano: i64::try_from(scale::container().as_nanos()).unwrap_or(i64::MAX),
-            payload,
-            ..Default::default()
-        };
-        match self.client.request(request) {
-            Ok(response) => Ok(response.payload),
-            Err(ttrpc::Error::RpcStatus(status)) => Err(status),
-            Err(error) => Err(ttrpc::get_status(ttrpc::Code::UNKNOWN, format!("{method}: {error}"))),
-        }
+        ask(&self.client, "containerd.task.v2.Task", method, message)
     }
+}
+
+/// What a shim's service answers: the response's payload.
+pub(crate) fn ask(
+    client: &Client,
+    service: &str,
+    method: &str,
+    message: &impl Message,
+) -> Result<Vec<u8>, ttrpc::Status> {
+    let request = ttrpc::Request {
+        service: service.into(),
+        method: method.into(),
+        timeout_nano: i64::try_from(scale::container().as_nanos()).unwrap_or(i64::MAX),
+        payload: message.write_to_bytes().unwrap_or_default(),
+        ..Default::default()
+    };
+    match client.request(request) {
+        Ok(response) => Ok(response.payload),
+        Err(ttrpc::Error::RpcStatus(status)) => Err(status),
+        Err(error) => Err(ttrpc::get_status(ttrpc::Code::UNKNOWN, format!("{method}: {error}"))),
+    }
+}
+
+/// Waits until a shim that was told to end has gone.
+pub(crate) fn until_gone(shim: &Process) -> Result<()> {
+    let until = std::time::Instant::now() + scale::command();
+    while is_there(shim) {
+        ensure!(std::time::Instant::now() < until, "the shim goes on after Shutdown");
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    Ok(())
+}
+
+/// Whether this very process runs.
+pub(crate) fn is_there(process: &Process) -> bool {
+    Process::read(process.pid).is_some_and(|now| now.start_ticks == process.start_ticks && now.state != 'Z')
 }
 
 fn said(status: ttrpc::Status) -> anyhow::Error {

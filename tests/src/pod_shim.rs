@@ -4,13 +4,12 @@ use std::{
     fs,
     path::PathBuf,
     process::{Command, Stdio},
-    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, ensure};
 use containerd_shim_protos::{
     Client,
-    api::{CreateTaskRequest, DeleteRequest, KillRequest, StartRequest, WaitRequest, WaitResponse},
+    api::{CreateTaskRequest, DeleteRequest, StartRequest, WaitRequest, WaitResponse},
     protobuf::{Message, well_known_types::any::Any},
     sandbox_api::{
         CreateSandboxRequest, SandboxStatusRequest, SandboxStatusResponse, StartSandboxRequest,
@@ -22,6 +21,7 @@ use k8s_cri::v1::PodSandboxConfig;
 use serde_json::{Value, json};
 
 use crate::{
+    bare::{self, EVENTS},
     bundle,
     host::{self, Process},
     job::{self, Input},
@@ -29,8 +29,6 @@ use crate::{
     world::World,
 };
 
-/// Where the tests' containerd takes events.
-const EVENTS: &str = "/run/containerd/containerd.sock.ttrpc";
 /// The APIs' names, as containerd 2.x speaks them.
 const SANDBOX: &str = "containerd.runtime.sandbox.v1.Sandbox";
 const TASK: &str = "containerd.task.v3.Task";
@@ -202,15 +200,6 @@ impl PodShim {
         Ok(WaitResponse::parse_from_bytes(&wait.map_err(said)?)?.exit_status)
     }
 
-    /// Kills a container.
-    ///
-    /// # Errors
-    /// What the shim answers.
-    pub fn kill(&self, id: &str) -> Result<()> {
-        let kill = KillRequest { id: id.to_owned(), signal: 9, all: true, ..Default::default() };
-        self.ask_task("Kill", &kill).map_err(said).map(drop)
-    }
-
     /// Deletes a container that has ended.
     ///
     /// # Errors
@@ -223,8 +212,7 @@ impl PodShim {
 
     /// Whether the shim runs.
     pub fn is_there(&self) -> bool {
-        Process::read(self.process.pid)
-            .is_some_and(|now| now.start_ticks == self.process.start_ticks && now.state != 'Z')
+        bare::is_there(&self.process)
     }
 
     /// Waits until the shim has gone, and removes the bundles.
@@ -232,29 +220,13 @@ impl PodShim {
     /// # Errors
     /// When it goes on.
     pub fn gone(self) -> Result<()> {
-        let until = Instant::now() + scale::command();
-        while self.is_there() {
-            ensure!(Instant::now() < until, "the shim goes on");
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        bare::until_gone(&self.process)?;
         fs::remove_dir_all(&self.dir).context("removing the bundles")
     }
 
     fn call(&self, service: &str, method: &str, message: &impl Message) -> Result<Vec<u8>, Status> {
-        let request = ttrpc::Request {
-            service: service.into(),
-            method: method.into(),
-            timeout_nano: i64::try_from(scale::container().as_nanos()).unwrap_or(i64::MAX),
-            payload: message.write_to_bytes().unwrap_or_default(),
-            ..Default::default()
-        };
-        let unknown =
-            |error: ttrpc::Error| ttrpc::get_status(ttrpc::Code::UNKNOWN, format!("{method}: {error}"));
-        match Client::connect(&self.address).map_err(unknown)?.request(request) {
-            Ok(response) => Ok(response.payload),
-            Err(ttrpc::Error::RpcStatus(status)) => Err(status),
-            Err(error) => Err(unknown(error)),
-        }
+        let unknown = |error| ttrpc::get_status(ttrpc::Code::UNKNOWN, format!("{method}: {error}"));
+        bare::ask(&Client::connect(&self.address).map_err(unknown)?, service, method, message)
     }
 }
 

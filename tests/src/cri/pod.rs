@@ -1,6 +1,6 @@
 //! A pod and its containers.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use k8s_cri::v1::{
@@ -283,6 +283,23 @@ impl Container<'_> {
         let text = std::fs::read_to_string(&self.log).with_context(|| format!("reading {}", self.log))?;
         let without_time = |line: &str| line.split_once(' ').map_or("", |(_, rest)| rest).to_owned() + "\n";
         Ok(text.lines().map(without_time).collect())
+    }
+
+    /// Waits until it has printed `text`; what it has printed.
+    ///
+    /// # Errors
+    /// When the limit passes.
+    pub fn printed(&self, text: &str) -> Result<String> {
+        let until = Instant::now() + scale::container();
+        loop {
+            let log = self.log().unwrap_or_default();
+            if log.contains(text) {
+                return Ok(log);
+            }
+            ensure!(Instant::now() < until, "{text:?} is not in {log:?}");
+            // Benchmarks wait for this, too.
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// Stops it, killing it after `seconds`.

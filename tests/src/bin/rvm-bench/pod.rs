@@ -1,11 +1,10 @@
 //! A pod by containerd's CRI plugin: until its first container says something, each further container, and its removal.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use rvm_tests::{
     cri::{Cri, Pod},
-    scale,
     stage::Stage,
     world::World,
 };
@@ -81,10 +80,5 @@ fn one(cri: &Cri) -> Result<[f64; PARTS.len()]> {
 /// Starts a container and waits for what it says.
 fn say(pod: &Pod<'_>, name: &str) -> Result<()> {
     let container = pod.start(name, &["sh", "-c", "echo here; exec sleep 100000"], |_| {})?;
-    let until = Instant::now() + scale::container();
-    while !container.log().is_ok_and(|log| log.contains("here")) {
-        ensure!(Instant::now() < until, "{name} says nothing");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    Ok(())
+    container.printed("here").map(drop)
 }
