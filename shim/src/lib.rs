@@ -27,6 +27,7 @@ pub mod io;
 mod logger;
 pub mod metrics;
 pub mod mount;
+pub mod mountinfo;
 pub mod name;
 pub mod options;
 pub mod process;

@@ -131,23 +131,35 @@ pub fn mount_fs_from(
 /// Makes the mount at `target` read-only, with every mount below it where
 /// `recursive`, and cuts it off from mounts the host makes later.
 pub fn seal_readonly(target: &Path, recursive: bool) -> io::Result<()> {
-    set_attributes(target, recursive, libc::MOUNT_ATTR_RDONLY, libc::MS_PRIVATE)
+    set_attributes(target, recursive, (libc::MOUNT_ATTR_RDONLY, 0), libc::MS_PRIVATE)
 }
 
 /// Makes the mount at `target` read-only, with every mount below it where
 /// `recursive`.
 pub fn make_readonly(target: &Path, recursive: bool) -> io::Result<()> {
-    set_attributes(target, recursive, libc::MOUNT_ATTR_RDONLY, 0)
+    set_attributes(target, recursive, (libc::MOUNT_ATTR_RDONLY, 0), 0)
+}
+
+/// Lets the mount at `target`, and none below it, be written to.
+pub fn make_writable(target: &Path) -> io::Result<()> {
+    set_attributes(target, false, (0, libc::MOUNT_ATTR_RDONLY), 0)
 }
 
 /// Cuts the mount at `target` off from mounts the host makes later.
 pub fn seal(target: &Path, recursive: bool) -> io::Result<()> {
-    set_attributes(target, recursive, 0, libc::MS_PRIVATE)
+    set_attributes(target, recursive, (0, 0), libc::MS_PRIVATE)
 }
 
-fn set_attributes(target: &Path, recursive: bool, set: u64, propagation: u64) -> io::Result<()> {
+/// Of the two sets of attributes one is set, the other one cleared.
+fn set_attributes(
+    target: &Path,
+    recursive: bool,
+    attributes: (u64, u64),
+    propagation: u64,
+) -> io::Result<()> {
     let path = CString::new(target.as_os_str().as_bytes())?;
-    let attributes = libc::mount_attr { attr_set: set, attr_clr: 0, propagation, userns_fd: 0 };
+    let (attr_set, attr_clr) = attributes;
+    let attributes = libc::mount_attr { attr_set, attr_clr, propagation, userns_fd: 0 };
     set_attr(libc::AT_FDCWD, &path, if recursive { libc::AT_RECURSIVE } else { 0 }, &attributes)
 }
 
@@ -166,6 +178,44 @@ fn set_attr(dir: RawFd, path: &CStr, flags: i32, attributes: &libc::mount_attr) 
         )
     };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// What is at a path.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// Of its file system: major and minor.
+    device: (u32, u32),
+    inode: u64,
+    /// Of the mount it is seen by, as long as that one lasts.
+    mount: u64,
+}
+
+impl Identity {
+    /// What `path` leads to (statx(2), `STATX_MNT_ID`: Linux 5.8).
+    pub fn of(path: &Path) -> io::Result<Self> {
+        let path = CString::new(path.as_os_str().as_bytes())?;
+        let mut found = std::mem::MaybeUninit::<libc::statx>::uninit();
+        // SAFETY: `path` is a C string that outlives the call, and `found` has room for a statx.
+        let result = unsafe {
+            libc::statx(
+                libc::AT_FDCWD,
+                path.as_ptr(),
+                0,
+                libc::STATX_INO | libc::STATX_MNT_ID,
+                found.as_mut_ptr(),
+            )
+        };
+        if result != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the call succeeded, so the kernel has filled it.
+        let found = unsafe { found.assume_init() };
+        Ok(Self {
+            device: (found.stx_dev_major, found.stx_dev_minor),
+            inode: found.stx_ino,
+            mount: found.stx_mnt_id,
+        })
+    }
 }
 
 /// Takes the topmost mount off `target` and everything below it; says whether

@@ -1,21 +1,23 @@
 //! What a sandbox's guest sees of the host's files over virtio-fs: two trees.
 //!
 //! `layers/<id>` is a container's root file system below its own writes: read-only
-//! and constant, so that the guest keeps what it has read for good. `volumes/<id>/<n>`
-//! is what the container's spec binds from the host, which may change; a single
-//! file is `volumes/<id>/<n>/file`, so that it too is in a directory that is a
-//! mount, and has a device number of its own in the guest.
+//! and constant, so that the guest keeps what it has read for good. `volumes/_<n>`
+//! is something that containers' specs bind from the host, which may change: one
+//! for all of them that have the same ([`volumes`]). `volumes/<id>/rootfs` is the
+//! root of a container whose writes go to the host.
 //!
 //! The trees are skeletons of mount points, tmpfs of their own that the server
 //! sees read-only: a guest changes nothing in them, whatever it asks for. The
 //! shim makes its mount points through a second, writable mount that is at no
 //! place. All of it is in a mount namespace that only shim and monitor are in.
 
+mod volumes;
+
 use std::{
     fs, io,
     os::{
         fd::{AsRawFd, OwnedFd},
-        unix::fs::{DirBuilderExt, FileTypeExt},
+        unix::fs::DirBuilderExt,
     },
     path::{Path, PathBuf},
 };
@@ -26,11 +28,12 @@ use nix::{
     sys::stat::{Mode, mkdirat},
 };
 
+use volumes::Volumes;
+
 use crate::{
     mount,
     rootfs::{self, Layer, RootfsError},
-    spec::{Bundle, Volume},
-    user_namespace::user_namespace,
+    spec::Bundle,
 };
 
 /// The tree of layers, below the share's directory.
@@ -80,7 +83,7 @@ pub enum ShareError {
 #[derive(Debug)]
 pub struct Share {
     layers: Skeleton,
-    volumes: Skeleton,
+    volumes: Volumes,
     /// Removed after both.
     _dir: Directory,
 }
@@ -91,77 +94,26 @@ impl Share {
         let dir = Directory::create(dir)?;
         Ok(Self {
             layers: Skeleton::create(dir.0.join(LAYERS))?,
-            volumes: Skeleton::create(dir.0.join(VOLUMES))?,
+            volumes: Volumes::new(Skeleton::create(dir.0.join(VOLUMES))?),
             _dir: dir,
         })
     }
 
     /// Adds a container: its layers, and what its spec binds. On an error what
     /// was mounted so far stays until [`Share::remove`].
-    pub fn add(&self, bundle: &Bundle, layers: &[Layer]) -> Result<(), ShareError> {
-        let root = &bundle.container.rootfs;
-        if root.on_volumes || !bundle.volumes.is_empty() {
-            // A mount of its own: in the guest all of a container's volumes go with it.
-            self.volumes.make_mount(&bundle.container.container_id)?;
-        }
+    pub fn add(&self, bundle: &Bundle, layers: &[Layer]) -> Result<Sources, ShareError> {
+        let (root, id) = (&bundle.container.rootfs, &bundle.container.container_id);
         if root.on_volumes {
-            let target = self.volumes.make_dir(&root.share_path)?;
+            let skeleton = self.volumes.skeleton();
+            // A mount of its own, which the guest unmounts with the root.
+            skeleton.make_mount(id)?;
+            let target = skeleton.make_dir(&root.share_path)?;
             rootfs::mount_writable(layers, &bundle.root, &target)?;
         } else {
             let target = self.layers.make_dir(&root.share_path)?;
             rootfs::mount_readonly(layers, &bundle.root, &target)?;
         }
-        for volume in &bundle.volumes {
-            self.add_volume(volume)?;
-        }
-        Ok(())
-    }
-
-    fn add_volume(&self, volume: &Volume) -> Result<(), ShareError> {
-        let failed =
-            |source| ShareError::Volume { field: volume.field.clone(), path: volume.source.clone(), source };
-        let kind = fs::metadata(&volume.source).map_err(failed)?.file_type();
-        let useless = if kind.is_socket() {
-            Some("is a socket of the host; only a process of the host could answer on it")
-        } else if kind.is_fifo() {
-            Some("is a named pipe of the host; no process of the host could be at its other end")
-        } else if kind.is_block_device() {
-            Some("is a block device of the host; linux.devices gives one to a container")
-        } else {
-            None
-        };
-        if let Some(problem) = useless {
-            return Err(ShareError::Useless {
-                field: volume.field.clone(),
-                path: volume.source.clone(),
-                problem,
-            });
-        }
-        let target = match (kind.is_dir(), volume.share_path.rsplit_once('/')) {
-            (true, _) => self.volumes.make_dir(&volume.share_path)?,
-            (false, Some((parent, _))) => {
-                self.volumes.make_mount(parent)?;
-                self.volumes.make_file(&volume.share_path)?
-            }
-            (false, None) => return Err(failed(io::ErrorKind::InvalidInput.into())),
-        };
-        match &volume.idmap {
-            None => mount::bind(&volume.source, &target, volume.recursive),
-            Some((map, all)) => user_namespace(map).and_then(|namespace| {
-                mount::bind_idmapped(&volume.source, &target, volume.recursive, &namespace, *all)
-            }),
-        }
-        .map_err(failed)?;
-        let sealed = || {
-            if !volume.follows_host {
-                mount::seal(&target, volume.recursive)?;
-            }
-            if volume.readonly {
-                mount::make_readonly(&target, volume.recursive && volume.readonly_below)?;
-            }
-            Ok(())
-        };
-        sealed().map_err(failed)
+        bundle.volumes.iter().map(|volume| Ok((volume.mount, self.volumes.add(id, volume)?))).collect()
     }
 
     /// Takes a container's mounts off; nothing is left of it in either tree.
@@ -170,6 +122,9 @@ impl Share {
         self.volumes.remove(id);
     }
 }
+
+/// What the agent finds a container's mounts at, below the volumes: the mounts' numbers, and their sources.
+pub type Sources = Vec<(usize, String)>;
 
 /// A tree of mount points: a tmpfs of its own, mounted read-only.
 #[derive(Debug)]
@@ -325,8 +280,12 @@ mod tests {
         });
     }
 
-    /// A container with a read-write, a read-only and a file volume, in `dir`.
     fn bundle(dir: &Path, writes: Writes) -> Bundle {
+        bundle_of("c1", dir, writes)
+    }
+
+    /// A container with a read-write, a read-only and a file volume, in `dir`.
+    fn bundle_of(id: &str, dir: &Path, writes: Writes) -> Bundle {
         static SPEC: OnceLock<serde_json::Value> = OnceLock::new();
         let mut spec = SPEC
             .get_or_init(|| {
@@ -348,7 +307,7 @@ mod tests {
         }
         fs::write(dir.join("w/file"), "content").unwrap();
         let compat = Compat::default();
-        let mut bundle = Bundle::parse(dir, "c1", spec.to_string().as_bytes(), &compat).unwrap();
+        let mut bundle = Bundle::parse(dir, id, spec.to_string().as_bytes(), &compat).unwrap();
         bundle.writes = Some(writes);
         bundle.settle_writes(writes, &[]);
         bundle
@@ -370,15 +329,19 @@ mod tests {
             let share_dir = dir.join("share");
             let share = Share::create(share_dir.clone()).unwrap();
             for _ in 0..2 {
-                share.add(&bundle(dir, Writes::Guest), &[]).unwrap();
+                let sources = share.add(&bundle(dir, Writes::Guest), &[]).unwrap();
                 let volumes = share_dir.join("volumes");
-                for sealed in ["layers", "layers/c1", "volumes", "volumes/c1", "volumes/c1/1", "volumes/c1/2"]
-                {
-                    assert!(refused(&share_dir.join(sealed)), "{sealed}");
+                let [w, r, f] = [0, 1, 2].map(|n| {
+                    assert_eq!(sources[n].0, n);
+                    volumes.join(&sources[n].1)
+                });
+                for sealed in [&share_dir.join("layers"), &share_dir.join("layers/c1"), &volumes, &r] {
+                    assert!(refused(sealed), "{sealed:?}");
                 }
-                fs::write(volumes.join("c1/0/new"), "new").unwrap();
-                assert_eq!(fs::read_to_string(volumes.join("c1/2/file")).unwrap(), "content");
-                fs::write(volumes.join("c1/2/file"), "changed").unwrap();
+                assert!(refused(f.parent().unwrap()));
+                fs::write(w.join("new"), "new").unwrap();
+                assert_eq!(fs::read_to_string(&f).unwrap(), "content");
+                fs::write(&f, "changed").unwrap();
                 assert_eq!(fs::read_to_string(dir.join("w/file")).unwrap(), "changed");
                 share.remove("c1");
                 for tree in ["layers", "volumes"] {
@@ -391,6 +354,39 @@ mod tests {
             drop(share);
             // Nothing of the host's went with it.
             assert!(!share_dir.exists() && dir.join("w/new").exists() && dir.join("root/new").exists());
+        });
+    }
+
+    #[test]
+    fn what_is_the_same_is_one_volume_as_long_as_anybody_has_it() {
+        apart(|dir| {
+            let share_dir = dir.join("share");
+            let share = Share::create(share_dir.clone()).unwrap();
+            let volumes = share_dir.join("volumes");
+            let add = |id: &str, edit: &dyn Fn(&mut Bundle)| {
+                let mut bundle = bundle_of(id, dir, Writes::Guest);
+                edit(&mut bundle);
+                share.add(&bundle, &[]).unwrap()
+            };
+            let first = add("c1", &|_| ());
+            assert_eq!(add("c2", &|_| ()), first);
+            // Written to as soon as one may, and no sooner.
+            let readonly = volumes.join(&first[1].1);
+            assert!(refused(&readonly));
+            assert_eq!(add("c3", &|bundle| bundle.volumes[1].readonly = false), first);
+            fs::write(readonly.join("new"), "new").unwrap();
+            let apart = add("c4", &|bundle| {
+                bundle.volumes[0].recursive = false;
+                bundle.volumes[1].readonly_below = true;
+            });
+            assert!(apart[0] != first[0] && apart[1] != first[1] && apart[2] == first[2]);
+            let count = || fs::read_dir(&volumes).unwrap().count();
+            assert_eq!(count(), 5);
+            for (id, left) in [("c1", 5), ("c3", 5), ("c4", 3), ("c2", 0)] {
+                share.remove(id);
+                assert_eq!(count(), left, "without {id}");
+            }
+            assert_ne!(add("c1", &|_| ()), first, "no name is used twice");
         });
     }
 }

@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use k8s_cri::v1::{ContainerConfig, Mount, MountPropagation};
-use rvm_tests::{cri::Container, scale, world::shell};
+use rvm_tests::{cri::Container, parity::PROBE_ENV, scale, world::shell};
 
 use crate::pods::{plain, same};
 use rvm_tests::cri::Pod;
@@ -121,6 +121,53 @@ fn directories_are_shared_and_hold_their_limits() {
         one.remove()?;
         let again = pod.start("again", &SLEEP, with(&both))?;
         seen.add("still there", again.sh("cat /cache/file /scratch/file")?);
+        pod.remove()
+    });
+}
+
+#[test]
+fn containers_meet_in_a_volume() {
+    let probe = std::env::var(PROBE_ENV).expect("`cargo xtask test` sets it");
+    same(|cri, seen| {
+        let volumes = Volumes::new("meeting")?;
+        let pod = Pod::run(cri, "meeting", plain)?;
+        let (disk, memory) = (volumes.dir("empty-dir", "cache")?, volumes.memory("scratch")?);
+        let programs = volumes.dir("configmap", "programs")?;
+        fs::copy(&probe, programs.join("probe"))?;
+        let programs = Mount { readonly: true, ..mount(&programs, "/programs") };
+        // As kubelet has a `subPath`, of which it has made the directory.
+        let part = |n: u32| -> Result<PathBuf> {
+            let (sub, elsewhere) = (disk.join("sub"), volumes.0.join(format!("volume-subpaths/cache/{n}/0")));
+            fs::create_dir_all(&sub)?;
+            fs::create_dir_all(&elsewhere)?;
+            shell(&format!("mount --bind {} {}", sub.display(), elsewhere.display()))?;
+            Ok(elsewhere)
+        };
+        let readonly = Mount { readonly: true, ..mount(&disk, "/cache") };
+        let reader = pod.start("reader", &SLEEP, with(&[readonly]))?;
+        let whole = [mount(&disk, "/cache"), mount(&memory, "/scratch"), programs.clone()];
+        let serve = ["/programs/probe", "serve", "/cache", "/cache/sub", "/scratch"];
+        let parts = [mount(&part(1)?, "/sub"), programs.clone()];
+        let one = pod.start("one", &serve, with(&whole))?;
+        one.printed("serving")?;
+        let two = pod.start("two", &SLEEP, with(&whole))?;
+        let three = pod.start("three", &SLEEP, with(&parts))?;
+        for (container, place) in
+            [(&two, "/cache"), (&two, "/scratch"), (&two, "/cache/sub"), (&three, "/sub")]
+        {
+            seen.add(place, container.exec(&["/programs/probe", "meet", place])?);
+        }
+        for n in 0..5 {
+            one.sh(&format!("echo {n} >> /cache/log; mkdir /cache/dir{n}"))?;
+            seen.add("read at once", reader.sh("cat /cache/log; ls /cache")?);
+            seen.add("written to a part", three.sh(&format!("echo {n} >> /sub/log"))?);
+            seen.add("and to the whole", reader.sh("cat /cache/sub/log")?);
+        }
+        seen.add("the reader's writing", reader.exec(&["sh", "-c", "echo > /cache/new"])?.code);
+        one.stop(1)?;
+        one.remove()?;
+        seen.add("after the writer", reader.sh("cat /cache/log")?);
+        seen.add("and another", two.sh("echo more >> /cache/log; cat /cache/log")?);
         pod.remove()
     });
 }

@@ -252,6 +252,7 @@ impl Plan {
         let keep: Vec<RawFd> = self.namespaces.descriptors().chain(own).collect();
         child::begin(ends, &keep)?;
         user::apply_oom_score(&self.request.process)?;
+        mounts::reach_volumes(&self.mounts)?;
         self.namespaces.join()
     }
 

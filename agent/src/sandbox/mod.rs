@@ -54,6 +54,7 @@ struct State {
     wanted: shared::Wanted,
     /// None: the name is taken by one that is about to be made.
     containers: HashMap<String, Option<Arc<Container>>>,
+    volumes: share::Users,
 }
 
 impl State {
@@ -177,9 +178,10 @@ impl Sandbox {
             true => Scratch::none(),
             false => Scratch::mount(id, &request.scratch, &self.reaper).await?,
         });
+        self.state().volumes.add(&request);
         let made = self.make_container_on(id, request, &scratch).await;
         if made.is_err() {
-            share::release_container(id);
+            self.state().volumes.release(id);
             if let Err(error) = scratch.discard(&self.reaper).await {
                 log::error!("container {id}: {error}");
             }
@@ -229,7 +231,7 @@ impl Sandbox {
     /// Removes a container with everything it owned in the guest.
     async fn remove(&self, id: &str, container: &Container) -> Result<(), Error> {
         container.remove().await?;
-        share::release_container(id);
+        self.state().volumes.release(id);
         container.scratch().unmount(&self.reaper).await?;
         self.state().containers.remove(id);
         Ok(())

@@ -7,6 +7,7 @@
 //! keeps what it knows of it, and the host its files open.
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     fs,
     path::{Path, PathBuf},
 };
@@ -16,7 +17,10 @@ use nix::{
     mount::{MntFlags, MsFlags},
     sys::stat::{major, minor, stat},
 };
-use rvm_protocol::guest::{LAYERS_DIR, VOLUMES_DIR};
+use rvm_protocol::{
+    agent,
+    guest::{LAYERS_DIR, VOLUMES_DIR},
+};
 
 use crate::{
     error::{Step, StepResult},
@@ -67,10 +71,30 @@ pub fn volume(relative: &str) -> PathBuf {
     Path::new(VOLUMES_DIR).join(relative)
 }
 
-/// Lets go of a container's layers and volumes.
-pub fn release_container(id: &str) {
-    for dir in [LAYERS_DIR, VOLUMES_DIR] {
-        unmount(&Path::new(dir).join(id));
+/// Which containers use which volume, that is, which entry of the volumes' root.
+#[derive(Debug, Default)]
+pub struct Users(BTreeMap<String, BTreeSet<String>>);
+
+impl Users {
+    /// Takes note of the volumes `request` asks for.
+    pub fn add(&mut self, request: &agent::CreateContainerRequest) {
+        for mount in request.mounts.iter().filter(|mount| mount.from_share) {
+            let volume = mount.source.split('/').next().unwrap_or_default();
+            self.0.entry(volume.to_owned()).or_default().insert(request.container_id.clone());
+        }
+    }
+
+    /// Lets go of a container's layers, of its root among the volumes, and of the volumes that no other one uses.
+    pub fn release(&mut self, container: &str) {
+        for dir in [LAYERS_DIR, VOLUMES_DIR] {
+            unmount(&Path::new(dir).join(container));
+        }
+        self.0.retain(|volume, users| {
+            if users.remove(container) && users.is_empty() {
+                unmount(&Path::new(VOLUMES_DIR).join(volume));
+            }
+            !users.is_empty()
+        });
     }
 }
 

@@ -268,7 +268,7 @@ impl Run {
         }
         let terminal = self.bundle.container.process.terminal;
         let mut container = self.bundle.container.clone();
-        container.scratch = Some(attached.scratch()).into();
+        attached.settle(&mut container);
         agent.create_container(&container).await?;
         sandbox.timeline().mark("container created");
         let streams = Streams::connect(sandbox.vsock(), &self.id, terminal, self.interactive).await?;

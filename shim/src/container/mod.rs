@@ -121,7 +121,9 @@ impl Container {
         let id = request.container_id.clone();
         let resources = request.resources.mut_or_insert_default();
         resources.cpus = sandbox.guest_cpus(&resources.cpus);
-        request.scratch = place.as_ref().map(Attached::scratch).into();
+        if let Some(attached) = place {
+            attached.settle(&mut request);
+        }
         let process = request.process.mut_or_insert_default();
         process.terminal = endpoints.terminal;
         (process.stdin, process.stdout, process.stderr) =

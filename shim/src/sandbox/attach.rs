@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-use rvm_protocol::agent::{Scratch, scratch::Backing};
+use rvm_protocol::agent::{CreateContainerRequest, Scratch, scratch::Backing};
 use tokio::{
     task::{JoinHandle, spawn_blocking},
     time::timeout,
@@ -28,7 +28,7 @@ use crate::{
     holder::{Holder, Starting},
     rootfs::Layer,
     scratch::Preparation,
-    share::{Share, ShareError},
+    share::{Share, ShareError, Sources},
     spec::{Bundle, HostDisk},
     timeline::Timeline,
 };
@@ -121,12 +121,12 @@ impl HostSide {
         self.holders.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn add(&self, bundle: &Bundle, layers: &[Layer]) -> Result<(), ShareError> {
+    fn add(&self, bundle: &Bundle, layers: &[Layer]) -> Result<Sources, ShareError> {
         let container = &bundle.container.container_id;
         let share = {
             let mut sharing = self.sharing();
             // Nobody waits for it any more.
-            let Some(share) = sharing.share.clone() else { return Ok(()) };
+            let Some(share) = sharing.share.clone() else { return Ok(Sources::new()) };
             sharing.moving.insert(container.clone());
             share
         };
@@ -159,7 +159,8 @@ impl HostSide {
 pub struct Preparing {
     part: Part,
     holder: Starting,
-    mounts: Option<JoinHandle<Result<(), ShareError>>>,
+    mounts: Option<JoinHandle<Result<Sources, ShareError>>>,
+    sources: Sources,
     scratch: Option<ScratchDisk>,
     tmpfs_bytes: u64,
     disks: Vec<HostDisk>,
@@ -224,15 +225,16 @@ impl Preparing {
             let (host, bundle, layers) = (host.clone(), bundle.clone(), layers.to_vec());
             let timeline = timeline.clone();
             move || {
-                host.add(&bundle, &layers)?;
+                let sources = host.add(&bundle, &layers)?;
                 timeline.mark("rootfs mounted");
-                Ok(())
+                Ok(sources)
             }
         });
         Ok(Self {
             part,
             holder,
             mounts: Some(mounts),
+            sources: Sources::new(),
             tmpfs_bytes,
             disks: bundle.disks.clone(),
             claim: Claim::of(bundle),
@@ -258,7 +260,8 @@ impl Preparing {
         let result = mounts.await;
         self.mounts = None;
         // A panic on that thread is a fault of ours.
-        Ok(result.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))?)
+        self.sources = result.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))?;
+        Ok(())
     }
 }
 
@@ -281,6 +284,7 @@ pub struct Attached {
     holder: Arc<Holder>,
     serials: Vec<String>,
     scratch: Scratch,
+    sources: Sources,
     left: bool,
 }
 
@@ -298,6 +302,7 @@ impl Drop for Attached {
             holder: self.holder.clone(),
             serials: std::mem::take(&mut self.serials),
             scratch: Scratch::default(),
+            sources: Sources::new(),
             left: true,
         };
         tokio::spawn(async move { sandbox.withdraw(attached).await });
@@ -305,9 +310,14 @@ impl Drop for Attached {
 }
 
 impl Attached {
-    /// Where the container's writes go, as the agent is told of it.
-    pub fn scratch(&self) -> Scratch {
-        self.scratch.clone()
+    /// Says in `request` where the container's writes go, and where its volumes are.
+    pub fn settle(&self, request: &mut CreateContainerRequest) {
+        request.scratch = Some(self.scratch.clone()).into();
+        for (mount, source) in &self.sources {
+            if let Some(mount) = request.mounts.get_mut(*mount) {
+                mount.source.clone_from(source);
+            }
+        }
     }
 
     /// The process on the host that stands for the container.
@@ -333,7 +343,7 @@ impl Sandbox {
     /// is left.
     pub async fn attach(self: &Arc<Self>, mut preparing: Preparing) -> Result<Attached, SandboxError> {
         preparing.mounted().await?;
-        let Preparing { part, holder, scratch, tmpfs_bytes, disks, claim, writes, .. } = preparing;
+        let Preparing { part, holder, sources, scratch, tmpfs_bytes, disks, claim, writes, .. } = preparing;
         let holder = holder.ready().await.map_err(SandboxError::Holder)?;
         if writes {
             self.must_flush.store(true, Ordering::Relaxed);
@@ -344,6 +354,7 @@ impl Sandbox {
             holder,
             serials: Vec::new(),
             scratch: Scratch::default(),
+            sources,
             left: false,
         };
         let admitted = async {

@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{SandboxError, network, record::MEMBERS};
-use crate::{mount, name, share, state::State};
+use crate::{mount, mountinfo::MountTable, name, share, state::State};
 
 /// Name of the share in the directory.
 pub const SHARE: &str = "share";
@@ -115,28 +115,14 @@ pub fn clean_up(dir: &Path) {
             log::warn!("{}: {error}", path.display());
         }
     }
-    for target in mounts_below(dir) {
-        if let Err(error) = mount::detach(&target) {
-            log::warn!("unmounting {}: {error}", target.display());
+    // The latest first.
+    for mounted in MountTable::read().within(dir).rev() {
+        if let Err(error) = mount::detach(&mounted.place) {
+            log::warn!("unmounting {}: {error}", mounted.place.display());
         }
     }
     share::remove_dir(&dir.join(SHARE));
     remove(dir);
-}
-
-/// Mount points below `dir` in this process's namespace, the latest first.
-fn mounts_below(dir: &Path) -> Vec<PathBuf> {
-    let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let mut found: Vec<PathBuf> = table
-        .lines()
-        // proc(5): the fifth field, with spaces and the like as octal escapes,
-        // which no name of ours holds.
-        .filter_map(|line| line.split(' ').nth(4))
-        .map(PathBuf::from)
-        .filter(|path| path.starts_with(dir))
-        .collect();
-    found.reverse();
-    found
 }
 
 /// Removes the directory with the files in it, and its namespace's directory

@@ -11,31 +11,19 @@ use std::{
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use rvm_protocol::agent::{FileOwner, MemoryVolume};
 
-use super::submounts::unescape;
+use super::empty_dir::KIND;
+use crate::mountinfo::MountTable;
 
-/// The directory of kubelet's that holds those of a pod.
-const KIND: &str = "kubernetes.io~empty-dir";
 /// How many directories of one are looked at, and how deep: kubelet has made one for each `subPath`.
 const MOST: usize = 64;
 const DEEPEST: u32 = 8;
 
-/// A mount of the host's.
-#[derive(Debug, PartialEq, Eq)]
-struct Mounted {
-    /// `MAJOR:MINOR` of its file system.
-    device: String,
-    /// What of that is mounted.
-    root: PathBuf,
-    place: PathBuf,
-}
-
 /// What `source` is of a memory volume, and that one's name; `None` where it is of none, or where the host has put
 /// files into it.
-pub(super) fn at(source: &Path) -> Option<(String, MemoryVolume)> {
+pub(super) fn at(mounts: &MountTable, source: &Path) -> Option<(String, MemoryVolume)> {
     let size = statfs(source).ok().filter(|found| found.filesystem_type() == TMPFS_MAGIC)?;
     let source = fs::canonicalize(source).ok().filter(|source| source.is_dir())?;
-    let mounts = parse(&fs::read_to_string("/proc/self/mountinfo").ok()?);
-    let (top, device, path) = find(&mounts, &source)?;
+    let (top, device, path) = find(mounts, &source)?;
     if !has_only_directories(&top, 0, &mut 0) {
         return None;
     }
@@ -50,31 +38,15 @@ pub(super) fn at(source: &Path) -> Option<(String, MemoryVolume)> {
 }
 
 /// Where the volume that `source` is of is mounted, its device, and where in it that is.
-fn find(mounts: &[Mounted], source: &Path) -> Option<(PathBuf, String, String)> {
-    // Of two at one place the later covers the earlier.
-    let of = mounts
-        .iter()
-        .filter(|mounted| source.starts_with(&mounted.place))
-        .max_by_key(|mounted| mounted.place.components().count())?;
-    let is_kubelets = |mounted: &&Mounted| {
+fn find(mounts: &MountTable, source: &Path) -> Option<(PathBuf, String, String)> {
+    let (of, path) = mounts.holding(source)?;
+    let top = mounts.iter().find(|mounted| {
         mounted.device == of.device
             && mounted.root == Path::new("/")
             && mounted.place.parent().and_then(Path::file_name).is_some_and(|name| name == KIND)
-    };
-    let top = mounts.iter().find(is_kubelets)?;
-    let path = of.root.join(source.strip_prefix(&of.place).ok()?);
-    let path = path.strip_prefix("/").ok()?.to_str()?.trim_end_matches('/').to_owned();
+    })?;
+    let path = path.strip_prefix("/").ok()?.to_str()?.to_owned();
     Some((top.place.clone(), of.device.clone(), path))
-}
-
-fn parse(mountinfo: &str) -> Vec<Mounted> {
-    let mounted = |line: &str| {
-        // proc_pid_mountinfo(5)
-        let mut fields = line.trim_start().split(' ').skip(2);
-        let (device, root, place) = (fields.next()?, fields.next()?, fields.next()?);
-        Some(Mounted { device: device.to_owned(), root: unescape(root), place: unescape(place) })
-    };
-    mountinfo.lines().filter_map(mounted).collect()
 }
 
 fn has_only_directories(dir: &Path, depth: u32, seen: &mut usize) -> bool {
@@ -112,7 +84,9 @@ mod tests {
 
     #[test]
     fn a_volume_and_a_directory_of_it_are_one() {
-        let of = |path: &str| find(&parse(TABLE), Path::new(path)).map(|(_, device, path)| (device, path));
+        let of = |path: &str| {
+            find(&MountTable::parse(TABLE), Path::new(path)).map(|(_, device, path)| (device, path))
+        };
         let volume = |path: &str| Some(("0:40".to_owned(), path.to_owned()));
         assert_eq!(of("/k/pods/p/volumes/kubernetes.io~empty-dir/cache"), volume(""));
         assert_eq!(of("/k/pods/p/volumes/kubernetes.io~empty-dir/cache/a"), volume("a"));

@@ -6,6 +6,7 @@
 //! it is listed in [`Bundle::not_applied`] (see docs/decisions/0603).
 
 mod disks;
+mod empty_dir;
 mod hooks;
 mod labels;
 mod linux;

@@ -1,18 +1,23 @@
 //! `mounts`: what the guest mounts by itself, and what comes from the host.
 
 use std::{
+    cell::LazyCell,
     fs::File,
     io::{self, Read},
     path::{Path, PathBuf},
 };
 
 use oci_spec::runtime as oci;
-use rvm_protocol::agent::{CreateContainerRequest, IdMapping, Mount};
+use rvm_protocol::agent::{CreateContainerRequest, IdMapping, Mount, Submount};
 
 use super::{
-    HOST_FILES, HostDisk, Shm, SpecError, memory_volume, namespaces::mappings, path_text, submounts, text,
+    HOST_FILES, HostDisk, Shm, SpecError, empty_dir, memory_volume, namespaces::mappings, path_text,
+    submounts, text,
 };
-use crate::user_namespace::{IdMap, IdRange};
+use crate::{
+    mountinfo::MountTable,
+    user_namespace::{IdMap, IdRange},
+};
 
 /// Options that mean something to a mount whatever its file system is; the
 /// others are the file system's own.
@@ -87,15 +92,16 @@ const ALWAYS_THERE: [&str; 8] =
 const FOLLOWING: [&str; 4] = ["slave", "rslave", "shared", "rshared"];
 
 /// Something of the host that the container sees, by way of the share.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Volume {
     /// The field that asked for it, for errors.
     pub field: String,
+    /// Which of the container's mounts shows it; its source is to be what [`crate::share::Share::add`] says.
+    pub mount: usize,
     /// File or directory of the host.
     pub source: PathBuf,
-    /// Where it is bound, relative to the tree of volumes: a file one level deeper
-    /// than a directory ([`crate::share`]).
-    pub share_path: String,
+    /// What is mounted below it and has to be seen.
+    pub submounts: Vec<Submount>,
     /// With everything mounted below it.
     pub recursive: bool,
     /// Held read-only by the host.
@@ -141,6 +147,7 @@ pub(super) fn translate(
     container: &mut CreateContainerRequest,
 ) -> Result<FromHost, SpecError> {
     let mut from_host = FromHost::default();
+    let table = LazyCell::new(MountTable::read);
     for (n, mount) in mounts.iter().enumerate() {
         let at = format!("mounts[{n}]");
         let options = mount
@@ -179,7 +186,8 @@ pub(super) fn translate(
             })?;
             let source = bundle.join(source);
             let follows_host = FOLLOWING.into_iter().any(has);
-            let memory = if idmap.is_none() && !follows_host { memory_volume::at(&source) } else { None };
+            let memory =
+                if idmap.is_none() && !follows_host { memory_volume::at(&table, &source) } else { None };
             if let Some((name, volume)) = memory {
                 // Its own options come after, and win.
                 message.options.splice(0..0, submounts::flags_of(&source));
@@ -190,27 +198,29 @@ pub(super) fn translate(
                 container.mounts.push(message);
                 continue;
             }
-            let mut share_path = format!("{}/{n}", container.container_id);
-            if source.metadata().is_ok_and(|found| !found.is_dir()) {
-                share_path.push_str("/file");
+            let (recursive, readonly_below) = (has("rbind"), has("rro"));
+            // Its own options come after, and win.
+            message.options.splice(0..0, submounts::flags_of(&source));
+            let whole =
+                if idmap.is_none() && !follows_host { empty_dir::whole(&table, &source) } else { None };
+            let (source, path) = whole.unwrap_or((source, String::new()));
+            if recursive {
+                message.submounts = submounts::below(&table, &source);
             }
             from_host.volumes.push(Volume {
                 field: format!("{at}.source"),
-                source: source.clone(),
-                share_path: share_path.clone(),
-                recursive: has("rbind"),
+                mount: container.mounts.len(),
+                source,
+                submounts: message.submounts.clone(),
+                recursive,
                 readonly: is_readonly(&message.options),
-                readonly_below: has("rro"),
+                readonly_below,
                 follows_host,
                 idmap,
             });
-            // Its own options come after, and win.
-            message.options.splice(0..0, submounts::flags_of(&source));
-            if message.options.iter().any(|option| option == "rbind") {
-                message.submounts = submounts::below(&source);
-            }
             message.type_ = "bind".into();
-            message.source = share_path;
+            message.source.clear();
+            message.volume_path = path;
             message.from_share = true;
         } else if message.type_.is_empty() {
             return Err(SpecError::field(

@@ -4,16 +4,12 @@
 //! flags of the mount around it. Under runc each has its own, and those of the
 //! specification are only the outermost one's; so the guest is told beforehand.
 
-use std::{
-    collections::BTreeMap,
-    ffi::OsString,
-    fs,
-    os::unix::ffi::OsStringExt,
-    path::{Path, PathBuf},
-};
+use std::{collections::BTreeMap, fs, path::Path};
 
 use nix::sys::statvfs::{FsFlags, statvfs};
 use rvm_protocol::agent::Submount;
+
+use crate::mountinfo::MountTable;
 
 /// The most that one volume's are told of; the others are found all the same.
 const MOST: usize = 1024;
@@ -21,23 +17,20 @@ const MOST: usize = 1024;
 const FLAGS: [&str; 4] = ["ro", "nosuid", "nodev", "noexec"];
 
 /// The mounts below `source`, outermost first.
-pub(super) fn below(source: &Path) -> Vec<Submount> {
+pub(super) fn below(mounts: &MountTable, source: &Path) -> Vec<Submount> {
     let Ok(source) = fs::canonicalize(source) else { return Vec::new() };
-    parse(&fs::read_to_string("/proc/self/mountinfo").unwrap_or_default(), &source)
+    find(mounts, &source)
 }
 
-fn parse(mountinfo: &str, source: &Path) -> Vec<Submount> {
+fn find(mounts: &MountTable, source: &Path) -> Vec<Submount> {
     let mut found = BTreeMap::new();
-    for line in mountinfo.lines() {
-        // proc_pid_mountinfo(5): the fifth is the place, the sixth the flags.
-        let mut fields = line.split(' ').skip(4);
-        let (Some(place), Some(flags)) = (fields.next(), fields.next()) else { continue };
-        let place = unescape(place);
-        let Some(below) = place.strip_prefix(source).ok().and_then(Path::to_str) else { continue };
+    for mounted in mounts.within(source) {
+        let Some(below) = mounted.place.strip_prefix(source).ok().and_then(Path::to_str) else { continue };
         if below.is_empty() {
             continue;
         }
-        let options = flags.split(',').filter(|flag| FLAGS.contains(flag)).map(str::to_owned).collect();
+        let options =
+            mounted.flags.split(',').filter(|flag| FLAGS.contains(flag)).map(str::to_owned).collect();
         // A later one at the same place covers the earlier.
         found.insert(below.to_owned(), Submount { path: below.to_owned(), options, ..Default::default() });
     }
@@ -56,29 +49,6 @@ pub(super) fn flags_of(source: &Path) -> Vec<String> {
         .collect()
 }
 
-/// Spaces and the like are octal there: a backslash and three digits.
-pub(super) fn unescape(field: &str) -> PathBuf {
-    let mut bytes = Vec::with_capacity(field.len());
-    let mut rest = field.as_bytes();
-    while let Some((first, others)) = rest.split_first() {
-        let code = others
-            .get(..3)
-            .filter(|_| *first == b'\\')
-            .and_then(|digits| u8::from_str_radix(str::from_utf8(digits).ok()?, 8).ok());
-        match code {
-            Some(byte) => {
-                bytes.push(byte);
-                rest = others.get(3..).unwrap_or_default();
-            }
-            None => {
-                bytes.push(*first);
-                rest = others;
-            }
-        }
-    }
-    OsString::from_vec(bytes).into()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -94,7 +64,7 @@ mod tests {
             35 31 0:44 / /v/a ro - tmpfs tmpfs rw\n\
             36 30 0:45 / /vv rw - tmpfs tmpfs rw\n\
             torn\n";
-        let found = parse(table, Path::new("/v"));
+        let found = find(&MountTable::parse(table), Path::new("/v"));
         let found: Vec<_> =
             found.iter().map(|mount| (mount.path.as_str(), mount.options.join(","))).collect();
         assert_eq!(

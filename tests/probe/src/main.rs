@@ -10,6 +10,8 @@
 //! * `rvm-probe output BYTES` writes bytes that a reader can tell from any others.
 //! * `rvm-probe volume FILE` makes the file and prints how locks and shared
 //!   mappings of it behave.
+//! * `rvm-probe serve DIR...` and `rvm-probe meet DIR` show whether a lock, a
+//!   shared mapping and a socket in a directory are one for two containers.
 //! * `rvm-probe clock` prints the seconds since the epoch for each line it reads.
 //! * `rvm-probe capabilities` prints what this program's own mode and file
 //!   capabilities made of its caller's identity.
@@ -24,6 +26,7 @@ mod files;
 mod hook;
 mod kernel;
 mod mounts;
+mod neighbour;
 mod out;
 mod process;
 mod terminal;
@@ -68,6 +71,8 @@ pub extern "C" fn main(_argc: c_int, _argv: *const *const c_char) -> c_int {
         ["output", bytes] => return output(bytes.parse().unwrap_or(0)),
         ["clock"] => return clock(),
         ["volume", file] => volume::print(file),
+        ["serve", dirs @ ..] => return ended(neighbour::serve(dirs)),
+        ["meet", dir] => return ended(neighbour::meet(dir)),
         ["capabilities"] => {
             process::identity(&mut out);
             out.flush();
@@ -84,6 +89,16 @@ pub extern "C" fn main(_argc: c_int, _argv: *const *const c_char) -> c_int {
         }
     }
     0
+}
+
+fn ended(result: std::io::Result<()>) -> c_int {
+    match result {
+        Ok(()) => 0,
+        Err(error) => {
+            Out::line(&format!("error = {error}"));
+            1
+        }
+    }
 }
 
 fn clock() -> c_int {

@@ -26,6 +26,15 @@ pub fn print(path: &str) {
     Out::line("volume = complete");
 }
 
+/// A shared mapping of the first bytes of a file, which is as long as that.
+pub fn map(file: &File, bytes: usize) -> Result<*mut u8> {
+    let access = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: a new mapping, of a file that keeps its length.
+    let page =
+        unsafe { libc::mmap(std::ptr::null_mut(), bytes, access, libc::MAP_SHARED, file.as_raw_fd(), 0) };
+    if page == libc::MAP_FAILED { Err(std::io::Error::last_os_error()) } else { Ok(page.cast()) }
+}
+
 fn try_print(path: &str) -> Result<()> {
     let open = || File::options().read(true).write(true).create(true).truncate(false).open(path);
     let (first, second) = (open()?, open()?);
@@ -49,21 +58,7 @@ fn try_print(path: &str) -> Result<()> {
     Out::line(&format!("range again = {}", own(&second, libc::F_RDLCK, 50)));
     Out::line(&format!("range beside = {}", own(&second, libc::F_WRLCK, 100)));
 
-    // SAFETY: a new mapping of a file of two pages that stays open.
-    let page = unsafe {
-        libc::mmap(
-            std::ptr::null_mut(),
-            2 * PAGE,
-            libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_SHARED,
-            first.as_raw_fd(),
-            0,
-        )
-    };
-    if page == libc::MAP_FAILED {
-        return Err(std::io::Error::last_os_error());
-    }
-    let page = page.cast::<u8>();
+    let page = map(&first, 2 * PAGE)?;
     // SAFETY: within the mapping.
     let second_page = unsafe { page.add(PAGE) };
     // SAFETY: mapped, and nothing else of this process touches it.

@@ -69,8 +69,8 @@ enum Kind {
     Memory { volume: MemoryVolume, mount: Option<OwnedFd> },
     /// A place of the guest, seen at a second place.
     Bind { source: PathBuf, recursive: bool },
-    /// A volume, with what the host has mounted below it.
-    Volume { source: PathBuf, recursive: bool, submounts: Vec<Submount> },
+    /// A volume, or what is at `path` in it, with what the host has mounted below the volume.
+    Volume { source: PathBuf, path: PathBuf, recursive: bool, submounts: Vec<Submount> },
     /// What is mounted there already, with other flags; and where `whole`, with
     /// other options of its file system.
     Remount { whole: bool },
@@ -144,6 +144,9 @@ impl Mount {
             _ if options.remount => Kind::Remount { whole: bind.is_none() },
             Some(recursive) if mount.from_share => {
                 check_relative(&field("source"), &mount.source)?;
+                if !mount.volume_path.is_empty() {
+                    check_relative(&field("volume_path"), &mount.volume_path)?;
+                }
                 let submounts = mount.submounts.iter().map(|submount| {
                     check_relative(&field("submounts"), &submount.path)?;
                     let options = Options::parse(&submount.options);
@@ -152,6 +155,7 @@ impl Mount {
                 });
                 Kind::Volume {
                     source: share::volume(&mount.source),
+                    path: PathBuf::from(&mount.volume_path),
                     recursive,
                     submounts: submounts.collect::<Result<_, Error>>()?,
                 }
@@ -261,17 +265,32 @@ impl Mount {
         }
     }
 
+    /// Walks into a volume and what is mounted below it, which makes their mounts.
+    fn reach(&self) -> StepResult<()> {
+        let Kind::Volume { source, submounts, .. } = &self.kind else { return Ok(()) };
+        match open_path(&source.join(".")) {
+            // A file, whose directory is the mount.
+            Ok(_) | Err(Errno::ENOTDIR) => {}
+            Err(errno) => return Err(errno).step(|| self.describe()),
+        }
+        submounts.iter().for_each(|submount| submount.make(source));
+        Ok(())
+    }
+
     /// A mount of what a bind mount shows, with its attributes, at no place yet.
     fn open_source(&self) -> StepResult<Option<OwnedFd>> {
-        let (source, recursive) = match &self.kind {
-            Kind::Bind { source, recursive } => (source, recursive),
-            Kind::Volume { source, recursive, submounts } => {
-                submounts.iter().for_each(|submount| submount.make(source));
-                (source, recursive)
+        let mount = match &self.kind {
+            Kind::Bind { source, recursive } => clone_tree(AT_FDCWD, source, *recursive),
+            Kind::Volume { source, path, recursive, .. } if path.as_os_str().is_empty() => {
+                clone_tree(AT_FDCWD, source, *recursive)
+            }
+            // Its containers may have put links into it.
+            Kind::Volume { source, path, recursive, .. } => {
+                Root::open(source).and_then(|root| clone_tree(root.find(path)?, Path::new(""), *recursive))
             }
             _ => return Ok(None),
-        };
-        let mount = clone_tree(AT_FDCWD, source, *recursive).step(|| self.describe())?;
+        }
+        .step(|| self.describe())?;
         set_all(&mount, &self.options).step(|| self.describe())?;
         Ok(Some(mount))
     }
@@ -436,6 +455,13 @@ fn complaint(context: &FsContext, describe: impl Fn() -> String, errno: Errno) -
 /// Mounts that still have to become read-only.
 #[derive(Debug)]
 pub struct Unfinished(Vec<OwnedFd>);
+
+/// Makes the mounts of all volumes, in the agent's own mount namespace: two containers that came to one each in a
+/// namespace of its own would have two file systems.
+pub fn reach_volumes(mounts: &[Mount]) -> StepResult<()> {
+    let reach = |(n, mount): (usize, &Mount)| mount.reach().map_err(|error| named(n, &error));
+    mounts.iter().enumerate().try_for_each(reach)
+}
 
 /// What takes the guest's root to open, in the mounts' order.
 pub fn open_sources(mounts: &[Mount]) -> StepResult<Vec<Option<OwnedFd>>> {

@@ -110,15 +110,17 @@ fn binds_come_from_the_share() {
     let bundle = load(&ctr_spec()).unwrap();
     let mounts = &bundle.container.mounts;
     assert!(!mounts[0].from_share);
-    assert_eq!((mounts[1].destination.as_str(), mounts[1].source.as_str()), ("/data", "web/1"));
-    assert!(mounts[1].from_share);
-    assert_eq!((mounts[2].type_.as_str(), mounts[2].source.as_str()), ("bind", "web/2"));
+    for (n, destination) in [(1, "/data"), (2, "/etc/hosts")] {
+        let mount = &mounts[n];
+        assert_eq!((mount.destination.as_str(), mount.type_.as_str()), (destination, "bind"));
+        assert!(mount.from_share && mount.source.is_empty());
+    }
     let volumes: Vec<_> = bundle
         .volumes
         .iter()
-        .map(|volume| (volume.source.to_str().unwrap(), volume.recursive, volume.readonly))
+        .map(|volume| (volume.mount, volume.source.to_str().unwrap(), volume.recursive, volume.readonly))
         .collect();
-    assert_eq!(volumes, [("/srv/data", true, true), ("/bundle/hosts", false, false)]);
+    assert_eq!(volumes, [(1, "/srv/data", true, true), (2, "/bundle/hosts", false, false)]);
 }
 
 #[test]
