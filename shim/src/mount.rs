@@ -55,7 +55,6 @@ pub fn bind_idmapped(
     all: bool,
 ) -> io::Result<()> {
     let tree = clone_tree(source, recursive)?;
-    let target = CString::new(target.as_os_str().as_bytes())?;
     let deep = |yes| if yes { libc::AT_RECURSIVE } else { 0 };
     let attributes = libc::mount_attr {
         attr_set: libc::MOUNT_ATTR_IDMAP,
@@ -64,6 +63,12 @@ pub fn bind_idmapped(
         userns_fd: user_namespace.as_raw_fd().unsigned_abs().into(),
     };
     set_attr(tree.as_raw_fd(), c"", libc::AT_EMPTY_PATH | deep(all), &attributes)?;
+    attach(&tree, target)
+}
+
+/// Puts a mount that is at no place to `target`.
+pub fn attach(tree: &OwnedFd, target: &Path) -> io::Result<()> {
+    let target = CString::new(target.as_os_str().as_bytes())?;
     // SAFETY: both paths are C strings that outlive the call.
     let moved = unsafe {
         libc::syscall(

@@ -43,8 +43,9 @@ const RUNC_FIELDS: [(u32, &str, Meaning); 13] = [
     (9, "SystemdCgroup", Meaning::SystemdCgroup),
     (10, "CriuImagePath", RESTORE),
     (11, "CriuWorkPath", RESTORE),
-    (12, "TaskApiAddress", Meaning::Refused("a task is served by its sandbox's own shim; leave it out")),
-    (13, "TaskApiVersion", Meaning::Refused("a task is served by its sandbox's own shim; leave it out")),
+    // Of its sandbox's shim, to which this was sent.
+    (12, "TaskApiAddress", Meaning::Nothing),
+    (13, "TaskApiVersion", Meaning::Nothing),
 ];
 
 /// The fields of [`LINUX`] by number, from containerd 1.x's `linux/runctypes/runc.proto`.
@@ -282,6 +283,8 @@ mod tests {
         assert_eq!(given, Options::default());
         let given = options(RUNC, b"\x08\x01\x10\x01\x20\x07\x28\x07\x3a\x02/r\x48\x01\x1a\x04/a/b").unwrap();
         assert!(given.systemd_cgroup);
+        // TaskApiAddress and TaskApiVersion, as CRI sends them for a sandbox of the shim's.
+        assert_eq!(options(RUNC, b"\x62\x02/s\x68\x03").unwrap(), Options::default());
         assert_eq!(given.shim_cgroup.as_deref(), Some(Path::new("a/b")));
     }
 
@@ -289,8 +292,6 @@ mod tests {
     fn the_rest_of_runcs_options_is_refused_by_its_name() {
         for (value, name) in [
             (&b"\x32\x04crun"[..], "options.BinaryName: "),
-            (b"\x62\x02/s", "options.TaskApiAddress: "),
-            (b"\x68\x03", "options.TaskApiVersion: "),
             (b"\x1a\x05/a/..", "options.ShimCgroup: "),
             (b"\xf8\x01\x01", "options: field 31 "),
             (b"\x1a\x05ab", "options: containerd.runc.v1.Options: "),

@@ -13,7 +13,10 @@ use std::{
 
 use nix::mount::MsFlags;
 
-use crate::mount;
+use crate::{
+    mount,
+    user_namespace::{IdMap, IdRange, user_namespace},
+};
 
 /// mount(2) takes one page of options.
 const MAX_MOUNT_DATA: usize = 4095;
@@ -67,12 +70,21 @@ pub enum RootfsError {
 /// One mount to make on the container's directory in the share.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Step {
-    /// A directory as it is.
-    Bind(PathBuf),
+    /// A directory as it is, but for its owners.
+    Bind {
+        /// The directory.
+        source: PathBuf,
+        /// How its owners are mapped.
+        idmap: Option<IdMap>,
+    },
     /// Two or more layers merged, topmost first, as overlayfs spells them.
     Overlay {
+        /// What is in the upper directory already, above the others.
+        written: Option<String>,
         /// `lowerdir`'s elements.
         lower: Vec<String>,
+        /// How the owners in these are mapped.
+        idmap: Option<IdMap>,
         /// Further options.
         options: Vec<String>,
     },
@@ -107,7 +119,7 @@ pub(crate) fn plan(
     is_empty: impl Fn(&Path) -> bool,
 ) -> Result<Vec<Step>, RootfsError> {
     if layers.is_empty() {
-        return Ok(vec![Step::Bind(root.to_owned())]);
+        return Ok(vec![Step::Bind { source: root.to_owned(), idmap: None }]);
     }
     layers.iter().enumerate().map(|(index, layer)| step(index, layer, access, &is_empty)).collect()
 }
@@ -130,7 +142,7 @@ fn step(
         if layer.source.is_empty() {
             return wrong("source", "is missing; a bind mount needs a directory");
         }
-        return Ok(Step::Bind(layer.source.clone().into()));
+        return Ok(Step::Bind { source: layer.source.clone().into(), idmap: idmap(index, &layer.options)? });
     }
     if layer.kind == "overlay" {
         return overlay(index, &layer.options, access, is_empty);
@@ -170,27 +182,42 @@ fn overlay(
             Some(("upperdir" | "workdir", _)) if access == Access::Writable => others.push(option.clone()),
             Some(("upperdir", dir)) => upper = Some(dir.to_owned()),
             Some(("workdir", _)) => {}
-            Some(("uidmap" | "gidmap", _)) => {
-                return Err(wrong(format!("{option:?}: idmapped layers are not supported")));
-            }
+            Some(("uidmap" | "gidmap", _)) => {}
             _ if mount_flag(option).is_some() => {}
             _ if option == "volatile" && access == Access::ReadOnly => {}
             _ => others.push(option.clone()),
         }
     }
     // What somebody put into the writable layer before the start is part of
-    // what the container finds.
-    if let Some(upper) = upper
-        && !is_empty(Path::new(&unescape(&upper)))
-    {
-        lower.insert(0, upper);
-    }
+    // what the container finds. Its owners are those of the container.
+    let written = upper.filter(|upper| !is_empty(Path::new(&unescape(upper))));
+    let idmap = idmap(index, options)?;
     let writable = others.iter().any(|option| option.starts_with("upperdir="));
-    match lower.as_slice() {
-        [] => Err(wrong("\"lowerdir\" is missing: an overlay needs layers".into())),
+    match (lower.as_slice(), &written) {
+        ([], None) => Err(wrong("\"lowerdir\" is missing: an overlay needs layers".into())),
         // Overlayfs without an upper layer wants two.
-        [only] if !writable => Ok(Step::Bind(unescape(only).into())),
-        _ => Ok(Step::Overlay { lower, options: others }),
+        ([only], None) if !writable => Ok(Step::Bind { source: unescape(only).into(), idmap }),
+        ([], Some(only)) if !writable => Ok(Step::Bind { source: unescape(only).into(), idmap: None }),
+        _ => Ok(Step::Overlay { written, lower, idmap, options: others }),
+    }
+}
+
+/// What a snapshotter has the owners in the layers mapped by: `uidmap=` and `gidmap=`, both or none.
+fn idmap(index: usize, options: &[String]) -> Result<Option<IdMap>, RootfsError> {
+    let wrong = |problem: String| RootfsError::Layer { index, field: "options", problem };
+    let ranges = |key: &str| {
+        let found = options.iter().find_map(|option| option.strip_prefix(key));
+        found.map(|text| {
+            IdRange::parse_all(text).ok_or_else(|| {
+                wrong(format!("{key}{text}: must be INSIDE:OUTSIDE:COUNT, several with commas between them"))
+            })
+        })
+    };
+    match (ranges("uidmap=").transpose()?, ranges("gidmap=").transpose()?) {
+        (None, None) => Ok(None),
+        (Some(uids), Some(gids)) => Ok(Some(IdMap { uids, gids })),
+        (Some(_), None) => Err(wrong("uidmap= without gidmap=".into())),
+        (None, Some(_)) => Err(wrong("gidmap= without uidmap=".into())),
     }
 }
 
@@ -271,12 +298,28 @@ fn mount_all(layers: &[Layer], root: &Path, target: &Path, access: Access) -> Re
     };
     for (index, step) in plan(layers, root, access, is_empty_dir)?.iter().enumerate() {
         let (what, result) = match step {
-            Step::Bind(source) => {
-                (source.display().to_string(), mount::bind(source, target, access == Access::Writable))
+            Step::Bind { source, idmap } => {
+                let recursive = access == Access::Writable;
+                let bound = match idmap {
+                    None => mount::bind(source, target, recursive),
+                    Some(idmap) => user_namespace(idmap).and_then(|namespace| {
+                        mount::bind_idmapped(source, target, recursive, &namespace, false)
+                    }),
+                };
+                (source.display().to_string(), bound)
             }
-            Step::Overlay { lower, options } => {
-                let what = format!("an overlay of {} layers", lower.len());
-                (what, mount_overlay(lower, options, target, flag))
+            Step::Overlay { written, lower, idmap, options } => {
+                let what = format!("an overlay of {} layers", lower.len() + usize::from(written.is_some()));
+                let mounted = match idmap {
+                    None => {
+                        let lower: Vec<String> = written.iter().chain(lower).cloned().collect();
+                        mount_overlay(&lower, options, target, flag)
+                    }
+                    Some(idmap) => {
+                        mount_idmapped_overlay(written.as_deref(), lower, idmap, options, target, flag)
+                    }
+                };
+                (what, mounted)
             }
             Step::FileSystem { kind, source, flags, data } => (
                 format!("{source} ({kind})"),
@@ -305,20 +348,52 @@ fn mount_overlay(lower: &[String], options: &[String], target: &Path, flags: MsF
         return mount::mount_fs("overlay", "overlay", target, flags, Some(&data));
     }
     // Many layers: name them from the directory they have in common.
-    let Some((dir, relative)) = relative_to_common(lower) else {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "the layers' paths are too long and have no directory in common",
-        ));
-    };
-    let data = overlay_data(&relative, options);
+    let (dir, relative) = relative_to_common(lower).ok_or_else(|| apart("are too long and"))?;
+    mount_overlay_from(Path::new(&unescape(&dir)), &relative, options, target, flags)
+}
+
+/// The same with layers whose owners are mapped. OverlayFS cannot map them itself, only be given layers that are mapped
+/// already, at some place: all of them are, with the directory they have in common, below `target` for that moment.
+fn mount_idmapped_overlay(
+    written: Option<&str>,
+    lower: &[String],
+    idmap: &IdMap,
+    options: &[String],
+    target: &Path,
+    flags: MsFlags,
+) -> io::Result<()> {
+    let (dir, relative) = relative_to_common(lower).ok_or_else(|| apart("are to be idmapped and"))?;
+    mount::bind_idmapped(Path::new(&unescape(&dir)), target, false, &user_namespace(idmap)?, false)?;
+    let lower: Vec<String> = written.map(str::to_owned).into_iter().chain(relative).collect();
+    let mounted = mount_overlay_from(target, &lower, options, target, flags).and_then(|()| {
+        let overlay = mount::clone(target)?;
+        mount::detach(target)?;
+        Ok(overlay)
+    });
+    mount::detach(target)?;
+    mount::attach(&mounted?, target)
+}
+
+fn mount_overlay_from(
+    dir: &Path,
+    lower: &[String],
+    options: &[String],
+    target: &Path,
+    flags: MsFlags,
+) -> io::Result<()> {
+    let data = overlay_data(lower, options);
     if data.len() > MAX_MOUNT_DATA {
         return Err(io::Error::new(
             io::ErrorKind::InvalidInput,
             format!("the layers' paths are {} bytes long, {MAX_MOUNT_DATA} are possible", data.len()),
         ));
     }
-    mount::mount_fs_from(Path::new(&unescape(&dir)), "overlay", "overlay", target, flags, &data)
+    mount::mount_fs_from(dir, "overlay", "overlay", target, flags, &data)
+}
+
+fn apart(why: &str) -> io::Error {
+    let problem = format!("the layers' paths {why} have no directory in common");
+    io::Error::new(io::ErrorKind::InvalidInput, problem)
 }
 
 fn overlay_data(lower: &[String], options: &[String]) -> String {
@@ -362,6 +437,10 @@ mod tests {
         plan(&[layer], Path::new("/unused"), Access::ReadOnly, |_| upper_is_empty)
     }
 
+    fn bind_of(source: &str) -> Step {
+        Step::Bind { source: source.into(), idmap: None }
+    }
+
     #[test]
     fn an_overlay_loses_its_writable_layer() {
         let steps = overlay_of(
@@ -371,7 +450,9 @@ mod tests {
         assert_eq!(
             steps.unwrap(),
             [Step::Overlay {
+                written: None,
                 lower: vec!["/s/2/fs".into(), "/s/1/fs".into()],
+                idmap: None,
                 options: vec!["index=off".into()]
             }]
         );
@@ -382,14 +463,19 @@ mod tests {
         let steps = overlay_of(&["workdir=/s/3/work", "upperdir=/s/3/fs", "lowerdir=/s/1/fs"], false);
         assert_eq!(
             steps.unwrap(),
-            [Step::Overlay { lower: vec!["/s/3/fs".into(), "/s/1/fs".into()], options: vec![] }]
+            [Step::Overlay {
+                written: Some("/s/3/fs".into()),
+                lower: vec!["/s/1/fs".into()],
+                idmap: None,
+                options: vec![]
+            }]
         );
     }
 
     #[test]
     fn a_single_layer_is_bound() {
         let steps = overlay_of(&["workdir=/s/3/work", "upperdir=/s/3/fs", "lowerdir=/s\\:x/1/fs"], true);
-        assert_eq!(steps.unwrap(), [Step::Bind("/s:x/1/fs".into())]);
+        assert_eq!(steps.unwrap(), [bind_of("/s:x/1/fs")]);
         let bind = Layer {
             kind: "bind".into(),
             source: "/s/1/fs".into(),
@@ -398,7 +484,7 @@ mod tests {
         };
         assert_eq!(
             plan(&[bind], Path::new("/unused"), Access::ReadOnly, |_| true).unwrap(),
-            [Step::Bind("/s/1/fs".into())]
+            [bind_of("/s/1/fs")]
         );
     }
 
@@ -406,7 +492,7 @@ mod tests {
     fn no_mounts_mean_the_bundles_root() {
         assert_eq!(
             plan(&[], Path::new("/b/rootfs"), Access::ReadOnly, |_| true).unwrap(),
-            [Step::Bind("/b/rootfs".into())]
+            [bind_of("/b/rootfs")]
         );
     }
 
@@ -449,8 +535,29 @@ mod tests {
         );
         assert_eq!(
             overlay_of(&["lowerdir=/a:/b", "uidmap=0:1000:10"], true).unwrap_err().to_string(),
-            "rootfs[0].options: \"uidmap=0:1000:10\": idmapped layers are not supported"
+            "rootfs[0].options: uidmap= without gidmap="
         );
+    }
+
+    #[test]
+    fn owners_in_the_layers_are_mapped_and_what_was_written_is_not() {
+        let options =
+            ["lowerdir=/s/2/fs:/s/1/fs", "upperdir=/s/3/fs", "uidmap=0:1000:10,10:5:1", "gidmap=0:7:9"];
+        let range = |inside, outside, count| IdRange { inside, outside, count };
+        let idmap = IdMap { uids: vec![range(0, 1000, 10), range(10, 5, 1)], gids: vec![range(0, 7, 9)] };
+        assert_eq!(
+            overlay_of(&options, false).unwrap(),
+            [Step::Overlay {
+                written: Some("/s/3/fs".into()),
+                lower: vec!["/s/2/fs".into(), "/s/1/fs".into()],
+                idmap: Some(idmap),
+                options: vec![]
+            }]
+        );
+        for wrong in ["uidmap=0:1", "uidmap=0:1:0", "uidmap=0:1:2:3", "uidmap=", "uidmap=0:1:4294967296"] {
+            let error = overlay_of(&["lowerdir=/a", wrong, "gidmap=0:7:9"], true).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("rootfs[0].options: {wrong}: must be")), "{error}");
+        }
     }
 
     #[test]
@@ -465,7 +572,9 @@ mod tests {
         assert_eq!(
             plan(&[layer], Path::new("/unused"), Access::Writable, |_| false).unwrap(),
             [Step::Overlay {
+                written: None,
                 lower: vec!["/s/1/fs".into()],
+                idmap: None,
                 options: options
                     .iter()
                     .filter(|o| !["lowerdir=/s/1/fs", "rw"].contains(o))

@@ -128,8 +128,10 @@ impl Sandbox for SandboxService {
         _: &TtrpcContext,
         request: ShutdownSandboxRequest,
     ) -> ttrpc::Result<ShutdownSandboxResponse> {
-        let tasks = self.tasks.clone();
-        to_its_end(async move { tasks.shut_down_sandbox(&request.sandbox_id).await }).await?;
+        let (tasks, id) = (self.tasks.clone(), request.sandbox_id.clone());
+        to_its_end(async move { tasks.stop_sandbox(&id).await }).await?;
+        // With the answer next: once the shim may end, it closes connections.
+        self.tasks.shut_down_sandbox(&request.sandbox_id)?;
         Ok(ShutdownSandboxResponse::new())
     }
 

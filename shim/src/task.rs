@@ -280,6 +280,7 @@ impl Tasks {
             neighbours: slots.containers.values().map(|container| container.neighbour()).collect(),
             shm: sandbox.shm().cloned(),
             network: sandbox.network_identity(),
+            users: sandbox.users().cloned(),
         }
     }
 

@@ -33,6 +33,31 @@ pub struct IdMap {
     pub gids: Vec<IdRange>,
 }
 
+impl IdRange {
+    /// Ranges as snapshotters write them in mount options: `INSIDE:OUTSIDE:COUNT`, several with commas between them.
+    pub fn parse_all(text: &str) -> Option<Vec<Self>> {
+        let parse = |range: &str| {
+            let mut numbers = range.split(':').map(|number| number.parse().ok());
+            let range = Self { inside: numbers.next()??, outside: numbers.next()??, count: numbers.next()?? };
+            (numbers.next().is_none() && range.count > 0).then_some(range)
+        };
+        text.split(',').map(parse).collect()
+    }
+}
+
+impl IdMap {
+    /// The user and group outside that these are inside; none where one is not mapped.
+    pub fn outside(&self, uid: u32, gid: u32) -> Option<(u32, u32)> {
+        let find = |ranges: &[IdRange], id: u32| {
+            ranges.iter().find_map(|range| {
+                let offset = id.checked_sub(range.inside).filter(|offset| *offset < range.count)?;
+                range.outside.checked_add(offset)
+            })
+        };
+        Some((find(&self.uids, uid)?, find(&self.gids, gid)?))
+    }
+}
+
 /// A user namespace with this mapping. It is made by a child that lives until
 /// the namespace is open, and has no other process in it.
 pub fn user_namespace(map: &IdMap) -> io::Result<OwnedFd> {
@@ -76,4 +101,21 @@ fn map_and_open(child: Pid, mut ready: fs::File, map: &IdMap) -> io::Result<Owne
         fs::File::options().write(true).open(format!("/proc/{child}/{name}"))?.write_all(text.as_bytes())?;
     }
     Ok(fs::File::open(format!("/proc/{child}/ns/user"))?.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_inside_are_others_outside() {
+        let range = |inside, outside, count| IdRange { inside, outside, count };
+        let map =
+            IdMap { uids: vec![range(0, 1000, 10), range(20, 5, 1)], gids: vec![range(0, u32::MAX, 9)] };
+        assert_eq!(map.outside(9, 0), Some((1009, u32::MAX)));
+        assert_eq!(map.outside(20, 0), Some((5, u32::MAX)));
+        for (uid, gid) in [(10, 0), (21, 0), (0, 1), (0, 9)] {
+            assert_eq!(map.outside(uid, gid), None, "{uid}:{gid}");
+        }
+    }
 }

@@ -14,11 +14,8 @@ use rvm_tests::{
     bare::Bare,
     bundle::{Bundle, spec},
     case, scale,
-    world::{World, shell},
+    world::{ADDRESS, World, shell},
 };
-
-/// containerd's address, for a shim without a containerd.
-const ADDRESS: &str = "/run/containerd/containerd.sock";
 
 /// ctr sends runc's options with the owner of the streams, and moves the
 /// snapshot's files to the mapped owners.

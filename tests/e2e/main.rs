@@ -25,6 +25,7 @@ mod limits;
 mod loopback;
 mod network;
 mod parity;
+mod pod_users;
 mod pod_volumes;
 mod pods;
 mod process;

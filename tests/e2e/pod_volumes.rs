@@ -18,25 +18,36 @@ use rvm_tests::cri::Pod;
 const KUBELET: &str = "/run/rvm-tests/cri/kubelet";
 
 /// The volumes of one pod; gone with it.
-struct Volumes(PathBuf);
+pub struct Volumes(pub PathBuf);
 
 impl Volumes {
-    fn new(pod: &str) -> Result<Self> {
+    pub fn new(pod: &str) -> Result<Self> {
         let dir = Path::new(KUBELET).join("pods").join(pod);
         fs::create_dir_all(&dir)?;
         Ok(Self(dir))
     }
 
     /// A directory where kubelet has volumes of this kind, for everybody to write to.
-    fn dir(&self, kind: &str, name: &str) -> Result<PathBuf> {
+    pub fn dir(&self, kind: &str, name: &str) -> Result<PathBuf> {
         let dir = self.0.join("volumes").join(format!("kubernetes.io~{kind}")).join(name);
         fs::create_dir_all(&dir)?;
         fs::set_permissions(&dir, fs::Permissions::from_mode(0o777))?;
         Ok(dir)
     }
 
+    /// The same with a file system of which owners can be mapped, which this kernel's tmpfs is not.
+    pub fn disk(&self, kind: &str, name: &str) -> Result<PathBuf> {
+        let (dir, image) = (self.dir(kind, name)?, self.0.join(format!("{name}.image")));
+        shell(&format!(
+            "truncate -s 32M {0}; /sbin/mkfs.ext4 -q -F {0}; mount -o loop {0} {1}; chmod 777 {1}",
+            image.display(),
+            dir.display()
+        ))?;
+        Ok(dir)
+    }
+
     /// The same, as `emptyDir: {medium: Memory, sizeLimit: 8Mi}`.
-    fn memory(&self, name: &str) -> Result<PathBuf> {
+    pub fn memory(&self, name: &str) -> Result<PathBuf> {
         let dir = self.dir("empty-dir", name)?;
         shell(&format!("mount -t tmpfs -o size=8m,mode=777 tmpfs {}", dir.display()))?;
         Ok(dir)
@@ -244,7 +255,7 @@ fn a_mount_that_is_to_reach_the_host_is_refused() {
             ..mount(&dir, "/shared")
         };
         let started = pod.start("one", &SLEEP, with(&[reaching])).map(|container| container.id);
-        if cri.handler() == "rvm" {
+        if cri.is_rvm() {
             let error = format!("{:#}", started.err().context("it is started")?);
             ensure!(error.contains("mounts[") && error.contains("shared"), "{error}");
         } else {

@@ -23,19 +23,27 @@ impl Seen {
     }
 }
 
-/// Runs `act` with pods under both, and compares what it saw.
+/// Runs `act` with pods under every handler, and compares what it saw.
 pub fn same(act: impl Fn(&Cri, &mut Seen) -> Result<()>) {
     case_with(Cri::prepare, |world| {
-        let [runc, rvm] = Cri::compare(world, |cri| {
+        let all = Cri::compare(world, |cri| {
             let mut seen = Seen::default();
             act(cri, &mut seen)?;
             Ok(seen.0)
         })?;
-        for (runc, rvm) in runc.iter().zip(&rvm) {
-            println!("{} {rvm}", if runc == rvm { "same" } else { "runc" });
-            ensure!(runc == rvm, "under runc:\n{runc}\nunder rvm:\n{rvm}");
+        let ((_, runc), others) = all.split_first().context("nothing ran")?;
+        for (handler, lines) in others {
+            for (runc, line) in runc.iter().zip(lines) {
+                println!("{handler}: {} {line}", if runc == line { "same" } else { "runc" });
+                ensure!(runc == line, "under runc:\n{runc}\nunder {handler}:\n{line}");
+            }
+            ensure!(
+                runc.len() == lines.len() && !runc.is_empty(),
+                "{} things seen and {}",
+                runc.len(),
+                lines.len()
+            );
         }
-        ensure!(runc.len() == rvm.len() && !runc.is_empty(), "{} things seen and {}", runc.len(), rvm.len());
         Ok(())
     });
 }
@@ -56,7 +64,7 @@ fn memory(mib: i64) -> LinuxContainerResources {
 }
 
 /// A pod whose namespaces `edit` changes.
-fn with_namespaces(config: &mut PodSandboxConfig, edit: impl FnOnce(&mut NamespaceOption)) {
+pub fn with_namespaces(config: &mut PodSandboxConfig, edit: impl FnOnce(&mut NamespaceOption)) {
     let security = config.linux.as_mut().and_then(|linux| linux.security_context.as_mut());
     if let Some(options) = security.and_then(|security| security.namespace_options.as_mut()) {
         edit(options);
@@ -199,7 +207,7 @@ fn a_pods_machine_has_at_once_what_it_will_need() {
         let total: u64 = total.trim().parse().with_context(|| total.clone())?;
         // As much as was asked for, and less than with another's claim beside it.
         seen.add("memory", total >= 768);
-        if cri.handler() == "rvm" {
+        if cri.is_rvm() {
             ensure!((768..900).contains(&total), "{total} MiB");
         }
         let two = pod.start("two", &["sleep", "100000"], limited(memory(256)))?;
@@ -294,7 +302,7 @@ fn what_is_the_hosts_is_refused() {
                     _ => options.ipc = NamespaceMode::Node.into(),
                 });
             };
-            if cri.handler() == "rvm" {
+            if cri.is_rvm() {
                 let error = Pod::refused(cri, name, edit)?;
                 println!("{what}: {error}");
                 ensure!(error.contains(&format!("\"{what}\" namespace")), "{what}: {error}");

@@ -1,11 +1,17 @@
 //! Images of one, twenty and a hundred layers, and everything a layer can hold.
 
 use anyhow::{Context, Result, ensure};
+use containerd_shim_protos::{ttrpc::Status, types::mount::Mount};
 use rootfs_builder::{
     image::Image,
     layer::{self, Layer},
 };
-use rvm_tests::{case, scale, world::World};
+use rvm_tests::{
+    bare::Bare,
+    bundle, case, scale,
+    world::{ADDRESS, World, shell},
+};
+use serde_json::json;
 
 /// `struct vfs_cap_data` of revision 2 (capabilities(7)): CAP_CHOWN, permitted
 /// and effective.
@@ -114,4 +120,100 @@ fn a_hundred_layers() {
         ensure!(mounts < 40, "the guest pays for layers: {mounts} mounts");
         remove(world, NAME)
     });
+}
+
+/// Layers as a snapshotter gives them whose owners the kernel is to map, as it is for pods with a user namespace.
+#[test]
+fn owners_in_layers_are_mapped() {
+    case(|world| {
+        if !world.stage().is_rvm() {
+            return Ok(());
+        }
+        let dir = world.dir().join("mapped");
+        let at = dir.display();
+        // A tmpfs of this kernel's cannot be idmapped.
+        shell(&format!(
+            "mkdir {at}; truncate -s 64M {at}.image; /sbin/mkfs.ext4 -q -F {at}.image; mount -o loop {at}.image {at}; \
+             mkdir -p {at}/1/tmp {at}/1/dev {at}/1/proc {at}/1/out {at}/2 {at}/out; chmod 777 {at}/out; \
+             cp -a {}/bin {at}/1; echo x > {at}/2/seven; chown 7:8 {at}/2/seven",
+            world.rootfs()?.display()
+        ))?;
+        let all = || {
+            for (writes, upper) in [("guest", "full"), ("guest", "empty"), ("host", "host")] {
+                // What the container writes stays with the snapshot, so each is one of its own.
+                shell(&format!(
+                    "mkdir -p {at}/{upper}/fs {at}/{upper}/work; chown 100000:100000 {at}/{upper}/fs"
+                ))?;
+                if upper == "full" {
+                    shell(&format!("cd {at}/full/fs; echo x > five; chown 100005:100006 five"))?;
+                }
+                let seen =
+                    mapped(world, &dir, writes, upper).with_context(|| format!("{writes}, {upper}"))?;
+                let five = if upper == "full" { "/five 5:6\n" } else { "" };
+                let expected = format!("/ 0:0\n/bin/busybox 0:0\n/seven 7:8\n{five}/new 0:0\n/seven 9:10\n");
+                ensure!(seen == expected, "{writes}, {upper}: {seen:?}, expected {expected:?}");
+            }
+            let stored = shell(&format!("cd {at}; stat -c '%n %u:%g' 2/seven host/fs/new host/fs/seven"))?;
+            ensure!(
+                stored == "2/seven 7:8\nhost/fs/new 100000:100000\nhost/fs/seven 100009:100010\n",
+                "{stored}"
+            );
+            Ok(())
+        };
+        let result = all();
+        shell(&format!("umount {at}; rmdir {at}; rm {at}.image"))?;
+        result
+    });
+}
+
+/// What a container in a user namespace says of its files.
+fn mapped(world: &World, dir: &std::path::Path, writes: &str, upper: &str) -> Result<String> {
+    let script = "for f in / /bin/busybox /seven /five; do [ -e $f ] && stat -c '%n %u:%g' $f; done > /out/seen; \
+                  echo x > /new; chown 9:10 /seven; stat -c '%n %u:%g' /new /seven >> /out/seen; \
+                  echo > /out/done; exec sleep 1000";
+    let mut spec = bundle::spec(dir, &["/bin/busybox", "sh", "-c", script]);
+    let capabilities = json!(["CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER"]);
+    spec["process"]["capabilities"] =
+        json!({"bounding": capabilities, "effective": capabilities, "permitted": capabilities});
+    let mappings = json!([{"containerID": 0, "hostID": 100_000, "size": 65536}]);
+    spec["linux"]["uidMappings"] = mappings.clone();
+    spec["linux"]["gidMappings"] = mappings;
+    spec["linux"]["namespaces"].as_array_mut().context("namespaces")?.push(json!({"type": "user"}));
+    let out =
+        json!({"destination": "/out", "type": "bind", "source": dir.join("out"), "options": ["rbind", "rw"]});
+    spec["mounts"].as_array_mut().context("mounts")?.push(out);
+    spec["annotations"] = json!({ "io.rvm.writes": writes });
+    let at = dir.display();
+    let options = [
+        format!("workdir={at}/{upper}/work"),
+        format!("upperdir={at}/{upper}/fs"),
+        format!("lowerdir={at}/2:{at}/1"),
+        "uidmap=0:100000:65536".into(),
+        "gidmap=0:100000:65536".into(),
+    ];
+    let rootfs = Mount {
+        type_: "overlay".into(),
+        source: "overlay".into(),
+        options: options.to_vec(),
+        ..Default::default()
+    };
+    let shim = Bare::start(world, ADDRESS, "mapped", &spec)?;
+    let ran = || {
+        let said = |status: Status| anyhow::anyhow!("{}", status.message);
+        shim.create_on(vec![rootfs], None).map_err(said)?;
+        let seen = shim.start_task().map_err(said).and_then(|()| {
+            let until = std::time::Instant::now() + scale::container();
+            while !dir.join("out/done").exists() {
+                ensure!(std::time::Instant::now() < until, "it says nothing");
+                std::thread::sleep(std::time::Duration::from_millis(20));
+            }
+            Ok(std::fs::read_to_string(dir.join("out/seen"))?)
+        });
+        shim.end_task()?;
+        shell(&format!("rm -f {at}/out/*"))?;
+        seen
+    };
+    let seen = ran();
+    shim.shut_down()?;
+    seen
 }

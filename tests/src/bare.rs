@@ -16,6 +16,7 @@ use containerd_shim_protos::{
     },
     protobuf::{Message, well_known_types::any::Any},
     ttrpc,
+    types::mount::Mount,
 };
 use serde_json::Value;
 
@@ -73,6 +74,14 @@ impl Bare {
     /// # Errors
     /// What the shim answers.
     pub fn create(&self, options: Option<(&str, &[u8])>) -> Result<(), ttrpc::Status> {
+        self.create_on(Vec::new(), options)
+    }
+
+    /// The same on a snapshot's mounts.
+    ///
+    /// # Errors
+    /// What the shim answers.
+    pub fn create_on(&self, rootfs: Vec<Mount>, options: Option<(&str, &[u8])>) -> Result<(), ttrpc::Status> {
         let any = |(kind, value): (&str, &[u8])| Any {
             type_url: kind.to_owned(),
             value: value.to_owned(),
@@ -81,6 +90,7 @@ impl Bare {
         let request = CreateTaskRequest {
             id: self.id.clone(),
             bundle: self.bundle.to_string_lossy().into_owned(),
+            rootfs,
             options: options.map(any).into(),
             ..Default::default()
         };

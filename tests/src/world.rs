@@ -42,8 +42,8 @@ use crate::{
 
 /// Everything containerd and the tests write, inside the namespace.
 const DIR: &str = "/run/rvm-tests";
-/// containerd's default address, so that plain `ctr` finds it.
-const ADDRESS: &str = "/run/containerd/containerd.sock";
+/// Where containerd listens: where plain `ctr` looks for it.
+pub const ADDRESS: &str = "/run/containerd/containerd.sock";
 /// CRI is used by few cases and takes a second of every start in the devhost.
 const NO_CRI: &str = "disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n";
 /// Name of the imported image.
@@ -81,6 +81,13 @@ impl World {
         };
         world.enter()?;
         std::fs::create_dir_all(world.wrapper_dir())?;
+        if world.stage.containerd_dir.is_some() {
+            // Newer ones idmap layers for pods with a user namespace, which takes a file system that can be.
+            shell(&format!(
+                "mkdir {DIR}/containerd; truncate -s 8G {DIR}/containerd.ext4; \
+                 /sbin/mkfs.ext4 -q -F {DIR}/containerd.ext4; mount -o loop {DIR}/containerd.ext4 {DIR}/containerd"
+            ))?;
+        }
         world.write_containerd_config(NO_CRI)?;
         world.set_config(&world.config())?;
         world.start_containerd()?;

@@ -26,7 +26,9 @@ use crate::{
     clock::Keeper,
     config::Config,
     process_id::ProcessId,
-    share, sysctl,
+    share,
+    spec::Users,
+    sysctl,
     timeline::Timeline,
     vmm::{self, Exited, Monitor, MonitorError},
     vsock::{self, Vsock, VsockError},
@@ -324,7 +326,7 @@ fn host_name() -> Option<String> {
 }
 
 fn set_up_request(plan: &Plan) -> SetUpSandboxRequest {
-    let (uid_mappings, gid_mappings) = plan.owner.clone().unwrap_or_default();
+    let Users { uids: uid_mappings, gids: gid_mappings, .. } = plan.users.clone().unwrap_or_default();
     SetUpSandboxRequest {
         uid_mappings,
         gid_mappings,

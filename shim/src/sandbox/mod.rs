@@ -54,7 +54,7 @@ use crate::{
     relay::Relay,
     rootfs::Layer,
     share::Share,
-    spec::{Bundle, Shm},
+    spec::{Bundle, Shm, Users},
     state::{Phase, State},
     timeline::Timeline,
     vsock::Vsock,
@@ -69,6 +69,7 @@ pub const CONSOLE_LOG: &str = "console.log";
 struct Base {
     first: String,
     shm: Option<Shm>,
+    users: Option<Users>,
     timeline: Arc<Timeline>,
     sizing: resize::Sizing,
     host: Arc<attach::HostSide>,
@@ -81,6 +82,7 @@ pub struct Sandbox {
     /// The container it was made for.
     first: String,
     shm: Option<Shm>,
+    users: Option<Users>,
     timeline: Arc<Timeline>,
     host: Arc<attach::HostSide>,
     sizing: resize::Sizing,
@@ -151,16 +153,20 @@ impl Base {
         owned.record.change(|state| state.monitor = Some(monitor));
         let sizing = resize::Sizing::new(plan.room, plan.size, plan.max_vcpus, plan.ledger, &total);
         let owned = OffThread::new(owned);
-        Ok((Self { first: plan.first, shm: plan.shm, timeline, sizing, host, owned }, boot))
+        Ok((
+            Self { first: plan.first, shm: plan.shm, users: plan.users, timeline, sizing, host, owned },
+            boot,
+        ))
     }
 
     /// The sandbox, whose agent has set it up.
     fn with(self, machine: Machine) -> Sandbox {
-        let Self { first, shm, timeline, sizing, host, owned } = self;
+        let Self { first, shm, users, timeline, sizing, host, owned } = self;
         let sandbox = Sandbox {
             machine,
             first,
             shm,
+            users,
             timeline,
             host,
             sizing,
@@ -289,6 +295,11 @@ impl Sandbox {
     /// The container it was made for.
     pub fn first(&self) -> &str {
         &self.first
+    }
+
+    /// The user namespace that owns what it holds, where that is not the guest's.
+    pub fn users(&self) -> Option<&Users> {
+        self.users.as_ref()
     }
 
     /// The `/dev/shm` of the host's in whose place its containers share the guest's.

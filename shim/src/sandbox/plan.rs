@@ -8,7 +8,7 @@ use rvm_protocol::vmm::MAX_VCPUS;
 use super::ledger::{Claim, Ledger};
 use crate::{
     config::Guest,
-    spec::{Bundle, HostNetwork, IdMappings, PodConfig, Role, Shm},
+    spec::{Bundle, HostNetwork, PodConfig, Role, Shm, Users},
 };
 
 /// What kernel and agent use, in MiB: their text and data, and what a running
@@ -44,8 +44,8 @@ pub struct Plan {
     pub network: Option<HostNetwork>,
     /// The `/dev/shm` that its containers share.
     pub shm: Option<Shm>,
-    /// Ids of the user namespace that owns what the sandbox holds; none for the guest's.
-    pub owner: Option<IdMappings>,
+    /// The user namespace that owns what the sandbox holds; none for the guest's.
+    pub users: Option<Users>,
     /// What it starts with.
     pub size: Size,
     /// How many vCPUs it may come to have.
@@ -85,7 +85,7 @@ impl Plan {
             not_applied: bundle.not_applied.clone(),
             network: bundle.network.clone(),
             shm: bundle.shm.clone(),
-            owner: bundle.owner.clone(),
+            users: bundle.users.clone(),
             size,
             max_vcpus: most.max(size.vcpus),
             room: Room::of(size, host),
@@ -119,7 +119,7 @@ impl Plan {
             network,
             // Its own, wherever a client has its containers look for it.
             shm: None,
-            owner: None,
+            users: pod.users.clone(),
             size,
             max_vcpus: u8::try_from(host.cpus).unwrap_or(MAX_VCPUS).max(size.vcpus),
             room: Room::of(size, host),

@@ -12,15 +12,19 @@ use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use rvm_protocol::agent::{FileOwner, MemoryVolume};
 
 use super::empty_dir::KIND;
-use crate::mountinfo::MountTable;
+use crate::{mountinfo::MountTable, user_namespace::IdMap};
 
 /// How many directories of one are looked at, and how deep: kubelet has made one for each `subPath`.
 const MOST: usize = 64;
 const DEEPEST: u32 = 8;
 
 /// What `source` is of a memory volume, and that one's name; `None` where it is of none, or where the host has put
-/// files into it.
-pub(super) fn at(mounts: &MountTable, source: &Path) -> Option<(String, MemoryVolume)> {
+/// files into it. Its owners are as `idmap` has them seen: in the guest nobody else sees it.
+pub(super) fn at(
+    mounts: &MountTable,
+    source: &Path,
+    idmap: Option<&IdMap>,
+) -> Option<(String, MemoryVolume)> {
     let size = statfs(source).ok().filter(|found| found.filesystem_type() == TMPFS_MAGIC)?;
     let source = fs::canonicalize(source).ok().filter(|source| source.is_dir())?;
     let (top, device, path) = find(mounts, &source)?;
@@ -29,9 +33,9 @@ pub(super) fn at(mounts: &MountTable, source: &Path) -> Option<(String, MemoryVo
     }
     let volume = MemoryVolume {
         bytes: size.blocks().saturating_mul(u64::try_from(size.block_size()).ok()?),
-        top: Some(owner(&top.metadata().ok()?)).into(),
+        top: Some(owner(&top.metadata().ok()?, idmap)?).into(),
         path,
-        owner: Some(owner(&source.metadata().ok()?)).into(),
+        owner: Some(owner(&source.metadata().ok()?, idmap)?).into(),
         ..Default::default()
     };
     Some((device.replace(':', "-"), volume))
@@ -61,13 +65,12 @@ fn has_only_directories(dir: &Path, depth: u32, seen: &mut usize) -> bool {
     })
 }
 
-fn owner(found: &Metadata) -> FileOwner {
-    FileOwner {
-        mode: found.permissions().mode() & 0o7777,
-        uid: found.uid(),
-        gid: found.gid(),
-        ..Default::default()
-    }
+fn owner(found: &Metadata, idmap: Option<&IdMap>) -> Option<FileOwner> {
+    let (uid, gid) = match idmap {
+        None => (found.uid(), found.gid()),
+        Some(idmap) => idmap.outside(found.uid(), found.gid())?,
+    };
+    Some(FileOwner { mode: found.permissions().mode() & 0o7777, uid, gid, ..Default::default() })
 }
 
 #[cfg(test)]

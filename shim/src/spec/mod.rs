@@ -41,7 +41,7 @@ pub use hooks::{Hook, HostHooks};
 pub use labels::DEFAULT_PROFILES;
 pub(crate) use mounts::MOUNT_OPTIONS;
 pub use mounts::Volume;
-pub use namespaces::{HostNetwork, IdMappings};
+pub use namespaces::{HostNetwork, Users};
 pub use pod::{Announced, HOST_FILES, Neighbour, Pod, Role, Shm, role_in};
 pub use pod_config::PodConfig;
 pub(crate) use process::CAPABILITIES;
@@ -117,9 +117,9 @@ pub struct Bundle {
     pub announced: Announced,
     /// The `/dev/shm` it shares with others.
     pub shm: Option<Shm>,
-    /// Ids of the user namespace that is to own what a sandbox made for it holds; none
-    /// for the guest's.
-    pub owner: Option<IdMappings>,
+    /// The user namespace that is to own what a sandbox made for it holds; none for the
+    /// guest's.
+    pub users: Option<Users>,
     /// The network namespace of the host that a sandbox made for it is to have; none
     /// where it gets a new one.
     pub network: Option<HostNetwork>,
@@ -300,14 +300,17 @@ fn translate(dir: &Path, id: &str, spec: &Spec, compat: &Compat, pod: &Pod) -> R
         _ => mounts,
     };
     let from_host = mounts::translate(dir, mounts, shm.as_ref(), &mut container)?;
-    let owner = match role {
+    let users = match role {
         Role::Sandbox => {
             namespaces::refuse_the_hosts(&container)?;
             namespaces::hold(&mut container.namespaces);
-            None
+            namespaces::hold_users(linux, &mut container)
         }
         Role::Alone => namespaces::hold_network(&mut container),
-        Role::Member { .. } => None,
+        Role::Member { .. } => {
+            namespaces::leave_users(&mut container);
+            None
+        }
     };
     for disk in from_host.disks {
         disks::add(&mut disks, disk);
@@ -318,7 +321,7 @@ fn translate(dir: &Path, id: &str, spec: &Spec, compat: &Compat, pod: &Pod) -> R
         role,
         announced,
         shm,
-        owner,
+        users,
         network: namespaces::host_network(linux),
         root: dir.join(root.path()),
         container,

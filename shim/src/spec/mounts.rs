@@ -186,8 +186,8 @@ pub(super) fn translate(
             })?;
             let source = bundle.join(source);
             let follows_host = FOLLOWING.into_iter().any(has);
-            let memory =
-                if idmap.is_none() && !follows_host { memory_volume::at(&table, &source) } else { None };
+            let map = idmap.as_ref().map(|(map, _)| map);
+            let memory = if follows_host { None } else { memory_volume::at(&table, &source, map) };
             if let Some((name, volume)) = memory {
                 // Its own options come after, and win.
                 message.options.splice(0..0, submounts::flags_of(&source));

@@ -25,7 +25,7 @@ pub(super) fn translate(
     container.namespaces = namespaces(linux.namespaces().as_deref().unwrap_or_default(), pod)?;
     container.uid_mappings = mappings("linux.uidMappings", linux.uid_mappings())?;
     container.gid_mappings = mappings("linux.gidMappings", linux.gid_mappings())?;
-    check_user_namespace(container)?;
+    check_user_namespace(pod, container)?;
     container.time_offsets = time_offsets(linux.time_offsets())?;
     if !container.time_offsets.is_empty() && !is_new(container, NamespaceType::TIME) {
         return Err(SpecError::field(
@@ -57,25 +57,63 @@ pub(super) fn hold(namespaces: &mut [Namespace]) {
     }
 }
 
-/// Ids of a user namespace, users' and groups'.
-pub type IdMappings = (Vec<IdMapping>, Vec<IdMapping>);
+/// The user namespace that owns what a sandbox holds.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Users {
+    /// How its users are mapped.
+    pub uids: Vec<IdMapping>,
+    /// Its groups.
+    pub gids: Vec<IdMapping>,
+    /// Device and inode of the host's one in whose place it is, where there is one.
+    pub host: Option<(u64, u64)>,
+}
+
+impl Users {
+    fn take_from(container: &mut CreateContainerRequest) -> Self {
+        let (uids, gids) = (&mut container.uid_mappings, &mut container.gid_mappings);
+        Self { uids: std::mem::take(uids), gids: std::mem::take(gids), host: None }
+    }
+}
+
+/// Makes the user namespace of a pod's first container the sandbox's.
+pub(super) fn hold_users(linux: &oci::Linux, container: &mut CreateContainerRequest) -> Option<Users> {
+    if !is_new(container, NamespaceType::USER) {
+        return None;
+    }
+    hold_one(container, NamespaceType::USER);
+    let mut given = linux.namespaces().iter().flatten();
+    let path = given.find(|namespace| namespace.typ() == Kind::User).and_then(|user| user.path().as_deref());
+    Some(Users { host: path.and_then(|path| identity(path).ok()), ..Users::take_from(container) })
+}
+
+/// Leaves the mappings of the sandbox's user namespace to it, which a client says again with each container.
+pub(super) fn leave_users(container: &mut CreateContainerRequest) {
+    if !is_new(container, NamespaceType::USER) {
+        Users::take_from(container);
+    }
+}
+
+fn identity(path: &Path) -> std::io::Result<(u64, u64)> {
+    fs::metadata(path).map(|found| (found.dev(), found.ino()))
+}
+
+fn hold_one(container: &mut CreateContainerRequest, kind: NamespaceType) {
+    let held = container.namespaces.iter_mut().filter(|namespace| namespace.type_ == kind.into());
+    held.for_each(|namespace| namespace.sandbox |= namespace.path.is_empty());
+}
 
 /// Makes the new network of a container that is alone the sandbox's, which has
 /// what somebody puts into the namespace on the host. It is its user namespace's, where
 /// that is new as well: that one is the sandbox's then, and its mappings are returned.
-pub(super) fn hold_network(container: &mut CreateContainerRequest) -> Option<IdMappings> {
+pub(super) fn hold_network(container: &mut CreateContainerRequest) -> Option<Users> {
     let is_network_new = is_new(container, NamespaceType::NETWORK);
     let is_user_new = is_new(container, NamespaceType::USER);
-    let mut hold = |kind: NamespaceType| {
-        let held = container.namespaces.iter_mut().filter(|namespace| namespace.type_ == kind.into());
-        held.for_each(|namespace| namespace.sandbox |= namespace.path.is_empty());
-    };
-    hold(NamespaceType::NETWORK);
+    hold_one(container, NamespaceType::NETWORK);
     if !(is_network_new && is_user_new) {
         return None;
     }
-    hold(NamespaceType::USER);
-    Some((std::mem::take(&mut container.uid_mappings), std::mem::take(&mut container.gid_mappings)))
+    hold_one(container, NamespaceType::USER);
+    Some(Users::take_from(container))
 }
 
 /// A network namespace of the host that somebody has prepared.
@@ -192,6 +230,7 @@ fn joined(
              let both join one network (Docker: --network container: only under one kernel), or one pod"
         ),
         "net" => return sandboxs_network(at, path, pod),
+        "user" => return users_of_the_host(at, path, pod),
         "ipc" | "pid" => format!(
             "{given} is a namespace of the host's kernel, which the container does not run on; containers of \
              one pod share theirs (Docker: --{link} container: only under one kernel)"
@@ -222,6 +261,20 @@ fn sandboxs_network(at: &str, path: &Path, pod: &Pod) -> Result<Namespace, SpecE
         }
     }
     Ok(Namespace { type_: NamespaceType::NETWORK.into(), sandbox: true, ..Default::default() })
+}
+
+/// A user namespace of the host: in its place a new one of the guest's, with the mappings that come with it, which is
+/// the sandbox's for those that join.
+fn users_of_the_host(at: &str, path: &Path, pod: &Pod) -> Result<Namespace, SpecError> {
+    let found = identity(path).map_err(|error| SpecError::field(at, error.to_string()))?;
+    let of = |sandbox| Namespace { type_: NamespaceType::USER.into(), sandbox, ..Default::default() };
+    let reason = match (pod.monitor, &pod.users) {
+        (None, _) => return Ok(of(false)),
+        (Some(_), Some(users)) if users.host.is_none_or(|host| host == found) => return Ok(of(true)),
+        (Some(_), Some(_)) => "is not the user namespace of the sandbox, which its containers share",
+        (Some(_), None) => "is a user namespace, and the sandbox was made without one",
+    };
+    Err(SpecError::unsupported(at, format!("{} {reason}", path.display())))
 }
 
 /// Id mappings, checked as the kernel would.
@@ -275,19 +328,28 @@ pub(super) fn mappings(
         .collect())
 }
 
-fn is_mapped(mappings: &[IdMapping], id: u32) -> bool {
+pub(super) fn is_mapped(mappings: &[IdMapping], id: u32) -> bool {
     mappings
         .iter()
         .any(|mapping| id.checked_sub(mapping.container_id).is_some_and(|offset| offset < mapping.size))
 }
 
 /// Mappings are those of a new user namespace, and who runs in it is mapped.
-fn check_user_namespace(container: &CreateContainerRequest) -> Result<(), SpecError> {
+fn check_user_namespace(pod: &Pod, container: &CreateContainerRequest) -> Result<(), SpecError> {
     let new = is_new(container, NamespaceType::USER);
-    for (mappings, field) in
-        [(&container.uid_mappings, "linux.uidMappings"), (&container.gid_mappings, "linux.gidMappings")]
-    {
-        if !new && !mappings.is_empty() {
+    let joins = find(&container.namespaces, NamespaceType::USER).is_some_and(|user| user.sandbox);
+    let sandboxs = pod.users.as_ref().filter(|_| joins);
+    for (mappings, sandboxs, field) in [
+        (&container.uid_mappings, sandboxs.map(|users| &users.uids), "linux.uidMappings"),
+        (&container.gid_mappings, sandboxs.map(|users| &users.gids), "linux.gidMappings"),
+    ] {
+        if let Some(sandboxs) = sandboxs.filter(|sandboxs| !mappings.is_empty() && *sandboxs != mappings) {
+            let map = |map: &IdMapping| format!("{}:{}:{}", map.container_id, map.host_id, map.size);
+            let sandboxs: Vec<String> = sandboxs.iter().map(map).collect();
+            let problem = format!("must be those of the sandbox, {}", sandboxs.join(", "));
+            return Err(SpecError::field(field, problem));
+        }
+        if !new && sandboxs.is_none() && !mappings.is_empty() {
             return Err(SpecError::field(field, "needs a new \"user\" namespace in linux.namespaces"));
         }
         if new && !is_mapped(mappings, 0) {

@@ -10,7 +10,7 @@ use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use rvm_protocol::agent::{Namespace, NamespaceType};
 use serde::Deserialize;
 
-use super::{CONFIG_FILE, SpecError, from_json, read};
+use super::{CONFIG_FILE, SpecError, Users, from_json, read};
 use crate::{cgroup::DEFAULT_PERIOD_US, name};
 
 /// `sandbox` or `container`, and the pod's id, as containerd and CRI-O write them.
@@ -108,6 +108,8 @@ pub struct Pod {
     pub shm: Option<Shm>,
     /// Device and inode of the sandbox's network namespace on the host.
     pub network: Option<(u64, u64)>,
+    /// The sandbox's user namespace, where it has one.
+    pub users: Option<Users>,
     /// Whether the sandbox has a pid namespace that its containers share.
     pub shared_pid: bool,
     /// Where [`HOST_FILES`] are on the host, where no client makes them.
@@ -132,7 +134,9 @@ impl Pod {
         let of =
             |path: String, sandbox| Namespace { type_: kind.into(), path, sandbox, ..Default::default() };
         if self.monitor == Some(pid) {
-            let held = is_sandboxs(kind) || kind == NamespaceType::PID && self.shared_pid;
+            let held = is_sandboxs(kind)
+                || kind == NamespaceType::PID && self.shared_pid
+                || kind == NamespaceType::USER && self.users.is_some();
             return held.then(|| of(String::new(), true));
         }
         let neighbour = self.neighbours.iter().find(|neighbour| neighbour.pid == pid)?;

@@ -1,9 +1,11 @@
 //! A pod as the Sandbox API describes it: `runtime.v1.PodSandboxConfig` of Kubernetes' CRI, of which what a machine is made
 //! from is read. There is no container's specification beside it.
 
+use oci_spec::runtime::LinuxIdMappingBuilder;
 use protobuf::well_known_types::any::Any;
+use rvm_protocol::agent::IdMapping;
 
-use super::{Announced, SpecError, linux, text};
+use super::{Announced, SpecError, Users, linux, namespaces, text};
 use crate::{
     cgroup::DEFAULT_PERIOD_US,
     options::{Value, decode},
@@ -18,7 +20,7 @@ const OF_NODE: u64 = 2;
 const HOST_NAME_MAX: usize = 64;
 
 /// What a pod asks of its machine.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct PodConfig {
     /// Its host name; empty: the host's.
     pub hostname: String,
@@ -28,6 +30,8 @@ pub struct PodConfig {
     pub cgroup: (String, bool),
     /// Whether its containers share a pid namespace.
     pub shared_pid: bool,
+    /// The user namespace of its containers, where they have one of their own.
+    pub users: Option<Users>,
     /// What its containers will use.
     pub announced: Announced,
 }
@@ -58,6 +62,7 @@ impl PodConfig {
             cgroup: cgroup(id, &linux.string(1, "cgroup_parent")?)?,
             // As CRI has it where nothing is said.
             shared_pid: namespaces.number(2) == OF_POD,
+            users: users(&namespaces.message(5, "userns_options")?)?,
             announced: announced(&linux.message(5, "resources")?),
         })
     }
@@ -77,20 +82,37 @@ fn refuse(linux: &Message, namespaces: &Message) -> Result<(), SpecError> {
             ));
         }
     }
-    let users = namespaces.message(5, "userns_options")?;
-    if !users.0.is_empty() && users.number(1) == OF_POD {
-        let reason =
-            "user namespaces need the pause container of the other sandboxer (Kubernetes: hostUsers: true)";
-        return Err(SpecError::unsupported(
-            field("security_context.namespace_options.userns_options"),
-            reason,
-        ));
-    }
     if linux.0.iter().any(|(number, _)| *number == 3) {
         let reason = "kernel parameters of a pod need the pause container of the other sandboxer";
         return Err(SpecError::unsupported(field("sysctls"), reason));
     }
     Ok(())
+}
+
+/// `UserNamespace` of CRI; none where the pod has the node's users.
+fn users(options: &Message) -> Result<Option<Users>, SpecError> {
+    if options.0.is_empty() || options.number(1) == OF_NODE {
+        return Ok(None);
+    }
+    let ids = |number, name: &str| -> Result<Vec<IdMapping>, SpecError> {
+        let field = format!("options.linux.security_context.namespace_options.userns_options.{name}");
+        let mapping = |bytes: &[u8]| {
+            let found = Message::decode(&field, bytes)?;
+            let id = |number| {
+                let wrong = |_| SpecError::field(&field, "must be numbers of 32 bits");
+                u32::try_from(found.number(number)).map_err(wrong)
+            };
+            let mapping = LinuxIdMappingBuilder::default().host_id(id(1)?).container_id(id(2)?).size(id(3)?);
+            mapping.build().map_err(|error| SpecError::field(&field, error.to_string()))
+        };
+        let found = options.bytes(number).map(mapping).collect::<Result<Vec<_>, SpecError>>()?;
+        let found = namespaces::mappings(&field, &Some(found))?;
+        if !namespaces::is_mapped(&found, 0) {
+            return Err(SpecError::field(field, "must map id 0 of the pod"));
+        }
+        Ok(found)
+    };
+    Ok(Some(Users { uids: ids(2, "uids")?, gids: ids(3, "gids")?, host: None }))
 }
 
 /// As containerd's CRI plugin puts a sandbox below the pod's cgroup.
@@ -207,6 +229,7 @@ mod tests {
             ),
             cgroup: ("/kubepods/burstable/pod1/pod".into(), false),
             shared_pid: false,
+            users: None,
             announced: Announced { memory: Some(1 << 30), cpus: Some(2) },
         };
         assert_eq!(parse(&pod).unwrap(), expected);
@@ -220,9 +243,29 @@ mod tests {
         assert_eq!(PodConfig::parse("pod", None).unwrap().cgroup.0, "/pod");
     }
 
+    fn namespaces(bytes: &[u8]) -> Vec<u8> {
+        field(8, &field(2, &field(1, bytes)))
+    }
+
+    #[test]
+    fn users_of_a_pod_are_mapped_as_it_says() {
+        // 65536 of the host's from 100000 on.
+        let ids = b"\x08\xa0\x8d\x06\x18\x80\x80\x04";
+        let users = |uids: &[u8], gids: &[u8]| {
+            parse(&namespaces(&field(5, &[field(2, uids), field(3, gids)].concat()))).map(|pod| pod.users)
+        };
+        let Users { uids, gids, host } = users(ids, ids).unwrap().unwrap();
+        assert_eq!((uids[0].container_id, uids[0].host_id, uids[0].size), (0, 100_000, 65536));
+        assert_eq!((uids.len(), gids, host), (1, uids, None));
+        assert_eq!(parse(&namespaces(&field(5, b"\x08\x02"))).unwrap().users, None, "the node's");
+        let at = "options.linux.security_context.namespace_options.userns_options";
+        let error = users(ids, b"\x10\x01\x18\x01").unwrap_err();
+        assert_eq!(error, format!("{at}.gids: must map id 0 of the pod"));
+        assert_eq!(users(b"", ids).unwrap_err(), format!("{at}.uids[0].size: must be at least 1, is 0"));
+    }
+
     #[test]
     fn what_cannot_be_is_refused_by_its_name() {
-        let namespaces = |bytes: &[u8]| field(8, &field(2, &field(1, bytes)));
         for (message, field) in [
             (namespaces(b"\x08\x02"), "options.linux.security_context.namespace_options.network"),
             (namespaces(b"\x10\x02"), "options.linux.security_context.namespace_options.pid"),

@@ -1,19 +1,21 @@
 //! containerd's CRI plugin, asked as kubelet asks it.
 
+pub mod later;
 mod pod;
 
 use std::{future::Future, path::Path};
 
 use anyhow::{Context, Result, bail, ensure};
 use k8s_cri::v1::{
-    ListContainersRequest, ListPodSandboxRequest, RemovePodSandboxRequest, StopPodSandboxRequest,
-    VersionRequest, runtime_service_client::RuntimeServiceClient,
+    CreateContainerResponse, ListContainersRequest, ListPodSandboxRequest, RemovePodSandboxRequest,
+    StopPodSandboxRequest, VersionRequest, runtime_service_client::RuntimeServiceClient,
 };
 use rootfs_builder::{image::Image, layer};
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 use tonic::{
-    Response, Status,
+    Request, Response, Status,
+    codegen::http::uri::PathAndQuery,
     transport::{Channel, Endpoint},
 };
 
@@ -23,6 +25,7 @@ use crate::{
     world::{World, shell},
 };
 
+use later::CreateContainer;
 pub use pod::{Container, Executed, Pod};
 
 /// The image of pause containers.
@@ -34,10 +37,14 @@ const DIR: &str = "/run/rvm-tests/cri";
 /// The cgroup that kubelet makes for pods.
 const CGROUP: &str = "/sys/fs/cgroup/kubepods";
 
-/// How to reach it, and the handler its pods are to have: `runc` or `rvm`, as a RuntimeClass names one.
+/// The handlers of pods, as RuntimeClasses name them: runc, rvm, and rvm whose shim owns the sandbox (the Sandbox API),
+/// which containerd has from 2.0 on.
+const HANDLERS: [&str; 3] = ["runc", "rvm", "rvm-sandbox"];
+
+/// How to reach it, and the handler its pods are to have.
 pub struct Cri {
     tokio: Runtime,
-    client: RuntimeServiceClient<Channel>,
+    channel: Channel,
     handler: &'static str,
 }
 
@@ -60,33 +67,37 @@ impl Cri {
         Ok(())
     }
 
-    /// Runs `act` with pods under runc and then under rvm, in a containerd that has the plugin, and returns what
-    /// it returned for each.
+    /// Runs `act` with pods under each handler in turn, in a containerd that has the plugin, and returns what it
+    /// returned, with runc's first.
     ///
     /// # Errors
     /// What `act` returns, with the handler; when containerd does not come up; when something of a pod is left.
-    pub fn compare<T>(world: &World, act: impl Fn(&Self) -> Result<T>) -> Result<[T; 2]> {
-        Self::with_both(world, |[runc, rvm]| {
+    pub fn compare<T>(world: &World, act: impl Fn(&Self) -> Result<T>) -> Result<Vec<(&'static str, T)>> {
+        Self::with_all(world, |cris| {
             let run = |cri: &Self| {
                 let result = act(cri).and_then(|result| cri.has_nothing().map(|()| result));
                 if result.is_err() {
                     // Else the next case would find it.
                     cri.sweep();
                 }
-                result.with_context(|| format!("under {}", cri.handler))
+                Ok((cri.handler, result.with_context(|| format!("under {}", cri.handler))?))
             };
-            Ok([run(runc)?, run(rvm)?])
+            cris.iter().map(run).collect()
         })
     }
 
-    /// Runs `act` with both handlers, in a containerd that has the plugin.
+    /// Runs `act` with all handlers that this containerd can have, in one that has the plugin.
     ///
     /// # Errors
     /// What `act` returns; when containerd does not come up.
-    pub fn with_both<T>(world: &World, act: impl FnOnce(&[Self; 2]) -> Result<T>) -> Result<T> {
+    pub fn with_all<T>(world: &World, act: impl FnOnce(&[Self]) -> Result<T>) -> Result<T> {
         let outcome = world.with_containerd_config(&plugin_config(), || {
-            let connect = |handler| Self::connect(world.ctr().address(), handler);
-            let result = act(&[connect("runc")?, connect("rvm")?])?;
+            let ctr = world.ctr();
+            let address = ctr.address();
+            let has_sandboxers = Self::connect(address, "runc")?.containerd_major()? >= 2;
+            let handlers = if has_sandboxers { &HANDLERS[..] } else { &HANDLERS[..2] };
+            let cris = handlers.iter().map(|handler| Self::connect(address, handler));
+            let result = act(&cris.collect::<Result<Vec<_>>>()?)?;
             collect_garbage(world)?;
             Ok(result)
         });
@@ -99,15 +110,23 @@ impl Cri {
         Ok(result)
     }
 
+    /// The first number of containerd's version.
+    ///
+    /// # Errors
+    /// When it does not say.
+    pub fn containerd_major(&self) -> Result<u32> {
+        let mut client = self.client();
+        let version = self.wait("Version", client.version(VersionRequest::default()))?.runtime_version;
+        let major = version.trim_start_matches('v').split('.').next().and_then(|major| major.parse().ok());
+        major.with_context(|| format!("the version of containerd: {version:?}"))
+    }
+
     fn connect(address: &str, handler: &'static str) -> Result<Self> {
         // On this thread, which is in the mount namespace.
         let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let endpoint = Endpoint::from_shared(format!("unix://{address}"))?;
         let channel = tokio.block_on(endpoint.connect()).context("connecting to containerd")?;
-        let cri = Self { tokio, client: RuntimeServiceClient::new(channel), handler };
-        let mut client = cri.client();
-        cri.wait("Version", client.version(VersionRequest::default()))?;
-        Ok(cri)
+        Ok(Self { tokio, channel, handler })
     }
 
     /// The handler of its pods.
@@ -115,8 +134,25 @@ impl Cri {
         self.handler
     }
 
+    /// Whether its pods are microVMs.
+    pub fn is_rvm(&self) -> bool {
+        self.handler != "runc"
+    }
+
     fn client(&self) -> RuntimeServiceClient<Channel> {
-        self.client.clone()
+        RuntimeServiceClient::new(self.channel.clone())
+    }
+
+    /// The id of a container that is made as `request` says.
+    fn create_container(&self, request: CreateContainer) -> Result<String> {
+        const PATH: &str = "/runtime.v1.RuntimeService/CreateContainer";
+        let mut client = tonic::client::Grpc::new(self.channel.clone());
+        let call = async {
+            client.ready().await.map_err(|error| Status::unavailable(error.to_string()))?;
+            let codec = tonic_prost::ProstCodec::<_, CreateContainerResponse>::default();
+            client.unary(Request::new(request), PathAndQuery::from_static(PATH), codec).await
+        };
+        Ok(self.wait("CreateContainer", call)?.container_id)
     }
 
     /// Waits for an answer, as long as a container may take.
@@ -200,11 +236,13 @@ fn network() -> Value {
 /// The part of containerd's configuration (version 2) that is the plugin's.
 fn plugin_config() -> String {
     const PLUGIN: &str = "[plugins.\"io.containerd.grpc.v1.cri\"";
+    let rvm = "runtime_type = \"io.rvm.v2\"\nprivileged_without_host_devices = true\npod_annotations = [\"io.rvm.*\"]\n";
     format!(
-        "{PLUGIN}]\nsandbox_image = \"{PAUSE}\"\nstream_server_address = \"127.0.0.1\"\n\
+        "[plugins.\"io.containerd.nri.v1.nri\"]\ndisable = true\n\
+         {PLUGIN}]\nsandbox_image = \"{PAUSE}\"\nstream_server_address = \"127.0.0.1\"\n\
          {PLUGIN}.cni]\nbin_dir = \"/usr/lib/cni\"\nconf_dir = \"{DIR}/net.d\"\n\
          {PLUGIN}.containerd.runtimes.runc]\nruntime_type = \"io.containerd.runc.v2\"\n\
-         {PLUGIN}.containerd.runtimes.rvm]\nruntime_type = \"io.rvm.v2\"\n\
-         privileged_without_host_devices = true\npod_annotations = [\"io.rvm.*\"]\n"
+         {PLUGIN}.containerd.runtimes.rvm]\n{rvm}\
+         {PLUGIN}.containerd.runtimes.rvm-sandbox]\n{rvm}sandboxer = \"shim\"\n"
     )
 }

@@ -13,7 +13,10 @@ use k8s_cri::v1::{
     UpdateContainerResourcesRequest,
 };
 
-use super::{CGROUP, Cri, DIR};
+use super::{
+    CGROUP, Cri, DIR,
+    later::{CreateContainer, More},
+};
 use crate::{scale, world::IMAGE};
 
 /// A pod; removed by [`Pod::remove`].
@@ -100,6 +103,16 @@ impl<'a> Pod<'a> {
         }
     }
 
+    /// A file of its cgroup on the host.
+    ///
+    /// # Errors
+    /// When it is not there.
+    pub fn cgroup_file(&self, file: &str) -> Result<String> {
+        let name = &self.config.metadata.as_ref().context("a pod has a name")?.name;
+        let path = format!("{}/{file}", cgroup(name));
+        std::fs::read_to_string(&path).context(path)
+    }
+
     /// How it is.
     ///
     /// # Errors
@@ -118,6 +131,20 @@ impl<'a> Pod<'a> {
         &self,
         name: &str,
         command: &[&str],
+        edit: impl FnOnce(&mut ContainerConfig),
+    ) -> Result<Container<'_>> {
+        self.create_with(name, command, More::default(), edit)
+    }
+
+    /// The same with what the client's messages do not have yet.
+    ///
+    /// # Errors
+    /// What containerd answers.
+    pub fn create_with(
+        &self,
+        name: &str,
+        command: &[&str],
+        more: More,
         edit: impl FnOnce(&mut ContainerConfig),
     ) -> Result<Container<'_>> {
         let log = format!("{name}.log");
@@ -141,7 +168,7 @@ impl<'a> Pod<'a> {
             config: Some(config),
             sandbox_config: Some(self.config.clone()),
         };
-        let id = self.cri.wait("CreateContainer", self.cri.client().create_container(request))?.container_id;
+        let id = self.cri.create_container(CreateContainer::new(request, more))?;
         Ok(Container { id, pod: self, log: format!("{}/{log}", self.config.log_directory) })
     }
 

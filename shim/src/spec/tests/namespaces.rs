@@ -17,7 +17,7 @@ fn user_namespaces_come_with_their_mappings() {
     spec["linux"]["gidMappings"] = json!([{"hostID": 2000, "containerID": 0, "size": 11}]);
     // With its new network it is the sandbox's.
     let bundle = load(&spec).unwrap();
-    let (uids, gids) = bundle.owner.unwrap();
+    let Users { uids, gids, .. } = bundle.users.unwrap();
     assert_eq!((uids[0].host_id, gids[0].size), (1000, 11));
     let user = |bundle: &Bundle| {
         let namespaces = &bundle.container.namespaces;
@@ -32,7 +32,7 @@ fn user_namespaces_come_with_their_mappings() {
         }
     }
     let prepared = load(&prepared).unwrap();
-    assert!(prepared.owner.is_none() && !user(&prepared));
+    assert!(prepared.users.is_none() && !user(&prepared));
     assert_eq!(prepared.container.uid_mappings[0].host_id, 1000);
     spec["process"]["user"]["additionalGids"] = json!([10, 11]);
     assert_eq!(
@@ -41,6 +41,45 @@ fn user_namespaces_come_with_their_mappings() {
     );
     spec["process"]["user"]["uid"] = json!(10);
     assert_eq!(load(&spec).unwrap_err(), "process.user.uid: 10 is not mapped by linux.uidMappings");
+}
+
+#[test]
+fn a_user_namespace_of_the_hosts_has_one_of_the_guests_in_its_place() {
+    let mut spec = with_namespace(json!({"type": "user", "path": "/proc/self/ns/user"}));
+    let error = load(&spec).unwrap_err();
+    assert!(error.starts_with("linux.uidMappings: must map id 0"), "{error}");
+    let ids = json!([{"hostID": 1000, "containerID": 0, "size": 20}]);
+    spec["linux"]["uidMappings"] = ids.clone();
+    spec["linux"]["gidMappings"] = ids;
+    spec["annotations"] = json!({"io.kubernetes.cri.container-type": "sandbox"});
+    let held = load(&spec).unwrap();
+    let users = held.users.unwrap();
+    assert!(users.host.is_some() && users.uids[0].host_id == 1000 && held.container.uid_mappings.is_empty());
+
+    // Those that join it say the same again.
+    spec["annotations"] =
+        json!({"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": "pod"});
+    let join = |spec: &Value, users: Option<Users>| {
+        let pod = Pod { monitor: Some(1), users, ..Pod::default() };
+        translate(
+            Path::new("/bundle"),
+            "web",
+            &serde_json::from_value(spec.clone()).unwrap(),
+            &Compat::default(),
+            &pod,
+        )
+        .map_err(|error| error.to_string())
+    };
+    let joined = join(&spec, Some(users.clone())).unwrap().container;
+    let user = joined.namespaces.iter().find(|found| found.type_ == NamespaceType::USER.into()).unwrap();
+    assert!(user.sandbox && joined.uid_mappings.is_empty() && joined.gid_mappings.is_empty());
+    let error = join(&spec, None).unwrap_err();
+    assert!(error.contains("the sandbox was made without one"), "{error}");
+    let other = Users { host: Some((0, 0)), ..users.clone() };
+    assert!(join(&spec, Some(other)).unwrap_err().contains("is not the user namespace of the sandbox"));
+    spec["linux"]["gidMappings"][0]["size"] = json!(9);
+    let error = join(&spec, Some(users)).unwrap_err();
+    assert_eq!(error, "linux.gidMappings: must be those of the sandbox, 0:1000:20");
 }
 
 #[test]
