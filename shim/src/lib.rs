@@ -15,6 +15,7 @@ pub mod bootstrap;
 pub mod cgroup;
 pub mod clock;
 pub mod config;
+mod connections;
 pub mod container;
 pub mod delete;
 pub mod error;

@@ -10,15 +10,21 @@ use std::{
 use log::LevelFilter;
 use nix::sys::prctl;
 use tokio::{
+    net::UnixListener,
     signal::unix::{SignalKind, signal},
     time::timeout,
 };
 use ttrpc::asynchronous::{Server, transport::Listener};
 
-use crate::{bootstrap::Serve, config::Config, events::Events, logger, service::services, task::Tasks};
+use crate::{
+    bootstrap::Serve, config::Config, connections::Connections, events::Events, logger, service::services,
+    task::Tasks,
+};
 
 /// How long the last answers and events may take.
 const FAREWELL_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long clients may take to close their connections, once they have their answers.
+const CLOSING_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long a shim that is told to end lets what is being created or deleted go on: a
 /// guest that does not power off and mounts that do not come off have limits of their own,
 /// hooks need none.
@@ -80,7 +86,8 @@ async fn serve_until_done(serve: Serve, socket: Socket) -> io::Result<()> {
     let events = Events::publish_to(&serve.namespace, &serve.events_address);
     let tasks = Arc::new(Tasks::new(&serve.namespace, events.clone()));
     serve.listener.set_nonblocking(true)?;
-    let listener = Listener::try_from(serve.listener)?;
+    let connections = Connections::default();
+    let listener = Listener::new(connections.of(UnixListener::from_std(serve.listener)?));
     let mut server = Server::new().add_listener(listener).register_service(services(tasks.clone()));
     server.start().await.map_err(io::Error::other)?;
     log::debug!("serving {}", serve.socket.display());
@@ -88,8 +95,9 @@ async fn serve_until_done(serve: Serve, socket: Socket) -> io::Result<()> {
 
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut told = false;
     tokio::select! {
-        () = tasks.done() => {}
+        () = tasks.done() => told = true,
         () = tasks.idle(IDLE_LIMIT) => log::warn!("ending: nothing to do for {} s", IDLE_LIMIT.as_secs()),
         _ = terminate.recv() => log::warn!("terminated"),
         _ = interrupt.recv() => log::warn!("interrupted"),
@@ -99,6 +107,10 @@ async fn serve_until_done(serve: Serve, socket: Socket) -> io::Result<()> {
     tasks.close_all(CHANGING_TIMEOUT).await;
     let farewell = async {
         events.flush(FAREWELL_TIMEOUT).await;
+        // The client that told this one to end waits for nothing else; others may not know of its end.
+        if told && timeout(CLOSING_TIMEOUT, connections.closed()).await.is_err() {
+            log::debug!("a client keeps its connection");
+        }
         server.shutdown().await
     };
     if timeout(FAREWELL_TIMEOUT, farewell).await.is_err() {

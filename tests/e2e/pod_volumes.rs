@@ -8,11 +8,19 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use k8s_cri::v1::{ContainerConfig, Mount, MountPropagation};
-use rvm_tests::{cri::Container, parity::PROBE_ENV, scale, world::shell};
+use k8s_cri::v1::{ContainerConfig, ImageSpec, Mount, MountPropagation};
+use rvm_tests::{
+    cri::{
+        Container, Pod,
+        later::{self, CdiDevice, More},
+    },
+    parity::PROBE_ENV,
+    scale,
+    world::{IMAGE, shell},
+};
+use serde_json::json;
 
 use crate::pods::{plain, same};
-use rvm_tests::cri::Pod;
 
 /// Where kubelet keeps what pods are given.
 const KUBELET: &str = "/run/rvm-tests/cri/kubelet";
@@ -239,6 +247,61 @@ fn what_kubelet_changes_is_seen() {
         seen.add("mounted later", becomes(&one, "cat /below/later/file", "mounted")?);
         shell(&format!("umount {}", later.display()))?;
         seen.add("and gone", becomes(&one, "ls /below/later | wc -l", "0")?);
+        pod.remove()
+    });
+}
+
+/// Mounts and devices that only newer releases of containerd know; older ones leave them out, under either.
+#[test]
+fn what_newer_clients_ask_for() {
+    same(|cri, seen| {
+        let volumes = Volumes::new("newer")?;
+        let pod = Pod::run(cri, "newer", plain)?;
+        let dir = volumes.dir("csi", "claim")?;
+        let below = dir.join("below");
+        fs::create_dir(&below)?;
+        shell(&format!("mount -t tmpfs -o size=1m tmpfs {0}; echo x > {0}/file", below.display()))?;
+        let cdi = Path::new("/run/cdi");
+        fs::create_dir(cdi)?;
+        let device = json!({
+            "cdiVersion": "0.5.0", "kind": "rvm.test/thing",
+            "devices": [{"name": "one", "containerEdits": {
+                "env": ["THING=one"],
+                "deviceNodes": [{"path": "/dev/thing", "hostPath": "/dev/zero", "permissions": "rw"}],
+                "mounts": [{"hostPath": dir, "containerPath": "/thing", "options": ["rbind", "ro"]}],
+                "hooks": [{"hookName": "createContainer", "path": "/bin/sh", "args": ["sh", "-c", "exit 0"]}],
+            }}],
+        });
+        fs::write(cdi.join("thing.json"), device.to_string())?;
+        let mut more = More {
+            mounts: vec![later::Mount {
+                container_path: "/one".into(),
+                host_path: dir.to_string_lossy().into_owned(),
+                readonly: true,
+                ..Default::default()
+            }],
+            cdi_devices: vec![CdiDevice { name: "rvm.test/thing=one".into() }],
+        };
+        if cri.containerd_major()? >= 2 {
+            more.mounts.push(later::Mount {
+                container_path: "/image".into(),
+                readonly: true,
+                image: Some(ImageSpec { image: IMAGE.into(), ..Default::default() }),
+                ..Default::default()
+            });
+        }
+        let one = pod.create_with("one", &SLEEP, more, |_| ())?;
+        let looked = one.start().and_then(|()| {
+            for place in ["/one/new", "/one/below/new", "/thing/new", "/image/new"] {
+                let code = one.exec(&["sh", "-c", &format!("echo x > {place}")])?.code;
+                seen.add("written", (place, code == 0));
+            }
+            seen.add("read", one.sh("cat /one/below/file; ls /thing /image 2>&1")?);
+            seen.add("device", one.sh("echo $THING; head -c 3 /dev/thing 2> /dev/null | od -c")?);
+            Ok(())
+        });
+        shell(&format!("umount {}; rm -r {}", below.display(), cdi.display()))?;
+        looked?;
         pod.remove()
     });
 }

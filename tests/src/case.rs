@@ -76,7 +76,7 @@ fn run(
         (started.elapsed() - took).as_millis()
     );
     let Err(error) = outcome else { return Ok(()) };
-    let mut report = format!("{error}\n--- containerd and shims ---\n{}\n", world.log_tail(log, 40));
+    let mut report = format!("{error}\n--- containerd and shims ---\n{}\n", world.log_tail(log, 120));
     logs(&mut report, Path::new("/run/rvm"));
     for process in host::sandbox_processes(world.stage()) {
         let _ = writeln!(report, "{process}\n{}", host::threads(process.pid));

@@ -301,12 +301,13 @@ fn is_dockerds(path: &str) -> bool {
 fn made_once(path: &str) -> bool {
     const BESIDE: [&str; 4] = ["/fifo", "/s", "/runc", "/runc/default"];
     // In containerd's state and in its root.
-    const PLUGINS: [&str; 6] = [
+    const PLUGINS: [&str; 7] = [
         "/io.containerd.runtime.v2.task/default",
         "/io.containerd.runtime.v2.task/k8s.io",
         "/io.containerd.sandbox.controller.v1.shim/k8s.io",
         "/io.containerd.grpc.v1.cri",
         "/io.containerd.grpc.v1.cri/containers",
+        "/io.containerd.grpc.v1.cri/image-volumes",
         "/io.containerd.grpc.v1.cri/sandboxes",
     ];
     const RVM: [&str; 4] = ["/run/rvm", "/run/rvm/default", "/run/rvm/moby", "/run/rvm/k8s.io"];

@@ -377,11 +377,19 @@ impl World {
     }
 }
 
-/// At most `lines` last lines of a log, from a length on.
+/// At most `lines` last lines of a log, from a length on, without what containerd says when it starts.
 pub(crate) fn last_lines(path: &Path, from: usize, lines: usize) -> String {
     let text = std::fs::read(path).unwrap_or_default();
     let text = String::from_utf8_lossy(text.get(from..).unwrap_or_default());
-    let all: Vec<&str> = text.lines().collect();
+    let starts = [
+        "loading plugin",
+        "skip loading plugin",
+        "failed to load plugin",
+        "serving...",
+        "starting cri plugin",
+    ];
+    let says = |line: &&str| !starts.iter().any(|start| line.contains(start));
+    let all: Vec<&str> = text.lines().filter(says).collect();
     all[all.len().saturating_sub(lines)..].join("\n")
 }
 

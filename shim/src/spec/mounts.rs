@@ -132,10 +132,13 @@ pub(super) fn shm(mounts: &[oci::Mount]) -> Option<Shm> {
     Shm::at(mount.source().as_deref()?)
 }
 
-/// Where a client has a container look for the `/dev/shm` of a pod that nobody has made one for on the host.
+/// The `/dev/shm` of a pod that nobody has made one for on the host: in the place of one of a container's own, or of a
+/// place where a client has it looked for and nothing is. Something that is there is a volume.
 pub(super) fn shm_of_nobody(mounts: &[oci::Mount]) -> Option<Shm> {
     let mount = mounts.iter().rfind(|mount| mount.destination() == Path::new(Shm::DESTINATION))?;
-    Some(Shm { source: mount.source().clone()?, bytes: 0 })
+    let source = mount.source().clone()?;
+    let own = mount.typ().as_deref() == Some("tmpfs");
+    (own || !source.exists()).then_some(Shm { source, bytes: 0 })
 }
 
 /// Adds the mounts to `container`, which has its user namespace's mappings, and
@@ -172,10 +175,13 @@ pub(super) fn translate(
         let has = |name: &str| message.options.iter().any(|option| option == name);
         if has("remount") {
             // Changes what is mounted in the guest already.
-        } else if bind
-            && message.destination == Shm::DESTINATION
+        } else if message.destination == Shm::DESTINATION
             && shm.is_some_and(|shm| mount.source().as_ref() == Some(&shm.source))
         {
+            if !bind {
+                // Of a file system, not of a place.
+                message.options.retain(|option| MOUNT_OPTIONS.contains(&option.as_str()));
+            }
             message.type_ = "bind".into();
             message.source = SHM.into();
             message.from_sandbox = true;

@@ -138,14 +138,13 @@ fn resolv_conf(dns: &Message) -> Result<Option<String>, SpecError> {
     if dns.0.is_empty() {
         return Ok(None);
     }
-    let mut lines = String::new();
-    for (word, values) in [("search", &searches), ("options", &options)] {
-        if !values.is_empty() {
-            lines = format!("{lines}{word} {}\n", values.join(" "));
-        }
-    }
+    // In the order in which CRI writes them for a pause container.
+    let line = |word: &str, values: &[String]| match values {
+        [] => String::new(),
+        values => format!("{word} {}\n", values.join(" ")),
+    };
     let servers: String = servers.iter().map(|server| format!("nameserver {server}\n")).collect();
-    Ok(Some(servers + &lines))
+    Ok(Some(line("search", &searches) + &servers + &line("options", &options)))
 }
 
 /// The fields of a message, whatever they mean.
@@ -225,7 +224,7 @@ mod tests {
         let expected = PodConfig {
             hostname: "web-0".into(),
             resolv_conf: Some(
-                "nameserver 192.0.2.1\nnameserver 192.0.2.2\nsearch a.b\noptions ndots:5\n".into(),
+                "search a.b\nnameserver 192.0.2.1\nnameserver 192.0.2.2\noptions ndots:5\n".into(),
             ),
             cgroup: ("/kubepods/burstable/pod1/pod".into(), false),
             shared_pid: false,

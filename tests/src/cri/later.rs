@@ -37,9 +37,6 @@ pub struct Mount {
     /// Of groups.
     #[prost(message, repeated, tag = "7")]
     pub gid_mappings: Vec<IdMapping>,
-    /// Nor what is mounted below it.
-    #[prost(bool, tag = "8")]
-    pub recursive_read_only: bool,
     /// The image whose content it shows instead.
     #[prost(message, optional, tag = "9")]
     pub image: Option<ImageSpec>,
@@ -108,7 +105,7 @@ mod tests {
     fn what_is_said_more_is_of_the_same_message() {
         let config = ContainerConfig { log_path: "log".into(), ..Default::default() };
         let request = CreateContainerRequest { config: Some(config), ..Default::default() };
-        let mount = Mount { container_path: "/v".into(), recursive_read_only: true, ..Default::default() };
+        let mount = Mount { container_path: "/v".into(), readonly: true, ..Default::default() };
         let more = More { mounts: vec![mount], ..Default::default() };
         let bytes = CreateContainer::new(request, more).encode_to_vec();
         let config = CreateContainerRequest::decode(&bytes[..]).unwrap().config.unwrap();
