@@ -286,6 +286,38 @@ fn a_debugger_joins_its_targets_processes() {
     });
 }
 
+#[test]
+fn parameters_of_a_pod_hold_in_its_containers() {
+    same(|cri, seen| {
+        const LOOK: &str = "cd /proc/sys; for p in net/ipv4/ip_unprivileged_port_start net/ipv4/ping_group_range \
+                            kernel/shm_rmid_forced net/core/somaxconn; do echo $p $(cat $p); done";
+        for (name, parameters) in [
+            ("unsaid", &[][..]),
+            (
+                "said",
+                &[
+                    ("net.ipv4.ip_unprivileged_port_start", "81"),
+                    ("kernel.shm_rmid_forced", "1"),
+                    ("net.core.somaxconn", "99"),
+                ][..],
+            ),
+        ] {
+            let pod = Pod::run(cri, name, |config| {
+                if let Some(linux) = config.linux.as_mut() {
+                    linux.sysctls =
+                        parameters.iter().map(|&(name, value)| (name.into(), value.into())).collect();
+                }
+            })?;
+            for container in ["one", "two"] {
+                let container = pod.start(container, &["sleep", "100000"], |_| ())?;
+                seen.add(name, container.sh(LOOK)?);
+            }
+            pod.remove()?;
+        }
+        Ok(())
+    });
+}
+
 /// What a pod cannot share with the host is refused by its name, and nothing is left.
 #[test]
 fn what_is_the_hosts_is_refused() {

@@ -271,12 +271,14 @@ Kubernetes through containerd 1.x (version = 2 in /etc/containerd/config.toml):
     [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.rvm]
       runtime_type = "io.rvm.v2"
       privileged_without_host_devices = true
+      pod_annotations = ["io.rvm.*"]
 
 through containerd 2.x (version = 3):
 
     [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.rvm]
       runtime_type = "io.rvm.v2"
       privileged_without_host_devices = true
+      pod_annotations = ["io.rvm.*"]
 
 and once in the cluster, for pods with `runtimeClassName: rvm`:
 
@@ -285,6 +287,10 @@ and once in the cluster, for pods with `runtimeClassName: rvm`:
     metadata:
       name: rvm
     handler: rvm
+    overhead:
+      podFixed:
+        memory: 80Mi   # for limits up to 1 GiB; more in docs/kubernetes.md
+        cpu: 10m
 
 Docker (/etc/docker/daemon.json), for `docker run --runtime rvm`:
 

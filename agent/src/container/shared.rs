@@ -3,6 +3,7 @@
 //! belong to the sandbox: no container has to live for another to join.
 
 use std::{
+    collections::HashMap,
     fs::File,
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
@@ -20,7 +21,7 @@ use super::{
     capabilities,
     child::{self, GivenUp},
     paths::Root,
-    rootfs,
+    rootfs, sysctl,
     userns::{Ids, UserNamespace},
 };
 use crate::{
@@ -47,6 +48,8 @@ pub struct Wanted {
     pub pid: bool,
     /// Size of `/dev/shm` in bytes; 0: the usual one.
     pub shm_bytes: u64,
+    /// Kernel parameters of its namespaces.
+    pub sysctl: HashMap<String, String>,
     /// The user namespace that is to own it, where that is not the guest's.
     pub ids: Option<Ids>,
 }
@@ -71,10 +74,17 @@ impl Shared {
     /// Makes it.
     pub async fn make(wanted: Wanted) -> StepResult<Self> {
         let user = wanted.ids.map(UserNamespace::new).transpose()?;
-        let [network, ipc, uts] = match &user {
+        let made = match &user {
             None => make_namespaces()?,
             Some(user) => make_namespaces_of(user)?,
         };
+        if !wanted.sysctl.is_empty() {
+            within(|| {
+                enter(&made)?;
+                sysctl::apply(&wanted.sysctl)
+            })?;
+        }
+        let [network, ipc, uts] = made;
         mount_shm(wanted.shm_bytes)?;
         let mut shared = Self { network, ipc, uts, pid: None, user };
         if wanted.pid {
@@ -180,15 +190,30 @@ fn make_namespaces_of(user: &UserNamespace) -> StepResult<[OwnedFd; 3]> {
 }
 
 /// New network, ipc and uts namespaces, with the guest's host name and the
-/// loopback interface up. The agent is in them for as long as that takes.
+/// loopback interface up.
 fn make_namespaces() -> StepResult<[OwnedFd; 3]> {
+    within(|| {
+        unshare(KINDS.into_iter().collect()).step(|| "create the sandbox's namespaces")?;
+        loopback::up().step(|| "bring up the loopback interface")?;
+        open_of("self")
+    })
+}
+
+fn enter(namespaces: &[OwnedFd; 3]) -> StepResult<()> {
+    for (namespace, kind) in namespaces.iter().zip(KINDS) {
+        setns(namespace, kind).step(|| "join the sandbox's namespaces")?;
+    }
+    Ok(())
+}
+
+/// Has `act` change the agent's namespaces; it is in others for as long as that takes.
+fn within<T>(act: impl FnOnce() -> StepResult<T>) -> StepResult<T> {
     let own = open_of("self")?;
-    unshare(KINDS.into_iter().collect()).step(|| "create the sandbox's namespaces")?;
-    let made = loopback::up().step(|| "bring up the loopback interface").and_then(|()| open_of("self"));
+    let result = act();
     for (namespace, kind) in own.iter().zip(KINDS) {
         setns(namespace, kind).step(|| "go back to the guest's own namespaces")?;
     }
-    made
+    result
 }
 
 fn mount_shm(bytes: u64) -> StepResult<()> {

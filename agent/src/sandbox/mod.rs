@@ -116,12 +116,18 @@ impl Sandbox {
         }
         check_id("layers_tag", &request.layers_tag)?;
         check_id("volumes_tag", &request.volumes_tag)?;
+        sysctl::check(&request.pod_sysctl)?;
         clock::set(request.wall_clock_ns)?;
         set_up::hostname(&request.hostname)?;
         sysctl::apply_to_guest(&request.sysctl)?;
         scratch::prepare()?;
         share::mount(&request.layers_tag, &request.volumes_tag)?;
-        state.wanted = shared::Wanted { pid: request.shared_pid, shm_bytes: request.shm_bytes, ids };
+        state.wanted = shared::Wanted {
+            pid: request.shared_pid,
+            shm_bytes: request.shm_bytes,
+            sysctl: request.pod_sysctl.clone(),
+            ids,
+        };
         state.is_set_up = true;
         Ok(())
     }

@@ -57,6 +57,10 @@ pub fn prepare_machine() {
     mount(Some("cgroup2"), "/sys/fs/cgroup", Some("cgroup2"), MsFlags::empty(), none).expect("cgroup v2");
 }
 
+/// Kernel parameters of the sandbox's namespaces, as no namespace has them by itself.
+pub const SYSCTL: [(&str, &str); 2] =
+    [("net.ipv4.ip_unprivileged_port_start", "81"), ("kernel.shm_rmid_forced", "1")];
+
 /// The sandbox, with the tasks the agent runs beside it.
 pub struct Machine {
     pub sandbox: Arc<Sandbox>,
@@ -65,8 +69,9 @@ pub struct Machine {
 impl Machine {
     pub fn new() -> Self {
         let network = Network::new(Box::new(Veths));
-        let sandbox =
-            Sandbox::already_set_up(Wanted { pid: true, ..Wanted::default() }).with_network(network);
+        let sysctl = SYSCTL.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+        let wanted = Wanted { pid: true, sysctl, ..Wanted::default() };
+        let sandbox = Sandbox::already_set_up(wanted).with_network(network);
         let sandbox = Arc::new(sandbox);
         let reaping = Arc::clone(&sandbox);
         tokio::spawn(async move { reaping.reaper().run().await });

@@ -11,7 +11,7 @@ use rvm_protocol::agent::{
 
 use crate::{
     cases::signal,
-    fixture::{Machine, Running, container, namespace, program, read_until, shell},
+    fixture::{Machine, Running, SYSCTL, container, namespace, program, read_until, shell},
 };
 
 const CAP_SYS_PTRACE: u32 = 19;
@@ -67,6 +67,11 @@ pub async fn namespaces_of_the_sandbox(machine: &Machine) {
     assert_eq!(exec(machine, "one", "cat /sys/class/net/lo/flags").await.trim(), "0x9");
     assert_eq!(exec(machine, "one", "echo hello > /dev/shm/x; stat -f -c %b /dev/shm").await.trim(), "16384");
     assert_eq!(exec(machine, "two", "cat /dev/shm/x; grep -c ' /dev/shm ' /proc/mounts").await, "hello\n1\n");
+    for (name, value) in SYSCTL {
+        let file = format!("/proc/sys/{}", name.replace('.', "/"));
+        assert_eq!(exec(machine, "two", &format!("cat {file}")).await.trim(), value, "{name}");
+        assert_ne!(std::fs::read_to_string(file).unwrap().trim(), value, "{name} of the guest");
+    }
     end(machine, "one", one).await;
     assert_eq!(exec(machine, "two", "cat /dev/shm/x; rm /dev/shm/x").await, "hello\n", "it is the sandbox's");
 

@@ -336,6 +336,7 @@ fn set_up_request(plan: &Plan) -> SetUpSandboxRequest {
             .or_else(host_name)
             .unwrap_or_else(|| plan.id.chars().take(MAX_HOSTNAME_LEN).collect()),
         shared_pid: plan.shared_pid,
+        pod_sysctl: plan.sysctl.clone(),
         layers_tag: LAYERS_TAG.into(),
         volumes_tag: VOLUMES_TAG.into(),
         shm_bytes: plan.shm.as_ref().map_or(0, |shm| shm.bytes),

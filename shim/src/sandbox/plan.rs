@@ -1,7 +1,10 @@
 //! What machine a sandbox gets: how large it starts, how large it may become, and
 //! where on the host it counts.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+};
 
 use rvm_protocol::vmm::MAX_VCPUS;
 
@@ -56,6 +59,8 @@ pub struct Plan {
     pub hostname: Option<String>,
     /// Whether it has a pid namespace that its containers share.
     pub shared_pid: bool,
+    /// Kernel parameters of the namespaces that it holds.
+    pub sysctl: HashMap<String, String>,
     /// How soon the host's kernel takes the monitor when memory runs out: as the
     /// first container's process says, else like any process that nobody protects.
     pub oom_score_adj: i32,
@@ -91,6 +96,7 @@ impl Plan {
             room: Room::of(size, host),
             hostname: None,
             shared_pid: false,
+            sysctl: HashMap::new(),
             oom_score_adj: bundle.container.process.oom_score_adj.unwrap_or_default(),
             ledger,
         }
@@ -125,6 +131,7 @@ impl Plan {
             room: Room::of(size, host),
             hostname: Some(pod.hostname.clone()).filter(|name| !name.is_empty()),
             shared_pid: pod.shared_pid,
+            sysctl: pod.sysctl.clone(),
             oom_score_adj: POD_OOM_SCORE_ADJ,
             ledger,
         }

@@ -1,6 +1,8 @@
 //! A pod as the Sandbox API describes it: `runtime.v1.PodSandboxConfig` of Kubernetes' CRI, of which what a machine is made
 //! from is read. There is no container's specification beside it.
 
+use std::collections::HashMap;
+
 use oci_spec::runtime::LinuxIdMappingBuilder;
 use protobuf::well_known_types::any::Any;
 use rvm_protocol::agent::IdMapping;
@@ -9,6 +11,7 @@ use super::{Announced, SpecError, Users, linux, namespaces, text};
 use crate::{
     cgroup::DEFAULT_PERIOD_US,
     options::{Value, decode},
+    sysctl,
 };
 
 /// The message's name, whatever is before it.
@@ -32,6 +35,8 @@ pub struct PodConfig {
     pub shared_pid: bool,
     /// The user namespace of its containers, where they have one of their own.
     pub users: Option<Users>,
+    /// Kernel parameters of its namespaces.
+    pub sysctl: HashMap<String, String>,
     /// What its containers will use.
     pub announced: Announced,
 }
@@ -50,7 +55,8 @@ impl PodConfig {
         let linux = pod.message(8, "linux")?;
         let security = linux.message(2, "security_context")?;
         let namespaces = security.message(1, "namespace_options")?;
-        refuse(&linux, &namespaces)?;
+        refuse(&namespaces)?;
+        let users = users(&namespaces.message(5, "userns_options")?)?;
         let hostname = text("options.hostname", Some(&pod.string(2, "hostname")?))?;
         if hostname.len() > HOST_NAME_MAX {
             let problem = format!("must have at most {HOST_NAME_MAX} bytes, is {hostname:?}");
@@ -62,14 +68,15 @@ impl PodConfig {
             cgroup: cgroup(id, &linux.string(1, "cgroup_parent")?)?,
             // As CRI has it where nothing is said.
             shared_pid: namespaces.number(2) == OF_POD,
-            users: users(&namespaces.message(5, "userns_options")?)?,
+            sysctl: sysctls(&linux, users.is_some())?,
+            users,
             announced: announced(&linux.message(5, "resources")?),
         })
     }
 }
 
 /// What no microVM can have.
-fn refuse(linux: &Message, namespaces: &Message) -> Result<(), SpecError> {
+fn refuse(namespaces: &Message) -> Result<(), SpecError> {
     let field = |name: &str| format!("options.linux.{name}");
     for (number, name, kubernetes) in
         [(1, "network", "hostNetwork"), (2, "pid", "hostPID"), (3, "ipc", "hostIPC")]
@@ -82,11 +89,29 @@ fn refuse(linux: &Message, namespaces: &Message) -> Result<(), SpecError> {
             ));
         }
     }
-    if linux.0.iter().any(|(number, _)| *number == 3) {
-        let reason = "kernel parameters of a pod need the pause container of the other sandboxer";
-        return Err(SpecError::unsupported(field("sysctls"), reason));
-    }
     Ok(())
+}
+
+/// What containerd 2.x has a pause container set (`enable_unprivileged_ports` and `enable_unprivileged_icmp`, both on
+/// by default): any user may serve at any port, and ping.
+const PORTS: (&str, &str) = ("net.ipv4.ip_unprivileged_port_start", "0");
+const PING: (&str, &str) = ("net.ipv4.ping_group_range", "0 2147483647");
+
+/// What the pod sets, and where it says nothing what is set for all. Groups of a user namespace are not all mapped.
+fn sysctls(linux: &Message, has_users: bool) -> Result<HashMap<String, String>, SpecError> {
+    let unsaid = [Some(PORTS), (!has_users).then_some(PING)];
+    let mut all: HashMap<String, String> =
+        unsaid.into_iter().flatten().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
+    for bytes in linux.bytes(3) {
+        let entry = Message::decode("options.linux.sysctls", bytes)?;
+        let (name, value) = (entry.string(1, "linux.sysctls")?, entry.string(2, "linux.sysctls")?);
+        let field = format!("options.linux.sysctls[{name:?}]");
+        if !sysctl::is_name(&name) || name.starts_with('-') {
+            return Err(SpecError::field(field, "must be a kernel parameter's name, as in sysctl(8)"));
+        }
+        all.insert(name, text(field, Some(&value))?);
+    }
+    Ok(all)
 }
 
 /// `UserNamespace` of CRI; none where the pod has the node's users.
@@ -229,6 +254,7 @@ mod tests {
             cgroup: ("/kubepods/burstable/pod1/pod".into(), false),
             shared_pid: false,
             users: None,
+            sysctl: HashMap::from([PORTS, PING].map(|(name, value)| (name.into(), value.into()))),
             announced: Announced { memory: Some(1 << 30), cpus: Some(2) },
         };
         assert_eq!(parse(&pod).unwrap(), expected);
@@ -244,6 +270,19 @@ mod tests {
 
     fn namespaces(bytes: &[u8]) -> Vec<u8> {
         field(8, &field(2, &field(1, bytes)))
+    }
+
+    #[test]
+    fn what_a_pod_sets_goes_before_what_is_set_for_all() {
+        let set = |name: &[u8], value: &[u8]| field(3, &[field(1, name), field(2, value)].concat());
+        let linux =
+            [set(b"net.ipv4.ip_unprivileged_port_start", b"80"), set(b"kernel.shm_rmid_forced", b"1")];
+        let pod = parse(&field(8, &linux.concat())).unwrap();
+        let expected = [("net.ipv4.ip_unprivileged_port_start", "80"), ("kernel.shm_rmid_forced", "1"), PING];
+        assert_eq!(pod.sysctl, expected.map(|(name, value)| (name.into(), value.into())).into());
+        let ids = b"\x08\xa0\x8d\x06\x18\x80\x80\x04";
+        let pod = parse(&namespaces(&field(5, &[field(2, ids), field(3, ids)].concat()))).unwrap();
+        assert_eq!(pod.sysctl.into_keys().collect::<Vec<_>>(), [PORTS.0]);
     }
 
     #[test]
@@ -269,7 +308,8 @@ mod tests {
             (namespaces(b"\x08\x02"), "options.linux.security_context.namespace_options.network"),
             (namespaces(b"\x10\x02"), "options.linux.security_context.namespace_options.pid"),
             (namespaces(b"\x18\x02"), "options.linux.security_context.namespace_options.ipc"),
-            (field(8, &field(3, b"")), "options.linux.sysctls"),
+            (field(8, &field(3, b"")), "options.linux.sysctls[\"\"]"),
+            (field(8, &field(3, &field(1, b"net/../x"))), "options.linux.sysctls[\"net/../x\"]"),
             (field(2, &[b'x'; 65]), "options.hostname"),
             (field(2, b"\xff"), "options.hostname"),
             (field(4, &field(1, b"1\nnameserver 2")), "options.dns_config"),
