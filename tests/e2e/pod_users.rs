@@ -36,12 +36,29 @@ fn users_of_a_pod_are_its_own() {
             let can = cri.is_rvm() && cri.containerd_major()? >= 2;
             if can {
                 users(cri)?;
+                users_and_processes(cri)?;
             }
             Ok(can)
         })?;
         println!("{tried:?}");
         Ok(())
     });
+}
+
+/// With `shareProcessNamespace`.
+fn users_and_processes(cri: &Cri) -> Result<()> {
+    let pod = Pod::run(cri, "processes", |config| {
+        mapped(config);
+        with_namespaces(config, |options| options.pid = NamespaceMode::Pod.into());
+    })?;
+    let one = pod.start("one", &["sleep", "11111"], |_| ())?;
+    let two = pod.start("two", &["sleep", "22222"], |_| ())?;
+    let seen = two.sh("id -u; ps | grep -c '[s]leep 11111'; tr '\\0' ' ' < /proc/1/cmdline")?;
+    ensure!(seen.starts_with("0\n1\n") && !seen.contains("sleep"), "{seen:?}");
+    two.sh("kill -9 $(ps | grep '[s]leep 11111' | awk '{print $1}')")?;
+    let ended = one.ended()?;
+    ensure!(ended.exit_code == 137, "{ended:?}");
+    pod.remove()
 }
 
 fn users(cri: &Cri) -> Result<()> {

@@ -14,6 +14,7 @@ use nix::{
     mount::MsFlags,
     sched::{CloneFlags, setns, unshare},
     sys::signal::{SigSet, Signal},
+    unistd::Pid,
 };
 use rvm_protocol::agent::{self, NamespaceType};
 
@@ -22,11 +23,11 @@ use super::{
     child::{self, GivenUp},
     paths::Root,
     rootfs, sysctl,
-    userns::{Ids, UserNamespace},
+    userns::{self, Ids, UserNamespace},
 };
 use crate::{
-    channel,
-    error::{Step, StepResult},
+    channel::{self, Message},
+    error::{Step, StepError, StepResult},
     init::mounts::{MOUNT_POINT, make_dir},
     io::ChildEnds,
     sys::{
@@ -110,45 +111,82 @@ impl Shared {
         }
     }
 
-    /// Makes a pid namespace, whose end is that of its init.
+    /// Makes a pid namespace, whose end is that of its init. Whose it is, is whose `/proc` of it may be mounted.
     async fn make_pid_namespace(&self) -> StepResult<OwnedFd> {
         let step = || "create the sandbox's pid namespace";
+        const NEW_PID: u64 = libc::CLONE_NEWPID as u64;
         let (child, heard) = {
             let (parent, channel) = channel::pair()?;
-            let child = fork(libc::CLONE_NEWPID as u64, || {
-                child::run(&channel, || {
-                    self.become_init(&channel)?;
-                    channel.done(false, None)?;
-                    close_all().step(|| "close descriptors")?;
-                    collect_for_ever().step(|| "collect ended processes")
-                })
-            });
+            let child = match &self.user {
+                None => fork(NEW_PID, || {
+                    child::run(&channel, || {
+                        self.begin_init(&channel)?;
+                        self.be_init(&channel)
+                    })
+                }),
+                Some(user) => fork(0, || {
+                    child::run(&channel, || {
+                        self.begin_init(&channel)?;
+                        user.enter()?;
+                        child::hand_over(&channel, NEW_PID, || {
+                            userns::become_root()?;
+                            self.be_init(&channel)
+                        })
+                    })
+                }),
+            };
             (child.step(step)?, parent)
         };
+        let open = |pid: Pid| File::open(format!("/proc/{pid}/ns/pid")).step(step);
         // Before the channel is heard: it is collected by whoever collects all.
-        let namespace = File::open(format!("/proc/{}/ns/pid", child.pid)).step(step)?;
+        let namespace = match &self.user {
+            None => open(child.pid)?,
+            Some(_) => match heard.hear().await? {
+                Message::Moved(pid) => {
+                    let namespace = open(pid)?;
+                    heard.adopted()?;
+                    namespace
+                }
+                said => return Err(StepError::Refused(format!("{}: {said:?} was unexpected", step()))),
+            },
+        };
         heard.done(step()).await?;
         Ok(namespace.into())
     }
 
-    /// In the init of the pid namespace: what containers will see as PID 1 has no
-    /// files, no privileges and no part of the guest's own namespaces.
-    fn become_init(&self, channel: &channel::Child) -> StepResult<()> {
-        let namespaces = [
+    fn namespaces(&self) -> [(&OwnedFd, CloneFlags); 3] {
+        [
             (&self.network, CloneFlags::CLONE_NEWNET),
             (&self.ipc, CloneFlags::CLONE_NEWIPC),
             (&self.uts, CloneFlags::CLONE_NEWUTS),
-        ];
-        let mut keep: Vec<_> = namespaces.iter().map(|(fd, _)| fd.as_raw_fd()).collect();
+        ]
+    }
+
+    /// The first steps of the init, with the privileges of the guest's root.
+    fn begin_init(&self, channel: &channel::Child) -> StepResult<()> {
+        let mut keep: Vec<_> = self.namespaces().iter().map(|(fd, _)| fd.as_raw_fd()).collect();
+        keep.extend(self.user.as_ref().map(|user| user.as_fd().as_raw_fd()));
         keep.push(channel.as_fd().as_raw_fd());
         child::begin(&ChildEnds::default(), &keep)?;
         // The kernel is to take any other process first: all end with this one.
         match std::fs::write("/proc/self/oom_score_adj", "-1000") {
             // Of the guest's root this is no privilege; of a test's it may be.
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
-            written => written.step(|| "set oom_score_adj")?,
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+            written => written.step(|| "set oom_score_adj"),
         }
-        for (fd, flag) in namespaces {
+    }
+
+    /// The init of the pid namespace: what containers will see as PID 1 has no
+    /// files, no privileges and no part of the guest's own namespaces.
+    fn be_init(&self, channel: &channel::Child) -> StepResult<GivenUp> {
+        self.leave_the_guest()?;
+        channel.done(false, None)?;
+        close_all().step(|| "close descriptors")?;
+        collect_for_ever().step(|| "collect ended processes")
+    }
+
+    fn leave_the_guest(&self) -> StepResult<()> {
+        for (fd, flag) in self.namespaces() {
             setns(fd, flag).step(|| "join the sandbox's namespaces")?;
         }
         unshare(CloneFlags::CLONE_NEWNS).step(|| "create a mount namespace")?;
