@@ -103,7 +103,8 @@ impl Cri {
         });
         // What kubelet and the network's administrator would keep.
         let removed = shell(&format!(
-            "ip link delete {BRIDGE} || true; rm -rf {DIR}/addresses; rmdir {CGROUP} /run/netns"
+            "ip link delete {BRIDGE} || true; rm -rf {DIR}/addresses; \
+             for dir in {CGROUP} /run/netns; do [ ! -e $dir ] || rmdir $dir; done"
         ));
         let result = outcome?;
         removed?;

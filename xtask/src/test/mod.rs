@@ -90,9 +90,10 @@ const SOAK: &str = "soak::";
 /// Module of the session with Docker that is compared, which takes a quarter of an hour.
 const DOCKER_SESSION: &str = "docker_session::";
 
-/// Releases of containerd that `--all` tries, and the cases for which they matter: those about its API.
+/// Releases of containerd that `--all` tries, and the cases for which they matter: those about its APIs.
 const CONTAINERDS: [&str; 2] = ["trixie", "sid"];
-const CONTAINERDS_CASES: [&str; 5] = ["run::", "exec::", "death::", "failures::", "process::"];
+const CONTAINERDS_CASES: [&str; 8] =
+    ["run::", "exec::", "death::", "failures::", "process::", "pods::", "pod_volumes::", "pod_users::"];
 
 /// Hierarchies of cgroups that `--all` tries, and the cases about the host's cgroups.
 const HIERARCHIES: [devhost::Cgroups; 2] = [devhost::Cgroups::Hybrid, devhost::Cgroups::V1];
