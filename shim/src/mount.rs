@@ -18,6 +18,8 @@ use nix::{
     sched::{CloneFlags, unshare},
 };
 
+use crate::user_namespace::{IdMap, user_namespace};
+
 /// Gives the process a mount namespace of its own: the host's mounts keep
 /// arriving in it, none of its own leave it, and all of them end with the last
 /// process in it. Must be called before threads are started.
@@ -44,16 +46,17 @@ pub fn bind(source: &Path, target: &Path, recursive: bool) -> io::Result<()> {
     Ok(mount(Some(source), target, None::<&str>, flags, None::<&str>)?)
 }
 
-/// As [`bind`], with ids mapped as in `user_namespace`: what the file system says
-/// is one of its inner ids is seen as the outer one. Where `all`, in every mount
-/// below too (mount_setattr(2), `MOUNT_ATTR_IDMAP`).
+/// As [`bind`], with ids mapped: what the file system says is one of the inner ids
+/// is seen as the outer one. Where `all`, in every mount below too
+/// (mount_setattr(2), `MOUNT_ATTR_IDMAP`).
 pub fn bind_idmapped(
     source: &Path,
     target: &Path,
     recursive: bool,
-    user_namespace: &OwnedFd,
+    idmap: &IdMap,
     all: bool,
 ) -> io::Result<()> {
+    let user_namespace = user_namespace(idmap)?;
     let tree = clone_tree(source, recursive)?;
     let deep = |yes| if yes { libc::AT_RECURSIVE } else { 0 };
     let attributes = libc::mount_attr {

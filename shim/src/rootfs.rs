@@ -15,7 +15,7 @@ use nix::mount::MsFlags;
 
 use crate::{
     mount,
-    user_namespace::{IdMap, IdRange, user_namespace},
+    user_namespace::{IdMap, IdRange},
 };
 
 /// mount(2) takes one page of options.
@@ -181,8 +181,7 @@ fn overlay(
             Some(("lowerdir", dirs)) => lower = split_lower(dirs),
             Some(("upperdir" | "workdir", _)) if access == Access::Writable => others.push(option.clone()),
             Some(("upperdir", dir)) => upper = Some(dir.to_owned()),
-            Some(("workdir", _)) => {}
-            Some(("uidmap" | "gidmap", _)) => {}
+            Some(("workdir" | "uidmap" | "gidmap", _)) => {}
             _ if mount_flag(option).is_some() => {}
             _ if option == "volatile" && access == Access::ReadOnly => {}
             _ => others.push(option.clone()),
@@ -302,9 +301,7 @@ fn mount_all(layers: &[Layer], root: &Path, target: &Path, access: Access) -> Re
                 let recursive = access == Access::Writable;
                 let bound = match idmap {
                     None => mount::bind(source, target, recursive),
-                    Some(idmap) => user_namespace(idmap).and_then(|namespace| {
-                        mount::bind_idmapped(source, target, recursive, &namespace, false)
-                    }),
+                    Some(idmap) => mount::bind_idmapped(source, target, recursive, idmap, false),
                 };
                 (source.display().to_string(), bound)
             }
@@ -363,7 +360,7 @@ fn mount_idmapped_overlay(
     flags: MsFlags,
 ) -> io::Result<()> {
     let (dir, relative) = relative_to_common(lower).ok_or_else(|| apart("are to be idmapped and"))?;
-    mount::bind_idmapped(Path::new(&unescape(&dir)), target, false, &user_namespace(idmap)?, false)?;
+    mount::bind_idmapped(Path::new(&unescape(&dir)), target, false, idmap, false)?;
     let lower: Vec<String> = written.map(str::to_owned).into_iter().chain(relative).collect();
     let mounted = mount_overlay_from(target, &lower, options, target, flags).and_then(|()| {
         let overlay = mount::clone(target)?;

@@ -16,7 +16,7 @@ use super::{ShareError, Skeleton};
 use crate::{
     mount::{self, Identity},
     spec::Volume,
-    user_namespace::{IdMap, user_namespace},
+    user_namespace::IdMap,
 };
 
 /// The trees of volumes, in a skeleton of theirs.
@@ -151,8 +151,7 @@ impl Volumes {
             match &volume.idmap {
                 None => mount::bind(&volume.source, &target, volume.recursive)?,
                 Some((map, all)) => {
-                    let namespace = user_namespace(map)?;
-                    mount::bind_idmapped(&volume.source, &target, volume.recursive, &namespace, *all)?;
+                    mount::bind_idmapped(&volume.source, &target, volume.recursive, map, *all)?;
                 }
             }
             if !volume.follows_host {
