@@ -67,6 +67,22 @@ pub struct VmConfig {
     /// virtio-net devices that are there from the start.
     #[serde(default)]
     pub nets: Vec<InheritedNet>,
+    /// What the monitor shuts itself in before its first guest instruction; none
+    /// leaves it all that it was started with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub jail: Option<JailConfig>,
+}
+
+/// How the monitor is shut in. It has to be the first process of a pid namespace.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JailConfig {
+    /// What becomes its root directory. What it serves of the host is below.
+    pub root: PathBuf,
+    /// Inherited descriptor of the user namespace it ends up in; none leaves it in
+    /// its own, with fewer capabilities.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user_namespace: Option<i32>,
 }
 
 /// virtio-vsock in user space. A host program connects to `socket`, writes

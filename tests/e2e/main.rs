@@ -20,6 +20,7 @@ mod guest_kernel;
 mod hooks;
 mod hostile;
 mod interfaces;
+mod jail;
 mod joined;
 mod limits;
 mod loopback;

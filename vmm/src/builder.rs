@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::ScopedJoinHandle;
 
+use rvm_protocol::vmm::DiskConfig;
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
@@ -83,20 +84,51 @@ impl From<BusFull> for BuildError {
     }
 }
 
-/// Builds the machine `config` describes. `any_kvm` accepts a `/dev/kvm` that
-/// only emulates kernels, for measuring the monitor where there is no better.
-/// With a `snapshot` the machine is the one that was saved, else a new one.
-pub fn build(
-    mut config: CheckedConfig,
+/// What a machine is built from: nothing of the host is named by a path any more.
+pub struct Opened {
+    config: CheckedConfig,
     snapshot: Option<File>,
-    any_kvm: bool,
-    timeline: Arc<Timeline>,
-) -> Result<Machine, BuildError> {
+    host: Host,
+    vsock: Option<Vsock>,
+    shares: Vec<Fs>,
+    disks: Vec<(String, Blk)>,
+    console: Option<ConsoleLog>,
+    socket: Option<ReadOnlySocket>,
+}
+
+/// Opens what `config` names. `any_kvm` accepts a `/dev/kvm` that only emulates kernels, for
+/// measuring the monitor where there is no better. With a `snapshot` the machine will be the
+/// one that was saved, else a new one.
+pub fn open(config: CheckedConfig, snapshot: Option<File>, any_kvm: bool) -> Result<Opened, BuildError> {
     if !any_kvm {
         probe::check()?;
     }
-    let snapshot = snapshot.map(snapshot::open).transpose()?;
     let host = Host::open()?;
+    let vm = &config.vm;
+    let vsock = vm.vsock.as_ref().map(Vsock::new).transpose().map_err(BuildError::Vsock)?;
+    let share = |share| Fs::new(share).map_err(|source| BuildError::Share { tag: share.tag.clone(), source });
+    let shares = vm.shares.iter().map(share).collect::<Result<_, _>>()?;
+    let disk = |disk: &DiskConfig| match Blk::open(disk) {
+        Ok(device) => Ok((disk.serial.clone(), device)),
+        Err(source) => Err(BuildError::Disk { serial: disk.serial.clone(), source }),
+    };
+    let disks = vm.disks.iter().map(disk).collect::<Result<_, _>>()?;
+    let console = |path: &PathBuf| {
+        ConsoleLog::open(path).map_err(|source| BuildError::Console { path: path.clone(), source })
+    };
+    let console = vm.console_log.as_ref().map(console).transpose()?;
+    // It answers once there is a machine.
+    let socket = |path: &PathBuf| {
+        ReadOnlySocket::bind(path).map_err(|source| BuildError::Control { path: path.clone(), source })
+    };
+    let socket = vm.control_socket.as_ref().map(socket).transpose()?;
+    Ok(Opened { config, snapshot, host, vsock, shares, disks, console, socket })
+}
+
+/// Builds the machine of what was opened.
+pub fn build(opened: Opened, timeline: Arc<Timeline>) -> Result<Machine, BuildError> {
+    let Opened { mut config, snapshot, host, vsock, shares, disks, console, socket } = opened;
+    let snapshot = snapshot.map(snapshot::open).transpose()?;
     let vm = Arc::new(host.create_vm(config.vm.max_vcpus)?);
     timeline.reached("vm_created");
 
@@ -108,7 +140,7 @@ pub fn build(
     // Before KVM takes the memory, and before it makes a vCPU, it waits for all who
     // may still look at what was before, which can last longer than all the rest; so
     // the memory is filled meanwhile.
-    let nets = std::mem::take(&mut config.nets);
+    let devices = Devices { vsock, shares, disks, nets: std::mem::take(&mut config.nets), console };
     let vmm = std::thread::scope(|scope| {
         let taken = scope.spawn(|| vm.set_memory(&memory));
         let loaded = scope.spawn(|| match &snapshot {
@@ -116,10 +148,10 @@ pub fn build(
             None => load_guest(&config, &memory).map(Some),
         });
         let loaded = || joined(loaded).inspect(|_| timeline.reached("guest_loaded"));
-        let built = build_on(&config, nets, (&host, &vm), &memory, loaded, &timeline);
+        let built = build_on(&config, devices, (&host, &vm), &memory, loaded, &timeline);
         joined(taken)?;
         timeline.reached("memory_taken");
-        let Built { buses, vcpus, more_vcpus, disks, nets, socket } = built?;
+        let Built { buses, vcpus, more_vcpus, disks, nets } = built?;
         if snapshot.is_none() {
             let table = buses.pci.table();
             memory
@@ -142,7 +174,15 @@ struct Built {
     more_vcpus: VcpuFactory,
     disks: HashMap<String, usize>,
     nets: BTreeMap<u8, NetControl>,
-    socket: Option<ReadOnlySocket>,
+}
+
+/// What is put on its buses.
+struct Devices {
+    vsock: Option<Vsock>,
+    shares: Vec<Fs>,
+    disks: Vec<(String, Blk)>,
+    nets: Vec<NetFiles>,
+    console: Option<ConsoleLog>,
 }
 
 /// What a thread returned; its panic is ours.
@@ -153,16 +193,28 @@ fn joined<T>(thread: ScopedJoinHandle<'_, T>) -> T {
 /// `loaded` waits until memory holds what the first vCPU is to run.
 fn build_on(
     config: &CheckedConfig,
-    nets: Vec<NetFiles>,
+    devices: Devices,
     (host, vm): (&Host, &Arc<Vm>),
     memory: &GuestRam,
     loaded: impl FnOnce() -> Result<Option<BootEntry>, BuildError>,
     timeline: &Timeline,
 ) -> Result<Built, BuildError> {
     let pci = PciBus::default();
-    let disks = attach_devices(config, &pci, memory, vm)?;
+    let Devices { vsock, shares, disks, nets, console } = devices;
+    let attach = |device: Box<dyn VirtioDevice>| function::attach(&pci, device, memory, vm);
+    if let Some(vsock) = vsock {
+        attach(Box::new(vsock))?;
+    }
+    for share in shares {
+        // A vCPU waiting for the host's disk does not hold up the others.
+        attach(Box::new(share.with_request_queues(config.vm.vcpus.into())))?;
+    }
+    // Slots, by serial.
+    let disk = |(serial, disk)| Ok((serial, attach(Box::new(disk))?));
+    let disks = disks.into_iter().map(disk).collect::<Result<_, FunctionError>>()?;
     let nets = attach_nets(nets, &pci, memory, vm)?;
-    let serial = serial_console(config, vm)?;
+    let interrupt = vm.routes.connect_line(layout::SERIAL_GSI).map_err(BuildError::Serial)?;
+    let serial = Serial::new(console, interrupt);
     timeline.reached("devices_attached");
 
     let more_vcpus = VcpuFactory::new(host, vm, config.vm.max_vcpus)?;
@@ -173,16 +225,8 @@ fn build_on(
     }
     timeline.reached("vcpus_created");
 
-    // Last, so that whoever can connect finds a machine.
-    let socket = match &config.vm.control_socket {
-        Some(path) => {
-            let failed = |source| BuildError::Control { path: path.clone(), source };
-            Some(ReadOnlySocket::bind(path).map_err(failed)?)
-        }
-        None => None,
-    };
     let buses = Arc::new(Buses { pci, serial: Mutex::new(serial), vm: Arc::clone(vm) });
-    Ok(Built { buses, vcpus, more_vcpus, disks, nets, socket })
+    Ok(Built { buses, vcpus, more_vcpus, disks, nets })
 }
 
 /// Makes a built machine the one that was saved: the interrupt controllers first,
@@ -229,31 +273,6 @@ fn load_guest(config: &CheckedConfig, memory: &GuestRam) -> Result<BootEntry, Bu
     Ok(BootEntry { entry: kernel.entry, pml4 })
 }
 
-/// Puts the virtio devices on the bus; returns the slots of the disks, by serial.
-fn attach_devices(
-    config: &CheckedConfig,
-    pci: &PciBus,
-    memory: &GuestRam,
-    vm: &Arc<Vm>,
-) -> Result<HashMap<String, usize>, BuildError> {
-    let attach = |device: Box<dyn VirtioDevice>| function::attach(pci, device, memory, vm);
-    if let Some(vsock) = &config.vm.vsock {
-        attach(Box::new(Vsock::new(vsock).map_err(BuildError::Vsock)?))?;
-    }
-    for share in &config.vm.shares {
-        let device = Fs::new(share).map_err(|source| BuildError::Share { tag: share.tag.clone(), source })?;
-        // A vCPU waiting for the host's disk does not hold up the others.
-        attach(Box::new(device.with_request_queues(config.vm.vcpus.into())))?;
-    }
-    let mut disks = HashMap::new();
-    for disk in &config.vm.disks {
-        let device =
-            Blk::open(disk).map_err(|source| BuildError::Disk { serial: disk.serial.clone(), source })?;
-        disks.insert(disk.serial.clone(), attach(Box::new(device))?);
-    }
-    Ok(disks)
-}
-
 /// Puts the network interfaces on the bus.
 fn attach_nets(
     nets: Vec<NetFiles>,
@@ -269,17 +288,6 @@ fn attach_nets(
         Ok((slot, control))
     };
     nets.into_iter().map(attach).collect()
-}
-
-fn serial_console(config: &CheckedConfig, vm: &Vm) -> Result<Serial, BuildError> {
-    let output = match &config.vm.console_log {
-        Some(path) => Some(
-            ConsoleLog::open(path).map_err(|source| BuildError::Console { path: path.clone(), source })?,
-        ),
-        None => None,
-    };
-    let interrupt = vm.routes.connect_line(layout::SERIAL_GSI).map_err(BuildError::Serial)?;
-    Ok(Serial::new(output, interrupt))
 }
 
 fn create_vcpus(

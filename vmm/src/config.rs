@@ -15,6 +15,7 @@ use thiserror::Error;
 use crate::arch::layout::{self, CMDLINE_MAX_SIZE, MEMORY_BLOCK};
 use crate::arch::vendor::Vendor;
 use crate::boot::params;
+use crate::jail::{Jail, JailError};
 use crate::process;
 
 /// Smallest guest memory, in MiB: kernel, initramfs and a little.
@@ -67,6 +68,9 @@ pub enum ConfigError {
         #[source]
         source: io::Error,
     },
+    /// What the monitor is to be shut in is not there.
+    #[error(transparent)]
+    Jail(#[from] JailError),
 }
 
 /// A configuration with which a machine can be built.
@@ -82,6 +86,8 @@ pub struct CheckedConfig {
     pub cmdline: String,
     /// The network interfaces.
     pub nets: Vec<NetFiles>,
+    /// What the monitor is to be shut in.
+    pub jail: Option<Jail>,
 }
 
 /// A network interface and the descriptors inherited for it.
@@ -172,7 +178,8 @@ pub fn check(mut vm: VmConfig) -> Result<CheckedConfig, ConfigError> {
     let nets = vm.nets.iter().map(net_files).collect::<Result<_, _>>()?;
     let kernel = open("kernel", &vm.kernel)?;
     let initramfs = vm.initramfs.as_deref().map(|path| open("initramfs", path)).transpose()?;
-    Ok(CheckedConfig { vm, kernel, initramfs, cmdline, nets })
+    let jail = vm.jail.as_ref().map(Jail::open).transpose()?;
+    Ok(CheckedConfig { vm, kernel, initramfs, cmdline, nets, jail })
 }
 
 /// What is wrong with memory that addresses of `bits` do not reach.

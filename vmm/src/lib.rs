@@ -3,6 +3,7 @@
 //! ```text
 //! config ──> builder ──> machine ──> vcpu threads ──exits──> buses ──> pci ──> devices
 //!              │             └───> control: the owner, who looks; signals
+//!              ├── jail          shut in once everything is open
 //!              ├── kvm, memory   the VM and its memory
 //!              ├── boot, arch    what is in that memory and in the registers
 //!              ├── snapshot      or all of it as it was
@@ -20,12 +21,15 @@ pub mod config;
 pub mod control;
 pub mod devices;
 pub mod hotplug;
+pub mod jail;
 pub mod kvm;
 pub mod logging;
 pub mod machine;
 pub mod memory;
+mod mounts;
 pub mod pci;
 pub mod process;
+pub mod procfs;
 pub mod snapshot;
 pub mod timeline;
 pub mod vcpu;

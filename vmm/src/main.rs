@@ -8,11 +8,12 @@ use std::sync::Arc;
 use anyhow::{Context, anyhow, bail};
 use log::LevelFilter;
 use rvm_protocol::vmm::exit_code;
+use rvm_vmm::config::CheckedConfig;
 use rvm_vmm::control::channel::OwnerChannel;
-use rvm_vmm::machine::StopSignals;
+use rvm_vmm::machine::{Machine, StopSignals};
 use rvm_vmm::timeline::Timeline;
 use rvm_vmm::vcpu::exits::End;
-use rvm_vmm::{builder, config, logging, process};
+use rvm_vmm::{builder, config, jail, logging, process};
 
 const USAGE: &str = "\
 usage: rvm-vmm --config FILE [OPTION]...
@@ -72,15 +73,35 @@ fn run(arguments: Arguments, timeline: Arc<Timeline>) -> (i32, Option<anyhow::Er
     };
     logging::init(&config.vm.id, arguments.log_level);
     timeline.reached("config_checked");
-    let machine = match builder::build(config, arguments.snapshot, arguments.any_kvm, timeline) {
+    let Arguments { snapshot, any_kvm, channel, .. } = arguments;
+    let machine = match build(config, snapshot, any_kvm, timeline) {
         Ok(machine) => machine,
-        Err(e) => return (exit_code::BUILD_FAILED, Some(e.into())),
+        Err(e) => return (exit_code::BUILD_FAILED, Some(e)),
     };
-    match machine.run(signals, arguments.channel) {
+    match machine.run(signals, channel) {
         Ok(End::PoweredOff) => (exit_code::OK, None),
         Ok(End::Crashed(cause)) => (exit_code::GUEST_CRASHED, Some(anyhow!("the guest crashed: {cause}"))),
         Err(e) => (exit_code::BUILD_FAILED, Some(e.into())),
     }
+}
+
+/// Opens everything, shuts the process in, and builds the machine there.
+fn build(
+    mut config: CheckedConfig,
+    snapshot: Option<File>,
+    any_kvm: bool,
+    timeline: Arc<Timeline>,
+) -> anyhow::Result<Machine> {
+    let jail = config.jail.take();
+    let opened = builder::open(config, snapshot, any_kvm)?;
+    if let Some(jail) = jail {
+        jail.enter()?;
+        timeline.reached("jail_entered");
+    }
+    let machine = builder::build(opened, timeline)?;
+    // The file servers' threads have theirs; who works for the machine needs none.
+    jail::drop_capabilities().context("capabilities")?;
+    Ok(machine)
 }
 
 /// `None` where the question has been answered already.

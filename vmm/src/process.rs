@@ -3,6 +3,10 @@
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
+/// Descriptors it takes where it may: what Linux allows where nobody has said otherwise
+/// (`fs.nr_open`). A guest knows more files than a shell opens.
+const DESCRIPTORS: libc::rlim_t = 1 << 20;
+
 /// Keeps the guest's memory out of core files and out of other processes' reach, and
 /// takes as many descriptors as it may have: a share needs one for each file that the
 /// guest knows. What is refused is told on stderr, as there is no log yet.
@@ -39,7 +43,7 @@ fn no_core_file() -> io::Result<()> {
 }
 
 /// Also: who may not trace everything may not look into its memory.
-fn undumpable() -> io::Result<()> {
+pub(crate) fn undumpable() -> io::Result<()> {
     // SAFETY: PR_SET_DUMPABLE takes a number.
     ok(unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0) })
 }
@@ -48,6 +52,10 @@ fn descriptors() -> io::Result<()> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: a valid rlimit that the call fills.
     ok(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) })?;
+    let most = libc::rlimit { rlim_cur: DESCRIPTORS, rlim_max: DESCRIPTORS };
+    if limit.rlim_max < DESCRIPTORS && set_limit(libc::RLIMIT_NOFILE, &most).is_ok() {
+        return Ok(());
+    }
     limit.rlim_cur = limit.rlim_max;
     set_limit(libc::RLIMIT_NOFILE, &limit)
 }
@@ -57,7 +65,8 @@ fn set_limit(which: libc::__rlimit_resource_t, limit: &libc::rlimit) -> io::Resu
     ok(unsafe { libc::setrlimit(which, limit) })
 }
 
-fn ok(result: libc::c_int) -> io::Result<()> {
+/// What a system call says that returns a negative number when it fails.
+pub(crate) fn ok(result: libc::c_int) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 

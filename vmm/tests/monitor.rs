@@ -112,7 +112,8 @@ impl Sandbox {
     fn left(&self) -> Vec<String> {
         let entries = std::fs::read_dir(self.dir.path()).unwrap();
         let mut names: Vec<_> = entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
-        names.retain(|name| !["vm.json", "vmlinux", "initramfs", "console.log"].contains(&name.as_str()));
+        let stays = ["vm.json", "vmlinux", "initramfs", "console.log", "console.log.1"];
+        names.retain(|name| !stays.contains(&name.as_str()));
         names
     }
 }

@@ -3,7 +3,7 @@
 use std::{
     fs::File,
     io,
-    os::fd::{AsFd, BorrowedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -12,7 +12,7 @@ use std::{
 use rvm_protocol::{
     agent::{SetUpSandboxRequest, SyncNetworkRequest},
     guest::{GUEST_CID, LAYERS_TAG, READY_PORT, VOLUMES_TAG, ready_line},
-    vmm::{CachePolicy, InheritedNet, NetConfig, ShareConfig, VmConfig, VsockConfig},
+    vmm::{CachePolicy, InheritedNet, JailConfig, NetConfig, ShareConfig, VmConfig, VsockConfig},
 };
 use tokio::{net::UnixListener, task::spawn_blocking, time::timeout};
 
@@ -30,6 +30,7 @@ use crate::{
     spec::Users,
     sysctl,
     timeline::Timeline,
+    user_namespace::{IdMap, IdRange, user_namespace},
     vmm::{self, Exited, Monitor, MonitorError},
     vsock::{self, Vsock, VsockError},
 };
@@ -79,8 +80,13 @@ impl Boot {
         let vsock = Vsock::new(dir.clone());
         let ready = vsock.listen(READY_PORT)?;
         let nets = network.inherited();
-        let named: Vec<_> = nets.iter().flat_map(|net| net.taps.iter().chain(&net.vhost)).copied().collect();
-        vmm::write_config(path, &vm_config(config, plan, nets))
+        let mut named: Vec<_> =
+            nets.iter().flat_map(|net| net.taps.iter().chain(&net.vhost)).copied().collect();
+        let users = powerless_users();
+        named.extend(users.as_ref().map(AsRawFd::as_raw_fd));
+        let jail =
+            JailConfig { root: dir::SHARE.into(), user_namespace: users.as_ref().map(AsRawFd::as_raw_fd) };
+        vmm::write_config(path, &vm_config(config, plan, nets, jail))
             .map_err(|source| SandboxError::Directory { path: path.to_owned(), source })?;
         let spawned = timeline.elapsed();
         let namespace = network.namespace().as_fd();
@@ -284,7 +290,7 @@ async fn add_disk(
     monitor.control().add_disk(serial, readonly, file.as_fd(), limit).await
 }
 
-fn vm_config(config: &Config, plan: &Plan, nets: Vec<InheritedNet>) -> VmConfig {
+fn vm_config(config: &Config, plan: &Plan, nets: Vec<InheritedNet>, jail: JailConfig) -> VmConfig {
     VmConfig {
         id: plan.id.clone(),
         vcpus: plan.size.vcpus,
@@ -315,7 +321,18 @@ fn vm_config(config: &Config, plan: &Plan, nets: Vec<InheritedNet>) -> VmConfig 
         ],
         disks: Vec::new(),
         nets,
+        jail: Some(jail),
     }
+}
+
+/// A user namespace with every id of the host, for the monitor: its root is the host's where
+/// a file's owner is asked for, and has no power over anything else. A host that makes none
+/// leaves the monitor fewer capabilities in its own.
+fn powerless_users() -> Option<OwnedFd> {
+    let all = vec![IdRange { inside: 0, outside: 0, count: u32::MAX }];
+    user_namespace(&IdMap { uids: all.clone(), gids: all })
+        .inspect_err(|error| log::warn!("the monitor gets no user namespace of its own: {error}"))
+        .ok()
 }
 
 /// The host's name: what a new UTS namespace on it would begin with. A container

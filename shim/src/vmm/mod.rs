@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-use nix::sched::{CloneFlags, setns};
+use nix::sched::{CloneFlags, setns, unshare};
 use rvm_protocol::vmm::{MAX_MESSAGE_LEN, Metrics, Request, Response, VmConfig};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, unix::AsyncFd},
@@ -127,8 +127,9 @@ impl Monitor {
     /// been written. It is in `cgroup` before it has any memory, has no environment,
     /// is in the network namespace `network` and dies with the calling thread, which
     /// therefore must be the process's main thread. `oom_score_adj` is how soon the
-    /// host's kernel takes it when memory runs out. It has the descriptors `inherited`
-    /// under the numbers they have here, which its configuration names.
+    /// host's kernel takes it when memory runs out. It is the first process of a pid namespace
+    /// of its own. It has the descriptors `inherited` under the numbers they have here, which
+    /// its configuration names.
     pub fn spawn(
         program: &Path,
         dir: &Path,
@@ -143,7 +144,6 @@ impl Monitor {
         let channel = monitors_end.as_raw_fd();
         let inherited = [inherited, &[channel]].concat();
         let network = network.as_raw_fd();
-        let parent = std::process::id();
         let procs = cgroup.procs();
         let mut command = Command::new(program);
         command
@@ -156,8 +156,8 @@ impl Monitor {
             .process_group(0);
         // SAFETY: the closure makes system calls only and allocates nothing, as
         // is required between fork and exec.
-        unsafe { command.pre_exec(move || prepare_child(parent, &procs, network, &inherited)) };
-        let mut child = command.spawn().map_err(spawn)?;
+        unsafe { command.pre_exec(move || prepare_child(&procs, network, &inherited)) };
+        let mut child = in_a_pid_namespace(|| command.spawn()).map_err(spawn)?;
         drop(command);
         drop(monitors_end);
         set_oom_score_adj(child.id(), oom_score_adj);
@@ -221,13 +221,22 @@ impl Drop for Monitor {
     }
 }
 
-fn prepare_child(parent: u32, procs: &[CString], network: RawFd, inherited: &[RawFd]) -> io::Result<()> {
+/// Does `make`, whose child becomes the first process of a new pid namespace. Only the calling
+/// thread is concerned.
+fn in_a_pid_namespace<T>(make: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    let own = File::open("/proc/thread-self/ns/pid")?;
+    unshare(CloneFlags::CLONE_NEWPID)?;
+    let made = make();
+    // No child could be made after that one has ended.
+    setns(own, CloneFlags::CLONE_NEWPID)?;
+    made
+}
+
+fn prepare_child(procs: &[CString], network: RawFd, inherited: &[RawFd]) -> io::Result<()> {
+    // Of a parent that is gone already the control channel tells.
     // SAFETY: PR_SET_PDEATHSIG takes a signal number and no pointer.
     if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } != 0 {
         return Err(io::Error::last_os_error());
-    }
-    if nix::unistd::getppid().as_raw().cast_unsigned() != parent {
-        return Err(io::Error::from_raw_os_error(libc::ESRCH));
     }
     for &fd in inherited {
         // SAFETY: plain system call; 0 clears FD_CLOEXEC.

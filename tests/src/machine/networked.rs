@@ -95,6 +95,7 @@ impl Machine {
             shares: Vec::new(),
             disks: Vec::new(),
             nets: shape.nets,
+            jail: None,
         };
         std::fs::write(dir.path().join("vm.json"), serde_json::to_vec(&config)?)?;
         let (control, monitors) = Control::pair()?;

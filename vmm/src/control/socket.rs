@@ -2,7 +2,6 @@
 //! and per answer, several clients at a time.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -26,7 +25,7 @@ pub struct ReadOnlySocket {
     path: PathBuf,
     clients: HashMap<RawFd, Client>,
     /// Closed to make room for a client that has to be turned away.
-    reserve: Option<File>,
+    reserve: Option<UnixListener>,
 }
 
 struct Client {
@@ -39,7 +38,7 @@ impl ReadOnlySocket {
     pub fn bind(path: &Path) -> io::Result<Self> {
         let listener = UnixListener::bind(path)?;
         listener.set_nonblocking(true)?;
-        let reserve = Some(File::open("/dev/null")?);
+        let reserve = Some(listener.try_clone()?);
         Ok(Self { listener, path: path.to_owned(), clients: HashMap::new(), reserve })
     }
 
@@ -89,7 +88,7 @@ impl ReadOnlySocket {
         if self.listener.accept().is_err() {
             std::thread::sleep(MOMENT);
         }
-        self.reserve = File::open("/dev/null").ok();
+        self.reserve = self.listener.try_clone().ok();
     }
 
     /// Reads what client `fd` has sent and answers each whole line: a request for
@@ -114,8 +113,9 @@ impl ReadOnlySocket {
 
 impl Drop for ReadOnlySocket {
     fn drop(&mut self) {
+        // Who is shut in leaves it to its owner.
         if let Err(e) = std::fs::remove_file(&self.path) {
-            log::warn!("control socket {}: {e}", self.path.display());
+            log::debug!("control socket {}: {e}", self.path.display());
         }
     }
 }

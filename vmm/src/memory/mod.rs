@@ -22,6 +22,7 @@ use vm_memory::{
 };
 
 use crate::arch::layout::{self, PAGE_SIZE, ranges};
+use crate::procfs;
 pub use ram::GuestRam;
 
 /// Why guest memory could not be made or filled.
@@ -219,7 +220,7 @@ fn map_pages(memory: &GuestRam, start: u64, file: &File, offset: u64, len: u64) 
 pub fn resident_bytes(memory: &GuestRam) -> io::Result<u64> {
     let ranges: Vec<(u64, u64)> =
         memory.iter().map(|r| (r.as_ptr() as u64, r.as_ptr() as u64 + r.mapped())).collect();
-    let smaps = std::fs::read_to_string("/proc/self/smaps")?;
+    let smaps = io::read_to_string(procfs::open("smaps")?)?;
     let mut inside = false;
     let mut kib = 0;
     for line in smaps.lines() {

@@ -66,6 +66,7 @@ impl Monitor {
             }],
             disks: Vec::new(),
             nets: Vec::new(),
+            jail: None,
         };
         std::fs::write(dir.path().join("vm.json"), serde_json::to_vec(&config)?)?;
         let listener = UnixListener::bind(dir.path().join(format!("vsock.sock_{READY_PORT}")))?;

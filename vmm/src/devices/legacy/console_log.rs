@@ -5,6 +5,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// Largest size of each of the two files.
@@ -14,6 +15,7 @@ pub const LIMIT: u64 = 1 << 20;
 pub struct ConsoleLog {
     path: PathBuf,
     file: File,
+    older: File,
     size: u64,
     limit: u64,
     line: Vec<u8>,
@@ -21,17 +23,21 @@ pub struct ConsoleLog {
 
 /// Longest line written as one.
 const LINE_MAX: usize = 1024;
+/// Bytes copied at once.
+const PIECE: usize = 64 << 10;
 
 impl ConsoleLog {
-    /// Appends to the log at `path`, creating it.
+    /// Appends to the log at `path`, creating it and the older one.
     pub fn open(path: &Path) -> io::Result<Self> {
         Self::with_limit(path, LIMIT)
     }
 
     fn with_limit(path: &Path, limit: u64) -> io::Result<Self> {
-        let file = append_to(path)?;
+        let mut older = path.as_os_str().to_owned();
+        older.push(".1");
+        let (file, older) = (append_to(path)?, append_to(Path::new(&older))?);
         let size = file.metadata()?.len();
-        Ok(Self { path: path.to_owned(), file, size, limit, line: Vec::with_capacity(LINE_MAX) })
+        Ok(Self { path: path.to_owned(), file, older, size, limit, line: Vec::with_capacity(LINE_MAX) })
     }
 
     /// Adds a byte of output.
@@ -47,19 +53,32 @@ impl ConsoleLog {
         }
         let line = std::mem::replace(&mut self.line, Vec::with_capacity(LINE_MAX));
         if self.size + line.len() as u64 > self.limit {
-            let mut old = self.path.clone().into_os_string();
-            old.push(".1");
-            std::fs::rename(&self.path, old)?;
-            self.file = append_to(&self.path)?;
-            self.size = 0;
+            self.turn_over()?;
         }
         self.size += line.len() as u64;
         self.file.write_all(&line)
     }
+
+    /// Makes the log the older one and begins anew, in the same two files: no name is
+    /// given to anything once the monitor is shut in.
+    fn turn_over(&mut self) -> io::Result<()> {
+        self.older.set_len(0)?;
+        let mut piece = vec![0; PIECE];
+        let mut copied = 0;
+        while copied < self.size {
+            let count = self.file.read_at(&mut piece, copied)?;
+            let Some(read) = piece.get(..count).filter(|read| !read.is_empty()) else { break };
+            self.older.write_all(read)?;
+            copied += count as u64;
+        }
+        self.file.set_len(0)?;
+        self.size = 0;
+        Ok(())
+    }
 }
 
 fn append_to(path: &Path) -> io::Result<File> {
-    OpenOptions::new().append(true).create(true).open(path)
+    OpenOptions::new().read(true).append(true).create(true).custom_flags(libc::O_NOFOLLOW).open(path)
 }
 
 impl Drop for ConsoleLog {

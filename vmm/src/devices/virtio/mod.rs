@@ -162,6 +162,11 @@ pub trait VirtioDevice: Send {
         1
     }
 
+    /// Whether its threads do something on the host in the name of a guest's user.
+    fn acts_for_users(&self) -> bool {
+        false
+    }
+
     /// Starts serving the queues, on its threads.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
 

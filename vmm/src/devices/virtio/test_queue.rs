@@ -71,7 +71,7 @@ impl TestQueue {
     pub fn new() -> Self {
         let memory = GuestRam::from_ranges(&[(GuestAddress(0), MEMORY)]);
         let config = Arc::new(Bell(EventFd::new(EFD_NONBLOCK).unwrap()));
-        Self { memory, sides: Vec::new(), config, threads: Threads::new("test", 8).unwrap() }
+        Self { memory, sides: Vec::new(), config, threads: Threads::new("test", 8, true).unwrap() }
     }
 
     /// Sets up `queues` queues as a driver does before DRIVER_OK.

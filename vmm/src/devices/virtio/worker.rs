@@ -15,6 +15,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::Interrupt;
+use crate::jail::drop_capabilities;
 
 /// Events taken from epoll at once; more wait for the next round.
 const MAX_EVENTS: usize = 32;
@@ -96,9 +97,10 @@ struct Failure {
 }
 
 impl Threads {
-    /// `count` threads called `name` (at most 15 bytes are shown), with nothing to do.
-    pub fn new(name: &str, count: usize) -> io::Result<Self> {
-        let members = (0..count).map(|_| Worker::spawn(name)).collect::<io::Result<_>>()?;
+    /// `count` threads called `name` (at most 15 bytes are shown), with nothing to do. Those
+    /// that are not `capable` give up their capabilities.
+    pub fn new(name: &str, count: usize, capable: bool) -> io::Result<Self> {
+        let members = (0..count).map(|_| Worker::spawn(name, capable)).collect::<io::Result<_>>()?;
         Ok(Self(Arc::new(Group {
             members,
             asked: Asked::default(),
@@ -230,12 +232,17 @@ struct Shared {
 }
 
 impl Worker {
-    fn spawn(name: &str) -> io::Result<Self> {
+    fn spawn(name: &str, capable: bool) -> io::Result<Self> {
         let desk = Desk { job: None, doing: Doing::Nothing, asked: RUN, over: false };
         let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let shared = Arc::new(Shared { desk: Mutex::new(desk), changed: Condvar::new(), wake });
         let of_thread = Arc::clone(&shared);
-        let thread = thread::Builder::new().name(name.to_owned()).spawn(move || of_thread.live())?;
+        let thread = thread::Builder::new().name(name.to_owned()).spawn(move || {
+            if !capable && let Err(error) = drop_capabilities() {
+                log::error!("a device's thread keeps its capabilities: {error}");
+            }
+            of_thread.live();
+        })?;
         Ok(Self { shared, thread: Some(thread) })
     }
 
@@ -427,7 +434,7 @@ mod tests {
     }
 
     fn rig() -> Rig {
-        let threads = Threads::new("echo", 1).unwrap();
+        let threads = Threads::new("echo", 1, false).unwrap();
         let (kick, held, bell) =
             (EventFd::new(EFD_NONBLOCK).unwrap(), Arc::default(), Arc::new(Bell(AtomicBool::new(false))));
         let (_, received) = channel();

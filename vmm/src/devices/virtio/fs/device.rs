@@ -89,6 +89,10 @@ impl VirtioDevice for Fs {
         self.queue_sizes.len()
     }
 
+    fn acts_for_users(&self) -> bool {
+        true
+    }
+
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let Activation { memory, queues, features, threads, .. } = activation;
         let mut rings = Vec::with_capacity(queues.len());

@@ -380,7 +380,7 @@ fn what_means_something_to_the_host_is_not_the_guests_to_make() {
     for refused in ["security.selinux", "security.ima", "system.nfs4_acl"] {
         assert_eq!(set(refused), libc::EPERM, "{refused}");
     }
-    // Where the tests may set trusted attributes at all.
+    // Where the host's file system has user attributes at all.
     if set("trusted.overlay.opaque") == 0 {
         let on_host = fs::File::open(client.path("file")).unwrap();
         let has = |attribute: &std::ffi::CStr| {
@@ -388,7 +388,7 @@ fn what_means_something_to_the_host_is_not_the_guests_to_make() {
             // SAFETY: a C string; no room is given.
             unsafe { libc::fgetxattr(on_host.as_raw_fd(), attribute.as_ptr(), std::ptr::null_mut(), 0) >= 0 }
         };
-        assert!(!has(c"trusted.overlay.opaque") && has(c"trusted.rvm.guest.overlay.opaque"));
+        assert!(!has(c"trusted.overlay.opaque") && has(c"user.rvm.guest.overlay.opaque"));
         let asked = [words(&[100, 0]), name("trusted.overlay.opaque")].concat();
         assert_eq!(client.call(GETXATTR, file, &asked).1, b"x");
         let (_, names) = client.call(LISTXATTR, file, &words(&[1000, 0]));
@@ -425,7 +425,7 @@ fn what_means_something_to_the_host_is_not_the_guests_to_make() {
     ] {
         let error = make(&mut client, kind, number, file);
         if error != 0 && file != "whiteout" {
-            // No trusted attributes for this user, or on this file system: nothing is left.
+            // No attributes for this user, or on this file system: nothing is left.
             assert!(error == libc::EPERM && !client.path(file).exists(), "{file}: {error}");
             continue;
         }
@@ -437,10 +437,11 @@ fn what_means_something_to_the_host_is_not_the_guests_to_make() {
         assert_eq!(u32_at(&entry, ENTRY_RDEV), number, "{file}");
         let node = u64_at(&entry, 0);
         assert_eq!(client.open(node, libc::O_RDONLY), Err(libc::ENXIO));
-        let attribute = [words(&[100, 0]), name("trusted.rvm.device")].concat();
+        let attribute = [words(&[100, 0]), name("security.capability")].concat();
         assert_eq!(client.call(GETXATTR, node, &attribute).0, libc::ENODATA);
-        let (_, names) = client.call(LISTXATTR, node, &words(&[1000, 0]));
-        assert!(!names.windows(11).any(|window| window == b"trusted.rvm"));
+        let forged = [words(&[1, 0]), name("security.capability"), b"x".to_vec()].concat();
+        assert_eq!(client.call(SETXATTR, node, &forged).0, libc::EPERM);
+        assert_eq!(client.call(LISTXATTR, node, &words(&[1000, 0])).1, b"");
     }
     assert_eq!(make(&mut client, libc::S_IFIFO, 0, "fifo"), 0);
     assert!(fs::metadata(client.path("fifo")).unwrap().file_type().is_fifo());

@@ -1,8 +1,9 @@
 //! The socket device as the transport sees it.
 
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rvm_protocol::vmm::VsockConfig;
@@ -14,12 +15,15 @@ use super::worker::{FIRST_CONNECTION, VsockWorker};
 use super::{DEVICE_TYPE, PORT_SUFFIX_BYTES, QUEUE_SIZES, SUN_PATH_BYTES, VsockError, VsockState};
 use crate::devices::virtio::ring::Ring;
 use crate::devices::virtio::{ActivateError, Activation, StateError, VirtioDevice, read_config_bytes};
+use crate::mounts;
 
 /// The socket device.
 #[derive(Debug)]
 pub struct Vsock {
     guest_cid: u32,
     socket: PathBuf,
+    /// Where it is, and those of the host's ports.
+    dir: Arc<OwnedFd>,
     listener: Arc<UnixListener>,
     /// The driver that is active next knows connections that are gone.
     restored: bool,
@@ -36,17 +40,20 @@ impl Vsock {
             return Err(VsockError::PathTooLong { path: path.clone() });
         }
         let refused = |source| VsockError::Bind { path: path.clone(), source };
+        let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let dir = Arc::new(mounts::view(dir).map_err(refused)?);
         let listener = UnixListener::bind(path).map_err(refused)?;
         listener.set_nonblocking(true).map_err(refused)?;
         let listener = Arc::new(listener);
-        Ok(Self { guest_cid: config.guest_cid, socket: path.clone(), listener, restored: false })
+        Ok(Self { guest_cid: config.guest_cid, socket: path.clone(), dir, listener, restored: false })
     }
 }
 
 impl Drop for Vsock {
     fn drop(&mut self) {
+        // Who is shut in leaves it to its owner.
         if let Err(error) = std::fs::remove_file(&self.socket) {
-            log::warn!("vsock: socket {:?} cannot be removed: {error}", self.socket);
+            log::debug!("vsock: socket {:?} cannot be removed: {error}", self.socket);
         }
     }
 }
@@ -95,13 +102,15 @@ impl VirtioDevice for Vsock {
         let rx = rings.next().flatten().ok_or(ActivateError::MissingQueue(0))?;
         let tx = rings.next().flatten().ok_or(ActivateError::MissingQueue(1))?;
         let untold = rings.next().flatten().filter(|_| self.restored);
+        let name = self.socket.file_name().unwrap_or_default();
         let worker = VsockWorker {
             memory,
             rx,
             tx,
             listener: Arc::clone(&self.listener),
             callers: true,
-            muxer: Muxer::new(self.guest_cid, self.socket.clone(), FIRST_CONNECTION),
+            dir: Arc::clone(&self.dir),
+            muxer: Muxer::new(self.guest_cid, name.to_owned(), FIRST_CONNECTION),
             untold,
         };
         threads.start(worker).map_err(ActivateError::Worker)

@@ -1,11 +1,11 @@
 //! All connections of the guest: which packet belongs to which, whose turn it is.
 
 use std::collections::{HashMap, VecDeque};
+use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
 
 use vmm_sys_util::epoll::{Epoll, EventSet};
 
@@ -29,7 +29,8 @@ pub(super) enum Progress {
 
 pub(super) struct Muxer {
     guest_cid: u64,
-    socket: PathBuf,
+    /// The socket's name in the thread's working directory.
+    socket: OsString,
     /// Host programs that have not said yet where they want to.
     greeting: HashMap<u64, UnixStream>,
     connections: HashMap<u64, Connection>,
@@ -45,7 +46,7 @@ pub(super) struct Muxer {
 
 impl Muxer {
     /// No connections; they will be known to epoll by tokens from `first_token` on.
-    pub(super) fn new(guest_cid: u32, socket: PathBuf, first_token: u64) -> Self {
+    pub(super) fn new(guest_cid: u32, socket: OsString, first_token: u64) -> Self {
         Self {
             guest_cid: guest_cid.into(),
             socket,
@@ -416,12 +417,13 @@ fn watch(epoll: &Epoll, stream: &UnixStream, token: u64) -> io::Result<()> {
     add(epoll, stream, ARRIVALS, token)
 }
 
-/// Connects to `<socket>_<port>` without waiting for room in its backlog.
-fn connect(socket: &Path, port: u32) -> io::Result<UnixStream> {
+/// Connects to `<socket>_<port>` in the working directory, without waiting for room in its
+/// backlog.
+fn connect(socket: &OsStr, port: u32) -> io::Result<UnixStream> {
     let mut address =
         libc::sockaddr_un { sun_family: libc::AF_UNIX as libc::sa_family_t, sun_path: [0; 108] };
     let suffix = format!("_{port}");
-    let path = socket.as_os_str().as_bytes().iter().chain(suffix.as_bytes());
+    let path = socket.as_bytes().iter().chain(suffix.as_bytes());
     // The device's constructor has made sure that it fits with its final NUL.
     for (place, byte) in address.sun_path.iter_mut().zip(path) {
         *place = byte.cast_signed();

@@ -1,6 +1,7 @@
 //! The device's thread: rings on one side, Unix sockets on the other.
 
 use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
@@ -12,6 +13,7 @@ use super::packet::{HEADER_BYTES, Header};
 use crate::devices::virtio::ring::{GuestBuffers, Ring, RingError};
 use crate::devices::virtio::worker::{Handler, add};
 use crate::memory::GuestRam;
+use crate::process::ok;
 
 const RX: u64 = 0;
 const TX: u64 = 1;
@@ -31,6 +33,8 @@ pub(super) struct VsockWorker {
     pub(super) listener: Arc<UnixListener>,
     /// Host programs may wait at the listener.
     pub(super) callers: bool,
+    /// Where the sockets of the host's ports are.
+    pub(super) dir: Arc<OwnedFd>,
     pub(super) muxer: Muxer,
     /// The event queue, until the guest has been told that its connections are gone:
     /// they were those of the machine that was saved.
@@ -47,6 +51,14 @@ impl Handler for VsockWorker {
             events.register(epoll, EVENTS)?;
         }
         add(epoll, &*self.listener, EventSet::IN | EventSet::EDGE_TRIGGERED, LISTENER)
+    }
+
+    /// The sockets' directory becomes the thread's, which has one of its own from now on.
+    fn start(&mut self, _epoll: &Epoll) -> io::Result<()> {
+        // SAFETY: touches no memory.
+        ok(unsafe { libc::unshare(libc::CLONE_FS) })?;
+        // SAFETY: plain system call on an open descriptor.
+        ok(unsafe { libc::fchdir(self.dir.as_raw_fd()) })
     }
 
     fn handle(&mut self, epoll: &Epoll, ready: &[EpollEvent]) -> Result<(), VsockError> {

@@ -2,8 +2,11 @@
 //!
 //! A node holds no descriptor where the host's file system gives file handles,
 //! so that a guest may know any number of files. Where it does not, a node of
-//! an immutable mount is its parent and its name, which do not change; only
-//! otherwise it is an `O_PATH` descriptor.
+//! an immutable mount is its parent and its name, which do not change; one of a
+//! mount that the host may take off again is the name under which it was seen last,
+//! as a descriptor would keep the mount; only otherwise it is an `O_PATH`
+//! descriptor. To open by handle takes a capability over the whole host, which
+//! a monitor that is shut in has not.
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString};
@@ -46,9 +49,18 @@ enum Place {
         parent: Arc<Inode>,
         name: CString,
     },
+    /// Where it was seen last. It may have gone from there: then it is stale, and the
+    /// guest looks its name up again.
+    Seen(Mutex<Sighting>),
     Fd(OwnedFd),
     /// The root of the share, always held.
     Root(OwnedFd),
+}
+
+#[derive(Clone)]
+struct Sighting {
+    parent: Arc<Inode>,
+    name: CString,
 }
 
 /// Some open file of a mount, by which handles are opened.
@@ -97,6 +109,16 @@ impl Inode {
         matches!(self.kind, libc::S_IFREG | libc::S_IFDIR)
     }
 
+    /// Whether it is a device node, or a whiteout.
+    pub(super) fn is_device(&self) -> bool {
+        matches!(self.kind, libc::S_IFCHR | libc::S_IFBLK)
+    }
+
+    /// Whether what is in it is known by the names it was seen under last.
+    pub(super) fn is_followed(&self) -> bool {
+        self.mount.is_followed()
+    }
+
     /// Whether it was found to have no `security.capability`; only of what is
     /// immutable.
     pub(super) fn lacks_capability(&self) -> bool {
@@ -142,6 +164,26 @@ impl Inode {
                 self.mount.dirs.put(self.id, Arc::clone(&fd));
                 Ok(Fd::Shared(fd))
             }
+            Place::Seen(at) => {
+                let Sighting { parent, name } = at.lock().unwrap_or_else(PoisonError::into_inner).clone();
+                self.seen_at(&parent, &name).map(Fd::Owned)
+            }
+        }
+    }
+
+    /// Opens what is called `name` in `parent`, if it is this file.
+    fn seen_at(&self, parent: &Inode, name: &CStr) -> io::Result<OwnedFd> {
+        let stale = || io::Error::from_raw_os_error(libc::ESTALE);
+        let opened = sys::open_at(parent.path_fd()?.as_fd(), name, libc::O_PATH, 0);
+        let fd = opened.map_err(|error| match error.raw_os_error() {
+            Some(libc::ENOENT | libc::ENOTDIR) => stale(),
+            _ => error,
+        })?;
+        let stat = sys::stat(fd.as_fd(), c"")?;
+        if stat.mount == self.mount.id && by_number(&self.mount, &stat) == self.key {
+            Ok(fd)
+        } else {
+            Err(stale())
         }
     }
 
@@ -154,6 +196,7 @@ impl Inode {
             Place::Fd(fd) | Place::Root(fd) => sys::reopen(fd.as_fd(), flags),
             Place::Handle(handle) => sys::open_handle(self.mount.anchor()?.as_fd(), handle, flags),
             Place::Name { parent, name } => sys::open_at(parent.path_fd()?.as_fd(), name, flags, 0),
+            Place::Seen(_) => sys::reopen(self.path_fd()?.as_fd(), flags),
         }
     }
 }
@@ -183,7 +226,7 @@ pub(super) struct Inodes {
 /// Where a file was found: by its name, which stays, or held open meanwhile.
 enum At<'a> {
     Name { parent: &'a Arc<Inode>, dir: BorrowedFd<'a>, name: &'a CStr },
-    Fd(OwnedFd),
+    Fd { parent: &'a Arc<Inode>, name: &'a CStr, fd: OwnedFd },
 }
 
 /// A file found in a directory, and its attributes.
@@ -253,7 +296,7 @@ impl Inodes {
             true => Arc::clone(&parent.mount),
             false => self.mount(parent, name, fd.as_fd(), &stat)?,
         };
-        self.found(parent, mount, At::Fd(fd), stat)
+        self.found(parent, mount, At::Fd { parent, name, fd }, stat)
     }
 
     fn found(&self, parent: &Inode, mount: Arc<Mount>, at: At<'_>, stat: Stat) -> io::Result<Found> {
@@ -262,14 +305,15 @@ impl Inodes {
         let handle = match (mount.handles, &at) {
             (false, _) => None,
             (true, At::Name { dir, name, .. }) => sys::handle_of(*dir, name)?,
-            (true, At::Fd(fd)) => sys::handle_of(fd.as_fd(), c"")?,
+            (true, At::Fd { fd, .. }) => sys::handle_of(fd.as_fd(), c"")?,
         }
         .map(Arc::new);
         let key = match &handle {
             Some(handle) => Key { mount: mount.number, file: FileId::Handle(Arc::clone(handle)) },
             None => by_number(&mount, &stat),
         };
-        let id = match self.known(&key) {
+        let kind = stat.attr.st_mode & libc::S_IFMT;
+        let id = match self.known(&key, kind, &at) {
             Some(id) => id,
             None => {
                 let place = match (handle, at) {
@@ -277,9 +321,15 @@ impl Inodes {
                     (None, At::Name { parent, name, .. }) => {
                         Place::Name { parent: Arc::clone(parent), name: name.to_owned() }
                     }
-                    (None, At::Fd(fd)) => Place::Fd(fd),
+                    // A file without a name is held.
+                    (None, At::Fd { parent, name, .. }) if mount.is_followed() && !name.is_empty() => {
+                        Place::Seen(Mutex::new(Sighting {
+                            parent: Arc::clone(parent),
+                            name: name.to_owned(),
+                        }))
+                    }
+                    (None, At::Fd { fd, .. }) => Place::Fd(fd),
                 };
-                let kind = stat.attr.st_mode & libc::S_IFMT;
                 let id = self.next.fetch_add(1, Ordering::Relaxed);
                 self.insert(Inode { id, key, place, mount, kind, no_capability: AtomicBool::new(false) })
             }
@@ -287,12 +337,27 @@ impl Inodes {
         Ok(Found { id, stat, immutable, is_submount })
     }
 
-    /// The node id of a file the guest knows already; counts as one lookup.
-    fn known(&self, key: &Key) -> Option<u64> {
+    /// The node id of a file the guest knows already, which was seen at this place now;
+    /// counts as one lookup.
+    fn known(&self, key: &Key, kind: u32, at: &At<'_>) -> Option<u64> {
         let mut tables = self.tables();
         let id = *tables.by_key.get(key)?;
         let known = tables.by_id.get_mut(&id)?;
+        if known.inode.kind != kind {
+            // The number of a file that is gone was given to another.
+            tables.by_key.remove(key);
+            return None;
+        }
         known.lookups = known.lookups.saturating_add(1);
+        if let (Place::Seen(seen), At::Fd { parent, name, .. }) = (&known.inode.place, at)
+            && !name.is_empty()
+        {
+            let sighting = Sighting { parent: Arc::clone(parent), name: (*name).to_owned() };
+            let old = std::mem::replace(&mut *seen.lock().unwrap_or_else(PoisonError::into_inner), sighting);
+            // Its parent may be forgotten with it, which takes no lock.
+            drop(tables);
+            drop(old);
+        }
         Some(id)
     }
 
@@ -321,7 +386,9 @@ impl Inodes {
             if known.lookups == 0
                 && let Some(known) = tables.by_id.remove(&id)
             {
-                tables.by_key.remove(&known.inode.key);
+                if tables.by_key.get(&known.inode.key) == Some(&id) {
+                    tables.by_key.remove(&known.inode.key);
+                }
                 gone.push(known);
             }
         }
@@ -380,6 +447,11 @@ impl Mount {
         let anchor = again.unwrap_or(Anchor::Held(held));
         let dirs = Recent::new(RECENT_DIRS);
         Ok(Self { id: stat.mount, number, dev: stat.attr.st_dev, anchor, handles, immutable, dirs })
+    }
+
+    /// Whether its files are known by the names they were seen under last.
+    fn is_followed(&self) -> bool {
+        !self.handles && !self.immutable && matches!(self.anchor, Anchor::Found { .. })
     }
 
     /// Whether it is the one found there now, and not another with its id.

@@ -35,6 +35,7 @@ use std::time::Duration;
 use fuse_backend_rs::abi::fuse_abi::ATTR_SUBMOUNT;
 use fuse_backend_rs::api::filesystem::{Entry, FsOptions, OpenOptions};
 
+use crate::procfs;
 use files::{DirStream, Handles, OpenFile, Recent};
 use inodes::{Found, Inode, Inodes};
 
@@ -100,7 +101,7 @@ impl Passthrough {
             no_open: AtomicBool::new(false),
             no_opendir: AtomicBool::new(false),
             submounts: AtomicBool::new(false),
-            proc_self_fd: File::open("/proc/self/fd")?,
+            proc_self_fd: procfs::open("fd")?,
         })
     }
 

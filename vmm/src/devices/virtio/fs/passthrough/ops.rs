@@ -189,7 +189,7 @@ impl FileSystem for Passthrough {
         if valid.intersects(SetattrValid::UID | SetattrValid::GID) {
             let uid = valid.contains(SetattrValid::UID).then_some(attr.st_uid);
             let gid = valid.contains(SetattrValid::GID).then_some(attr.st_gid);
-            sys::chown(fd, uid, gid)?;
+            if inode.is_device() { nodes::chown(fd, uid, gid) } else { sys::chown(fd, uid, gid) }?;
         }
         if valid.contains(SetattrValid::SIZE) {
             self.resize(&inode, id, handle, attr.st_size, valid.contains(SetattrValid::KILL_SUIDGID))?;
@@ -263,7 +263,17 @@ impl FileSystem for Passthrough {
         self.change()?;
         let (oldname, newname) = (component(oldname)?, component(newname)?);
         let (from, to) = (self.inodes.get(olddir)?, self.inodes.get(newdir)?);
-        sys::rename(from.path_fd()?.as_fd(), oldname, to.path_fd()?.as_fd(), newname, flags)
+        let (old, new) = (from.path_fd()?, to.path_fd()?);
+        sys::rename(old.as_fd(), oldname, new.as_fd(), newname, flags)?;
+        if to.is_followed() {
+            // What is known by its name is known by the new one.
+            for (parent, dir, name) in [(&to, &new, newname), (&from, &old, oldname)] {
+                if let Ok(found) = self.inodes.look_up(parent, dir.as_fd(), name) {
+                    self.inodes.forget([(found.id, 1)]);
+                }
+            }
+        }
+        Ok(())
     }
 
     fn link(&self, _ctx: &Context, inode: u64, newparent: u64, newname: &CStr) -> io::Result<Entry> {

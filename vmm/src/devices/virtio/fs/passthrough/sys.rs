@@ -12,6 +12,8 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
+use crate::procfs;
+
 /// Largest file handle the kernel makes (`MAX_HANDLE_SZ`).
 const MAX_HANDLE_BYTES: usize = 128;
 
@@ -37,6 +39,10 @@ pub(super) fn enter_server_thread(proc_self_fd: BorrowedFd<'_>) -> io::Result<()
     check(unsafe { libc::unshare(libc::CLONE_FS) })?;
     // SAFETY: touches no memory.
     check(unsafe { libc::fchdir(proc_self_fd.as_raw_fd()) })?;
+    // SAFETY: touches no memory.
+    if unsafe { libc::prctl(libc::PR_GET_SECUREBITS) } & libc::SECBIT_NO_SETUID_FIXUP != 0 {
+        return Ok(());
+    }
     // SAFETY: touches no memory.
     let kept = unsafe { libc::prctl(libc::PR_SET_SECUREBITS, libc::SECBIT_NO_SETUID_FIXUP) };
     if kept < 0 {
@@ -207,11 +213,13 @@ pub(super) fn symlink(target: &CStr, dir: BorrowedFd<'_>, name: &CStr) -> io::Re
     check(unsafe { libc::symlinkat(target.as_ptr(), dir.as_raw_fd(), name.as_ptr()) }).map(drop)
 }
 
-/// `linkat(2)` of an `O_PATH` descriptor.
+/// `linkat(2)` of an `O_PATH` descriptor, by its name: `AT_EMPTY_PATH` takes a capability
+/// over the whole host.
 pub(super) fn link(fd: BorrowedFd<'_>, dir: BorrowedFd<'_>, name: &CStr) -> io::Result<()> {
-    let (from, to, flags) = (fd.as_raw_fd(), dir.as_raw_fd(), libc::AT_EMPTY_PATH);
+    let from = FdName::new(fd)?;
+    let (to, flags) = (dir.as_raw_fd(), libc::AT_SYMLINK_FOLLOW);
     // SAFETY: both are C strings.
-    check(unsafe { libc::linkat(from, c"".as_ptr(), to, name.as_ptr(), flags) }).map(drop)
+    check(unsafe { libc::linkat(libc::AT_FDCWD, from.as_ptr(), to, name.as_ptr(), flags) }).map(drop)
 }
 
 /// `unlinkat(2)`.
@@ -302,7 +310,7 @@ pub(super) fn is_layers(fd: BorrowedFd<'_>, mount: u64) -> bool {
     if unsafe { kind.assume_init() }.f_type != libc::OVERLAYFS_SUPER_MAGIC {
         return false;
     }
-    let mountinfo = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let mountinfo = procfs::open("mountinfo").and_then(io::read_to_string).unwrap_or_default();
     mountinfo.lines().any(|line| names_layers(line, mount))
 }
 

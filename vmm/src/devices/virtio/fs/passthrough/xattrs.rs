@@ -1,10 +1,12 @@
 //! Extended attributes: which of them a guest sees and may change, and under
 //! which names the host keeps them.
 //!
-//! `trusted.*` means something to the host, to its overlays above all. So those
-//! a guest sets on a volume are kept apart, as `trusted.rvm.guest.*`, and those
-//! the host has there are not the guest's to see: an OverlayFS of the guest may
-//! have its upper directory on a volume, and none of the host's is deceived.
+//! `trusted.*` means something to the host, to its overlays above all, and nobody
+//! but the host's root sets it, which the monitor is not. So those a guest sets on
+//! a volume are kept as `user.rvm.guest.*`, and those the host has there are not
+//! the guest's to see: an OverlayFS of the guest may have its upper directory on a
+//! volume, and none of the host's is deceived. Only files and directories can have
+//! them.
 
 use std::borrow::Cow;
 use std::ffi::{CStr, CString};
@@ -21,7 +23,11 @@ const MAX_NAME_BYTES: usize = 255;
 /// Names only the host's root can set.
 const TRUSTED: &[u8] = b"trusted.";
 /// What the host keeps a guest's `trusted.` as.
-const OF_GUEST: &[u8] = b"trusted.rvm.guest.";
+const OF_GUEST: &[u8] = b"user.rvm.guest.";
+/// All our names, which a guest neither sees nor sets.
+const OURS: &[u8] = b"user.rvm.";
+/// From where OverlayFS has copied up a file: it gives it the same inode number again.
+const ORIGIN: &CStr = c"trusted.overlay.origin";
 /// What programs can do beyond their user's rights; asked for at every execve.
 const CAPABILITY: &CStr = c"security.capability";
 
@@ -44,7 +50,7 @@ fn changeable(name: &CStr) -> io::Result<Cow<'_, CStr>> {
     let bytes = name.to_bytes();
     if bytes.starts_with(TRUSTED) {
         of_guest(name)
-    } else if bytes.starts_with(b"user.") || WHOLE.contains(&name) {
+    } else if bytes.starts_with(b"user.") && !bytes.starts_with(OURS) || WHOLE.contains(&name) {
         Ok(Cow::Borrowed(name))
     } else {
         errno(libc::EPERM)
@@ -63,12 +69,13 @@ fn of_guest(name: &CStr) -> io::Result<Cow<'_, CStr>> {
 
 /// A list of names, each ended by a NUL, as the guest sees it. Nobody changes
 /// what is immutable, so its `trusted.*` are the image's own.
-fn seen(names: &[u8], immutable: bool) -> Vec<u8> {
+fn seen(names: &[u8], immutable: bool, device: bool) -> Vec<u8> {
     let mut list = Vec::with_capacity(names.len());
     for name in names.split_inclusive(|byte| *byte == 0) {
         match name.strip_prefix(OF_GUEST) {
+            _ if device && name == nodes::ATTRIBUTE.to_bytes_with_nul() => {}
             Some(rest) if !immutable => list.extend([TRUSTED, rest].concat()),
-            _ if name.starts_with(nodes::PREFIX) => {}
+            _ if name.starts_with(OURS) => {}
             _ if name.starts_with(TRUSTED) && !immutable => {}
             _ => list.extend(name),
         }
@@ -78,9 +85,12 @@ fn seen(names: &[u8], immutable: bool) -> Vec<u8> {
 
 pub(super) fn get(inode: &Inode, name: &CStr, size: u32) -> io::Result<Found> {
     let bytes = name.to_bytes();
+    if inode.is_device() && name == nodes::ATTRIBUTE {
+        return errno(libc::ENODATA);
+    }
     let asked = if !inode.is_immutable() && bytes.starts_with(TRUSTED) {
         of_guest(name)?
-    } else if bytes.starts_with(b"trusted.overlay.") || bytes.starts_with(nodes::PREFIX) {
+    } else if bytes.starts_with(b"trusted.overlay.") || bytes.starts_with(OURS) {
         // Marks of the host's overlays are not for the guest's, which asks for
         // one with every file it looks up.
         return errno(libc::ENODATA);
@@ -114,15 +124,25 @@ pub(super) fn list(inode: &Inode, size: u32) -> io::Result<Found> {
         return Ok(Found::Len(len as u32));
     }
     names.truncate(len);
-    Ok(Found::Bytes(seen(&names, inode.is_immutable())))
+    Ok(Found::Bytes(seen(&names, inode.is_immutable(), inode.is_device())))
 }
 
 pub(super) fn set(inode: &Inode, name: &CStr, value: &[u8], flags: u32) -> io::Result<()> {
+    if inode.is_device() && name == nodes::ATTRIBUTE {
+        return errno(libc::EPERM);
+    }
+    if !inode.is_file_or_dir() && name == ORIGIN {
+        // Where it cannot be kept it is done without: what is copied up is a file of its own.
+        return Ok(());
+    }
     let name = changeable(name)?;
     sys::set_xattr(inode.path_fd()?.as_fd(), &name, value, flags.cast_signed())
 }
 
 pub(super) fn remove(inode: &Inode, name: &CStr) -> io::Result<()> {
+    if inode.is_device() && name == nodes::ATTRIBUTE {
+        return errno(libc::ENODATA);
+    }
     let name = changeable(name)?;
     sys::remove_xattr(inode.path_fd()?.as_fd(), &name)
 }
@@ -133,10 +153,10 @@ mod tests {
 
     #[test]
     fn what_is_trusted_is_kept_apart() {
-        assert_eq!(&*changeable(c"trusted.overlay.opaque").unwrap(), c"trusted.rvm.guest.overlay.opaque");
-        assert_eq!(&*changeable(c"trusted.rvm.device").unwrap(), c"trusted.rvm.guest.rvm.device");
+        assert_eq!(&*changeable(c"trusted.overlay.opaque").unwrap(), c"user.rvm.guest.overlay.opaque");
+        assert_eq!(&*changeable(c"trusted.a").unwrap(), c"user.rvm.guest.a");
         assert_eq!(&*changeable(c"user.a").unwrap(), c"user.a");
-        for refused in [c"security.selinux", c"system.nfs4_acl", c"trusted"] {
+        for refused in [c"security.selinux", c"system.nfs4_acl", c"trusted", c"user.rvm.guest.a"] {
             assert_eq!(changeable(refused).unwrap_err().raw_os_error(), Some(libc::EPERM), "{refused:?}");
         }
         let long = CString::new([b"trusted.".as_slice(), &[b'x'; 250]].concat()).unwrap();
@@ -145,9 +165,12 @@ mod tests {
 
     #[test]
     fn a_guest_sees_its_own_names() {
-        let names = b"user.a\0trusted.rvm.device\0trusted.overlay.opaque\0trusted.rvm.guest.overlay.opaque\0";
-        assert_eq!(seen(names, false), b"user.a\0trusted.overlay.opaque\0");
-        assert_eq!(seen(b"user.a\0trusted.rvm.device\0trusted.x\0", true), b"user.a\0trusted.x\0");
-        assert_eq!(seen(b"", false), b"");
+        let names =
+            b"user.a\0user.rvm.x\0trusted.overlay.opaque\0user.rvm.guest.overlay.opaque\0security.capability\0";
+        let own = b"user.a\0trusted.overlay.opaque\0";
+        assert_eq!(seen(names, false, false), [own.as_slice(), b"security.capability\0"].concat());
+        assert_eq!(seen(names, false, true), own);
+        assert_eq!(seen(b"user.a\0user.rvm.x\0trusted.x\0", true, false), b"user.a\0trusted.x\0");
+        assert_eq!(seen(b"", false, false), b"");
     }
 }
