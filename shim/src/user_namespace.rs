@@ -46,6 +46,12 @@ impl IdRange {
 }
 
 impl IdMap {
+    /// Every id is what it is outside.
+    pub fn identity() -> Self {
+        let all = vec![IdRange { inside: 0, outside: 0, count: u32::MAX }];
+        Self { uids: all.clone(), gids: all }
+    }
+
     /// The user and group outside that these are inside; none where one is not mapped.
     pub fn outside(&self, uid: u32, gid: u32) -> Option<(u32, u32)> {
         let find = |ranges: &[IdRange], id: u32| {

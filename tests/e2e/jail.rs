@@ -40,7 +40,7 @@ fn the_running_monitor_has_nothing_of_the_host() {
             let status = fs::read_to_string(task?.path().join("status"))?;
             let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
             let name = field("Name:").context("a name")?;
-            ensure!(field("NoNewPrivs:") == Some("1"), "{status}");
+            ensure!(field("NoNewPrivs:") == Some("1") && field("Seccomp:") == Some("2"), "{status}");
             ensure!(field("NSpid:").is_some_and(|ids| ids.split_whitespace().count() == 2), "{status}");
             let capabilities = if name == "fs" { FOR_FILES } else { NONE };
             for set in ["CapEff:", "CapPrm:"] {

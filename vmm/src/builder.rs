@@ -89,6 +89,7 @@ pub struct Opened {
     config: CheckedConfig,
     snapshot: Option<File>,
     host: Host,
+    memory: GuestRam,
     vsock: Option<Vsock>,
     shares: Vec<Fs>,
     disks: Vec<(String, Blk)>,
@@ -122,21 +123,22 @@ pub fn open(config: CheckedConfig, snapshot: Option<File>, any_kvm: bool) -> Res
         ReadOnlySocket::bind(path).map_err(|source| BuildError::Control { path: path.clone(), source })
     };
     let socket = vm.control_socket.as_ref().map(socket).transpose()?;
-    Ok(Opened { config, snapshot, host, vsock, shares, disks, console, socket })
+    // Huge pages take a file system of its own.
+    let memory = memory::create_shaped(Shape {
+        boot: vm.memory_mib << 20,
+        more: vm.hotplug_memory_mib << 20,
+        huge_pages: vm.huge_pages,
+    })?;
+    Ok(Opened { config, snapshot, host, memory, vsock, shares, disks, console, socket })
 }
 
 /// Builds the machine of what was opened.
 pub fn build(opened: Opened, timeline: Arc<Timeline>) -> Result<Machine, BuildError> {
-    let Opened { mut config, snapshot, host, vsock, shares, disks, console, socket } = opened;
+    let Opened { mut config, snapshot, host, memory, vsock, shares, disks, console, socket } = opened;
     let snapshot = snapshot.map(snapshot::open).transpose()?;
     let vm = Arc::new(host.create_vm(config.vm.max_vcpus)?);
     timeline.reached("vm_created");
 
-    let memory = memory::create_shaped(Shape {
-        boot: config.vm.memory_mib << 20,
-        more: config.vm.hotplug_memory_mib << 20,
-        huge_pages: config.vm.huge_pages,
-    })?;
     // Before KVM takes the memory, and before it makes a vCPU, it waits for all who
     // may still look at what was before, which can last longer than all the rest; so
     // the memory is filled meanwhile.

@@ -13,6 +13,8 @@ use nix::sys::{
     utsname::uname,
 };
 
+use rvm_shim::user_namespace::{IdMap, user_namespace};
+
 use super::Check;
 
 /// Oldest kernel of a host: every root file system is made with
@@ -117,6 +119,29 @@ pub(super) fn loopback() -> Check {
         "Linux 5.9 or later with CONFIG_BPF_SYSCALL and CONFIG_BPF_STREAM_PARSER, or run this as root: kubectl port-forward needs it, \
          rvmctl port-forward does not",
     )
+}
+
+/// What leaves the monitor no power over the host, tried.
+pub(super) fn user_namespaces() -> Check {
+    tried(
+        "user-namespaces",
+        user_namespace(&IdMap::identity()).map(drop),
+        "the monitor gets one without power over the host",
+        "sysctl user.max_user_namespaces, or run this as root: without them the monitor keeps some of the host's capabilities",
+    )
+}
+
+/// What keeps a monitor that was taken over from writing what it was lent for reading.
+pub(super) fn landlock() -> Check {
+    let name = "landlock";
+    match rvm_vmm::jail::has_landlock() {
+        true => Check::ok(name, "files the monitor was not given cannot be opened"),
+        false => Check::optional(
+            name,
+            "not there",
+            "Linux 5.19 or later with landlock in its lsm= list: a wall less around the monitor without it",
+        ),
+    }
 }
 
 /// What some containers need, tried: `works` where it does, else the error and the remedy.

@@ -83,6 +83,8 @@ impl Report {
             host::vhost_net(),
             host::tc(),
             host::loopback(),
+            host::user_namespaces(),
+            host::landlock(),
         ]);
         checks.push(idmap::check(Path::new("/var/lib")));
         match Config::load(config_file) {

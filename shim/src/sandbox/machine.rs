@@ -30,7 +30,7 @@ use crate::{
     spec::Users,
     sysctl,
     timeline::Timeline,
-    user_namespace::{IdMap, IdRange, user_namespace},
+    user_namespace::{IdMap, user_namespace},
     vmm::{self, Exited, Monitor, MonitorError},
     vsock::{self, Vsock, VsockError},
 };
@@ -329,8 +329,7 @@ fn vm_config(config: &Config, plan: &Plan, nets: Vec<InheritedNet>, jail: JailCo
 /// a file's owner is asked for, and has no power over anything else. A host that makes none
 /// leaves the monitor fewer capabilities in its own.
 fn powerless_users() -> Option<OwnedFd> {
-    let all = vec![IdRange { inside: 0, outside: 0, count: u32::MAX }];
-    user_namespace(&IdMap { uids: all.clone(), gids: all })
+    user_namespace(&IdMap::identity())
         .inspect_err(|error| log::warn!("the monitor gets no user namespace of its own: {error}"))
         .ok()
 }

@@ -8,23 +8,32 @@
 use std::os::fd::BorrowedFd;
 
 use landlock::{
-    ABI, Access, AccessFs, BitFlags, CompatLevel, Compatible, PathBeneath, Ruleset, RulesetAttr,
-    RulesetCreatedAttr, RulesetError, RulesetStatus,
+    ABI, Access, AccessFs, BitFlags, PathBeneath, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetError,
+    RulesetStatus,
 };
 
+/// Whether this kernel has Landlock: one (from Linux 5.19 on) that lets files be renamed into
+/// another directory.
+pub fn is_there() -> bool {
+    const LANDLOCK_CREATE_RULESET_VERSION: libc::c_uint = 1;
+    let (none, no_bytes) = (std::ptr::null::<u8>(), 0_usize);
+    // SAFETY: no rules are given; the version is asked for.
+    unsafe {
+        libc::syscall(libc::SYS_landlock_create_ruleset, none, no_bytes, LANDLOCK_CREATE_RULESET_VERSION) >= 2
+    }
+}
+
 /// Restricts this thread and those it starts to what is below `share`, where nothing is
-/// executed and no block device is made, and to reading what is below `proc`. False where the
-/// kernel has no Landlock, or one (before Linux 5.19) that would let nobody rename a file
-/// into another directory.
+/// executed and no block device is made, and to reading what is below `proc`. False where
+/// [`is_there`] says that it cannot be.
 pub(super) fn restrict(share: BorrowedFd<'_>, proc: BorrowedFd<'_>) -> Result<bool, RulesetError> {
-    let renaming =
-        Ruleset::default().set_compatibility(CompatLevel::HardRequirement).handle_access(AccessFs::Refer);
-    let Ok(rules) = renaming else { return Ok(false) };
+    if !is_there() {
+        return Ok(false);
+    }
     let all = AccessFs::from_all(ABI::V5);
     let of_share: BitFlags<AccessFs> = all & !(AccessFs::Execute | AccessFs::MakeBlock);
     let of_proc = AccessFs::ReadFile | AccessFs::ReadDir;
-    let status = rules
-        .set_compatibility(CompatLevel::BestEffort)
+    let status = Ruleset::default()
         .handle_access(all)?
         .create()?
         .add_rule(PathBeneath::new(share, of_share))?

@@ -7,13 +7,14 @@
 //! own has all ids of the host and none of its power: what is left of that are the
 //! capabilities a file server needs, about files it can reach, on the file servers' threads.
 //! Landlock says once more which files these are, also of those that can be reached through
-//! a descriptor.
+//! a descriptor. System calls that it has no use for end it.
 //!
 //! What it needs of `/proc` it has from one of its own ([`procfs`](crate::procfs)), which
 //! shows its own pid namespace and no kernel parameter.
 
 mod capabilities;
 mod landlock;
+mod seccomp;
 #[cfg(test)]
 mod tests;
 
@@ -31,6 +32,7 @@ use crate::process::{self, ok};
 use crate::procfs;
 
 pub use capabilities::drop_all as drop_capabilities;
+pub use landlock::is_there as has_landlock;
 
 /// Why the monitor is not shut in.
 #[derive(Debug, Error)]
@@ -92,6 +94,12 @@ impl Jail {
     /// Shuts the process in, for good. It must have one thread, and everything open that it
     /// needs of the host.
     pub fn enter(self) -> Result<(), JailError> {
+        self.close()?;
+        seccomp::forbid().map_err(|source| JailError::Step { step: "seccomp", source })
+    }
+
+    /// All of it but the filter of system calls.
+    fn close(self) -> Result<(), JailError> {
         let step = |step| move |source| JailError::Step { step, source };
         if std::process::id() != 1 {
             return Err(JailError::NotFirst(std::process::id()));

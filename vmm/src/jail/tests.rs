@@ -105,9 +105,10 @@ fn apart(work: impl FnOnce() -> String) -> String {
     drop(writer);
     let mut said = String::new();
     reader.read_to_string(&mut said).unwrap();
-    // SAFETY: collects the child just made.
-    unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
-    said
+    let mut status = 0;
+    // SAFETY: collects the child just made, and its status.
+    unsafe { libc::waitpid(child, &raw mut status, 0) };
+    if libc::WIFSIGNALED(status) { format!("signal {}", libc::WTERMSIG(status)) } else { said }
 }
 
 /// A user namespace in which every id of the host is.
@@ -128,14 +129,8 @@ fn all_users() -> std::os::fd::OwnedFd {
     namespace.into()
 }
 
-fn with_landlock() -> bool {
-    // LANDLOCK_CREATE_RULESET_VERSION
-    // SAFETY: no rules are given; the version is asked for.
-    unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<u8>(), 0, 1) >= 2 }
-}
-
 fn attempts() -> impl Iterator<Item = Attempt> {
-    ATTEMPTS.into_iter().chain(WITH_LANDLOCK.into_iter().filter(|_| with_landlock()))
+    ATTEMPTS.into_iter().chain(WITH_LANDLOCK.into_iter().filter(|_| has_landlock()))
 }
 
 /// What became of each attempt, a line each.
@@ -150,7 +145,8 @@ fn try_all(place: &Place) -> String {
     attempts().map(line).collect()
 }
 
-/// Makes a jail; `work` is done where it is entered, or, each time anew, where it is not.
+/// Makes a jail, without the filter of system calls, which would end the attempts; `work` is done
+/// inside and outside.
 fn in_and_out(users: bool, work: fn(&Place) -> String) -> (String, String) {
     let dir = tempfile::tempdir().unwrap();
     let share = dir.path().join("share");
@@ -172,7 +168,7 @@ fn in_and_out(users: bool, work: fn(&Place) -> String) -> (String, String) {
             // For this thread's children alone.
             // SAFETY: takes flags.
             ok(unsafe { libc::unshare(libc::CLONE_NEWPID) }).unwrap();
-            apart(move || match jail.enter() {
+            apart(move || match jail.close() {
                 Ok(()) => work(&inside),
                 Err(error) => format!("{error}: {:?}", std::error::Error::source(&error)),
             })
@@ -235,4 +231,56 @@ fn who_is_not_the_first_of_its_processes_is_not_shut_in() {
     assert!(Jail::open(&gone).unwrap_err().to_string().starts_with("jail.root: /nowhere"));
     let wrong = JailConfig { root: "/".into(), user_namespace: Some(1) };
     assert!(Jail::open(&wrong).unwrap_err().to_string().starts_with("jail.user_namespace: descriptor 1"));
+}
+
+/// What is called, and whether it is allowed.
+type Call = (&'static str, bool, fn() -> io::Result<()>);
+
+/// What a call comes to with the filter.
+fn filtered(call: impl FnOnce() -> io::Result<()>) -> String {
+    apart(|| {
+        // SAFETY: PR_SET_NO_NEW_PRIVS takes numbers.
+        ok(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }).unwrap();
+        seccomp::forbid().unwrap();
+        call().map_or_else(|error| error.to_string(), |()| "done".to_owned())
+    })
+}
+
+fn map(protection: i32) -> io::Result<()> {
+    let (flags, none) = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, std::ptr::null_mut());
+    // SAFETY: a new mapping of nothing, which is never used.
+    let at = unsafe { libc::mmap(none, 4096, protection, flags, -1, 0) };
+    if at == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+#[test]
+fn calls_of_no_use_end_the_monitor() {
+    let ended = format!("signal {}", libc::SIGSYS);
+    for (what, calls) in seccomp::NEVER {
+        for &call in calls {
+            // SAFETY: it is ended before the kernel looks at the arguments.
+            let called = filtered(|| ok(unsafe { libc::syscall(call, 0, 0, 0, 0, 0) } as libc::c_int));
+            assert_eq!(called, ended, "{what}: {call}");
+        }
+    }
+    let calls: [Call; 9] = [
+        // SAFETY: takes flags.
+        ("a mount namespace", false, || ok(unsafe { libc::unshare(libc::CLONE_NEWNS) })),
+        // SAFETY: takes flags.
+        ("a working directory", true, || ok(unsafe { libc::unshare(libc::CLONE_FS) })),
+        // SAFETY: plain system call.
+        ("a network's socket", false, || ok(unsafe { libc::socket(libc::AF_INET, libc::SOCK_STREAM, 0) })),
+        // SAFETY: plain system call.
+        ("netlink", false, || ok(unsafe { libc::socket(libc::AF_NETLINK, libc::SOCK_RAW, 0) })),
+        // SAFETY: plain system call.
+        ("a Unix socket", true, || ok(unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_STREAM, 0) })),
+        ("code", false, || map(libc::PROT_READ | libc::PROT_EXEC)),
+        ("memory", true, || map(libc::PROT_READ | libc::PROT_WRITE)),
+        // SAFETY: the child would exit at once.
+        ("a process", false, || ok(unsafe { libc::fork() })),
+        ("a thread", true, || std::thread::Builder::new().spawn(|| {}).map(drop)),
+    ];
+    for (what, is_allowed, call) in calls {
+        assert_eq!(filtered(call), if is_allowed { "done" } else { &ended }, "{what}");
+    }
 }

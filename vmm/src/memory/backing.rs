@@ -7,14 +7,14 @@
 //! tmpfs of its own, mounted nowhere, with `huge=advise` (tmpfs(5)): what the
 //! monitor advises comes in pages of 2 MiB. It is a memfd in all but its seals.
 
-use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::ptr::null;
 
 use vm_memory::MmapRegion;
+
+use crate::mounts;
 
 /// A new unnamed file of `size` bytes in memory, none of which are allocated;
 /// `huge_pages` says whether [`advise`] is to have an effect on its mappings.
@@ -72,32 +72,15 @@ fn memfd(size: u64) -> io::Result<File> {
 }
 
 fn on_own_tmpfs() -> io::Result<File> {
-    // SAFETY: the name is a NUL-terminated constant.
-    let fs = owned(unsafe { libc::syscall(libc::SYS_fsopen, c"tmpfs".as_ptr(), libc::FSOPEN_CLOEXEC) })?;
-    let set = |key: &CStr, value: &CStr| configure(&fs, libc::FSCONFIG_SET_STRING, Some((key, value)));
-    set(c"huge", c"advise")?;
     // No limit beside the cgroup's: a tmpfs is otherwise half the host's memory.
-    set(c"size", c"0")?;
-    set(c"mode", c"700")?;
-    configure(&fs, libc::FSCONFIG_CMD_CREATE, None)?;
+    let options = [(c"huge", c"advise"), (c"size", c"0"), (c"mode", c"700")];
     let attributes = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
-    // SAFETY: no pointers are passed.
-    let mount = owned(unsafe {
-        libc::syscall(libc::SYS_fsmount, fs.as_raw_fd(), libc::FSMOUNT_CLOEXEC, attributes)
-    })?;
+    let mount = mounts::new_file_system(c"tmpfs", &options, attributes)?;
     let flags = libc::O_TMPFILE | libc::O_RDWR | libc::O_CLOEXEC;
     // SAFETY: the path is a NUL-terminated constant.
     let file = unsafe { libc::openat(mount.as_raw_fd(), c".".as_ptr(), flags, 0o600) };
     // The file keeps the file system when the mount's descriptor is closed.
     owned(file.into()).map(File::from)
-}
-
-/// fsconfig(2) with a key and a value, or with neither.
-fn configure(fs: &OwnedFd, command: u32, set: Option<(&CStr, &CStr)>) -> io::Result<()> {
-    let (key, value) = set.map_or((null(), null()), |(key, value)| (key.as_ptr(), value.as_ptr()));
-    // SAFETY: both are null or NUL-terminated strings that outlive the call.
-    let result = unsafe { libc::syscall(libc::SYS_fsconfig, fs.as_raw_fd(), command, key, value, 0) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// The descriptor a system call returned, or its error.

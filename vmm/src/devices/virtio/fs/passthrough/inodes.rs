@@ -1,12 +1,10 @@
 //! The files the guest knows, by node id.
 //!
-//! A node holds no descriptor where the host's file system gives file handles,
-//! so that a guest may know any number of files. Where it does not, a node of
-//! an immutable mount is its parent and its name, which do not change; one of a
-//! mount that the host may take off again is the name under which it was seen last,
-//! as a descriptor would keep the mount; only otherwise it is an `O_PATH`
-//! descriptor. To open by handle takes a capability over the whole host, which
-//! a monitor that is shut in has not.
+//! A node of an immutable mount is its parent and its name, which do not change. One of a
+//! mount that the host may take off again is the name under which it was seen last, as a
+//! descriptor would keep the mount. Any other is an `O_PATH` descriptor: a file handle would
+//! be none, but to open by handle takes a capability over the whole host, which a monitor
+//! that is shut in has not.
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString};
@@ -18,33 +16,24 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use fuse_backend_rs::api::filesystem::ROOT_ID;
 
 use super::files::Recent;
-use super::sys::{self, Fd, FileHandle, Stat};
+use super::sys::{self, Fd, Stat};
 use super::{Policy, nodes};
 
 /// Directories of one mount that are kept open.
 const RECENT_DIRS: usize = 64;
 
 /// What tells one file from another.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Key {
     /// [`Mount::number`].
     mount: u64,
-    file: FileId,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-enum FileId {
-    Handle(Arc<FileHandle>),
+    dev: u64,
     /// Unique while the file is held open, or while nothing changes.
-    Number {
-        dev: u64,
-        ino: u64,
-    },
+    ino: u64,
 }
 
 /// How to get at a file.
 enum Place {
-    Handle(Arc<FileHandle>),
     Name {
         parent: Arc<Inode>,
         name: CString,
@@ -63,7 +52,7 @@ struct Sighting {
     name: CString,
 }
 
-/// Some open file of a mount, by which handles are opened.
+/// Some open file of a mount, by which its file system is written out.
 enum Anchor {
     /// Of a mount that was made for the guest.
     Held(OwnedFd),
@@ -82,8 +71,6 @@ struct Mount {
     /// Its file system.
     dev: u64,
     anchor: Anchor,
-    /// File handles can be made and opened.
-    handles: bool,
     /// Nobody changes anything in it.
     immutable: bool,
     /// Directories found by name and used last, so that what is deep below is not
@@ -149,9 +136,6 @@ impl Inode {
     pub(super) fn path_fd(&self) -> io::Result<Fd<'_>> {
         match &self.place {
             Place::Fd(fd) | Place::Root(fd) => Ok(Fd::Borrowed(fd.as_fd())),
-            Place::Handle(handle) => {
-                sys::open_handle(self.mount.anchor()?.as_fd(), handle, libc::O_PATH).map(Fd::Owned)
-            }
             Place::Name { parent, name } => {
                 if let Some(fd) = self.mount.dirs.get(&self.id) {
                     return Ok(Fd::Shared(fd));
@@ -180,11 +164,7 @@ impl Inode {
             _ => error,
         })?;
         let stat = sys::stat(fd.as_fd(), c"")?;
-        if stat.mount == self.mount.id && by_number(&self.mount, &stat) == self.key {
-            Ok(fd)
-        } else {
-            Err(stale())
-        }
+        if stat.mount == self.mount.id && key(&self.mount, &stat) == self.key { Ok(fd) } else { Err(stale()) }
     }
 
     /// Opens it.
@@ -194,7 +174,6 @@ impl Inode {
         }
         match &self.place {
             Place::Fd(fd) | Place::Root(fd) => sys::reopen(fd.as_fd(), flags),
-            Place::Handle(handle) => sys::open_handle(self.mount.anchor()?.as_fd(), handle, flags),
             Place::Name { parent, name } => sys::open_at(parent.path_fd()?.as_fd(), name, flags, 0),
             Place::Seen(_) => sys::reopen(self.path_fd()?.as_fd(), flags),
         }
@@ -225,7 +204,7 @@ pub(super) struct Inodes {
 
 /// Where a file was found: by its name, which stays, or held open meanwhile.
 enum At<'a> {
-    Name { parent: &'a Arc<Inode>, dir: BorrowedFd<'a>, name: &'a CStr },
+    Name { parent: &'a Arc<Inode>, name: &'a CStr },
     Fd { parent: &'a Arc<Inode>, name: &'a CStr, fd: OwnedFd },
 }
 
@@ -247,14 +226,14 @@ impl Inodes {
         let mounts = HashMap::from([(stat.mount, Arc::downgrade(&mount))]);
         let inode = Inode {
             id: ROOT_ID,
-            key: by_number(&mount, &stat),
+            key: key(&mount, &stat),
             kind: libc::S_IFDIR,
             place: Place::Root(root),
             mount,
             no_capability: AtomicBool::new(false),
         };
         let mut tables = Tables::default();
-        tables.by_key.insert(inode.key.clone(), ROOT_ID);
+        tables.by_key.insert(inode.key, ROOT_ID);
         tables.by_id.insert(ROOT_ID, Known { inode: Arc::new(inode), lookups: 1 });
         Ok(Self {
             tables: Mutex::new(tables),
@@ -282,7 +261,7 @@ impl Inodes {
             // Nothing can come between two calls by name where nothing changes.
             let stat = sys::stat(dir, name)?;
             if stat.mount == parent.mount.id {
-                return self.found(parent, Arc::clone(&parent.mount), At::Name { parent, dir, name }, stat);
+                return self.found(parent, Arc::clone(&parent.mount), At::Name { parent, name }, stat);
             }
         }
         self.found_open(parent, name, sys::open_at(dir, name, libc::O_PATH, 0)?)
@@ -302,33 +281,23 @@ impl Inodes {
     fn found(&self, parent: &Inode, mount: Arc<Mount>, at: At<'_>, stat: Stat) -> io::Result<Found> {
         let immutable = mount.immutable;
         let is_submount = mount.id != parent.mount.id && stat.attr.st_mode & libc::S_IFMT == libc::S_IFDIR;
-        let handle = match (mount.handles, &at) {
-            (false, _) => None,
-            (true, At::Name { dir, name, .. }) => sys::handle_of(*dir, name)?,
-            (true, At::Fd { fd, .. }) => sys::handle_of(fd.as_fd(), c"")?,
-        }
-        .map(Arc::new);
-        let key = match &handle {
-            Some(handle) => Key { mount: mount.number, file: FileId::Handle(Arc::clone(handle)) },
-            None => by_number(&mount, &stat),
-        };
+        let key = key(&mount, &stat);
         let kind = stat.attr.st_mode & libc::S_IFMT;
         let id = match self.known(&key, kind, &at) {
             Some(id) => id,
             None => {
-                let place = match (handle, at) {
-                    (Some(handle), _) => Place::Handle(handle),
-                    (None, At::Name { parent, name, .. }) => {
+                let place = match at {
+                    At::Name { parent, name } => {
                         Place::Name { parent: Arc::clone(parent), name: name.to_owned() }
                     }
                     // A file without a name is held.
-                    (None, At::Fd { parent, name, .. }) if mount.is_followed() && !name.is_empty() => {
+                    At::Fd { parent, name, .. } if mount.is_followed() && !name.is_empty() => {
                         Place::Seen(Mutex::new(Sighting {
                             parent: Arc::clone(parent),
                             name: name.to_owned(),
                         }))
                     }
-                    (None, At::Fd { fd, .. }) => Place::Fd(fd),
+                    At::Fd { fd, .. } => Place::Fd(fd),
                 };
                 let id = self.next.fetch_add(1, Ordering::Relaxed);
                 self.insert(Inode { id, key, place, mount, kind, no_capability: AtomicBool::new(false) })
@@ -371,7 +340,7 @@ impl Inodes {
             return id;
         }
         let id = inode.id;
-        tables.by_key.insert(inode.key.clone(), id);
+        tables.by_key.insert(inode.key, id);
         tables.by_id.insert(id, Known { inode: Arc::new(inode), lookups: 1 });
         id
     }
@@ -438,20 +407,16 @@ impl Mount {
         again: Option<Anchor>,
     ) -> io::Result<Self> {
         let held = anchor(file, stat)?;
-        // Being able to make handles does not mean being able to open them: that
-        // takes CAP_DAC_READ_SEARCH, and a file system that decodes them.
-        let handles = sys::handle_of(file, c"")?
-            .is_some_and(|handle| sys::open_handle(held.as_fd(), &handle, libc::O_PATH).is_ok());
         let readonly = policy.readonly || sys::is_readonly(file)?;
         let immutable = policy.constant && readonly || sys::is_layers(file, stat.mount);
         let anchor = again.unwrap_or(Anchor::Held(held));
         let dirs = Recent::new(RECENT_DIRS);
-        Ok(Self { id: stat.mount, number, dev: stat.attr.st_dev, anchor, handles, immutable, dirs })
+        Ok(Self { id: stat.mount, number, dev: stat.attr.st_dev, anchor, immutable, dirs })
     }
 
     /// Whether its files are known by the names they were seen under last.
     fn is_followed(&self) -> bool {
-        !self.handles && !self.immutable && matches!(self.anchor, Anchor::Found { .. })
+        !self.immutable && matches!(self.anchor, Anchor::Found { .. })
     }
 
     /// Whether it is the one found there now, and not another with its id.
@@ -478,7 +443,7 @@ impl Mount {
     }
 }
 
-/// Handles are opened by a file that is really open, which nothing but files and
+/// A file system is written out by a file that is really open, which nothing but files and
 /// directories may be.
 fn anchor(file: BorrowedFd<'_>, stat: &Stat) -> io::Result<OwnedFd> {
     match stat.attr.st_mode & libc::S_IFMT {
@@ -488,6 +453,6 @@ fn anchor(file: BorrowedFd<'_>, stat: &Stat) -> io::Result<OwnedFd> {
     }
 }
 
-fn by_number(mount: &Mount, stat: &Stat) -> Key {
-    Key { mount: mount.number, file: FileId::Number { dev: stat.attr.st_dev, ino: stat.attr.st_ino } }
+fn key(mount: &Mount, stat: &Stat) -> Key {
+    Key { mount: mount.number, dev: stat.attr.st_dev, ino: stat.attr.st_ino }
 }

@@ -14,9 +14,6 @@ use std::sync::Arc;
 
 use crate::procfs;
 
-/// Largest file handle the kernel makes (`MAX_HANDLE_SZ`).
-const MAX_HANDLE_BYTES: usize = 128;
-
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
@@ -113,60 +110,6 @@ pub(super) fn stat(dir: BorrowedFd<'_>, name: &CStr) -> io::Result<Stat> {
     attr.st_ctime = from.stx_ctime.tv_sec;
     attr.st_ctime_nsec = from.stx_ctime.tv_nsec.into();
     Ok(Stat { attr, mount: from.stx_mnt_id })
-}
-
-/// A file's handle: what a file system knows it by, whatever its name.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(super) struct FileHandle {
-    kind: i32,
-    bytes: Box<[u8]>,
-}
-
-/// `struct file_handle` with room for the largest handle.
-#[repr(C)]
-struct RawHandle {
-    len: u32,
-    kind: i32,
-    bytes: [u8; MAX_HANDLE_BYTES],
-}
-
-/// The handle of `name` in `dir`, or of `dir` itself if `name` is empty; `None`
-/// where the file system has none.
-pub(super) fn handle_of(dir: BorrowedFd<'_>, name: &CStr) -> io::Result<Option<FileHandle>> {
-    let mut raw = RawHandle { len: MAX_HANDLE_BYTES as u32, kind: 0, bytes: [0; MAX_HANDLE_BYTES] };
-    let mut mount = 0;
-    // SAFETY: `raw` is laid out as a file_handle with as much room as it says.
-    let result = check(unsafe {
-        libc::name_to_handle_at(
-            dir.as_raw_fd(),
-            name.as_ptr(),
-            (&raw mut raw).cast(),
-            &raw mut mount,
-            libc::AT_EMPTY_PATH,
-        )
-    });
-    match result {
-        Ok(_) => Ok(raw
-            .bytes
-            .get(..raw.len as usize)
-            .map(|bytes| FileHandle { kind: raw.kind, bytes: bytes.into() })),
-        Err(error) => match error.raw_os_error() {
-            Some(libc::EOPNOTSUPP | libc::EOVERFLOW | libc::EPERM | libc::ENOSYS) => Ok(None),
-            _ => Err(error),
-        },
-    }
-}
-
-/// Opens a file by its handle; `mount` is any open file of its mount.
-pub(super) fn open_handle(mount: BorrowedFd<'_>, handle: &FileHandle, flags: i32) -> io::Result<OwnedFd> {
-    let mut raw =
-        RawHandle { len: handle.bytes.len() as u32, kind: handle.kind, bytes: [0; MAX_HANDLE_BYTES] };
-    for (place, byte) in raw.bytes.iter_mut().zip(&handle.bytes) {
-        *place = *byte;
-    }
-    let flags = flags | libc::O_CLOEXEC;
-    // SAFETY: `raw` is laid out as a file_handle of the length it says.
-    owned(unsafe { libc::open_by_handle_at(mount.as_raw_fd(), (&raw mut raw).cast(), flags) })
 }
 
 /// `readlinkat(2)` of an `O_PATH` descriptor.
