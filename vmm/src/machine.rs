@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -23,6 +23,7 @@ use crate::hotplug::Hotplug;
 use crate::kvm::Vm;
 use crate::kvm::state::VmState;
 use crate::memory::{self, GuestRam};
+use crate::process::owned;
 use crate::snapshot::{self, MachineState, SnapshotError};
 use crate::timeline::Timeline;
 use crate::vcpu::exits::End;
@@ -408,13 +409,5 @@ fn block_stop_signals() -> io::Result<OwnedFd> {
     }
     // SAFETY: `set` is a valid signal set; -1 asks for a new descriptor.
     let fd = unsafe { libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
-    owned(fd)
-}
-
-fn owned(fd: RawFd) -> io::Result<OwnedFd> {
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the descriptor was just returned to us by the system.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    owned(fd.into())
 }

@@ -3,12 +3,12 @@
 use std::ffi::{CStr, CString};
 use std::fs::OpenOptions;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use crate::process::ok;
+use crate::process::{ok, owned};
 
 /// The directory `dir`, from which no way leads up and in which nothing can be made or
 /// removed: a mount of it, read-only and at no place (open_tree(2), Linux 5.12). Sockets in it
@@ -17,17 +17,14 @@ pub(crate) fn view(dir: &Path) -> io::Result<OwnedFd> {
     let path = CString::new(dir.as_os_str().as_bytes())?;
     let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC;
     // SAFETY: a C string and flags.
-    let fd = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) };
-    if fd < 0 {
-        let error = io::Error::last_os_error();
-        if error.raw_os_error() != Some(libc::EPERM) {
-            return Err(error);
+    let cloned = owned(unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) });
+    let view = match cloned {
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
+            let flags = libc::O_PATH | libc::O_DIRECTORY;
+            return Ok(OpenOptions::new().read(true).custom_flags(flags).open(dir)?.into());
         }
-        let opened = OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open(dir);
-        return opened.map(OwnedFd::from);
-    }
-    // SAFETY: the kernel has just made it for us.
-    let view = unsafe { OwnedFd::from_raw_fd(fd as RawFd) };
+        cloned => cloned?,
+    };
     let attributes = libc::mount_attr {
         attr_set: libc::MOUNT_ATTR_RDONLY
             | libc::MOUNT_ATTR_NOSUID
@@ -79,10 +76,4 @@ fn configure(
     // SAFETY: the callers' strings outlive the call.
     let set = unsafe { libc::syscall(libc::SYS_fsconfig, context.as_raw_fd(), command, key, value, 0) };
     ok(set as libc::c_int)
-}
-
-fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
-    ok(result as libc::c_int)?;
-    // SAFETY: the kernel has just made it for us.
-    Ok(unsafe { OwnedFd::from_raw_fd(result as RawFd) })
 }

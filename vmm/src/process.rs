@@ -65,6 +65,15 @@ fn set_limit(which: libc::__rlimit_resource_t, limit: &libc::rlimit) -> io::Resu
     ok(unsafe { libc::setrlimit(which, limit) })
 }
 
+/// The new descriptor that a system call returned, or its error.
+pub(crate) fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
+    // Descriptors fit in an int.
+    let fd = result as RawFd;
+    ok(fd)?;
+    // SAFETY: the system has just made it for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 /// What a system call says that returns a negative number when it fails.
 pub(crate) fn ok(result: libc::c_int) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }

@@ -4,12 +4,12 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::sync::OnceLock;
 
 use crate::mounts;
-use crate::process::ok;
+use crate::process::owned;
 
 /// This process's directory in a `/proc` of its own.
 static OWN: OnceLock<File> = OnceLock::new();
@@ -17,7 +17,6 @@ static OWN: OnceLock<File> = OnceLock::new();
 /// Opens `name` of this process for reading.
 pub fn open(name: &str) -> io::Result<File> {
     match OWN.get() {
-        // Whatever it is relative to: a link of procfs names where the descriptor leads.
         Some(own) => open_at(own.as_raw_fd(), name),
         None => File::open(Path::new("/proc/self").join(name)),
     }
@@ -41,7 +40,5 @@ fn open_at(dir: RawFd, name: &str) -> io::Result<File> {
     let name = CString::new(name)?;
     // SAFETY: a C string.
     let fd = unsafe { libc::openat(dir, name.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) };
-    ok(fd)?;
-    // SAFETY: the kernel has just made it for us.
-    Ok(unsafe { File::from_raw_fd(fd) })
+    owned(fd.into()).map(File::from)
 }

@@ -10,11 +10,12 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::AsRawFd;
 
 use vm_memory::MmapRegion;
 
 use crate::mounts;
+use crate::process::owned;
 
 /// A new unnamed file of `size` bytes in memory, none of which are allocated;
 /// `huge_pages` says whether [`advise`] is to have an effect on its mappings.
@@ -81,16 +82,6 @@ fn on_own_tmpfs() -> io::Result<File> {
     let file = unsafe { libc::openat(mount.as_raw_fd(), c".".as_ptr(), flags, 0o600) };
     // The file keeps the file system when the mount's descriptor is closed.
     owned(file.into()).map(File::from)
-}
-
-/// The descriptor a system call returned, or its error.
-fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
-    if result < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the calls of this module return a new descriptor nobody else owns;
-    // descriptors fit in an int.
-    Ok(unsafe { OwnedFd::from_raw_fd(result as RawFd) })
 }
 
 /// Whether this host and this process's rights allow them.

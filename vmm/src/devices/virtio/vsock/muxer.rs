@@ -3,7 +3,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::ffi::{OsStr, OsString};
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 
@@ -15,6 +15,7 @@ use super::{HOST_CID, HOST_PORTS, MAX_CONNECTIONS, MAX_CONNECTIONS_OF_GUEST, MAX
 use crate::devices::virtio::ring::{GuestBuffers, MAX_PIECES, Ring, RingError};
 use crate::devices::virtio::worker::add;
 use crate::memory::GuestRam;
+use crate::process::owned;
 
 /// How far the rx ring could be served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -430,12 +431,7 @@ fn connect(socket: &OsStr, port: u32) -> io::Result<UnixStream> {
     }
     let kind = libc::SOCK_STREAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
     // SAFETY: plain system call.
-    let fd = unsafe { libc::socket(libc::AF_UNIX, kind, 0) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the descriptor is new and ours.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    let fd = owned(unsafe { libc::socket(libc::AF_UNIX, kind, 0) }.into())?;
     let len = size_of::<libc::sockaddr_un>() as libc::socklen_t;
     // SAFETY: `address` is a whole sockaddr_un.
     let connected = unsafe { libc::connect(fd.as_raw_fd(), (&raw const address).cast(), len) };

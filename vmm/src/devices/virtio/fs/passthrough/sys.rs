@@ -12,6 +12,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
+use crate::process::owned;
 use crate::procfs;
 
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
@@ -20,11 +21,6 @@ fn check(result: libc::c_int) -> io::Result<libc::c_int> {
 
 fn check_len(result: libc::ssize_t) -> io::Result<usize> {
     usize::try_from(result).map_err(|_| io::Error::last_os_error())
-}
-
-fn owned(result: libc::c_int) -> io::Result<OwnedFd> {
-    // SAFETY: the system call has just made this descriptor for us.
-    check(result).map(|fd| unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Gives the calling thread a umask and working directory of its own, the
@@ -65,14 +61,14 @@ impl FdName {
 pub(super) fn open_at(dir: BorrowedFd<'_>, name: &CStr, flags: i32, mode: u32) -> io::Result<OwnedFd> {
     let flags = flags | libc::O_NOFOLLOW | libc::O_CLOEXEC;
     // SAFETY: `name` is a C string.
-    owned(unsafe { libc::openat(dir.as_raw_fd(), name.as_ptr(), flags, mode) })
+    owned(unsafe { libc::openat(dir.as_raw_fd(), name.as_ptr(), flags, mode) }.into())
 }
 
 /// Opens what an `O_PATH` descriptor stands for.
 pub(super) fn reopen(fd: BorrowedFd<'_>, flags: i32) -> io::Result<OwnedFd> {
     let name = FdName::new(fd)?;
     // SAFETY: `name` is a C string.
-    owned(unsafe { libc::open(name.as_ptr(), flags | libc::O_CLOEXEC) })
+    owned(unsafe { libc::open(name.as_ptr(), flags | libc::O_CLOEXEC) }.into())
 }
 
 /// Attributes of a file and the mount it was reached through.
