@@ -16,12 +16,12 @@ fn script(docker: &Docker, script: &str) -> Result<String> {
     Ok(finished.success()?.text())
 }
 
-/// A case with user-defined networks, which go with all containers that are named.
+/// A case with user-defined networks of both families, which go with all containers that are named.
 fn with_networks(docker: &Docker, names: &str, test: impl FnOnce() -> Result<()>) -> Result<()> {
     script(
         docker,
-        "docker network create --subnet 10.91.0.0/24 front >/dev/null
-         docker network create --subnet 10.92.0.0/24 back >/dev/null",
+        "docker network create --ipv6 --subnet 10.91.0.0/24 --subnet fd91::/64 front >/dev/null
+         docker network create --ipv6 --subnet 10.92.0.0/24 --subnet fd92::/64 back >/dev/null",
     )?;
     let result = test();
     // Docker gives a killed container ten seconds, which runc's may need on a busy machine.
@@ -41,9 +41,9 @@ fn a_web_server_with_a_published_port() {
             docker,
             "docker run -d --name web -p 8080:80 -m 256m --cpus 0.5 --runtime $RUNTIME $S nginx -g 'daemon off;' >/dev/null
              curl -s --retry 100 --retry-all-errors --retry-delay 1 localhost:8080
-             docker port web; docker exec web cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max",
+             curl -s 'http://[::1]:8080' | grep -c '<h1>'; docker port web; docker exec web cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max",
         )?;
-        ensure!(page.contains("Welcome to nginx!") && page.contains("80/tcp -> 0.0.0.0:8080"), "{page}");
+        ensure!(page.contains("Welcome to nginx!") && page.contains("\n1\n80/tcp -> 0.0.0.0:8080"), "{page}");
         ensure!(page.ends_with("\n268435456\n50000 100000\n"), "{page}");
         // By its address, from the host and from a container under the other kernel.
         let others = script(
@@ -70,50 +70,51 @@ fn networks_come_and_go() {
 fn under_both_kernels(docker: &Docker) -> Result<()> {
     script(
         docker,
-        "$R -d --name ours --network front --ip 10.91.0.5 $I sleep 1000 >/dev/null
-         docker run -d --runtime runc --name theirs --network front --ip 10.91.0.6 $I sleep 1000 >/dev/null",
+        "$R -d --name ours --network front --ip 10.91.0.5 --ip6 fd91::5 $I sleep 1000 >/dev/null
+         docker run -d --runtime runc --name theirs --network front --ip 10.91.0.6 --ip6 fd91::6 $I sleep 1000 >/dev/null",
     )?;
-    reach_each_other(docker, "10.91.0")?;
+    reach_each_other(docker, 91)?;
     script(
         docker,
-        "docker network connect --ip 10.92.0.6 back theirs; docker network connect --ip 10.92.0.5 back ours
+        "docker network connect --ip 10.92.0.6 --ip6 fd92::6 back theirs
+         docker network connect --ip 10.92.0.5 --ip6 fd92::5 back ours
          until docker exec ours ip route | grep -q 10.92; do :; done",
     )?;
-    reach_each_other(docker, "10.92.0")?;
+    reach_each_other(docker, 92)?;
     let seen = seen_by_both(docker)?;
-    ensure!(
-        ["10.91.0.5/24", "10.92.0.5/24", "eth0", "eth1"].iter().all(|part| seen.contains(part)),
-        "{seen}"
-    );
+    let addresses = ["eth0 10.91.0.5/24", "eth0 fd91::5/64", "eth1 10.92.0.5/24", "eth1 fd92::5/64"];
+    ensure!(addresses.iter().all(|part| seen.contains(part)), "{seen}");
     script(
         docker,
         "docker network disconnect front ours; docker network disconnect front theirs
          while docker exec ours ip address | grep -q 10.91; do :; done",
     )?;
-    reach_each_other(docker, "10.92.0")?;
+    reach_each_other(docker, 92)?;
     let seen = seen_by_both(docker)?;
-    ensure!(seen.contains("10.92.0.5/24") && !seen.contains("10.91"), "{seen}");
+    ensure!(seen.contains("10.92.0.5/24") && seen.contains("fd92::5/64"), "{seen}");
+    ensure!(!seen.contains("10.91") && !seen.contains("fd91"), "{seen}");
     Ok(())
 }
 
-fn reach_each_other(docker: &Docker, network: &str) -> Result<()> {
-    script(
-        docker,
-        &format!(
-            "docker exec theirs ping -c 1 -w 60 {network}.5; docker exec ours ping -c 1 -w 60 {network}.6"
-        ),
-    )
-    .map(drop)
+/// By both families, both ways.
+fn reach_each_other(docker: &Docker, network: u8) -> Result<()> {
+    for (from, host) in [("theirs", 5), ("ours", 6)] {
+        for to in [format!("10.{network}.0.{host}"), format!("fd{network}::{host}")] {
+            script(docker, &format!("docker exec {from} ping -c 1 -w 60 {to}"))?;
+        }
+    }
+    Ok(())
 }
 
 /// Interfaces, addresses and routes, which have to be the same in both.
 fn seen_by_both(docker: &Docker) -> Result<String> {
     let seen = |name| {
-        let list = "ip -4 -o address | awk '{print $2, $4}'; ip -o link | grep -o 'mtu [0-9]*'; ip route";
+        let list = "ip -o address | grep -v fe80 | awk '{print $2, $4}'; ip -o link | grep -o 'mtu [0-9]*'
+                    ip route; ip -6 route";
         script(docker, &format!("docker exec {name} sh -c \"{}\"", list.replace('$', "\\$")))
     };
     let (ours, theirs) = (seen("ours")?, seen("theirs")?);
-    let theirs = theirs.replace("10.91.0.6", "10.91.0.5").replace("10.92.0.6", "10.92.0.5");
+    let theirs = theirs.replace(".0.6", ".0.5").replace("::6", "::5");
     ensure!(ours == theirs, "{ours}instead of\n{theirs}");
     Ok(ours)
 }

@@ -59,7 +59,7 @@ fn started(ctr: &Ctr, prefix: &str, namespace: &Namespace, script: &str) -> Resu
 }
 
 /// A chain as Kubernetes' and Docker's networks are made of, its results kept with the tests' files.
-fn chain() -> Value {
+pub fn chain() -> Value {
     json!([
         {"type": "bridge", "bridge": "rvmbr0", "isGateway": true, "ipMasq": true, "hairpinMode": true, "mtu": 1400, "macspoofchk": true,
          "ipam": {"type": "host-local", "dataDir": "/run/rvm-tests/cni",
@@ -104,7 +104,7 @@ fn counts(namespace: &Namespace, id: &str) -> Result<[[u64; 4]; 2]> {
 }
 
 /// What a chain leaves on a host with its last container gone.
-const TIDY: &str = "rm -rf /run/rvm-tests/cni /run/xtables.lock";
+pub const TIDY: &str = "rm -rf /run/rvm-tests/cni /run/xtables.lock";
 
 /// A second network, of frames of 9000 bytes.
 fn jumbo() -> Value {

@@ -4,8 +4,18 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use rvm_tests::{case, job::Input, sandbox::Sandbox, scale, task::Shim, world::World};
+use rvm_tests::{
+    case,
+    cni::{Namespace, Network},
+    job::Input,
+    sandbox::Sandbox,
+    scale,
+    task::Shim,
+    world::{World, shell},
+};
 use serde_json::json;
+
+use crate::network::{TIDY, chain};
 
 /// A page here and there is no leak; this much for each of hundreds is.
 const LEAK_KIB: u64 = 64;
@@ -44,6 +54,39 @@ fn containers_one_after_another() {
         }
         println!("{TURNS} containers, {} KiB less available", lost()?);
         ensure!(lost()? <= TURNS * LEAK_KIB, "{} KiB less after {TURNS} containers", lost()?);
+        Ok(())
+    });
+}
+
+/// What a host has of networks, without what counts and what is numbered.
+const NETWORKS: &str = "ip -o link | sed 's/^[0-9]*: //'; ip -o address | sed 's/^[0-9]*: //; s/valid_lft.*//'
+ip rule; ip route; ip -6 route; ip netns; for link in /sys/class/net/*; do tc filter show dev ${link##*/} ingress; done
+iptables-save | grep -v '^#' | sed 's/\\[.*\\]//'; ip6tables-save | grep -v '^#' | sed 's/\\[.*\\]//'
+ls -R /run/rvm-tests/cni | grep -v last_reserved";
+
+#[test]
+fn networks_one_after_another() {
+    const TURNS: usize = 200;
+    case(|world| {
+        let network = Network::new("rvm-soak", chain());
+        let mapped = json!({"portMappings": [{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}]});
+        let turn = || -> Result<()> {
+            let namespace = Namespace::new("rvm-soak")?;
+            let added = network.add("soak", &namespace, "eth0", &mapped)?;
+            let run = world.ctr().container("soak").with(&["--with-ns", &namespace.option()]);
+            run.run(&["ping", "-c", "1", "-W", "20", "10.88.7.1"])?.success()?;
+            ensure!(namespace.left()?.is_empty(), "left: {}", namespace.left()?);
+            network.delete("soak", &namespace, "eth0", (&mapped, &added))
+        };
+        // What plugins keep for the next container.
+        turn()?;
+        let before = shell(NETWORKS)?;
+        for _ in 0..TURNS {
+            turn()?;
+        }
+        let after = shell(NETWORKS)?;
+        ensure!(before == after, "before:\n{before}\nafter {TURNS} networks:\n{after}");
+        shell(&format!("ip link delete rvmbr0; {TIDY}"))?;
         Ok(())
     });
 }

@@ -15,8 +15,16 @@ use crate::{
     world::shell,
 };
 
+/// Directory with the plugins; unset: [`INSTALLED`].
+const DIR_ENV: &str = "RVM_CNI_DIR";
 /// Where Debian has them.
-const PLUGINS: &str = "/usr/lib/cni";
+const INSTALLED: &str = "/usr/lib/cni";
+
+/// Where the plugins are.
+pub fn plugins() -> PathBuf {
+    std::env::var_os(DIR_ENV).map_or_else(|| PathBuf::from(INSTALLED), PathBuf::from)
+}
+
 /// Where ip(8) has names for network namespaces.
 const NAMED: &str = "/run/netns";
 
@@ -97,7 +105,8 @@ impl ForCtr {
         let configured = Self::CONFIGURED;
         shell(&format!(
             "mkdir -p {programs} {networks} {configured}
-             mount --bind {PLUGINS} {programs}; mount --bind {configured} {networks}"
+             mount --bind {} {programs}; mount --bind {configured} {networks}",
+            self::plugins().display()
         ))?;
         let there = Self(());
         let list = json!({"cniVersion": "0.4.0", "name": "rvm", "plugins": plugins});
@@ -202,13 +211,14 @@ impl Network {
         if !previous.is_null() {
             config["prevResult"] = previous.clone();
         }
-        let mut called = Command::new(Path::new(PLUGINS).join(kind));
+        let dir = plugins();
+        let mut called = Command::new(dir.join(kind));
         called
             .env("CNI_COMMAND", command)
             .env("CNI_CONTAINERID", id)
             .env("CNI_NETNS", namespace.path())
             .env("CNI_IFNAME", interface)
-            .env("CNI_PATH", PLUGINS)
+            .env("CNI_PATH", &dir)
             .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
             .arg0(kind);
         let finished = job::run(called, Input::Bytes(config.to_string().into_bytes()), scale::command())?;

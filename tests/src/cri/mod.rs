@@ -241,9 +241,10 @@ fn plugin_config() -> String {
     format!(
         "[plugins.\"io.containerd.nri.v1.nri\"]\ndisable = true\n\
          {PLUGIN}]\nsandbox_image = \"{PAUSE}\"\nstream_server_address = \"127.0.0.1\"\n\
-         {PLUGIN}.cni]\nbin_dir = \"/usr/lib/cni\"\nconf_dir = \"{DIR}/net.d\"\n\
+         {PLUGIN}.cni]\nbin_dir = \"{}\"\nconf_dir = \"{DIR}/net.d\"\n\
          {PLUGIN}.containerd.runtimes.runc]\nruntime_type = \"io.containerd.runc.v2\"\n\
          {PLUGIN}.containerd.runtimes.rvm]\n{rvm}\
-         {PLUGIN}.containerd.runtimes.rvm-sandbox]\n{rvm}sandboxer = \"shim\"\n"
+         {PLUGIN}.containerd.runtimes.rvm-sandbox]\n{rvm}sandboxer = \"shim\"\n",
+        crate::cni::plugins().display()
     )
 }
