@@ -29,7 +29,7 @@ use crate::kvm::irq::IrqError;
 use crate::kvm::probe::{self, ProbeError};
 use crate::kvm::{Host, KvmError, Vm};
 use crate::machine::Machine;
-use crate::memory::{self, GuestRam, MemoryError, Shape};
+use crate::memory::{self, GuestRam, MemoryError, Resident, Shape};
 use crate::pci::virtio::function::{self, FunctionError};
 use crate::pci::{BusFull, CONFIG_ADDRESS_PORT, PciBus};
 use crate::snapshot::{self, MachineState, SnapshotError};
@@ -58,6 +58,8 @@ pub enum BuildError {
     MpTable(#[source] GuestMemoryError),
     #[error("console_log: {}", path.display())]
     Console { path: PathBuf, source: io::Error },
+    #[error("/proc/self/smaps")]
+    Smaps(#[source] io::Error),
     #[error("serial console")]
     Serial(#[source] IrqError),
     #[error("vsock")]
@@ -136,6 +138,7 @@ pub fn open(config: CheckedConfig, snapshot: Option<File>, any_kvm: bool) -> Res
 pub fn build(opened: Opened, timeline: Arc<Timeline>) -> Result<Machine, BuildError> {
     let Opened { mut config, snapshot, host, memory, vsock, shares, disks, console, socket } = opened;
     let snapshot = snapshot.map(snapshot::open).transpose()?;
+    let resident = Resident::open().map_err(BuildError::Smaps)?;
     let vm = Arc::new(host.create_vm(config.vm.max_vcpus)?);
     timeline.reached("vm_created");
 
@@ -161,7 +164,18 @@ pub fn build(opened: Opened, timeline: Arc<Timeline>) -> Result<Machine, BuildEr
                 .map_err(BuildError::PciTable)?;
         }
         let (vm, memory) = (Arc::clone(&vm), memory.clone());
-        Ok::<_, BuildError>(Machine { vm, memory, buses, vcpus, more_vcpus, disks, nets, socket, timeline })
+        Ok::<_, BuildError>(Machine {
+            vm,
+            memory,
+            buses,
+            vcpus,
+            more_vcpus,
+            disks,
+            nets,
+            socket,
+            resident,
+            timeline,
+        })
     })?;
     if let Some(snapshot) = snapshot {
         restore(snapshot.state, &vmm.buses, &vmm.vcpus, vmm.more_vcpus.possible())?;

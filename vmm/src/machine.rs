@@ -22,7 +22,7 @@ use crate::devices::virtio::net::NetControl;
 use crate::hotplug::Hotplug;
 use crate::kvm::Vm;
 use crate::kvm::state::VmState;
-use crate::memory::{self, GuestRam};
+use crate::memory::{GuestRam, Resident};
 use crate::process::owned;
 use crate::snapshot::{self, MachineState, SnapshotError};
 use crate::timeline::Timeline;
@@ -59,6 +59,8 @@ pub struct Machine {
     pub nets: BTreeMap<u8, NetControl>,
     /// The socket for those who look.
     pub socket: Option<ReadOnlySocket>,
+    /// How much of its memory it has.
+    pub resident: Resident,
     /// The start so far.
     pub timeline: Arc<Timeline>,
 }
@@ -76,7 +78,7 @@ impl Machine {
     /// Runs the machine to its end: the guest's own, a request's, its owner's or, where it
     /// has none, one of the `signals`. Everything is stopped when it returns.
     pub fn run(self, signals: StopSignals, channel: Option<OwnerChannel>) -> Result<End, RunError> {
-        let Self { vm, memory, buses, vcpus, more_vcpus, disks, nets, socket, timeline } = self;
+        let Self { vm, memory, buses, vcpus, more_vcpus, disks, nets, socket, resident, timeline } = self;
         let report = Arc::new(EndReport::new().map_err(RunError::Events)?);
         let events =
             Events::new(&report, channel.as_ref(), socket.as_ref(), signals).map_err(RunError::Events)?;
@@ -89,6 +91,7 @@ impl Machine {
             report,
             hotplug,
             memory,
+            resident,
             timeline,
         };
         let started = vcpus.into_iter().try_for_each(|vcpu| owned.start(vcpu));
@@ -119,6 +122,7 @@ struct Owned {
     report: Arc<EndReport>,
     hotplug: Hotplug,
     memory: GuestRam,
+    resident: Resident,
     timeline: Arc<Timeline>,
 }
 
@@ -232,7 +236,7 @@ impl Owned {
         self.threads.iter().for_each(|thread| thread.counters().add_to(&mut exits));
         let boot_bytes: u64 = self.memory.boot_regions().iter().map(GuestMemoryRegion::len).sum();
         let plugged_bytes = self.hotplug.plugged_bytes();
-        let memory_resident_bytes = match memory::resident_bytes(&self.memory) {
+        let memory_resident_bytes = match self.resident.bytes(&self.memory) {
             Ok(bytes) => bytes,
             Err(e) => return Response::Error { message: format!("guest memory cannot be counted: {e}") },
         };

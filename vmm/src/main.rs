@@ -29,6 +29,8 @@ Runs the microVM described by FILE (JSON, see rvm_protocol::vmm::VmConfig).
   --log-level LEVEL  off, error, warn (default), info, debug or trace
   --any-kvm          run even where /dev/kvm only emulates kernels, which is
                      far too slow for a guest but enough to measure a start
+  --calls            print the system calls that each kind of thread has for itself,
+                     by number, beside those of any thread
   --version          print the version
   --help             print this
 
@@ -99,8 +101,7 @@ fn build(
         timeline.reached("jail_entered");
     }
     let machine = builder::build(opened, timeline)?;
-    // The file servers' threads have theirs; who works for the machine needs none.
-    jail::drop_capabilities().context("capabilities")?;
+    jail::take_up(jail::Duty::Control);
     Ok(machine)
 }
 
@@ -135,6 +136,12 @@ fn parse_arguments() -> anyhow::Result<Option<Arguments>> {
                 })?;
             }
             "--any-kvm" => any_kvm = true,
+            "--calls" => {
+                for (threads, number) in jail::own_calls() {
+                    println!("{threads} {number}");
+                }
+                return Ok(None);
+            }
             "--version" => {
                 println!("rvm-vmm {}", env!("CARGO_PKG_VERSION"));
                 return Ok(None);

@@ -2,6 +2,9 @@
 
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::path::Path;
+
+use crate::jail;
 
 /// Descriptors it takes where it may: what Linux allows where nobody has said otherwise
 /// (`fs.nr_open`). A guest knows more files than a shell opens.
@@ -36,6 +39,16 @@ pub fn inherited(fd: RawFd) -> io::Result<OwnedFd> {
     ok(unsafe { libc::fcntl(fd, libc::F_SETFD, flags | libc::FD_CLOEXEC) })?;
     // SAFETY: it is open, and has not been taken over by anything else.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Removes a socket of this process's. One that is shut in leaves it to its owner: the name leads
+/// elsewhere there.
+pub(crate) fn remove_socket(path: &Path) {
+    if !jail::is_entered()
+        && let Err(error) = std::fs::remove_file(path)
+    {
+        log::debug!("socket {} cannot be removed: {error}", path.display());
+    }
 }
 
 fn no_core_file() -> io::Result<()> {

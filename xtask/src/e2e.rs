@@ -36,6 +36,7 @@ pub struct Prepared {
     pub memory_mib: u32,
     /// Where the devhost writes what is executed: [`devhost::Options::trace`].
     pub trace: Option<PathBuf>,
+    prefix: PathBuf,
     env: Vec<(OsString, OsString)>,
 }
 
@@ -77,7 +78,7 @@ impl Prepared {
         let image = build::busybox_image()?;
         // The names are those of tests/src/stage.rs.
         let env = vec![
-            ("RVM_STAGE".into(), prefix.into_os_string()),
+            ("RVM_STAGE".into(), prefix.clone().into_os_string()),
             ("RVM_TEST_IMAGE".into(), image.into_os_string()),
         ];
         let options = devhost::Options::default();
@@ -87,8 +88,14 @@ impl Prepared {
             apparmor: false,
             memory_mib: options.memory_mib,
             trace: None,
+            prefix,
             env,
         })
+    }
+
+    /// The monitor that is run.
+    pub fn monitor(&self) -> PathBuf {
+        self.prefix.join("libexec/rvm/rvm-vmm")
     }
 
     /// Sets an environment variable of every program.

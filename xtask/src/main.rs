@@ -7,6 +7,7 @@ mod devhost;
 mod docker;
 mod e2e;
 mod fstest;
+mod fuzz;
 mod host;
 mod install;
 mod kernel;
@@ -40,6 +41,10 @@ enum Command {
     Bench(bench::Args),
     /// pjdfstest and fsx inside a container, under runc and under rvm.
     Fstest(fstest::Args),
+    /// Send the monitor, the shim and the agent what a guest, a client or an image may send, at random.
+    Fuzz(fuzz::Args),
+    /// What is to hold when a guest, a monitor or an image attacks, or something dies, by itself.
+    Walls(test::WallsArgs),
     /// Build the guest kernel and print where it is.
     Kernel(kernel::Args),
     /// Put binaries, kernel, initramfs and configuration in place.
@@ -54,6 +59,8 @@ fn main() -> ExitCode {
         Command::Devhost(args) => devhost::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Fstest(args) => fstest::run(args),
+        Command::Walls(args) => test::walls(&args),
+        Command::Fuzz(args) => fuzz::run(args),
         Command::Kernel(args) => kernel::run(args),
         Command::Install(args) => install::run(args),
     };

@@ -28,6 +28,8 @@ pub enum Purpose {
     Bench,
     /// Compile what tests file systems.
     FileSystemTests,
+    /// Compile libFuzzer.
+    Fuzz,
 }
 
 impl Purpose {
@@ -57,6 +59,7 @@ impl Purpose {
             Self::AppArmor => &["apparmor"],
             Self::Bench => &["iperf3", "qemu-system-x86"],
             Self::FileSystemTests => &["libacl1-dev"],
+            Self::Fuzz => &["g++"],
         }
     }
 }

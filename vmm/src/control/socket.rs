@@ -11,6 +11,7 @@ use std::time::Duration;
 use rvm_protocol::vmm::{Request, Response};
 
 use super::Served;
+use crate::process;
 
 /// Longest request.
 const MAX_LINE: usize = 4096;
@@ -114,9 +115,7 @@ impl ReadOnlySocket {
 impl Drop for ReadOnlySocket {
     fn drop(&mut self) {
         // Who is shut in leaves it to its owner.
-        if let Err(e) = std::fs::remove_file(&self.path) {
-            log::debug!("control socket {}: {e}", self.path.display());
-        }
+        process::remove_socket(&self.path);
     }
 }
 

@@ -27,7 +27,7 @@ pub(super) fn keep_for_files() -> io::Result<()> {
 }
 
 /// Gives up every capability of the calling thread.
-pub fn drop_all() -> io::Result<()> {
+pub(super) fn drop_all() -> io::Result<()> {
     keep(&CapsHashSet::new()).map_err(io::Error::other)
 }
 

@@ -7,11 +7,12 @@
 //! own has all ids of the host and none of its power: what is left of that are the
 //! capabilities a file server needs, about files it can reach, on the file servers' threads.
 //! Landlock says once more which files these are, also of those that can be reached through
-//! a descriptor. System calls that it has no use for end it.
+//! a descriptor. A thread can make the system calls that its duty takes; any other ends the monitor.
 //!
 //! What it needs of `/proc` it has from one of its own ([`procfs`](crate::procfs)), which
 //! shows its own pid namespace and no kernel parameter.
 
+mod calls;
 mod capabilities;
 mod landlock;
 mod seccomp;
@@ -31,8 +32,9 @@ use thiserror::Error;
 use crate::process::{self, ok};
 use crate::procfs;
 
-pub use capabilities::drop_all as drop_capabilities;
+pub use calls::{Duty, own_calls};
 pub use landlock::is_there as has_landlock;
+pub use seccomp::is_in_force as is_entered;
 
 /// Why the monitor is not shut in.
 #[derive(Debug, Error)]
@@ -95,7 +97,7 @@ impl Jail {
     /// needs of the host.
     pub fn enter(self) -> Result<(), JailError> {
         self.close()?;
-        seccomp::forbid().map_err(|source| JailError::Step { step: "seccomp", source })
+        seccomp::begin().map_err(|source| JailError::Step { step: "seccomp", source })
     }
 
     /// All of it but the filter of system calls.
@@ -128,6 +130,18 @@ impl Jail {
             }
         }
         procfs::use_own(&proc).map_err(step("its own /proc"))
+    }
+}
+
+/// Leaves the calling thread what its duty takes, for good: no capabilities but a file server's, and,
+/// where the monitor is shut in, its system calls. Those it starts have no more.
+///
+/// No thread goes on with more: the monitor ends where that cannot be.
+pub fn take_up(duty: Duty) {
+    let dropped = if duty == Duty::Files { Ok(()) } else { capabilities::drop_all() };
+    if let Err(error) = dropped.and_then(|()| seccomp::narrow(duty)) {
+        log::error!("a thread cannot be left its duty alone ({duty:?}): {error}");
+        std::process::abort();
     }
 }
 

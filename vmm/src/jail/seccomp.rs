@@ -1,154 +1,91 @@
-//! System calls that no thread of the monitor has a use for once it is shut in (seccomp(2)).
+//! What a thread can call of the kernel once the monitor is shut in (seccomp(2)): what its
+//! duty takes ([`calls`](super::calls)). Any other call ends the monitor.
 //!
-//! Most of them the jail refuses anyway. But each is a part of the host's kernel that a guest
+//! Most of the others the jail refuses anyway. But each is a part of the host's kernel that a guest
 //! which has taken the monitor over would look for a fault in.
 
 use std::collections::BTreeMap;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use libc::c_long;
 use seccompiler::SeccompCmpArgLen::Dword;
-use seccompiler::SeccompCmpOp::{MaskedEq, Ne};
+use seccompiler::SeccompCmpOp::MaskedEq;
 use seccompiler::{
-    BackendError, BpfProgram, SeccompAction, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
-    TargetArch,
+    BackendError, BpfProgram, SeccompAction, SeccompCondition, SeccompFilter, SeccompRule, TargetArch,
 };
 
+use super::calls::{Call, Duty, LOOKED_FOR, Only, building};
 use crate::process::ok;
 
-/// Calls that end the monitor. One that the kernel does not know does no harm here.
-pub(super) const NEVER: [(&str, &[c_long]); 8] = [
-    (
-        "mounts, roots and namespaces",
-        &[
-            libc::SYS_mount,
-            libc::SYS_umount2,
-            libc::SYS_pivot_root,
-            libc::SYS_chroot,
-            libc::SYS_setns,
-            libc::SYS_open_tree,
-            libc::SYS_move_mount,
-            libc::SYS_mount_setattr,
-            libc::SYS_fsopen,
-            libc::SYS_fsconfig,
-            libc::SYS_fsmount,
-            libc::SYS_fspick,
-        ],
-    ),
-    (
-        "other programs and processes",
-        &[libc::SYS_execve, libc::SYS_execveat, libc::SYS_fork, libc::SYS_vfork],
-    ),
-    (
-        "what is in other processes",
-        &[
-            libc::SYS_ptrace,
-            libc::SYS_process_vm_readv,
-            libc::SYS_process_vm_writev,
-            libc::SYS_process_madvise,
-            libc::SYS_pidfd_open,
-            libc::SYS_pidfd_getfd,
-            libc::SYS_kcmp,
-            libc::SYS_move_pages,
-            libc::SYS_migrate_pages,
-        ],
-    ),
-    (
-        "programs and rings in the kernel",
-        &[
-            libc::SYS_bpf,
-            libc::SYS_perf_event_open,
-            libc::SYS_userfaultfd,
-            libc::SYS_io_uring_setup,
-            libc::SYS_io_uring_enter,
-            libc::SYS_io_uring_register,
-            libc::SYS_io_setup,
-            libc::SYS_modify_ldt,
-        ],
-    ),
-    ("keys", &[libc::SYS_add_key, libc::SYS_request_key, libc::SYS_keyctl]),
-    ("files by handle", &[libc::SYS_name_to_handle_at, libc::SYS_open_by_handle_at]),
-    (
-        "what is watched or accounted for the host",
-        &[
-            libc::SYS_fanotify_init,
-            libc::SYS_inotify_init,
-            libc::SYS_inotify_init1,
-            libc::SYS_quotactl,
-            libc::SYS_acct,
-            libc::SYS_syslog,
-            libc::SYS_lookup_dcookie,
-        ],
-    ),
-    (
-        "the host itself",
-        &[
-            libc::SYS_init_module,
-            libc::SYS_finit_module,
-            libc::SYS_delete_module,
-            libc::SYS_kexec_load,
-            libc::SYS_kexec_file_load,
-            libc::SYS_reboot,
-            libc::SYS_swapon,
-            libc::SYS_swapoff,
-            libc::SYS_sethostname,
-            libc::SYS_setdomainname,
-            libc::SYS_settimeofday,
-            libc::SYS_clock_settime,
-            libc::SYS_clock_adjtime,
-            libc::SYS_adjtimex,
-            libc::SYS_iopl,
-            libc::SYS_ioperm,
-            libc::SYS_personality,
-            libc::SYS_vhangup,
-            libc::SYS_nfsservctl,
-        ],
-    ),
-];
+/// Whether the threads of this process have filters.
+static IN_FORCE: AtomicBool = AtomicBool::new(false);
 
-/// Calls that end the monitor where an argument is so.
-fn unless_harmless() -> Result<Vec<(c_long, SeccompCondition)>, BackendError> {
-    let argument = |index, op: SeccompCmpOp, value: libc::c_int| {
-        SeccompCondition::new(index, Dword, op, u64::from(value.cast_unsigned()))
-    };
-    let bits =
-        |index, mask: libc::c_int, value| argument(index, MaskedEq(u64::from(mask.cast_unsigned())), value);
-    Ok(vec![
-        // A thread's own working directory is all that is left of namespaces.
-        (libc::SYS_unshare, argument(0, Ne, libc::CLONE_FS)?),
-        (libc::SYS_clone, bits(0, libc::CLONE_THREAD, 0)?),
-        (libc::SYS_socket, argument(0, Ne, libc::AF_UNIX)?),
-        // No code comes into being.
-        (libc::SYS_mmap, bits(2, libc::PROT_EXEC, libc::PROT_EXEC)?),
-        (libc::SYS_mprotect, bits(2, libc::PROT_EXEC, libc::PROT_EXEC)?),
-        (libc::SYS_pkey_mprotect, bits(2, libc::PROT_EXEC, libc::PROT_EXEC)?),
-    ])
+/// Whether the process is shut in for good: filters are the last step.
+pub fn is_in_force() -> bool {
+    IN_FORCE.load(Ordering::Relaxed)
 }
 
-/// Forbids these calls to this thread and those it starts, for good. Needs `no_new_privs`.
-pub(super) fn forbid() -> io::Result<()> {
-    let [first, second] = programs().map_err(io::Error::other)?;
-    install(&first)?;
-    install(&second)
+/// Leaves this thread, and those it starts, what any of them calls. Needs `no_new_privs`.
+pub(super) fn begin() -> io::Result<()> {
+    // First what is called for every exit of a vCPU.
+    let everything = building().chain(Duty::ALL.into_iter().flat_map(Duty::calls));
+    // Its flags are in memory, where no filter sees them; the C library uses clone() then.
+    install(&refusing(libc::SYS_clone3, libc::ENOSYS).map_err(io::Error::other)?)?;
+    install(&allowing(everything).map_err(io::Error::other)?)?;
+    IN_FORCE.store(true, Ordering::Relaxed);
+    Ok(())
 }
 
-/// `clone3` has its flags in memory, where no filter sees them: it is said not to be there, and
-/// the C library uses `clone`.
-fn programs() -> Result<[BpfProgram; 2], BackendError> {
-    let never = NEVER.iter().flat_map(|(_, calls)| calls.iter()).map(|&call| (call, Vec::new()));
-    let mut calls: BTreeMap<c_long, Vec<SeccompRule>> = never.collect();
-    for (call, condition) in unless_harmless()? {
-        calls.insert(call, vec![SeccompRule::new(vec![condition])?]);
+/// Leaves this thread what its duty takes, where filters are in force.
+pub(super) fn narrow(duty: Duty) -> io::Result<()> {
+    if !is_in_force() {
+        return Ok(());
     }
-    let filter = |calls, action| {
-        SeccompFilter::new(calls, SeccompAction::Allow, action, TargetArch::x86_64)
-            .and_then(BpfProgram::try_from)
+    let looked_for = (duty != Duty::Files).then_some(LOOKED_FOR);
+    if let Some(Call { number, .. }) = looked_for {
+        install(&refusing(number, libc::ENOENT).map_err(io::Error::other)?)?;
+    }
+    install(&allowing(duty.calls().chain(looked_for)).map_err(io::Error::other)?)
+}
+
+/// A program that lets these calls through.
+fn allowing(calls: impl Iterator<Item = Call>) -> Result<BpfProgram, BackendError> {
+    // Rules of a call are alternatives; one without rules is allowed whatever its arguments.
+    let mut rules: BTreeMap<c_long, Option<Vec<SeccompRule>>> = BTreeMap::new();
+    for Call { number, only } in calls {
+        let known = rules.entry(number).or_insert_with(|| Some(Vec::new()));
+        match (self::rules(only)?, known.as_mut()) {
+            (Some(more), Some(known)) => known.extend(more),
+            (None, _) => *known = None,
+            (Some(_), None) => {}
+        }
+    }
+    let rules = rules.into_iter().map(|(number, rules)| (number, rules.unwrap_or_default())).collect();
+    SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, TargetArch::x86_64)?
+        .try_into()
+}
+
+/// The rules that say which of a call is allowed; none where all of it is.
+fn rules(only: Only) -> Result<Option<Vec<SeccompRule>>, BackendError> {
+    let rule = |argument, mask: u32, value: u32| {
+        SeccompRule::new(vec![SeccompCondition::new(argument, Dword, MaskedEq(mask.into()), value.into())?])
     };
-    let clone3 = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
-    Ok([
-        filter(clone3, SeccompAction::Errno(libc::ENOSYS.cast_unsigned()))?,
-        filter(calls, SeccompAction::KillProcess)?,
-    ])
+    Ok(Some(match only {
+        Only::Any => return Ok(None),
+        Only::These(argument, mask, values) => {
+            values.iter().map(|&value| rule(argument, mask, value)).collect::<Result<_, _>>()?
+        }
+        Only::Without(argument, bits) => vec![rule(argument, bits, 0)?],
+        Only::With(argument, bits) => vec![rule(argument, bits, bits)?],
+    }))
+}
+
+/// A program by which a call fails with an error number.
+fn refusing(call: c_long, error: libc::c_int) -> Result<BpfProgram, BackendError> {
+    let calls = BTreeMap::from([(call, Vec::new())]);
+    let refused = SeccompAction::Errno(error.cast_unsigned());
+    SeccompFilter::new(calls, SeccompAction::Allow, refused, TargetArch::x86_64)?.try_into()
 }
 
 fn install(program: &BpfProgram) -> io::Result<()> {

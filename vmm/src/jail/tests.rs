@@ -1,6 +1,7 @@
 //! What a monitor that was taken over would try: each attempt succeeds outside the jail, and
 //! fails inside.
 
+use std::collections::BTreeSet;
 use std::ffi::CString;
 use std::fs;
 use std::io::{self, Read, Write};
@@ -9,6 +10,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+
+use libc::c_long;
 
 use super::*;
 
@@ -236,12 +239,13 @@ fn who_is_not_the_first_of_its_processes_is_not_shut_in() {
 /// What is called, and whether it is allowed.
 type Call = (&'static str, bool, fn() -> io::Result<()>);
 
-/// What a call comes to with the filter.
-fn filtered(call: impl FnOnce() -> io::Result<()>) -> String {
+/// What a call comes to with the filters of all duties, or of one.
+fn filtered(duty: Option<Duty>, call: impl FnOnce() -> io::Result<()>) -> String {
     apart(|| {
         // SAFETY: PR_SET_NO_NEW_PRIVS takes numbers.
         ok(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }).unwrap();
-        seccomp::forbid().unwrap();
+        duty.map_or_else(seccomp::begin, |duty| seccomp::begin().and_then(|()| seccomp::narrow(duty)))
+            .unwrap();
         call().map_or_else(|error| error.to_string(), |()| "done".to_owned())
     })
 }
@@ -253,34 +257,93 @@ fn map(protection: i32) -> io::Result<()> {
     if at == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// The last call of a kernel of today, and some room.
+const CALLS: c_long = 480;
+/// uretprobe(2) and uprobe(2), which seccomp passes by, and which end who is no probe.
+const PROBES: [c_long; 2] = [335, 336];
+
 #[test]
-fn calls_of_no_use_end_the_monitor() {
+fn calls_that_are_of_no_use_end_the_monitor() {
     let ended = format!("signal {}", libc::SIGSYS);
-    for (what, calls) in seccomp::NEVER {
-        for &call in calls {
+    let allowed = |duty: Option<Duty>| -> BTreeSet<c_long> {
+        let all = Duty::ALL.into_iter().filter(|&one| duty.is_none_or(|duty| duty == one));
+        let early = calls::building().filter(|_| duty.is_none()).chain([calls::LOOKED_FOR]);
+        all.flat_map(Duty::calls).chain(early).map(|call| call.number).collect()
+    };
+    for duty in [None, Some(Duty::Vcpu)] {
+        let allowed = allowed(duty);
+        for call in (0..CALLS).filter(|call| !allowed.contains(call) && !PROBES.contains(call)) {
             // SAFETY: it is ended before the kernel looks at the arguments.
-            let called = filtered(|| ok(unsafe { libc::syscall(call, 0, 0, 0, 0, 0) } as libc::c_int));
-            assert_eq!(called, ended, "{what}: {call}");
+            let called = filtered(duty, || ok(unsafe { libc::syscall(call, 0, 0, 0, 0, 0) } as libc::c_int));
+            assert_eq!(called, ended, "{duty:?}: {call}");
         }
     }
-    let calls: [Call; 9] = [
-        // SAFETY: takes flags.
-        ("a mount namespace", false, || ok(unsafe { libc::unshare(libc::CLONE_NEWNS) })),
-        // SAFETY: takes flags.
-        ("a working directory", true, || ok(unsafe { libc::unshare(libc::CLONE_FS) })),
-        // SAFETY: plain system call.
-        ("a network's socket", false, || ok(unsafe { libc::socket(libc::AF_INET, libc::SOCK_STREAM, 0) })),
-        // SAFETY: plain system call.
-        ("netlink", false, || ok(unsafe { libc::socket(libc::AF_NETLINK, libc::SOCK_RAW, 0) })),
-        // SAFETY: plain system call.
-        ("a Unix socket", true, || ok(unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_STREAM, 0) })),
-        ("code", false, || map(libc::PROT_READ | libc::PROT_EXEC)),
-        ("memory", true, || map(libc::PROT_READ | libc::PROT_WRITE)),
+}
+
+#[test]
+fn calls_are_as_few_as_they_are_said_to_be() {
+    let count = |duty: Duty| duty.calls().map(|call| call.number).collect::<BTreeSet<_>>().len();
+    assert_eq!(
+        Duty::ALL.map(|duty| (duty, count(duty))),
+        [
+            (Duty::Control, 57),
+            (Duty::Vcpu, 27),
+            (Duty::Files, 58),
+            (Duty::Disk, 31),
+            (Duty::Net, 30),
+            (Duty::Vsock, 35),
+            (Duty::Memory, 26),
+        ]
+    );
+}
+
+#[test]
+fn of_a_call_only_what_a_duty_takes_is_allowed() {
+    let ended = format!("signal {}", libc::SIGSYS);
+    let calls: [(Duty, Call); 14] = [
+        (Duty::Files, ("a mount namespace", false, || unshare(libc::CLONE_NEWNS))),
+        (Duty::Files, ("a working directory", true, || unshare(libc::CLONE_FS))),
+        (Duty::Files, ("a file", true, || File::open("/dev/null").map(drop))),
+        (Duty::Vcpu, ("a VM", false, || kvm(0xae01))),
+        (Duty::Control, ("a VM", false, || kvm(0xae01))),
+        (Duty::Vcpu, ("memory for its VM", false, || kvm(0x4020_ae46))),
+        (Duty::Vsock, ("a network's socket", false, || socket(libc::AF_INET))),
+        (Duty::Vsock, ("a Unix socket", true, || socket(libc::AF_UNIX))),
+        (Duty::Net, ("code", false, || map(libc::PROT_READ | libc::PROT_EXEC))),
+        (Duty::Net, ("memory", true, || map(libc::PROT_READ | libc::PROT_WRITE))),
         // SAFETY: the child would exit at once.
-        ("a process", false, || ok(unsafe { libc::fork() })),
-        ("a thread", true, || std::thread::Builder::new().spawn(|| {}).map(drop)),
+        (Duty::Control, ("a process", false, || ok(unsafe { libc::fork() }))),
+        (Duty::Control, ("a thread", true, || std::thread::Builder::new().spawn(|| {}).map(drop))),
+        (Duty::Disk, ("a thread", false, || std::thread::Builder::new().spawn(|| {}).map(drop))),
+        (
+            Duty::Control,
+            ("another's signal", false, || {
+                // SAFETY: plain system call; signal 0 is none.
+                ok(unsafe { libc::syscall(libc::SYS_tgkill, 2, 2, 0) } as libc::c_int)
+            }),
+        ),
     ];
-    for (what, is_allowed, call) in calls {
-        assert_eq!(filtered(call), if is_allowed { "done" } else { &ended }, "{what}");
+    for (duty, (what, is_allowed, call)) in calls {
+        assert_eq!(filtered(Some(duty), call), if is_allowed { "done" } else { &ended }, "{duty:?}: {what}");
     }
+    for duty in Duty::ALL.into_iter().filter(|duty| *duty != Duty::Files) {
+        let opened = filtered(Some(duty), || File::open("/dev/null").map(drop));
+        assert!(opened.starts_with("No such file"), "{duty:?}: {opened}");
+    }
+}
+
+fn unshare(flags: libc::c_int) -> io::Result<()> {
+    // SAFETY: takes flags.
+    ok(unsafe { libc::unshare(flags) })
+}
+
+fn socket(family: libc::c_int) -> io::Result<()> {
+    // SAFETY: plain system call.
+    ok(unsafe { libc::socket(family, libc::SOCK_STREAM, 0) })
+}
+
+/// A request to what is no VM.
+fn kvm(request: libc::Ioctl) -> io::Result<()> {
+    // SAFETY: nothing is passed.
+    ok(unsafe { libc::ioctl(0, request, 0) })
 }

@@ -215,26 +215,38 @@ fn map_pages(memory: &GuestRam, start: u64, file: &File, offset: u64, len: u64) 
     Ok(())
 }
 
-/// Bytes of guest memory resident in this process: pages of its own file, and pages
-/// of mapped files whether shared or already copied.
-pub fn resident_bytes(memory: &GuestRam) -> io::Result<u64> {
-    let ranges: Vec<(u64, u64)> =
-        memory.iter().map(|r| (r.as_ptr() as u64, r.as_ptr() as u64 + r.mapped())).collect();
-    let smaps = io::read_to_string(procfs::open("smaps")?)?;
-    let mut inside = false;
-    let mut kib = 0;
-    for line in smaps.lines() {
-        if let Some(rss) = line.strip_prefix("Rss:") {
-            if inside {
-                kib += rss.trim().trim_end_matches(" kB").parse::<u64>().unwrap_or(0);
-            }
-        } else if let Some((start, _)) = line.split_once('-')
-            && let Ok(start) = u64::from_str_radix(start, 16)
-        {
-            inside = ranges.iter().any(|&(from, to)| (from..to).contains(&start));
-        }
+/// How much of guest memory is resident in this process.
+pub struct Resident {
+    smaps: File,
+}
+
+impl Resident {
+    /// Opens what tells it.
+    pub fn open() -> io::Result<Self> {
+        Ok(Self { smaps: procfs::open("smaps")? })
     }
-    Ok(kib * 1024)
+
+    /// Bytes: pages of memory's own file, and pages of mapped files whether shared or already copied.
+    pub fn bytes(&self, memory: &GuestRam) -> io::Result<u64> {
+        let ranges: Vec<(u64, u64)> =
+            memory.iter().map(|r| (r.as_ptr() as u64, r.as_ptr() as u64 + r.mapped())).collect();
+        (&self.smaps).rewind()?;
+        let smaps = io::read_to_string(&self.smaps)?;
+        let mut inside = false;
+        let mut kib = 0;
+        for line in smaps.lines() {
+            if let Some(rss) = line.strip_prefix("Rss:") {
+                if inside {
+                    kib += rss.trim().trim_end_matches(" kB").parse::<u64>().unwrap_or(0);
+                }
+            } else if let Some((start, _)) = line.split_once('-')
+                && let Ok(start) = u64::from_str_radix(start, 16)
+            {
+                inside = ranges.iter().any(|&(from, to)| (from..to).contains(&start));
+            }
+        }
+        Ok(kib * 1024)
+    }
 }
 
 #[cfg(test)]
@@ -243,6 +255,10 @@ mod tests {
     use std::os::unix::fs::FileExt;
 
     use super::*;
+
+    fn resident_bytes(memory: &GuestRam) -> io::Result<u64> {
+        Resident::open()?.bytes(memory)
+    }
     use crate::arch::layout::{HOLE_END, HOLE_START};
 
     #[test]

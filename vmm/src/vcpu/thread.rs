@@ -24,6 +24,7 @@ use super::exits::{End, ExitCounters, Next, run_once};
 use super::state::VcpuState;
 use crate::arch::layout::PAGE_SIZE;
 use crate::buses::Buses;
+use crate::jail::{self, Duty};
 use crate::kvm::KvmError;
 use crate::timeline::Timeline;
 
@@ -117,6 +118,7 @@ impl VcpuThread {
         });
         let of_thread = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name(format!("vcpu{}", vcpu.index)).spawn(move || {
+            jail::take_up(Duty::Vcpu);
             if vcpu.index == 0 {
                 timeline.reached("first_run");
             }

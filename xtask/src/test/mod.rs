@@ -1,7 +1,9 @@
 //! `cargo xtask test`.
 
+mod calls;
 mod shards;
 mod tally;
+mod walls;
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -19,15 +21,17 @@ use crate::kernel;
 use crate::packages::{self, Purpose};
 use crate::parity;
 use tally::{Reader, Tally};
+pub use walls::{WallsArgs, run as walls};
 
 /// Arguments of `cargo xtask test`.
-#[derive(clap::Args)]
+#[derive(Default, clap::Args)]
 pub struct Args {
-    /// Run only the end-to-end cases whose names contain this, and nothing else.
+    /// Run only the end-to-end cases whose names contain this, or begin with it where it names a module
+    /// (`network::`), and nothing else.
     #[arg(long)]
     filter: Vec<String>,
-    /// Run the end-to-end cases with the containerd of this Debian release
-    /// (`trixie`: 1.7, `sid`: 2.x) instead of the installed one.
+    /// Run the end-to-end cases with the containerd and CNI plugins of this Debian release
+    /// (`trixie`: 1.7, `sid`: 2.x) instead of the installed ones.
     #[arg(long, value_name = "RELEASE")]
     containerd: Option<String>,
     /// Run only the end-to-end cases with Docker, and with that of this Debian release
@@ -40,6 +44,10 @@ pub struct Args {
     /// Enable AppArmor in the devhost.
     #[arg(long)]
     apparmor: bool,
+    /// Also compare the system calls that the monitor's threads made with those that they are allowed, of
+    /// which each has to be needed by some case.
+    #[arg(long)]
+    calls: bool,
     /// Devhosts side by side, each with a part of the end-to-end cases. Each takes a processor
     /// and 4 GiB of memory.
     #[arg(long, value_name = "N", default_value_t = default_shards())]
@@ -90,10 +98,19 @@ const SOAK: &str = "soak::";
 /// Module of the session with Docker that is compared, which takes a quarter of an hour.
 const DOCKER_SESSION: &str = "docker_session::";
 
-/// Releases of containerd that `--all` tries, and the cases for which they matter: those about its APIs.
+/// Releases of containerd and CNI plugins that `--all` tries, and the cases for which they matter.
 const CONTAINERDS: [&str; 2] = ["trixie", "sid"];
-const CONTAINERDS_CASES: [&str; 8] =
-    ["run::", "exec::", "death::", "failures::", "process::", "pods::", "pod_volumes::", "pod_users::"];
+const CONTAINERDS_CASES: [&str; 9] = [
+    "run::",
+    "exec::",
+    "death::",
+    "failures::",
+    "network::",
+    "process::",
+    "pods::",
+    "pod_volumes::",
+    "pod_users::",
+];
 
 /// Hierarchies of cgroups that `--all` tries, and the cases about the host's cgroups.
 const HIERARCHIES: [devhost::Cgroups; 2] = [devhost::Cgroups::Hybrid, devhost::Cgroups::V1];
@@ -123,6 +140,7 @@ struct Selection {
     docker: String,
     cgroups: devhost::Cgroups,
     apparmor: bool,
+    calls: bool,
     shards: usize,
 }
 
@@ -143,6 +161,7 @@ impl Selection {
             docker: docker::RELEASE.to_owned(),
             cgroups: args.cgroups,
             apparmor: args.apparmor,
+            calls: args.calls,
             shards: args.shards,
         }
     }
@@ -157,6 +176,7 @@ impl Selection {
             docker: release.to_owned(),
             cgroups: args.cgroups,
             apparmor: args.apparmor,
+            calls: false,
             shards: args.shards,
         }
     }
@@ -183,10 +203,6 @@ impl Selection {
             ..Self::of(args)
         };
         containerds.chain(hierarchies).chain([apparmor, Self::docker(docker::NEWEST, args)]).collect()
-    }
-
-    fn has(&self, module: &str) -> bool {
-        self.filters.is_empty() || self.filters.iter().any(|filter| filter.contains(module))
     }
 }
 
@@ -221,20 +237,28 @@ pub fn run(args: Args) -> Result<()> {
     parts.end()
 }
 
+/// What it takes to run a selection's cases.
+struct Built {
+    prepared: Prepared,
+    program: PathBuf,
+    cases: Vec<String>,
+    /// Whether those for a KVM that cannot run a kernel are to be run.
+    without_kvm: bool,
+}
+
 /// The end-to-end cases of a selection.
 fn end_to_end(selection: &Selection, parts: &mut Parts) {
     let mut built = None;
     parts.act("build", || {
         build_for(selection)
             .map(|everything| {
-                let place = everything.0.host.to_string();
+                let place = everything.prepared.host.to_string();
                 built = Some(everything);
                 place
             })
             .into()
     });
-    let Some((prepared, program)) = built else { return };
-    let without_kvm = prepared.host != Host::Hardware && selection.has("ring0");
+    let Some(Built { prepared, program, cases, without_kvm }) = built else { return };
     if without_kvm {
         parts.act("end to end, without a KVM that runs kernels", || {
             let mut arguments = libtest_arguments();
@@ -242,27 +266,34 @@ fn end_to_end(selection: &Selection, parts: &mut Parts) {
             libtest(|output| prepared.run_here(&program, &arguments, output))
         });
     }
+    if cases.is_empty() {
+        return;
+    }
+    let mut called = selection.calls.then(calls::Seen::new);
     parts.several(&selection.name, || {
-        let cases = shards::cases(&program, &selection.filters, &selection.without)?;
-        if cases.is_empty() && without_kvm {
-            return Ok(Vec::new());
-        }
-        if cases.is_empty() {
-            bail!("no case is named like {:?}", selection.filters);
-        }
         let most = if prepared.host == Host::Hardware { 1 } else { selection.shards };
-        shards::run(&prepared, &program, &shards::plan(&cases, most))
+        shards::run(&prepared, &program, &shards::plan(&cases, most), called.as_mut())
     });
+    if let Some(called) = called {
+        parts.act("the monitor's calls", || calls::compare(&prepared.monitor(), &called).into());
+    }
 }
 
-/// Builds everything and the cases' program.
-fn build_for(selection: &Selection) -> Result<(Prepared, PathBuf)> {
+/// Builds everything that the cases need, and their program.
+fn build_for(selection: &Selection) -> Result<Built> {
     let mut prepared = Prepared::new(Profile::Fast)?;
     let program = cases()?;
-    if selection.has(DEBIAN) || selection.has(DOCKER) {
+    let cases = shards::cases(&program, &selection.filters, &selection.without)?;
+    let without_kvm = prepared.host != Host::Hardware
+        && shards::cases(&program, &selection.filters, &[])?.iter().any(|case| case.starts_with(RING0));
+    if cases.is_empty() && !without_kvm {
+        bail!("no case is named like {:?}", selection.filters);
+    }
+    let has = |modules: &str| cases.iter().any(|case| case.starts_with(modules));
+    if has(DEBIAN) || has(DOCKER) {
         prepared.set("RVM_TEST_DEBIAN_IMAGE", build::debian_image()?);
     }
-    if selection.has(DOCKER) {
+    if has(DOCKER) {
         prepared.set(docker::DIR_ENV, docker::stage(&selection.docker)?);
     }
     prepared.set("RUST_BACKTRACE", "0");
@@ -272,7 +303,7 @@ fn build_for(selection: &Selection) -> Result<(Prepared, PathBuf)> {
         packages::ensure(&[Purpose::AppArmor])?;
     }
     prepared.set(parity::PROBE_ENV, build::probe()?);
-    if selection.has(HOSTILE) {
+    if has(HOSTILE) {
         // The names are those of tests/src/machine.rs.
         let (program, initramfs) = build::hostile()?;
         prepared.set("RVM_TEST_HOSTILE", program);
@@ -280,10 +311,11 @@ fn build_for(selection: &Selection) -> Result<(Prepared, PathBuf)> {
     }
     if let Some(release) = &selection.containerd {
         let cache = build::debian_cache_dir()?;
-        let unpacked = rootfs_builder::debian::fetch_from(release, "containerd", &cache)?;
-        prepared.set("RVM_CONTAINERD_DIR", unpacked.join("usr/bin"));
+        let fetch = |package| rootfs_builder::debian::fetch_from(release, package, &cache);
+        prepared.set("RVM_CONTAINERD_DIR", fetch("containerd")?.join("usr/bin"));
+        prepared.set("RVM_CNI_DIR", fetch("containernetworking-plugins")?.join("usr/lib/cni"));
     }
-    Ok((prepared, program))
+    Ok(Built { prepared, program, cases, without_kvm })
 }
 
 /// What has been run so far.

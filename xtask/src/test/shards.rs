@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use super::tally::{Ended, Reader};
-use super::{Outcome, libtest_arguments};
+use super::{Outcome, calls, libtest_arguments};
 use crate::e2e::{Output, Place, Prepared};
 
 /// Seconds that a case takes in the devhost, by module; `cargo xtask test` prints
@@ -93,7 +93,15 @@ fn module(case: &str) -> &str {
 /// Runs each shard in a devhost of its own (the only one on this machine, where
 /// it needs no devhost). A shard that does not end, or whose devhost dies, is its
 /// own failure; the others' results stand. Lines begin with the shard's number.
-pub fn run(prepared: &Prepared, program: &Path, shards: &[Shard]) -> Result<Vec<Outcome>> {
+///
+/// What the monitor called meanwhile is added to `called`, where that is wanted.
+pub fn run(
+    prepared: &Prepared,
+    program: &Path,
+    shards: &[Shard],
+    mut called: Option<&mut calls::Seen>,
+) -> Result<Vec<Outcome>> {
+    let record = called.is_some();
     // One after another: they share what they fetch and build.
     let places: Vec<Place<'_>> = shards.iter().map(|_| prepared.place(Some(LIMIT))).collect::<Result<_>>()?;
     let mut seen: Vec<Ended> = Vec::new();
@@ -104,15 +112,18 @@ pub fn run(prepared: &Prepared, program: &Path, shards: &[Shard]) -> Result<Vec<
             .enumerate()
             .map(|(number, (shard, place))| {
                 let prefix = if shards.len() > 1 { format!("[{}] ", number + 1) } else { String::new() };
-                scope.spawn(move || one(place, program, shard, &prefix))
+                scope.spawn(move || one(place, program, shard, &prefix, record))
             })
             .collect();
         threads
             .into_iter()
             .map(|thread| {
-                let (outcome, ended) =
+                let (outcome, ended, calls) =
                     thread.join().map_err(|_| anyhow::anyhow!("a shard's thread panicked"))?;
                 seen.extend(ended);
+                if let Some(called) = &mut called {
+                    called.extend(calls);
+                }
                 Ok(outcome)
             })
             .collect::<Result<Vec<_>>>()
@@ -121,15 +132,27 @@ pub fn run(prepared: &Prepared, program: &Path, shards: &[Shard]) -> Result<Vec<
     Ok(outcomes)
 }
 
-fn one(place: &Place<'_>, program: &Path, shard: &Shard, prefix: &str) -> (Outcome, Vec<Ended>) {
+fn one(
+    place: &Place<'_>,
+    program: &Path,
+    shard: &Shard,
+    prefix: &str,
+    record: bool,
+) -> (Outcome, Vec<Ended>, calls::Seen) {
     let mut arguments = libtest_arguments();
     arguments.push("--exact".to_owned());
     arguments.extend(shard.cases.iter().cloned());
+    let (program, arguments) =
+        if record { calls::recorded(program, arguments) } else { (program, arguments) };
     let mut reader = Reader::new();
+    let mut called = calls::Seen::new();
     let ran = place.run(
         program,
         &arguments,
         Output::Lines(&mut |line| {
+            if calls::line(line, &mut called) {
+                return;
+            }
             println!("{prefix}{line}");
             reader.line(line);
         }),
@@ -145,7 +168,7 @@ fn one(place: &Place<'_>, program: &Path, shard: &Shard, prefix: &str) -> (Outco
             println!("{prefix}{line}");
         }
     }
-    (Outcome { note: tally.text(), tally, error }, ended)
+    (Outcome { note: tally.text(), tally, error }, ended, called)
 }
 
 /// What [`SECONDS`] should be.
@@ -163,19 +186,24 @@ fn seconds(seen: &[Ended]) -> String {
     format!("seconds a case, by module (and cases): {}", modules.join(", "))
 }
 
-/// The names of the program's cases that contain one of `filters` (any, where there are none)
-/// and begin with none of `without`.
+/// The names of the program's cases that one of `filters` names (any, where there are none)
+/// and that begin with none of `without`.
 pub fn cases(program: &Path, filters: &[String], without: &[&str]) -> Result<Vec<String>> {
     let output = std::process::Command::new(program)
         .args(["--list", "--format", "terse"])
         .output()
         .with_context(|| format!("run {}", program.display()))?;
     let text = String::from_utf8_lossy(&output.stdout);
-    let names = text.lines().filter_map(|line| line.strip_suffix(": test"));
-    let wanted =
-        |name: &&str| filters.is_empty() || filters.iter().any(|filter| name.contains(filter.as_str()));
+    let listed = text.lines().filter_map(|line| line.strip_suffix(": test"));
+    let wanted = |name: &&str| filters.is_empty() || filters.iter().any(|filter| names(filter, name));
     let left_out = |name: &&str| without.iter().any(|module| name.starts_with(module));
-    Ok(names.filter(|name| !left_out(name)).filter(wanted).map(str::to_owned).collect())
+    Ok(listed.filter(|name| !left_out(name)).filter(wanted).map(str::to_owned).collect())
+}
+
+/// Whether a filter names a case: one with a module does so from the module's beginning
+/// (`network::` none of `docker_network::`), any other wherever it is in the name.
+fn names(filter: &str, case: &str) -> bool {
+    if filter.contains("::") { case.starts_with(filter) } else { case.contains(filter) }
 }
 
 #[cfg(test)]
@@ -206,6 +234,13 @@ mod tests {
         let times: Vec<f64> = shards.iter().map(|shard| shard.seconds).collect();
         assert!((times[0] - times[1]).abs() < 0.25 * times[0], "{times:?}");
         assert_eq!(plan(&cases, 2), shards);
+    }
+
+    #[test]
+    fn modules_are_named_from_their_beginning() {
+        assert!(names("network::", "network::kinds_of_interfaces") && names("work::", "work::a"));
+        assert!(!names("network::", "docker_network::a_web_server") && !names("run::a", "rerun::a"));
+        assert!(names("web", "docker_network::a_web_server"));
     }
 
     #[test]

@@ -31,6 +31,7 @@ use thiserror::Error;
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::jail::Duty;
 use crate::memory::GuestRam;
 use worker::{Asked, Threads};
 
@@ -162,10 +163,8 @@ pub trait VirtioDevice: Send {
         1
     }
 
-    /// Whether its threads do something on the host in the name of a guest's user.
-    fn acts_for_users(&self) -> bool {
-        false
-    }
+    /// What its threads do.
+    fn duty(&self) -> Duty;
 
     /// Starts serving the queues, on its threads.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;

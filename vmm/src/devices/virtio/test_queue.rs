@@ -14,6 +14,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::worker::Threads;
 use super::{Activation, ActiveQueue, Interrupt};
+use crate::jail::Duty;
 use crate::memory::GuestRam;
 
 /// Device-writable buffer.
@@ -71,7 +72,7 @@ impl TestQueue {
     pub fn new() -> Self {
         let memory = GuestRam::from_ranges(&[(GuestAddress(0), MEMORY)]);
         let config = Arc::new(Bell(EventFd::new(EFD_NONBLOCK).unwrap()));
-        Self { memory, sides: Vec::new(), config, threads: Threads::new("test", 8, true).unwrap() }
+        Self { memory, sides: Vec::new(), config, threads: Threads::new("test", 8, Duty::Files).unwrap() }
     }
 
     /// Sets up `queues` queues as a driver does before DRIVER_OK.

@@ -15,7 +15,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::Interrupt;
-use crate::jail::drop_capabilities;
+use crate::jail::{self, Duty};
 
 /// Events taken from epoll at once; more wait for the next round.
 const MAX_EVENTS: usize = 32;
@@ -75,6 +75,11 @@ impl Asked {
     fn set(&self, to: u8) {
         self.0.store(to, Ordering::Relaxed);
     }
+
+    /// Who is to stop is not to stand still, or to go on, instead.
+    fn change(&self, from: u8, to: u8) {
+        let _ = self.0.compare_exchange(from, to, Ordering::Relaxed, Ordering::Relaxed);
+    }
 }
 
 /// A device's threads; clones are the same threads, which end with the last.
@@ -97,10 +102,9 @@ struct Failure {
 }
 
 impl Threads {
-    /// `count` threads called `name` (at most 15 bytes are shown), with nothing to do. Those
-    /// that are not `capable` give up their capabilities.
-    pub fn new(name: &str, count: usize, capable: bool) -> io::Result<Self> {
-        let members = (0..count).map(|_| Worker::spawn(name, capable)).collect::<io::Result<_>>()?;
+    /// `count` threads called `name` (at most 15 bytes are shown), with nothing to do yet.
+    pub fn new(name: &str, count: usize, duty: Duty) -> io::Result<Self> {
+        let members = (0..count).map(|_| Worker::spawn(name, duty)).collect::<io::Result<_>>()?;
         Ok(Self(Arc::new(Group {
             members,
             asked: Asked::default(),
@@ -117,15 +121,12 @@ impl Threads {
     }
 
     /// Hands `handler` to one that has nothing to do.
-    pub fn start<H: Handler>(&self, mut handler: H) -> io::Result<()> {
-        let epoll = Epoll::new()?;
+    pub fn start<H: Handler>(&self, handler: H) -> io::Result<()> {
         let free = self.0.members.iter().find(|worker| worker.shared.is_free());
         let worker = free.ok_or_else(|| io::Error::other("all of the device's threads are busy"))?;
-        add(&epoll, &worker.shared.wake, EventSet::IN, ASKED)?;
-        handler.register(&epoll)?;
         let failure = Arc::clone(&self.0.failure);
         worker.shared.hand_over(Box::new(move |shared| {
-            if let Err(error) = serve(shared, &epoll, handler) {
+            if let Err(error) = serve(shared, handler) {
                 log::error!("a device stops: {error}");
                 failure.tell();
             }
@@ -150,13 +151,13 @@ impl Threads {
 
     /// Asks all to stand still.
     pub fn pause(&self) {
-        self.0.asked.set(PAUSE);
+        self.0.asked.change(RUN, PAUSE);
         self.0.members.iter().for_each(|worker| worker.shared.ask(PAUSE));
     }
 
     /// Lets those that stand still go on.
     pub fn resume(&self) {
-        self.0.asked.set(RUN);
+        self.0.asked.change(PAUSE, RUN);
         self.0.members.iter().for_each(|worker| worker.shared.ask(RUN));
     }
 
@@ -224,6 +225,18 @@ struct Desk {
     over: bool,
 }
 
+impl Desk {
+    /// Whether something is still done, or will be: who stands still and is not to any more has not
+    /// seen that yet.
+    fn is_at_work(&self) -> bool {
+        match self.doing {
+            Doing::Nothing => false,
+            Doing::Work => true,
+            Doing::Standing => self.asked != PAUSE,
+        }
+    }
+}
+
 struct Shared {
     desk: Mutex<Desk>,
     changed: Condvar,
@@ -232,15 +245,13 @@ struct Shared {
 }
 
 impl Worker {
-    fn spawn(name: &str, capable: bool) -> io::Result<Self> {
+    fn spawn(name: &str, duty: Duty) -> io::Result<Self> {
         let desk = Desk { job: None, doing: Doing::Nothing, asked: RUN, over: false };
         let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let shared = Arc::new(Shared { desk: Mutex::new(desk), changed: Condvar::new(), wake });
         let of_thread = Arc::clone(&shared);
         let thread = thread::Builder::new().name(name.to_owned()).spawn(move || {
-            if !capable && let Err(error) = drop_capabilities() {
-                log::error!("a device's thread keeps its capabilities: {error}");
-            }
+            jail::take_up(duty);
             of_thread.live();
         })?;
         Ok(Self { shared, thread: Some(thread) })
@@ -298,7 +309,8 @@ impl Shared {
 
     fn ask(&self, what: u8) {
         let mut desk = self.desk();
-        if desk.doing != Doing::Nothing {
+        // A pause does not undo that it is to stop.
+        if desk.doing != Doing::Nothing && desk.asked != STOP {
             desk.asked = what;
             // Fails only when the counter is full, and then it is readable all the same.
             let _ = self.wake.write(1);
@@ -308,7 +320,7 @@ impl Shared {
 
     fn wait(&self, until: Instant) -> bool {
         let mut desk = self.desk();
-        while desk.doing == Doing::Work {
+        while desk.is_at_work() {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return false;
@@ -356,8 +368,15 @@ pub fn add(epoll: &Epoll, fd: &impl std::os::fd::AsRawFd, events: EventSet, toke
 }
 
 /// Serves until it is to stop; an error where it cannot go on.
-fn serve<H: Handler>(shared: &Shared, epoll: &Epoll, mut handler: H) -> Result<(), String> {
-    handler.start(epoll).map_err(|error| format!("it does not start: {error}"))?;
+fn serve<H: Handler>(shared: &Shared, mut handler: H) -> Result<(), String> {
+    let begin = |handler: &mut H| -> io::Result<Epoll> {
+        let epoll = Epoll::new()?;
+        add(&epoll, &shared.wake, EventSet::IN, ASKED)?;
+        handler.register(&epoll)?;
+        handler.start(&epoll)?;
+        Ok(epoll)
+    };
+    let epoll = &begin(&mut handler).map_err(|error| format!("it does not start: {error}"))?;
     let mut events = [EpollEvent::default(); MAX_EVENTS];
     loop {
         let ready = match epoll.wait(-1, &mut events) {
@@ -434,7 +453,7 @@ mod tests {
     }
 
     fn rig() -> Rig {
-        let threads = Threads::new("echo", 1, false).unwrap();
+        let threads = Threads::new("echo", 1, Duty::Disk).unwrap();
         let (kick, held, bell) =
             (EventFd::new(EFD_NONBLOCK).unwrap(), Arc::default(), Arc::new(Bell(AtomicBool::new(false))));
         let (_, received) = channel();
@@ -510,6 +529,35 @@ mod tests {
         assert!(rig.received.recv_timeout(Duration::from_millis(20)).is_err());
         rig.threads.stop();
         assert!(rig.threads.wait(soon()), "one that stands still can be stopped");
+    }
+
+    /// The owner may pause a machine whose guest is resetting a device.
+    #[test]
+    fn a_pause_does_not_undo_a_stop() {
+        let rig = rig();
+        let held = rig.held.lock().unwrap();
+        rig.kick();
+        rig.wait_seen();
+        rig.threads.stop();
+        rig.threads.pause();
+        rig.threads.resume();
+        assert!(rig.threads.asked().to_stop());
+        drop(held);
+        assert!(rig.threads.wait(soon()), "it goes on");
+    }
+
+    #[test]
+    fn who_stood_still_is_waited_for() {
+        let mut rig = rig();
+        for _ in 0..500 {
+            rig.threads.pause();
+            assert!(rig.threads.wait(soon()));
+            rig.threads.resume();
+            rig.threads.stop();
+            assert!(rig.threads.wait(soon()));
+            // It would be busy otherwise.
+            rig.start();
+        }
     }
 
     #[test]

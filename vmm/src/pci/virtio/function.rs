@@ -198,7 +198,7 @@ impl VirtioFunction {
         writable[6..].fill(0xff);
         let pci_access = config.add_capability(VENDOR_CAPABILITY, &access, &writable);
 
-        let threads = Threads::new(device.name(), device.threads(), device.acts_for_users());
+        let threads = Threads::new(device.name(), device.threads(), device.duty());
         let threads = threads.map_err(FunctionError::Threads)?;
         Ok(Self {
             device,

@@ -17,6 +17,7 @@ use crate::devices::legacy::serial::Serial;
 use crate::devices::virtio::ring::Ring;
 use crate::devices::virtio::worker::Handler;
 use crate::devices::virtio::{ActivateError, Activation, StateError, VirtioDevice};
+use crate::jail::Duty;
 use crate::kvm::Host;
 use crate::memory::{self, GuestRam};
 use crate::pci::config::TOLD_SIZE;
@@ -281,6 +282,10 @@ impl VirtioDevice for Slow {
     fn restore(&mut self, state: serde_json::Value) -> Result<(), StateError> {
         let SlowState {} = serde_json::from_value(state)?;
         Ok(())
+    }
+
+    fn duty(&self) -> Duty {
+        Duty::Disk
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {

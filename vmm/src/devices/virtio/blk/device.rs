@@ -19,6 +19,7 @@ use super::{
 };
 use crate::devices::virtio::ring::Ring;
 use crate::devices::virtio::{ActivateError, Activation, StateError, VirtioDevice, read_config_bytes};
+use crate::jail::Duty;
 
 /// Bytes of `struct virtio_blk_config` up to `write_zeroes_may_unmap`.
 const CONFIG_BYTES: usize = 57;
@@ -121,6 +122,10 @@ impl VirtioDevice for Blk {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         read_config_bytes(&self.config, offset, data);
+    }
+
+    fn duty(&self) -> Duty {
+        Duty::Disk
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {

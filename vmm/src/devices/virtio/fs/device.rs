@@ -7,12 +7,12 @@ use std::sync::Arc;
 use rvm_protocol::vmm::{CachePolicy, ShareConfig};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-use super::message::FuseServer;
-use super::passthrough::{Passthrough, Policy};
-use super::worker::FsWorker;
+use super::passthrough::Policy;
+use super::worker::{FsWorker, Share};
 use super::{DEVICE_TYPE, FsError, MAX_REQUEST_QUEUES, QUEUE_SIZE, TAG_BYTES};
 use crate::devices::virtio::ring::Ring;
 use crate::devices::virtio::{ActivateError, Activation, VirtioDevice, read_config_bytes};
+use crate::jail::Duty;
 
 /// A share.
 #[derive(Debug)]
@@ -89,8 +89,8 @@ impl VirtioDevice for Fs {
         self.queue_sizes.len()
     }
 
-    fn acts_for_users(&self) -> bool {
-        true
+    fn duty(&self) -> Duty {
+        Duty::Files
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
@@ -105,10 +105,9 @@ impl VirtioDevice for Fs {
             }
         }
         let root = self.root.try_clone().map_err(ActivateError::Worker)?;
-        let tree = Passthrough::new(root.into(), self.policy).map_err(ActivateError::Worker)?;
-        let server = Arc::new(FuseServer::new(tree));
+        let share = Arc::new(Share::new(root.into(), self.policy));
         for ring in rings {
-            let worker = FsWorker { memory: memory.clone(), ring, server: Arc::clone(&server) };
+            let worker = FsWorker { memory: memory.clone(), ring, share: Arc::clone(&share) };
             threads.start(worker).map_err(ActivateError::Worker)?;
         }
         Ok(())

@@ -59,6 +59,9 @@ pub enum FsError {
         #[source]
         source: io::Error,
     },
+    /// The directory cannot be served.
+    #[error("shares: the directory cannot be served")]
+    Share(#[source] io::Error),
     /// A snapshot was taken with a share of another tag.
     #[error("shares: tag {0:?} is not that of the snapshot, {1:?}")]
     OtherTag(String, String),

@@ -12,6 +12,7 @@ use super::worker::MemWorker;
 use super::{BLOCK_BYTES, DEVICE_TYPE, QUEUE_SIZE};
 use crate::devices::virtio::ring::Ring;
 use crate::devices::virtio::{ActivateError, Activation, Interrupt, VirtioDevice, read_config_bytes};
+use crate::jail::Duty;
 use crate::memory::GuestRam;
 
 /// "Memory that is not plugged must not be accessed" (section 5.15.3): there is
@@ -109,6 +110,10 @@ impl VirtioDevice for Mem {
         self.shared.registers.generation()
     }
 
+    fn duty(&self) -> Duty {
+        Duty::Memory
+    }
+
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let Activation { memory, queues, features, config_interrupt, threads } = activation;
         let queue = queues.into_iter().next().flatten().ok_or(ActivateError::MissingQueue(0))?;
@@ -131,7 +136,7 @@ mod tests {
 
     use super::*;
     use crate::devices::virtio::test_queue::{DATA, TestQueue, WRITE};
-    use crate::memory::{self, Shape};
+    use crate::memory::{self, Resident, Shape};
 
     const REQUEST: u64 = DATA;
     const ANSWER: u64 = DATA + 0x100;
@@ -203,12 +208,13 @@ mod tests {
 
         let first = GuestAddress(rig.start + 64 * BLOCK_BYTES);
         let second = GuestAddress(first.0 + BLOCK_BYTES);
-        let resident = memory::resident_bytes(&rig.memory).unwrap();
+        let resident = Resident::open().unwrap();
+        let before = resident.bytes(&rig.memory).unwrap();
         rig.memory.write_obj(7u64, first).unwrap();
         rig.memory.write_obj(8u64, second).unwrap();
         assert_eq!(rig.ask(UNPLUG, 64, 1), (ACK, 0));
         assert_eq!(rig.memory.read_obj::<u64>(second).unwrap(), 8);
-        assert_eq!(memory::resident_bytes(&rig.memory).unwrap() - resident, 4096);
+        assert_eq!(resident.bytes(&rig.memory).unwrap() - before, 4096);
         assert_eq!(rig.memory.read_obj::<u64>(first).unwrap(), 0);
         assert_eq!(
             [(64, 1), (65, 63), (63, 3)].map(|(b, n)| rig.ask(STATE, b, n)),

@@ -24,6 +24,7 @@ use crate::devices::virtio::ring::Ring;
 use crate::devices::virtio::{
     ActivateError, Activation, Interrupt, StateError, VirtioDevice, read_config_bytes,
 };
+use crate::jail::Duty;
 
 /// Bytes of `struct virtio_net_config` up to `duplex`.
 const CONFIG_BYTES: usize = 17;
@@ -319,6 +320,10 @@ impl VirtioDevice for Net {
     /// One per queue pair; where the kernel moves the frames, one for all.
     fn threads(&self) -> usize {
         if self.vhost.is_some() { 1 } else { self.taps.len() }
+    }
+
+    fn duty(&self) -> Duty {
+        Duty::Net
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {

@@ -15,7 +15,8 @@ use super::worker::{FIRST_CONNECTION, VsockWorker};
 use super::{DEVICE_TYPE, PORT_SUFFIX_BYTES, QUEUE_SIZES, SUN_PATH_BYTES, VsockError, VsockState};
 use crate::devices::virtio::ring::Ring;
 use crate::devices::virtio::{ActivateError, Activation, StateError, VirtioDevice, read_config_bytes};
-use crate::mounts;
+use crate::jail::Duty;
+use crate::{mounts, process};
 
 /// The socket device.
 #[derive(Debug)]
@@ -51,10 +52,7 @@ impl Vsock {
 
 impl Drop for Vsock {
     fn drop(&mut self) {
-        // Who is shut in leaves it to its owner.
-        if let Err(error) = std::fs::remove_file(&self.socket) {
-            log::debug!("vsock: socket {:?} cannot be removed: {error}", self.socket);
-        }
+        process::remove_socket(&self.socket);
     }
 }
 
@@ -94,6 +92,10 @@ impl VirtioDevice for Vsock {
     /// `struct virtio_vsock_config`: the guest's CID.
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         read_config_bytes(&u64::from(self.guest_cid).to_le_bytes(), offset, data);
+    }
+
+    fn duty(&self) -> Duty {
+        Duty::Vsock
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
