@@ -253,12 +253,18 @@ fn frame(input: &mut Input<'_>) -> Vec<u8> {
     message
 }
 
-/// A tap in a network namespace of this process's; none where it cannot be made.
+/// A tap in a network namespace of this process's, made once; none where it cannot be made.
 fn tap() -> Option<File> {
-    static NAMESPACE: OnceLock<bool> = OnceLock::new();
+    static TAP: OnceLock<Option<File>> = OnceLock::new();
+    TAP.get_or_init(make_tap).as_ref()?.try_clone().ok()
+}
+
+fn make_tap() -> Option<File> {
     // SAFETY: takes flags.
-    let ready = *NAMESPACE.get_or_init(|| unsafe { libc::unshare(libc::CLONE_NEWNET) } == 0);
-    let tap = File::options().read(true).write(true).open("/dev/net/tun").ok().filter(|_| ready)?;
+    if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 {
+        return None;
+    }
+    let tap = File::options().read(true).write(true).open("/dev/net/tun").ok()?;
     // SAFETY: a C structure of integers, for which zero is a value.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;

@@ -51,7 +51,7 @@ pub fn same(act: impl Fn(&Cri, &mut Seen) -> Result<()>) {
 pub fn plain(_: &mut PodSandboxConfig) {}
 
 /// A container with these limits.
-fn limited(resources: LinuxContainerResources) -> impl FnOnce(&mut ContainerConfig) {
+pub fn limited(resources: LinuxContainerResources) -> impl FnOnce(&mut ContainerConfig) {
     move |config| {
         if let Some(linux) = config.linux.as_mut() {
             linux.resources = Some(resources);
@@ -59,7 +59,7 @@ fn limited(resources: LinuxContainerResources) -> impl FnOnce(&mut ContainerConf
     }
 }
 
-fn memory(mib: i64) -> LinuxContainerResources {
+pub fn memory(mib: i64) -> LinuxContainerResources {
     LinuxContainerResources { memory_limit_in_bytes: mib << 20, ..Default::default() }
 }
 

@@ -1,12 +1,18 @@
 //! The same many times over: what grows a little each time shows. `cargo xtask test --all` runs
 //! these, or `--filter soak`.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::mpsc,
+    thread,
+    time::{Duration, Instant},
+};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
+use nix::sys::signal::Signal;
 use rvm_tests::{
-    case,
+    case, case_with,
     cni::{Namespace, Network},
+    cri::{Container, Cri, Pod},
     job::Input,
     sandbox::Sandbox,
     scale,
@@ -15,7 +21,10 @@ use rvm_tests::{
 };
 use serde_json::json;
 
-use crate::network::{TIDY, chain};
+use crate::{
+    network::{TIDY, chain},
+    pods::{limited, memory, plain},
+};
 
 /// A page here and there is no leak; this much for each of hundreds is.
 const LEAK_KIB: u64 = 64;
@@ -124,5 +133,125 @@ fn added_processes_one_after_another() {
         ensure!(after.0 < before.0 + 1024, "the shim has grown: {before:?}, {after:?}");
         ensure!(after.2 == before.2, "something is left inside: {before:?}, {after:?}");
         world.end(&run.id)
+    });
+}
+
+/// Every pod of a node at once, as after a drain; removed in no order.
+#[test]
+fn twenty_pods_at_once() {
+    const PODS: usize = 20;
+    case_with(Cri::prepare, |world| {
+        Cri::compare(world, |cri| {
+            let started = Instant::now();
+            thread::scope(|scope| {
+                let (ready, all_ready) = mpsc::channel();
+                let pods: Vec<_> = (0..PODS)
+                    .map(|number| {
+                        let (ready, (turn, my_turn)) = (ready.clone(), mpsc::channel());
+                        let run = move || -> Result<()> {
+                            world.enter()?;
+                            let cri = cri.again(world)?;
+                            let pod = Pod::run(&cri, &format!("many-{number}"), plain)?;
+                            let one =
+                                pod.start("one", &["sh", "-c", "echo up; exec sleep 100000"], |_| {})?;
+                            one.printed("up")?;
+                            let _ = ready.send(number);
+                            // Where another has failed nobody says when.
+                            let _: Result<(), _> = my_turn.recv();
+                            pod.remove()
+                        };
+                        (turn, scope.spawn(run))
+                    })
+                    .collect();
+                drop(ready);
+                let up = all_ready.iter().take(PODS).count();
+                println!("{}: {up} pods up after {} ms", cri.handler(), started.elapsed().as_millis());
+                // 7 and 20 have no divisor in common: each has its turn once.
+                for turn in 0..PODS {
+                    let _ = pods[(turn * 7 + 3) % PODS].0.send(());
+                }
+                let ends: Vec<_> = pods.into_iter().map(|(_, pod)| pod.join()).collect();
+                for end in ends {
+                    end.map_err(|_| anyhow!("a panic"))??;
+                }
+                ensure!(up == PODS, "{up} of {PODS} pods came up");
+                Ok(())
+            })
+        })
+        .map(drop)
+    });
+}
+
+/// A pod of five: one that prepares, a server, its client, a sidecar, and one that ends every time.
+#[test]
+fn a_pod_of_five_through_a_bad_day() {
+    case_with(Cri::prepare, |world| {
+        Cri::compare(world, |cri| {
+            let pod = Pod::run(cri, "five", plain)?;
+            let init = pod.start("init", &["sh", "-c", "echo prepared"], |_| {})?;
+            ensure!(init.ended()?.exit_code == 0, "{:?}", init.log());
+            let server = ["sh", "-c", "mkdir /www; echo page > /www/index.html; exec httpd -f -p 80 -h /www"];
+            let server = pod.start("server", &server, limited(memory(64)))?;
+            let client = pod.start("client", &["sleep", "100000"], limited(memory(64)))?;
+            let sidecar = pod.start("sidecar", &["sleep", "100000"], |_| {})?;
+            let answers = |what: &str| -> Result<()> {
+                let until = Instant::now() + scale::container();
+                while client.exec(&["wget", "-q", "-O", "-", "127.0.0.1"])?.stdout != "page\n" {
+                    ensure!(Instant::now() < until, "{what}: the server does not answer");
+                }
+                Ok(())
+            };
+            // What kubelet does about one that ends: it starts it again, as another container.
+            let mut attempt = 0;
+            let mut crash = |times: usize| -> Result<()> {
+                for _ in 0..times {
+                    attempt += 1;
+                    let name = format!("crashing-{attempt}");
+                    let ended = pod.start(&name, &["sh", "-c", "exit 9"], limited(memory(16)))?;
+                    ensure!(ended.ended()?.exit_code == 9, "{:?}", ended.status());
+                    ended.remove()?;
+                }
+                Ok(())
+            };
+            answers("at first")?;
+            crash(3)?;
+            for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+                world.restart_containerd(signal)?;
+                answers("after containerd has come again")?;
+                crash(1)?;
+            }
+            if cri.is_rvm() {
+                let sandbox = Sandbox::find(world.stage(), &pod.id)?;
+                shell(&format!("kill -STOP {}", sandbox.shim.pid))?;
+                thread::sleep(scale::seconds(0.5));
+                shell(&format!("kill -CONT {}", sandbox.shim.pid))?;
+                answers("after its shim has stood still")?;
+            }
+            let eats =
+                pod.start("eats", &["sh", "-c", "x=x; while :; do x=$x$x; done"], limited(memory(24)))?;
+            let ended = eats.ended()?;
+            ensure!((ended.exit_code, ended.reason.as_str()) == (137, "OOMKilled"), "{ended:?}");
+            // Raised and lowered under load.
+            client.sh("(while :; do wget -q -O /dev/null 127.0.0.1; done) > /dev/null 2>&1 &")?;
+            for mib in [256, 64, 320, 64] {
+                server.update(memory(mib))?;
+                let is = server.sh("cat /sys/fs/cgroup/memory.max")?;
+                ensure!(is.trim() == (mib << 20).to_string(), "{mib} MiB: {is}");
+            }
+            let probe = |container: &Container<'_>| -> Result<()> {
+                ensure!(container.exec(&["true"])?.code == 0, "a probe fails");
+                Ok(())
+            };
+            (0..50).try_for_each(|_| probe(&server).and_then(|()| probe(&sidecar)))?;
+            crash(5)?;
+            let before = available_kib()?;
+            crash(30)?;
+            let lost = before.saturating_sub(available_kib()?);
+            println!("{}: {lost} KiB less after 30 crashes", cri.handler());
+            ensure!(lost < 16 << 10, "{lost} KiB less after 30 crashes");
+            answers("at last")?;
+            pod.remove()
+        })
+        .map(drop)
     });
 }

@@ -35,7 +35,9 @@ const FLAGS: &str = "-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-leve
     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
     -Cllvm-args=-sanitizer-coverage-trace-compares -Ccodegen-units=1 --cfg fuzzing";
 /// The longest input.
-const MOST: &str = "-max_len=4096";
+const MOST: &str = "-max_len=16384";
+/// Bytes of a corpus.
+const KEPT: usize = 32 << 10;
 /// One input takes no longer than this, in seconds, and no more memory than that, in MiB.
 const BOUNDS: [&str; 2] = ["-timeout=20", "-rss_limit_mb=2048"];
 
@@ -105,8 +107,47 @@ fn targets(program: &Path) -> Result<Vec<String>> {
     Ok(targets)
 }
 
+/// What was found to reach most, of one target: inputs one behind the other, each after its length
+/// in two bytes.
 fn corpus(target: &str) -> PathBuf {
     build::workspace_dir().join("fuzz/corpus").join(target)
+}
+
+/// Inputs made by hand.
+fn seeds(target: &str) -> PathBuf {
+    build::workspace_dir().join("fuzz/seeds").join(target)
+}
+
+/// Puts the inputs of a corpus into a directory, a file each.
+fn unpack(target: &str, dir: &Path) -> Result<()> {
+    let Ok(packed) = fs::read(corpus(target)) else { return Ok(()) };
+    let mut rest = packed.as_slice();
+    let mut number = 0;
+    while let Some((length, behind)) = rest.split_first_chunk() {
+        let length = usize::from(u16::from_le_bytes(*length));
+        let (input, behind) = behind.split_at_checked(length).context("the corpus ends within an input")?;
+        fs::write(dir.join(format!("kept-{number}")), input)?;
+        (rest, number) = (behind, number + 1);
+    }
+    Ok(())
+}
+
+/// The other way round, the shortest first, as many as there is room for.
+fn pack(dir: &Path, target: &str) -> Result<()> {
+    let read = |entry: std::io::Result<fs::DirEntry>| Ok(fs::read(entry?.path())?);
+    let mut inputs = fs::read_dir(dir)?.map(read).collect::<Result<Vec<Vec<u8>>>>()?;
+    inputs.sort_by(|a, b| (a.len(), a).cmp(&(b.len(), b)));
+    let mut packed = Vec::new();
+    for input in inputs.iter().filter(|input| !input.is_empty()) {
+        let length = u16::try_from(input.len())?;
+        if packed.len() + 2 + input.len() > KEPT {
+            break;
+        }
+        packed.extend(length.to_le_bytes());
+        packed.extend(input);
+    }
+    let path = corpus(target);
+    fs::write(&path, packed).with_context(|| format!("write {}", path.display()))
 }
 
 /// One target for a while. What it finds on the way stays in the target directory, for the next round.
@@ -120,11 +161,9 @@ fn round(program: &Path, target: &str, seconds: Duration) -> Result<()> {
     command.args(BOUNDS).args(["-close_fd_mask=1", "-print_final_stats=1", "-verbosity=1"]);
     command.arg(format!("-max_total_time={}", seconds.as_secs()));
     command.arg(format!("-artifact_prefix={}/", crashes.display()));
+    unpack(target, &grown)?;
     command.arg(&grown);
-    let seeds = corpus(target);
-    if seeds.is_dir() {
-        command.arg(seeds);
-    }
+    command.args(Some(seeds(target)).filter(|seeds| seeds.is_dir()));
     let output = command.output().context("run the fuzzer")?;
     let said = String::from_utf8_lossy(&output.stderr);
     let lines: Vec<&str> = said.lines().collect();
@@ -148,24 +187,17 @@ fn fuzzer(program: &Path, target: &str) -> Command {
     command
 }
 
-/// The smallest set of inputs that reaches as much.
+/// A small set of inputs that reaches as much.
 fn keep(program: &Path, target: &str) -> Result<()> {
     let work = work(target);
-    let (seeds, merged) = (corpus(target), work.join("merged"));
-    fs::create_dir_all(&seeds).with_context(|| format!("create {}", seeds.display()))?;
+    let merged = work.join("merged");
     let _ = fs::remove_dir_all(&merged);
     fs::create_dir_all(&merged)?;
     let output = fuzzer(program, target)
-        .args(["-merge=1", "-close_fd_mask=1"])
-        .args([&merged, &seeds, &work.join("corpus")])
+        .args(["-set_cover_merge=1", "-close_fd_mask=1"])
+        .args([&merged, &work.join("corpus")])
         .output()
         .context("run the fuzzer")?;
     ensure!(output.status.success(), "{target}: its corpus was not merged");
-    fs::remove_dir_all(&seeds)?;
-    fs::create_dir_all(&seeds)?;
-    for entry in fs::read_dir(&merged)? {
-        let entry = entry?;
-        fs::copy(entry.path(), seeds.join(entry.file_name()))?;
-    }
-    Ok(())
+    pack(&merged, target)
 }

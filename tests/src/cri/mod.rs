@@ -130,6 +130,14 @@ impl Cri {
         Ok(Self { tokio, channel, handler })
     }
 
+    /// Another connection with the same handler, for another thread.
+    ///
+    /// # Errors
+    /// When containerd does not answer.
+    pub fn again(&self, world: &World) -> Result<Self> {
+        Self::connect(world.ctr().address(), self.handler)
+    }
+
     /// The handler of its pods.
     pub fn handler(&self) -> &'static str {
         self.handler
