@@ -147,8 +147,13 @@ impl Sandbox {
 
     /// Makes the network namespace its containers share what the request says.
     pub async fn sync_network(&self, request: &agent::SyncNetworkRequest) -> Result<(), Error> {
-        let wanted = NetworkState::new(request)?;
-        self.state().check_set_up()?;
+        let mut wanted = NetworkState::new(request)?;
+        {
+            let state = self.state();
+            state.check_set_up()?;
+            // What the pod sets is not what the host's namespace has.
+            wanted.leave_out(&state.wanted.sysctl);
+        }
         let shared = self.shared().await?;
         self.network.sync(wanted, shared.network(), &self.reaper).await?;
         if request.resolver {

@@ -2,7 +2,7 @@
 //! named by their slots here, which stay when a name changes.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     net::{IpAddr, Ipv4Addr},
 };
 
@@ -124,6 +124,12 @@ impl State {
         }
         state.sysctl = sysctl(&request.sysctl)?;
         Ok(state)
+    }
+
+    /// Leaves kernel parameters as they are that are set by these names (`net.core.somaxconn`).
+    pub fn leave_out(&mut self, names: &HashMap<String, String>) {
+        let paths: HashSet<String> = names.keys().map(|name| name.replace('.', "/")).collect();
+        self.sysctl.retain(|(path, _)| !paths.contains(&format!("net/{path}")));
     }
 
     fn add_interface(
@@ -409,6 +415,15 @@ mod tests {
         for (error, expected) in cases {
             assert!(error.starts_with(expected), "{error}");
         }
+    }
+
+    #[test]
+    fn what_a_pod_sets_is_not_set_to_what_the_host_has() {
+        let given = [("ipv4/ip_unprivileged_port_start", "1024"), ("core/somaxconn", "4096")];
+        let sysctl = given.map(|(path, value)| (path.to_owned(), value.to_owned())).into();
+        let mut state = State { sysctl, ..State::default() };
+        state.leave_out(&HashMap::from([("net.ipv4.ip_unprivileged_port_start".into(), "0".into())]));
+        assert_eq!(state.sysctl, [("core/somaxconn".to_owned(), "4096".to_owned())]);
     }
 
     #[test]
