@@ -334,7 +334,11 @@ fn what_is_the_hosts_is_refused() {
                     _ => options.ipc = NamespaceMode::Node.into(),
                 });
             };
-            if cri.is_rvm() {
+            // containerd 2.1.9 dies of a pod that is its shim's and has the host's network, before it asks the shim.
+            let dies = what == "network" && cri.handler() == "rvm-sandbox";
+            if dies {
+                println!("{what}: not tried with {}", cri.handler());
+            } else if cri.is_rvm() {
                 let error = Pod::refused(cri, name, edit)?;
                 println!("{what}: {error}");
                 ensure!(error.contains(&format!("\"{what}\" namespace")), "{what}: {error}");
