@@ -131,7 +131,7 @@ const STEPS: &[(&str, &str)] = &[
     ("rename", "docker rename main primary; docker ps --format '{{.Names}}'; docker rename primary main"),
     (
         "attach",
-        "(sleep 4; docker kill -s USR1 main >/dev/null) & timeout 12 docker attach --no-stdin --sig-proxy=false main; echo $?; wait",
+        "(sleep 4; docker kill -s USR1 main >/dev/null) & timeout -s KILL 12 docker attach --no-stdin --sig-proxy=false main; echo $?; wait",
     ),
     ("stop", "docker stop main; docker inspect -f '{{.State.Status}} {{.State.ExitCode}} {{.State.OOMKilled}}' main; docker logs main 2>/dev/null | tail -n 1"),
     ("exec: stopped", "docker exec main true 2>&1 | sed 's/[0-9a-f]\\{64\\}/ID/'"),
