@@ -295,7 +295,13 @@ fn session(docker: &Docker, runtime: &str) -> Result<Vec<String>> {
 
 fn normalised(finished: &Finished, dir: &Path) -> String {
     let text = |text: String| {
-        let text = text.replace(&*dir.to_string_lossy(), "DIR").replace('\r', "");
+        // Terminals say so that their input has ended, at any time.
+        let text = text.replace(&*dir.to_string_lossy(), "DIR").replace(['\r', '\0'], "").replace("^@", "");
+        // Numbers of descriptors, in Docker's own errors.
+        let mut parts = text.split("/proc/self/fd/");
+        let first = parts.next().unwrap_or_default().to_owned();
+        let text = parts
+            .fold(first, |text, part| text + "FD" + part.trim_start_matches(|c: char| c.is_ascii_digit()));
         text.split_inclusive(|c: char| !c.is_ascii_alphanumeric()).map(without_id).collect::<String>()
     };
     format!("-> {}\n{}{}", finished.code(), text(finished.text()), text(finished.errors()))

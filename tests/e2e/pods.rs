@@ -341,7 +341,8 @@ fn what_is_the_hosts_is_refused() {
             } else if cri.is_rvm() {
                 let error = Pod::refused(cri, name, edit)?;
                 println!("{what}: {error}");
-                ensure!(error.contains(&format!("\"{what}\" namespace")), "{what}: {error}");
+                let field = [format!("\"{what}\" namespace"), format!("namespace_options.{what}:")];
+                ensure!(field.iter().any(|field| error.contains(field)), "{what}: {error}");
             } else {
                 Pod::run(cri, name, edit)?.remove()?;
             }

@@ -8,7 +8,7 @@ mod resolver;
 mod set_up;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     os::fd::OwnedFd,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -52,6 +52,8 @@ struct State {
     /// By `SetUpSandbox`.
     is_set_up: bool,
     wanted: shared::Wanted,
+    /// Names of kernel parameters that a container sets: the host's namespace has no say in them.
+    own_sysctl: HashSet<String>,
     /// None: the name is taken by one that is about to be made.
     containers: HashMap<String, Option<Arc<Container>>>,
     volumes: share::Users,
@@ -151,8 +153,7 @@ impl Sandbox {
         {
             let state = self.state();
             state.check_set_up()?;
-            // What the pod sets is not what the host's namespace has.
-            wanted.leave_out(&state.wanted.sysctl);
+            wanted.leave_out(state.wanted.sysctl.keys().chain(&state.own_sysctl));
         }
         let shared = self.shared().await?;
         self.network.sync(wanted, shared.network(), &self.reaper).await?;
@@ -206,6 +207,7 @@ impl Sandbox {
         request: agent::CreateContainerRequest,
         scratch: &Arc<Scratch>,
     ) -> Result<u32, Error> {
+        self.state().own_sysctl.extend(request.sysctl.keys().cloned());
         let shared = match Shared::is_wanted_by(&request) {
             true => Some(self.shared().await?),
             false => None,

@@ -126,9 +126,10 @@ impl State {
         Ok(state)
     }
 
-    /// Leaves kernel parameters as they are that are set by these names (`net.core.somaxconn`).
-    pub fn leave_out(&mut self, names: &HashMap<String, String>) {
-        let paths: HashSet<String> = names.keys().map(|name| name.replace('.', "/")).collect();
+    /// Leaves kernel parameters as they are that a pod or a container sets by these names
+    /// (`net.core.somaxconn`).
+    pub fn leave_out<'a>(&mut self, names: impl Iterator<Item = &'a String>) {
+        let paths: HashSet<String> = names.map(|name| name.replace('.', "/")).collect();
         self.sysctl.retain(|(path, _)| !paths.contains(&format!("net/{path}")));
     }
 
@@ -422,7 +423,7 @@ mod tests {
         let given = [("ipv4/ip_unprivileged_port_start", "1024"), ("core/somaxconn", "4096")];
         let sysctl = given.map(|(path, value)| (path.to_owned(), value.to_owned())).into();
         let mut state = State { sysctl, ..State::default() };
-        state.leave_out(&HashMap::from([("net.ipv4.ip_unprivileged_port_start".into(), "0".into())]));
+        state.leave_out(["net.ipv4.ip_unprivileged_port_start".to_owned()].iter());
         assert_eq!(state.sysctl, [("core/somaxconn".to_owned(), "4096".to_owned())]);
     }
 
