@@ -28,6 +28,8 @@ use crate::driver::drive;
 use crate::input::Input;
 
 const SECTOR: u64 = 512;
+const SECTORS: u64 = 64;
+const DISK: &str = "disk";
 
 thread_local! {
     static DIR: RefCell<Option<TempDir>> = const { RefCell::new(None) };
@@ -172,22 +174,24 @@ fn block(input: &mut Input<'_>) -> Vec<u8> {
     message
 }
 
+/// An empty disk.
+fn disk(dir: &Path) -> Option<File> {
+    let file =
+        File::options().read(true).write(true).create(true).truncate(true).open(dir.join(DISK)).ok()?;
+    file.set_len(SECTORS * SECTOR).ok()?;
+    Some(file)
+}
+
 /// Requests to a disk.
 pub fn blk(data: &[u8]) {
     let (mode, data) = data.split_first().unwrap_or((&0, &[]));
     with_dir(|dir| {
-        let path = dir.join("disk");
-        let Ok(file) = File::options().read(true).write(true).create(true).truncate(true).open(&path) else {
-            return;
-        };
+        let Some(file) = disk(dir) else { return };
         let readonly = mode & 1 != 0;
-        if file.set_len(64 * SECTOR).is_err() {
-            return;
-        }
         let Ok(mut device) = Blk::new("fuzz", file, readonly) else { return };
         drive(&mut device, &[0], block, data);
-        let content = fs::read(&path).unwrap_or_default();
-        assert_eq!(content.len() as u64, 64 * SECTOR, "the disk has another size");
+        let content = fs::read(dir.join(DISK)).unwrap_or_default();
+        assert_eq!(content.len() as u64, SECTORS * SECTOR, "the disk has another size");
         assert!(
             !readonly || content.iter().all(|byte| *byte == 0),
             "a disk that is read-only was written to"
@@ -317,12 +321,7 @@ fn vm() -> Option<Arc<Vm>> {
 pub fn buses(data: &[u8]) {
     let Some(vm) = vm() else { return };
     with_dir(|dir| {
-        let Ok(disk) = File::create(dir.join("disk"))
-            .and_then(|file| file.set_len(64 * SECTOR))
-            .and_then(|()| File::options().read(true).write(true).open(dir.join("disk")))
-        else {
-            return;
-        };
+        let Some(disk) = disk(dir) else { return };
         let (Ok(memory), Ok(disk), Ok(event)) =
             (memory::create(2 << 20), Blk::new("fuzz", disk, false), vmm_sys_util::eventfd::EventFd::new(0))
         else {

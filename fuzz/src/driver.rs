@@ -11,6 +11,7 @@ use rvm_vmm::devices::virtio::worker::Threads;
 use rvm_vmm::devices::virtio::{Activation, ActiveQueue, Interrupt, VirtioDevice};
 use rvm_vmm::jail::Duty;
 use rvm_vmm::memory::{self, GuestRam};
+use virtio_queue::desc::{RawDescriptor, split::Descriptor};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -246,12 +247,8 @@ impl Driver {
         let Some(side) = self.sides.get_mut(queue) else { return };
         let table = queue as u64 * QUEUE;
         let descriptor = |at: u64, (addr, len, flags): (u64, u32, u16), next: u16| {
-            let mut bytes = [0; 16];
-            bytes[..8].copy_from_slice(&addr.to_le_bytes());
-            bytes[8..12].copy_from_slice(&len.to_le_bytes());
-            bytes[12..14].copy_from_slice(&flags.to_le_bytes());
-            bytes[14..].copy_from_slice(&next.to_le_bytes());
-            let _ = self.memory.write_slice(&bytes, GuestAddress(at));
+            let raw: RawDescriptor = Descriptor::new(addr, len, flags, next).into();
+            let _ = self.memory.write_obj(raw, GuestAddress(at));
         };
         let head = side.descriptor % SIZE;
         let place = DATA - 0x1000;

@@ -43,24 +43,15 @@ impl Numbers {
     }
 }
 
-/// Inputs made by hand, those that were found to reach most, and some of no meaning.
+/// The inputs that are kept, and some of no meaning.
 fn corpus(target: &str) -> Vec<Vec<u8>> {
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let by_hand = fs::read_dir(dir.join("seeds").join(target)).into_iter().flatten();
-    let mut files: Vec<_> = by_hand.map(|file| file.unwrap().path()).collect();
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(target);
+    let mut files: Vec<_> =
+        fs::read_dir(dir).into_iter().flatten().map(|file| file.unwrap().path()).collect();
     files.sort();
-    let mut inputs: Vec<Vec<u8>> = files.into_iter().map(|file| fs::read(file).unwrap()).collect();
-    // Each after its length.
-    let packed = fs::read(dir.join("corpus").join(target)).unwrap_or_default();
-    let mut rest = packed.as_slice();
-    while let Some((length, behind)) = rest.split_first_chunk() {
-        let (input, behind) = behind.split_at(usize::from(u16::from_le_bytes(*length)));
-        inputs.push(input.to_vec());
-        rest = behind;
-    }
+    let kept = files.into_iter().map(|file| fs::read(file).unwrap());
     let mut numbers = Numbers(0x9e37_79b9_7f4a_7c15);
-    inputs.extend((0..4).map(|count| (0..count * 64).map(|_| numbers.next() as u8).collect()));
-    inputs
+    kept.chain((0..4).map(|count| (0..count * 64).map(|_| numbers.next() as u8).collect())).collect()
 }
 
 /// One after the other: what one has done is not another's.

@@ -6,7 +6,6 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -36,8 +35,6 @@ const FLAGS: &str = "-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-leve
     -Cllvm-args=-sanitizer-coverage-trace-compares -Ccodegen-units=1 --cfg fuzzing";
 /// The longest input.
 const MOST: &str = "-max_len=16384";
-/// Bytes of a corpus.
-const KEPT: usize = 32 << 10;
 /// One input takes no longer than this, in seconds, and no more memory than that, in MiB.
 const BOUNDS: [&str; 2] = ["-timeout=20", "-rss_limit_mb=2048"];
 
@@ -47,9 +44,9 @@ pub fn run(args: Args) -> Result<()> {
         println!("{}", targets(&program()?)?.join("\n"));
         return Ok(());
     }
-    let (count, found) = rounds(&args.targets, args.seconds)?;
-    println!("\nfindings {} in {count} targets", found.len());
-    ensure!(found.is_empty(), "findings in {}", found.join(", "));
+    let rounds = rounds(&args.targets, args.seconds)?;
+    println!("\n{}", rounds.text());
+    rounds.check()?;
     if args.keep {
         let program = program()?;
         let chosen = if args.targets.is_empty() { targets(&program)? } else { args.targets };
@@ -58,9 +55,30 @@ pub fn run(args: Args) -> Result<()> {
     Ok(())
 }
 
-/// Runs each of these targets, or all where none is named, for a while: how many there were, and those
-/// with a finding.
-pub fn rounds(chosen: &[String], seconds: u64) -> Result<(usize, Vec<String>)> {
+/// What rounds have come to.
+#[derive(Default)]
+pub struct Rounds {
+    /// How many targets there were.
+    targets: usize,
+    /// Those with a finding.
+    found: Vec<String>,
+}
+
+impl Rounds {
+    /// `findings 0 in 18 targets`.
+    pub fn text(&self) -> String {
+        format!("findings {} in {} targets", self.found.len(), self.targets)
+    }
+
+    /// Fails where there is a finding.
+    pub fn check(&self) -> Result<()> {
+        ensure!(self.found.is_empty(), "findings in {}", self.found.join(", "));
+        Ok(())
+    }
+}
+
+/// Runs each of these targets, or all where none is named, for a while.
+pub fn rounds(chosen: &[String], seconds: u64) -> Result<Rounds> {
     let program = program()?;
     let all = targets(&program)?;
     if let Some(unknown) = chosen.iter().find(|target| !all.contains(target)) {
@@ -70,15 +88,15 @@ pub fn rounds(chosen: &[String], seconds: u64) -> Result<(usize, Vec<String>)> {
     let mut found = Vec::new();
     for target in chosen {
         println!("\n=== {target}");
-        if let Err(error) = round(&program, target, Duration::from_secs(seconds)) {
+        if let Err(error) = round(&program, target, seconds) {
             println!("{error:#}");
             found.push(target.clone());
         }
     }
-    Ok((chosen.len(), found))
+    Ok(Rounds { targets: chosen.len(), found })
 }
 
-/// Where a target's inputs that were found are kept, and what is made of them.
+/// Where a target leaves the inputs that it found.
 fn work(target: &str) -> PathBuf {
     build::target_dir().join("fuzz/work").join(target)
 }
@@ -107,51 +125,13 @@ fn targets(program: &Path) -> Result<Vec<String>> {
     Ok(targets)
 }
 
-/// What was found to reach most, of one target: inputs one behind the other, each after its length
-/// in two bytes.
+/// Inputs of a target that are kept: those made by hand, and what was found to reach more.
 fn corpus(target: &str) -> PathBuf {
     build::workspace_dir().join("fuzz/corpus").join(target)
 }
 
-/// Inputs made by hand.
-fn seeds(target: &str) -> PathBuf {
-    build::workspace_dir().join("fuzz/seeds").join(target)
-}
-
-/// Puts the inputs of a corpus into a directory, a file each.
-fn unpack(target: &str, dir: &Path) -> Result<()> {
-    let Ok(packed) = fs::read(corpus(target)) else { return Ok(()) };
-    let mut rest = packed.as_slice();
-    let mut number = 0;
-    while let Some((length, behind)) = rest.split_first_chunk() {
-        let length = usize::from(u16::from_le_bytes(*length));
-        let (input, behind) = behind.split_at_checked(length).context("the corpus ends within an input")?;
-        fs::write(dir.join(format!("kept-{number}")), input)?;
-        (rest, number) = (behind, number + 1);
-    }
-    Ok(())
-}
-
-/// The other way round, the shortest first, as many as there is room for.
-fn pack(dir: &Path, target: &str) -> Result<()> {
-    let read = |entry: std::io::Result<fs::DirEntry>| Ok(fs::read(entry?.path())?);
-    let mut inputs = fs::read_dir(dir)?.map(read).collect::<Result<Vec<Vec<u8>>>>()?;
-    inputs.sort_by(|a, b| (a.len(), a).cmp(&(b.len(), b)));
-    let mut packed = Vec::new();
-    for input in inputs.iter().filter(|input| !input.is_empty()) {
-        let length = u16::try_from(input.len())?;
-        if packed.len() + 2 + input.len() > KEPT {
-            break;
-        }
-        packed.extend(length.to_le_bytes());
-        packed.extend(input);
-    }
-    let path = corpus(target);
-    fs::write(&path, packed).with_context(|| format!("write {}", path.display()))
-}
-
 /// One target for a while. What it finds on the way stays in the target directory, for the next round.
-fn round(program: &Path, target: &str, seconds: Duration) -> Result<()> {
+fn round(program: &Path, target: &str, seconds: u64) -> Result<()> {
     let work = work(target);
     let (grown, crashes) = (work.join("corpus"), work.join("crashes"));
     for dir in [&grown, &crashes] {
@@ -159,11 +139,10 @@ fn round(program: &Path, target: &str, seconds: Duration) -> Result<()> {
     }
     let mut command = fuzzer(program, target);
     command.args(BOUNDS).args(["-close_fd_mask=1", "-print_final_stats=1", "-verbosity=1"]);
-    command.arg(format!("-max_total_time={}", seconds.as_secs()));
+    command.arg(format!("-max_total_time={}", seconds));
     command.arg(format!("-artifact_prefix={}/", crashes.display()));
-    unpack(target, &grown)?;
     command.arg(&grown);
-    command.args(Some(seeds(target)).filter(|seeds| seeds.is_dir()));
+    command.args(Some(corpus(target)).filter(|corpus| corpus.is_dir()));
     let output = command.output().context("run the fuzzer")?;
     let said = String::from_utf8_lossy(&output.stderr);
     let lines: Vec<&str> = said.lines().collect();
@@ -187,17 +166,15 @@ fn fuzzer(program: &Path, target: &str) -> Command {
     command
 }
 
-/// A small set of inputs that reaches as much.
+/// Adds to the corpus what reaches more than it does, few inputs rather than many.
 fn keep(program: &Path, target: &str) -> Result<()> {
-    let work = work(target);
-    let merged = work.join("merged");
-    let _ = fs::remove_dir_all(&merged);
-    fs::create_dir_all(&merged)?;
+    let corpus = corpus(target);
+    fs::create_dir_all(&corpus).with_context(|| format!("create {}", corpus.display()))?;
     let output = fuzzer(program, target)
         .args(["-set_cover_merge=1", "-close_fd_mask=1"])
-        .args([&merged, &work.join("corpus")])
+        .args([&corpus, &work(target).join("corpus")])
         .output()
         .context("run the fuzzer")?;
     ensure!(output.status.success(), "{target}: its corpus was not merged");
-    pack(&merged, target)
+    Ok(())
 }

@@ -18,7 +18,8 @@ pub fn check(parameters: &HashMap<String, String>) -> Result<(), Error> {
     Ok(())
 }
 
-fn path(name: &str) -> Option<PathBuf> {
+/// The file of a parameter; none where it is no name of one.
+pub fn path(name: &str) -> Option<PathBuf> {
     let path = name.replace('.', "/");
     let plain = !path.contains('\0') && path.split('/').all(|part| !part.is_empty());
     plain.then(|| PathBuf::from("/proc/sys").join(path))

@@ -114,7 +114,6 @@ impl ReadOnlySocket {
 
 impl Drop for ReadOnlySocket {
     fn drop(&mut self) {
-        // Who is shut in leaves it to its owner.
         process::remove_socket(&self.path);
     }
 }

@@ -25,7 +25,7 @@ pub enum Duty {
 
 impl Duty {
     /// All of them.
-    pub const ALL: [Self; 7] =
+    pub(super) const ALL: [Self; 7] =
         [Self::Control, Self::Vcpu, Self::Files, Self::Disk, Self::Net, Self::Vsock, Self::Memory];
 
     /// What its threads' names begin with.
@@ -371,11 +371,12 @@ const CONTROL: [Group; 7] = [
     ),
     (
         "a vCPU or memory is plugged in",
-        &[ioctl(&[
+        &[
             // KVM_CHECK_EXTENSION, KVM_CREATE_VCPU, KVM_SET_USER_MEMORY_REGION, KVM_X86_SET_MSR_FILTER
-            0xae03, 0xae41, 0xae46, 0xaec6, // KVM_SET_CPUID2, _LAPIC, _MSRS
-            0xae90, 0xae8f, 0xae89,
-        ])],
+            ioctl(&[0xae03, 0xae41, 0xae46, 0xaec6]),
+            // KVM_SET_CPUID2, _LAPIC, _MSRS
+            ioctl(&[0xae90, 0xae8f, 0xae89]),
+        ],
     ),
     (
         "the machine is saved",

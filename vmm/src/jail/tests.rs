@@ -244,8 +244,8 @@ fn filtered(duty: Option<Duty>, call: impl FnOnce() -> io::Result<()>) -> String
     apart(|| {
         // SAFETY: PR_SET_NO_NEW_PRIVS takes numbers.
         ok(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }).unwrap();
-        duty.map_or_else(seccomp::begin, |duty| seccomp::begin().and_then(|()| seccomp::narrow(duty)))
-            .unwrap();
+        seccomp::begin().unwrap();
+        duty.into_iter().for_each(|duty| seccomp::narrow(duty).unwrap());
         call().map_or_else(|error| error.to_string(), |()| "done".to_owned())
     })
 }

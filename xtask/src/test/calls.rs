@@ -26,12 +26,7 @@ exit $code
 const MARK: &str = "monitor called: ";
 
 /// Calls that are not seen though they are made, or that no case brings about, and why.
-const UNSEEN: [(&str, i64, &str); 7] = [
-    (
-        "rvm-vmm",
-        283,
-        "a thread of an interface's makes its timer; the first thread's list has it for that one",
-    ),
+const UNSEEN: [(&str, i64, &str); 6] = [
     ("vcpu", 7, "poll: a guest that asks which interrupts are pending, as none of the cases' does"),
     ("vcpu", 17, "pread64: the console's log is turned over after a mebibyte"),
     ("vcpu", 77, "ftruncate: the same"),

@@ -63,29 +63,25 @@ pub fn run(args: &WallsArgs) -> Result<()> {
         ..Selection::of(&Args { shards: args.shards, ..Args::default() })
     };
     end_to_end(&select("attacks", &ATTACKS), &mut parts);
-    let (mut targets, mut findings) = (0, Vec::new());
-    parts.act("fuzzing", || {
-        fuzz::rounds(&[], args.seconds)
-            .map(|(count, found)| {
-                (targets, findings) = (count, found);
-                String::new()
-            })
-            .and_then(|text| match findings.as_slice() {
-                [] => Ok(text),
-                found => Err(anyhow::anyhow!("findings in {}", found.join(", "))),
-            })
-            .into()
-    });
     let attacks = parts.tally();
+    let mut rounds = fuzz::Rounds::default();
+    parts.act("fuzzing", || {
+        let done = fuzz::rounds(&[], args.seconds).and_then(|done| {
+            rounds = done;
+            rounds.check()
+        });
+        done.map(|()| rounds.text()).into()
+    });
+    let before = parts.tally();
     end_to_end(&select("faults", &FAULTS), &mut parts);
     let all = parts.tally();
-    let escapes = attacks.failed.saturating_sub(u64::from(!findings.is_empty()));
-    let faults = all.passed - attacks.passed;
+    let (passed, failed) = (all.passed - before.passed, all.failed - before.failed);
     println!(
-        "\nescapes {escapes} of {}, findings {} in {targets} targets, faults {faults} of {}",
-        attacks.passed + escapes,
-        findings.len(),
-        faults + all.failed - attacks.failed,
+        "\nescapes {} of {}, {}, faults {passed} of {}",
+        attacks.failed,
+        attacks.passed + attacks.failed,
+        rounds.text(),
+        passed + failed,
     );
     parts.end()
 }

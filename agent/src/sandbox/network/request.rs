@@ -4,11 +4,13 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     net::{IpAddr, Ipv4Addr},
+    path::{Path, PathBuf},
 };
 
 use rvm_protocol::agent;
 
 use super::{
+    PROC_SYS_NET,
     address::Address,
     interfaces::{self, KEPT_FLAGS, LOOPBACK},
     neighbour::Neighbour,
@@ -129,8 +131,8 @@ impl State {
     /// Leaves kernel parameters as they are that a pod or a container sets by these names
     /// (`net.core.somaxconn`).
     pub fn leave_out<'a>(&mut self, names: impl Iterator<Item = &'a String>) {
-        let paths: HashSet<String> = names.map(|name| name.replace('.', "/")).collect();
-        self.sysctl.retain(|(path, _)| !paths.contains(&format!("net/{path}")));
+        let files: HashSet<PathBuf> = names.filter_map(|name| crate::container::sysctl::path(name)).collect();
+        self.sysctl.retain(|(path, _)| !files.contains(&Path::new(PROC_SYS_NET).join(path)));
     }
 
     fn add_interface(
