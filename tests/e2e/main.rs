@@ -30,6 +30,7 @@ mod pod_users;
 mod pod_volumes;
 mod pods;
 mod process;
+mod processors;
 mod ring0;
 mod rootfs;
 mod run;

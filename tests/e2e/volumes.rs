@@ -177,6 +177,31 @@ fn changes_are_seen_on_both_sides() {
     });
 }
 
+#[test]
+fn a_file_of_its_own_is_read_whole() {
+    case(|world| {
+        let volume = Volume::new(world, "configuration")?;
+        let file = volume.path("resolv.conf");
+        std::fs::write(&file, "")?;
+        let run = world
+            .ctr()
+            .container("configuration")
+            .with(&["--mount", &bind(&file, "/etc/resolv.conf", "rbind:rw")]);
+        let mut guest = Shell::start(&run)?;
+        // As Docker 28 does between Create and Start, and any release when a network is
+        // connected: what the guest was told of it a moment ago is out of date.
+        let mut whole = String::new();
+        for line in 0..5 {
+            ensure!(guest.run("cat /etc/resolv.conf")? == whole, "before line {line}");
+            whole += &format!("nameserver 192.0.2.{line}\n");
+            std::fs::write(&file, &whole)?;
+            let read = guest.run("cat /etc/resolv.conf")?;
+            ensure!(read == whole, "{read:?} of {whole:?}");
+        }
+        guest.end()
+    });
+}
+
 /// File systems of the host, at directories of a volume; off again with their value.
 struct Mounts(Vec<PathBuf>);
 

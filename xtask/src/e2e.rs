@@ -19,7 +19,7 @@ use crate::packages::{self, Purpose};
 /// Emulated processors. With two, QEMU 7.2 now and then (one start in twenty)
 /// leaves one of them in a nested guest for ever ("soft lockup"); see
 /// docs/decisions/0803.
-const CPUS: u32 = 1;
+pub const CPUS: u32 = 1;
 
 /// How long a program may take in the devhost; a person at a terminal may take longer.
 const LIMIT: Duration = Duration::from_secs(50 * 60);
@@ -32,6 +32,8 @@ pub struct Prepared {
     pub cgroups: devhost::Cgroups,
     /// Whether the devhost has AppArmor.
     pub apparmor: bool,
+    /// Processors of the devhost.
+    pub cpus: u32,
     /// Memory of the devhost in MiB.
     pub memory_mib: u32,
     /// Where the devhost writes what is executed: [`devhost::Options::trace`].
@@ -86,6 +88,7 @@ impl Prepared {
             host,
             cgroups: options.cgroups,
             apparmor: false,
+            cpus: CPUS,
             memory_mib: options.memory_mib,
             trace: None,
             prefix,
@@ -116,7 +119,7 @@ impl Prepared {
             return Ok(Place::Here(self));
         }
         let options = devhost::Options {
-            cpus: CPUS,
+            cpus: self.cpus,
             timeout: limit,
             cgroups: self.cgroups,
             apparmor: self.apparmor,

@@ -44,6 +44,9 @@ pub struct Args {
     /// Enable AppArmor in the devhost.
     #[arg(long)]
     apparmor: bool,
+    /// Processors of the devhost; the cases `processors::` take two.
+    #[arg(long, default_value_t = e2e::CPUS)]
+    cpus: u32,
     /// Also compare the system calls that the monitor's threads made with those that they are allowed, of
     /// which each has to be needed by some case.
     #[arg(long)]
@@ -54,7 +57,7 @@ pub struct Args {
     shards: usize,
     /// Everything of the gate, then what takes an hour more: other releases of containerd, other cgroup
     /// hierarchies, file system tests, soaks.
-    #[arg(long, conflicts_with_all = ["filter", "containerd", "docker", "cgroups", "apparmor"])]
+    #[arg(long, conflicts_with_all = ["filter", "containerd", "docker", "cgroups", "apparmor", "cpus"])]
     all: bool,
 }
 
@@ -94,6 +97,9 @@ const RING0: &str = "ring0::";
 
 /// Module of the cases that do the same many times.
 const SOAK: &str = "soak::";
+
+/// Module of the cases for a host with several processors.
+const PROCESSORS: &str = "processors::";
 
 /// Module of the session with Docker that is compared, which takes a quarter of an hour.
 const DOCKER_SESSION: &str = "docker_session::";
@@ -140,6 +146,7 @@ struct Selection {
     docker: String,
     cgroups: devhost::Cgroups,
     apparmor: bool,
+    cpus: u32,
     calls: bool,
     shards: usize,
 }
@@ -148,7 +155,10 @@ impl Selection {
     /// What the arguments ask for: without a filter the gate's, which leaves out what takes long.
     fn of(args: &Args) -> Self {
         let gate = args.filter.is_empty() && !args.all;
-        let without = if gate { vec![RING0, SOAK, DOCKER_SESSION] } else { vec![RING0] };
+        let mut without = if gate { vec![RING0, SOAK, DOCKER_SESSION] } else { vec![RING0] };
+        if args.cpus < 2 {
+            without.push(PROCESSORS);
+        }
         if let Some(release) = &args.docker {
             let all = Self::docker(release, args);
             return if args.filter.is_empty() { all } else { Self { filters: args.filter.clone(), ..all } };
@@ -161,6 +171,7 @@ impl Selection {
             docker: docker::RELEASE.to_owned(),
             cgroups: args.cgroups,
             apparmor: args.apparmor,
+            cpus: args.cpus,
             calls: args.calls,
             shards: args.shards,
         }
@@ -176,6 +187,7 @@ impl Selection {
             docker: release.to_owned(),
             cgroups: args.cgroups,
             apparmor: args.apparmor,
+            cpus: args.cpus,
             calls: false,
             shards: args.shards,
         }
@@ -202,7 +214,15 @@ impl Selection {
             apparmor: true,
             ..Self::of(args)
         };
-        containerds.chain(hierarchies).chain([apparmor, Self::docker(docker::NEWEST, args)]).collect()
+        let processors = Self {
+            name: "end to end, two processors".to_owned(),
+            filters: vec![PROCESSORS.to_owned()],
+            without: Vec::new(),
+            cpus: 2,
+            ..Self::of(args)
+        };
+        let docker = Self::docker(docker::NEWEST, args);
+        containerds.chain(hierarchies).chain([apparmor, processors, docker]).collect()
     }
 }
 
@@ -299,6 +319,7 @@ fn build_for(selection: &Selection) -> Result<Built> {
     prepared.set("RUST_BACKTRACE", "0");
     prepared.cgroups = selection.cgroups;
     prepared.apparmor = selection.apparmor;
+    prepared.cpus = selection.cpus;
     if selection.apparmor {
         packages::ensure(&[Purpose::AppArmor])?;
     }

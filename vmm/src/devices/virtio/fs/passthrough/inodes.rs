@@ -86,6 +86,8 @@ pub(super) struct Inode {
     mount: Arc<Mount>,
     /// Its type, `S_IFMT` bits of its mode.
     kind: u32,
+    /// It is a file, and a mount of its own.
+    alone: bool,
     /// It is known to have no `security.capability`.
     no_capability: AtomicBool,
 }
@@ -125,6 +127,11 @@ impl Inode {
     /// Writes what its file system holds to the host's disk.
     pub(super) fn sync_fs(&self) -> io::Result<()> {
         sys::sync_fs(self.mount.anchor()?.as_fd())
+    }
+
+    /// Whether it is a file that is a mount of its own, as a volume of one file is.
+    pub(super) fn is_alone(&self) -> bool {
+        self.alone
     }
 
     /// Whether neither host nor guest changes it, or what is in it.
@@ -214,6 +221,8 @@ pub(super) struct Found {
     pub stat: Stat,
     /// Whether its attributes and content do not change.
     pub immutable: bool,
+    /// [`Inode::is_alone`].
+    pub is_alone: bool,
     /// Whether it is a directory something is mounted on.
     pub is_submount: bool,
 }
@@ -228,6 +237,7 @@ impl Inodes {
             id: ROOT_ID,
             key: key(&mount, &stat),
             kind: libc::S_IFDIR,
+            alone: false,
             place: Place::Root(root),
             mount,
             no_capability: AtomicBool::new(false),
@@ -280,9 +290,11 @@ impl Inodes {
 
     fn found(&self, parent: &Inode, mount: Arc<Mount>, at: At<'_>, stat: Stat) -> io::Result<Found> {
         let immutable = mount.immutable;
-        let is_submount = mount.id != parent.mount.id && stat.attr.st_mode & libc::S_IFMT == libc::S_IFDIR;
         let key = key(&mount, &stat);
         let kind = stat.attr.st_mode & libc::S_IFMT;
+        let is_mount = mount.id != parent.mount.id;
+        let is_submount = is_mount && kind == libc::S_IFDIR;
+        let is_alone = is_mount && kind == libc::S_IFREG;
         let id = match self.known(&key, kind, &at) {
             Some(id) => id,
             None => {
@@ -300,10 +312,18 @@ impl Inodes {
                     At::Fd { fd, .. } => Place::Fd(fd),
                 };
                 let id = self.next.fetch_add(1, Ordering::Relaxed);
-                self.insert(Inode { id, key, place, mount, kind, no_capability: AtomicBool::new(false) })
+                self.insert(Inode {
+                    id,
+                    key,
+                    place,
+                    mount,
+                    kind,
+                    alone: is_alone,
+                    no_capability: AtomicBool::new(false),
+                })
             }
         };
-        Ok(Found { id, stat, immutable, is_submount })
+        Ok(Found { id, stat, immutable, is_alone, is_submount })
     }
 
     /// The node id of a file the guest knows already, which was seen at this place now;

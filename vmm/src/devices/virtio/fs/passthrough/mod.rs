@@ -43,6 +43,8 @@ use inodes::{Found, Inode, Inodes};
 const FOR_EVER: Duration = Duration::from_secs(86_400);
 /// How long it may keep what the host may change.
 const A_MOMENT: Duration = Duration::from_secs(1);
+/// Bytes of a file that one request reads whole.
+const READ_AT_ONCE: i64 = 128 << 10;
 /// Files kept open for a guest that opens nothing itself.
 const RECENT_FILES: usize = 64;
 /// Directories kept open for it between two requests for entries.
@@ -154,6 +156,17 @@ impl Passthrough {
         if immutable || self.policy.constant { FOR_EVER } else { A_MOMENT }
     }
 
+    /// How long attributes may be kept. A file that is a mount of its own and read in one go
+    /// is one of configuration (`/etc/resolv.conf`), which whoever made the container writes
+    /// anew when its network changes, often right before its process reads it: with the size
+    /// of a moment ago that one would read it cut off.
+    fn attributes_timeout(&self, immutable: bool, alone: bool, attr: &libc::stat64) -> Duration {
+        match self.timeout(immutable) {
+            A_MOMENT if alone && attr.st_size <= READ_AT_ONCE => Duration::ZERO,
+            usual => usual,
+        }
+    }
+
     fn entry(&self, parent: &Inode, found: &Found) -> Entry {
         let submount = found.is_submount && self.submounts.load(Ordering::Relaxed);
         Entry {
@@ -161,7 +174,7 @@ impl Passthrough {
             generation: 0,
             attr: found.stat.attr,
             attr_flags: if submount { ATTR_SUBMOUNT } else { 0 },
-            attr_timeout: self.timeout(found.immutable),
+            attr_timeout: self.attributes_timeout(found.immutable, found.is_alone, &found.stat.attr),
             // What is in the root comes and goes with containers, whatever the
             // rest does; not keeping it lets the guest forget what has gone.
             entry_timeout: if parent.is_root() {

@@ -50,7 +50,8 @@ impl Passthrough {
         let path = inode.path_fd()?;
         let mut stat = sys::stat(path.as_fd(), c"")?;
         nodes::restore(path.as_fd(), &mut stat.attr);
-        Ok((stat.attr, self.timeout(inode.is_immutable())))
+        let timeout = self.attributes_timeout(inode.is_immutable(), inode.is_alone(), &stat.attr);
+        Ok((stat.attr, timeout))
     }
 
     /// Makes something called `name` in `parent` for a process of the guest and
@@ -164,10 +165,15 @@ impl FileSystem for Passthrough {
         inode: u64,
         handle: Option<u64>,
     ) -> io::Result<(libc::stat64, Duration)> {
+        let asked = self.inodes.get(inode);
         // An open file is asked without being opened again.
         match handle.map(|handle| self.handles.file(inode, handle)) {
-            Some(Ok(file)) => Ok((sys::stat(file.fd(), c"")?.attr, self.timeout(false))),
-            _ => self.attributes(&*self.inodes.get(inode)?),
+            Some(Ok(file)) => {
+                let attr = sys::stat(file.fd(), c"")?.attr;
+                let alone = asked.is_ok_and(|inode| inode.is_alone());
+                Ok((attr, self.attributes_timeout(false, alone, &attr)))
+            }
+            _ => self.attributes(&*asked?),
         }
     }
 
