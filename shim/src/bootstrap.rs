@@ -42,9 +42,6 @@ pub enum BootstrapError {
     /// What containerd wrote to the standard input.
     #[error("reading containerd's parameters: {0}")]
     Input(#[source] io::Error),
-    /// Nowhere to publish events.
-    #[error("containerd names no address for events (TTRPC_ADDRESS)")]
-    NoEventsAddress,
     /// The socket.
     #[error("{}: {source}", path.display())]
     Socket {
@@ -84,7 +81,7 @@ pub struct Serve {
     pub namespace: String,
     /// The container's id.
     pub id: String,
-    /// Where containerd takes events.
+    /// Where containerd takes events; empty where nobody does, as with CRI-O.
     pub events_address: String,
     /// Whether containerd logs at debug level.
     pub debug: bool,
@@ -163,11 +160,7 @@ fn read_params(flags: &Flags) -> Result<Params, BootstrapError> {
         stdin.lock().take(MAX_INPUT_LEN).read_to_end(&mut input).map_err(BootstrapError::Input)?;
     }
     let environment = std::env::var(TTRPC_ADDRESS).unwrap_or_default();
-    let params = parse_params(&input, flags, environment);
-    if params.events_address.is_empty() {
-        return Err(BootstrapError::NoEventsAddress);
-    }
-    Ok(params)
+    Ok(parse_params(&input, flags, environment))
 }
 
 /// Older versions write runtime options to the standard input, which may decode

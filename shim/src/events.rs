@@ -132,7 +132,7 @@ impl Events {
         Self { queue: Some(queue), ..Self::to_nobody(namespace) }
     }
 
-    /// For who runs containers without containerd.
+    /// For CRI-O, which waits for each process instead.
     pub fn to_nobody(namespace: &str) -> Self {
         Self { namespace: namespace.into(), queue: None }
     }

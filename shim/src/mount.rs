@@ -15,7 +15,7 @@ use std::{
 use nix::{
     errno::Errno,
     mount::{MntFlags, MsFlags, mount, umount2},
-    sched::{CloneFlags, unshare},
+    sched::{CloneFlags, setns, unshare},
 };
 
 use crate::user_namespace::{IdMap, user_namespace};
@@ -38,6 +38,25 @@ pub fn of_the_host() -> Option<&'static File> {
 }
 
 static HOST: OnceLock<File> = OnceLock::new();
+
+/// As [`bind`], of what is at `source` in the host's mount namespace. That one's mounts arrive in ours only where they
+/// are shared: below what is private there (CRI-O's storage, on its own choice) we have what was mounted when we left.
+pub fn bind_of_the_host(source: &Path, target: &Path, recursive: bool) -> io::Result<()> {
+    let Some(host) = of_the_host() else { return bind(source, target, recursive) };
+    let cloning = || {
+        // Of this thread alone.
+        unshare(CloneFlags::CLONE_FS)?;
+        setns(host, CloneFlags::CLONE_NEWNS)?;
+        clone_tree(source, recursive)
+    };
+    let cloned = std::thread::scope(|scope| scope.spawn(cloning).join());
+    // A panic there is a fault of ours.
+    let tree = cloned.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+    let slave = libc::mount_attr { attr_set: 0, attr_clr: 0, propagation: libc::MS_SLAVE, userns_fd: 0 };
+    let deep = if recursive { libc::AT_RECURSIVE } else { 0 };
+    set_attr(tree.as_raw_fd(), c"", libc::AT_EMPTY_PATH | deep, &slave)?;
+    attach(&tree, target)
+}
 
 /// Binds `source` (what a symlink there points to) to `target`, which must
 /// exist and be of the same kind.

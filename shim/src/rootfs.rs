@@ -77,6 +77,8 @@ pub(crate) enum Step {
         /// How its owners are mapped.
         idmap: Option<IdMap>,
     },
+    /// A root file system that the client has mounted on the host.
+    Mounted(PathBuf),
     /// Two or more layers merged, topmost first, as overlayfs spells them.
     Overlay {
         /// What is in the upper directory already, above the others.
@@ -119,7 +121,7 @@ pub(crate) fn plan(
     is_empty: impl Fn(&Path) -> bool,
 ) -> Result<Vec<Step>, RootfsError> {
     if layers.is_empty() {
-        return Ok(vec![Step::Bind { source: root.to_owned(), idmap: None }]);
+        return Ok(vec![Step::Mounted(root.to_owned())]);
     }
     layers.iter().enumerate().map(|(index, layer)| step(index, layer, access, &is_empty)).collect()
 }
@@ -305,6 +307,10 @@ fn mount_all(layers: &[Layer], root: &Path, target: &Path, access: Access) -> Re
                 };
                 (source.display().to_string(), bound)
             }
+            Step::Mounted(root) => {
+                let recursive = access == Access::Writable;
+                (root.display().to_string(), mount::bind_of_the_host(root, target, recursive))
+            }
             Step::Overlay { written, lower, idmap, options } => {
                 let what = format!("an overlay of {} layers", lower.len() + usize::from(written.is_some()));
                 let mounted = match idmap {
@@ -489,7 +495,7 @@ mod tests {
     fn no_mounts_mean_the_bundles_root() {
         assert_eq!(
             plan(&[], Path::new("/b/rootfs"), Access::ReadOnly, |_| true).unwrap(),
-            [bind_of("/b/rootfs")]
+            [Step::Mounted("/b/rootfs".into())]
         );
     }
 

@@ -83,7 +83,10 @@ fn one_more(inherited: &str) -> i32 {
 }
 
 async fn serve_until_done(serve: Serve, socket: Socket) -> io::Result<()> {
-    let events = Events::publish_to(&serve.namespace, &serve.events_address);
+    let events = match serve.events_address.as_str() {
+        "" => Events::to_nobody(&serve.namespace),
+        address => Events::publish_to(&serve.namespace, address),
+    };
     let tasks = Arc::new(Tasks::new(&serve.namespace, events.clone()));
     serve.listener.set_nonblocking(true)?;
     let connections = Connections::default();

@@ -28,7 +28,7 @@ use crate::{
     process::Exit,
     rootfs::Layer,
     sandbox::{Plan, Sandbox},
-    spec::{Bundle, Pod, Role},
+    spec::{Bundle, Pinned, Pod, Role},
     timeline::Timeline,
 };
 
@@ -281,6 +281,7 @@ impl Tasks {
             shm: sandbox.shm().cloned(),
             network: sandbox.network_identity(),
             users: sandbox.users().cloned(),
+            pinned: Pinned::Those(sandbox.pinned().to_vec()),
         }
     }
 

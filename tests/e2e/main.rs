@@ -6,6 +6,7 @@
 mod broken;
 mod clients;
 mod clock;
+mod crio;
 mod dead_storage;
 mod death;
 mod debian;
@@ -26,6 +27,7 @@ mod limits;
 mod loopback;
 mod network;
 mod parity;
+mod pod_streams;
 mod pod_users;
 mod pod_volumes;
 mod pods;

@@ -43,6 +43,8 @@ pub fn same(act: impl Fn(&Cri, &mut Seen) -> Result<()>) {
                 runc.len(),
                 lines.len()
             );
+            // All that is not equal has failed by now.
+            println!("{} equal, 0 intended, 0 wrong", lines.len());
         }
         Ok(())
     });
@@ -254,6 +256,23 @@ fn limits_change_while_it_runs_and_what_is_used_is_told() {
             }
             std::thread::sleep(scale::seconds(0.05));
         };
+        // What cAdvisor and exporters of metrics find; what is 0 is left out of the message.
+        let metrics = one.metrics()?;
+        for (part, fields) in [
+            ("pids", &["current", "limit"][..]),
+            ("cpu", &["usage_usec", "user_usec", "system_usec", "nr_periods", "psi"]),
+            (
+                "memory",
+                &["usage", "usage_limit", "swap_limit", "anon", "file", "shmem", "slab", "pgfault", "psi"],
+            ),
+            ("io", &["psi"]),
+        ] {
+            for field in fields {
+                seen.add(&format!("{part} {field}"), !metrics[part][field].is_null());
+            }
+        }
+        seen.add("memory's limit", metrics["memory"]["usage_limit"].to_string());
+        seen.add("most processes", metrics["pids"]["limit"].to_string());
         let value = |value: Option<k8s_cri::v1::UInt64Value>| value.map_or(0, |value| value.value);
         let (layer, used) = (stats.writable_layer.unwrap_or_default(), stats.memory.unwrap_or_default());
         seen.add("written", (8..12).contains(&(value(layer.used_bytes) >> 20)));

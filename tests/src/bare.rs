@@ -12,7 +12,7 @@ use containerd_shim_protos::{
     Client,
     api::{
         ConnectRequest, ConnectResponse, CreateTaskRequest, DeleteRequest, KillRequest, ShutdownRequest,
-        StartRequest, StateRequest, StateResponse, WaitRequest,
+        StartRequest, StateRequest, StateResponse, WaitRequest, WaitResponse,
     },
     protobuf::{Message, well_known_types::any::Any},
     ttrpc,
@@ -37,12 +37,13 @@ pub struct Bare {
     config: PathBuf,
     id: String,
     bundle: PathBuf,
+    address: String,
     client: Client,
 }
 
 impl Bare {
-    /// Starts the shim of the container `id` for the containerd at `address`, with
-    /// a bundle of its own that holds `spec`.
+    /// Starts the shim of the container `id` for the containerd at `address`, or for CRI-O where that is
+    /// empty, with a bundle of its own that holds `spec`.
     ///
     /// # Errors
     /// When it does not come up.
@@ -58,15 +59,23 @@ impl Bare {
         let mut command = Command::new("sh");
         command.args(["-c", "ulimit -c unlimited; exec \"$0\" \"$@\""]).arg(&program);
         command.args(&arguments).arg("start").current_dir(&bundle).stdin(Stdio::null());
-        command.env("TTRPC_ADDRESS", EVENTS).env("RVM_CONFIG", &config);
+        // CRI-O has no address of its own, and takes no events.
+        let events = if address.is_empty() { "" } else { EVENTS };
+        command.env("TTRPC_ADDRESS", events).env("RVM_CONFIG", &config);
         let started = job::run(command, Input::Nothing, scale::command())?.success()?;
-        let client = Client::connect(started.text().trim()).context("connecting to the shim")?;
-        Ok(Self { program, arguments, config, id: id.to_owned(), bundle, client })
+        let address = started.text().trim().to_owned();
+        let client = Client::connect(&address).context("connecting to the shim")?;
+        Ok(Self { program, arguments, config, id: id.to_owned(), bundle, address, client })
     }
 
     /// Its bundle.
     pub fn bundle(&self) -> &Path {
         &self.bundle
+    }
+
+    /// What `start` answered.
+    pub fn address(&self) -> &str {
+        &self.address
     }
 
     /// Creates the task with a client's options, of a type and encoded.
@@ -123,6 +132,24 @@ impl Bare {
         Ok(ConnectResponse::parse_from_bytes(&answer.map_err(said)?)?.shim_pid)
     }
 
+    /// Waits for the task's end; with which code.
+    ///
+    /// # Errors
+    /// What the shim answers.
+    pub fn wait(&self) -> Result<u32> {
+        let answer = self.call("Wait", &WaitRequest { id: self.id.clone(), ..Default::default() });
+        Ok(WaitResponse::parse_from_bytes(&answer.map_err(said)?)?.exit_status)
+    }
+
+    /// Deletes the task, which has ended.
+    ///
+    /// # Errors
+    /// What the shim answers.
+    pub fn delete_task(&self) -> Result<()> {
+        let request = DeleteRequest { id: self.id.clone(), ..Default::default() };
+        self.call("Delete", &request).map_err(said).map(drop)
+    }
+
     /// Kills the task, waits for its end and deletes it.
     ///
     /// # Errors
@@ -131,9 +158,8 @@ impl Bare {
         let id = &self.id;
         let kill = KillRequest { id: id.clone(), signal: 9, all: true, ..Default::default() };
         self.call("Kill", &kill).map_err(said)?;
-        self.call("Wait", &WaitRequest { id: id.clone(), ..Default::default() }).map_err(said)?;
-        self.call("Delete", &DeleteRequest { id: id.clone(), ..Default::default() }).map_err(said)?;
-        Ok(())
+        self.wait()?;
+        self.delete_task()
     }
 
     /// Runs the shim's `delete`, as containerd does for a shim that has gone.

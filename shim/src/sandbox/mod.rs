@@ -54,7 +54,7 @@ use crate::{
     relay::Relay,
     rootfs::Layer,
     share::Share,
-    spec::{Bundle, Shm, Users},
+    spec::{Bundle, HostNamespace, Shm, Users},
     state::{Phase, State},
     timeline::Timeline,
     vsock::Vsock,
@@ -70,6 +70,7 @@ struct Base {
     first: String,
     shm: Option<Shm>,
     users: Option<Users>,
+    pinned: Vec<HostNamespace>,
     timeline: Arc<Timeline>,
     sizing: resize::Sizing,
     host: Arc<attach::HostSide>,
@@ -83,6 +84,7 @@ pub struct Sandbox {
     first: String,
     shm: Option<Shm>,
     users: Option<Users>,
+    pinned: Vec<HostNamespace>,
     timeline: Arc<Timeline>,
     host: Arc<attach::HostSide>,
     sizing: resize::Sizing,
@@ -154,19 +156,29 @@ impl Base {
         let sizing = resize::Sizing::new(plan.room, plan.size, plan.max_vcpus, plan.ledger, &total);
         let owned = OffThread::new(owned);
         Ok((
-            Self { first: plan.first, shm: plan.shm, users: plan.users, timeline, sizing, host, owned },
+            Self {
+                first: plan.first,
+                shm: plan.shm,
+                users: plan.users,
+                pinned: plan.pinned,
+                timeline,
+                sizing,
+                host,
+                owned,
+            },
             boot,
         ))
     }
 
     /// The sandbox, whose agent has set it up.
     fn with(self, machine: Machine) -> Sandbox {
-        let Self { first, shm, users, timeline, sizing, host, owned } = self;
+        let Self { first, shm, users, pinned, timeline, sizing, host, owned } = self;
         let sandbox = Sandbox {
             machine,
             first,
             shm,
             users,
+            pinned,
             timeline,
             host,
             sizing,
@@ -300,6 +312,11 @@ impl Sandbox {
     /// The user namespace that owns what it holds, where that is not the guest's.
     pub fn users(&self) -> Option<&Users> {
         self.users.as_ref()
+    }
+
+    /// Namespaces of the host in whose place it has its own.
+    pub fn pinned(&self) -> &[HostNamespace] {
+        &self.pinned
     }
 
     /// The `/dev/shm` of the host's in whose place its containers share the guest's.

@@ -11,7 +11,7 @@ use rvm_protocol::vmm::MAX_VCPUS;
 use super::ledger::{Claim, Ledger};
 use crate::{
     config::Guest,
-    spec::{Bundle, HostNetwork, PodConfig, Role, Shm, Users},
+    spec::{Bundle, HostNamespace, HostNetwork, PodConfig, Role, Shm, Users},
 };
 
 /// What kernel and agent use, in MiB: their text and data, and what a running
@@ -45,6 +45,8 @@ pub struct Plan {
     pub not_applied: Vec<String>,
     /// The network namespace of the host that it is to have; none for a new one.
     pub network: Option<HostNetwork>,
+    /// Namespaces of the host in whose place it has its own.
+    pub pinned: Vec<HostNamespace>,
     /// The `/dev/shm` that its containers share.
     pub shm: Option<Shm>,
     /// The user namespace that owns what the sandbox holds; none for the guest's.
@@ -89,6 +91,7 @@ impl Plan {
             cgroup_path: bundle.container.cgroup_path.clone(),
             not_applied: bundle.not_applied.clone(),
             network: bundle.network.clone(),
+            pinned: bundle.pinned.clone(),
             shm: bundle.shm.clone(),
             users: bundle.users.clone(),
             size,
@@ -123,6 +126,7 @@ impl Plan {
             cgroup_path: pod.cgroup.0.clone(),
             not_applied: Vec::new(),
             network,
+            pinned: Vec::new(),
             // Its own, wherever a client has its containers look for it.
             shm: None,
             users: pod.users.clone(),

@@ -42,7 +42,7 @@ pub use labels::DEFAULT_PROFILES;
 pub(crate) use mounts::MOUNT_OPTIONS;
 pub use mounts::Volume;
 pub use namespaces::{HostNetwork, Users};
-pub use pod::{Announced, HOST_FILES, Neighbour, Pod, Role, Shm, role_in};
+pub use pod::{Announced, HOST_FILES, HostNamespace, Neighbour, Pinned, Pod, Role, Shm, role_in};
 pub use pod_config::PodConfig;
 pub(crate) use process::CAPABILITIES;
 
@@ -123,6 +123,8 @@ pub struct Bundle {
     /// The network namespace of the host that a sandbox made for it is to have; none
     /// where it gets a new one.
     pub network: Option<HostNetwork>,
+    /// The namespaces of the host in whose place it has its own, where it holds a pod.
+    pub pinned: Vec<HostNamespace>,
     /// What the agent is asked for; the process's streams are still unset.
     pub container: CreateContainerRequest,
     /// Whether `linux.cgroupsPath` names a unit of systemd's.
@@ -268,6 +270,10 @@ fn translate(dir: &Path, id: &str, spec: &Spec, compat: &Compat, pod: &Pod) -> R
     let (cgroup_path, systemd_cgroup) = linux::cgroup_path(id, linux.cgroups_path().as_deref())?;
     container.cgroup_path = cgroup_path;
     let mut disks = Vec::new();
+    let annotations = spec.annotations().clone().unwrap_or_default();
+    let role = Role::of(&annotations)?;
+    let to_be = Pod { pinned: Pinned::Any, ..Pod::default() };
+    let pod = if role == Role::Sandbox { &to_be } else { pod };
     linux::translate(linux, compat, pod, &mut container, &mut disks, &mut not_applied)?;
     for (name, field) in [(&container.hostname, "hostname"), (&container.domainname, "domainname")] {
         if !name.is_empty() && !namespaces::has(&container, NamespaceType::UTS) {
@@ -275,8 +281,6 @@ fn translate(dir: &Path, id: &str, spec: &Spec, compat: &Compat, pod: &Pod) -> R
         }
     }
     let hooks = hooks::translate(spec, &dir.to_string_lossy(), &mut container)?;
-    let annotations = spec.annotations().clone().unwrap_or_default();
-    let role = Role::of(&annotations)?;
     let announced = match role {
         Role::Sandbox => Announced::of(&annotations)?,
         Role::Alone | Role::Member { .. } => Announced::default(),
@@ -323,6 +327,7 @@ fn translate(dir: &Path, id: &str, spec: &Spec, compat: &Compat, pod: &Pod) -> R
         shm,
         users,
         network: namespaces::host_network(linux),
+        pinned: namespaces::pinned(linux),
         root: dir.join(root.path()),
         container,
         systemd_cgroup,

@@ -10,7 +10,7 @@ use std::{
 use oci_spec::runtime::{self as oci, LinuxNamespaceType as Kind};
 use rvm_protocol::agent::{CreateContainerRequest, IdMapping, Namespace, NamespaceType, TimeOffset, User};
 
-use super::{Pod, SpecError, path_text, pod::is_sandboxs};
+use super::{HostNamespace, Pinned, Pod, SpecError, path_text, pod::is_sandboxs};
 use crate::{container::GUEST_PIDS_FROM, holder};
 
 /// Most mappings a user namespace takes (user_namespaces(7)).
@@ -231,6 +231,7 @@ fn joined(
         ),
         "net" => return sandboxs_network(at, path, pod),
         "user" => return users_of_the_host(at, path, pod),
+        "ipc" | "uts" if pod.pinned != Pinned::Refused => return pinned_one(at, path, (kind, link), pod),
         "ipc" | "pid" => format!(
             "{given} is a namespace of the host's kernel, which the container does not run on; containers of \
              one pod share theirs (Docker: --{link} container: only under one kernel)"
@@ -261,6 +262,41 @@ fn sandboxs_network(at: &str, path: &Path, pod: &Pod) -> Result<Namespace, SpecE
         }
     }
     Ok(Namespace { type_: NamespaceType::NETWORK.into(), sandbox: true, ..Default::default() })
+}
+
+/// An ipc or uts namespace that was made on the host for the pod.
+fn pinned_one(
+    at: &str,
+    path: &Path,
+    (kind, link): (NamespaceType, &str),
+    pod: &Pod,
+) -> Result<Namespace, SpecError> {
+    let of = |path: &Path| identity(path).map_err(|error| SpecError::field(at, error.to_string()));
+    let identity = of(path)?;
+    let reason = match &pod.pinned {
+        Pinned::Those(known) if !known.contains(&HostNamespace { kind, identity }) => {
+            "is not the namespace that the pod was made with, which its containers share"
+        }
+        _ if identity == of(&Path::new("/proc/self/ns").join(link))? => {
+            "is the host's, which a microVM cannot share (Kubernetes: hostIPC: false, hostNetwork: false)"
+        }
+        _ => return Ok(Namespace { type_: kind.into(), sandbox: true, ..Default::default() }),
+    };
+    Err(SpecError::unsupported(at, format!("{} {reason}", path.display())))
+}
+
+/// Those of a pod's first container that [`Pinned`] is about.
+pub(super) fn pinned(linux: &oci::Linux) -> Vec<HostNamespace> {
+    let given = linux.namespaces().iter().flatten().filter_map(|namespace| {
+        let kind = match namespace.typ() {
+            Kind::Ipc => NamespaceType::IPC,
+            Kind::Uts => NamespaceType::UTS,
+            _ => return None,
+        };
+        let identity = identity(namespace.path().as_deref()?).ok()?;
+        Some(HostNamespace { kind, identity })
+    });
+    given.collect()
 }
 
 /// A user namespace of the host: in its place a new one of the guest's, with the mappings that come with it, which is

@@ -112,8 +112,32 @@ pub struct Pod {
     pub users: Option<Users>,
     /// Whether the sandbox has a pid namespace that its containers share.
     pub shared_pid: bool,
+    /// Which namespaces that somebody has made on the host for a pod are taken for the sandbox's.
+    pub pinned: Pinned,
     /// Where [`HOST_FILES`] are on the host, where no client makes them.
     pub files: Option<PathBuf>,
+}
+
+/// Namespaces that CRI-O has made for a pod on the host before its first container, and keeps at paths of their own
+/// (`/var/run/ipcns/...`). Nothing of the host is in them; the sandbox has its own in their place.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Pinned {
+    /// None are taken.
+    #[default]
+    Refused,
+    /// Any: the sandbox is being made.
+    Any,
+    /// Those it was made with.
+    Those(Vec<HostNamespace>),
+}
+
+/// A namespace of the host's kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostNamespace {
+    /// Its type.
+    pub kind: NamespaceType,
+    /// Its device and inode.
+    pub identity: (u64, u64),
 }
 
 /// A container in the same sandbox.

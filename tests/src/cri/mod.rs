@@ -2,6 +2,7 @@
 
 pub mod later;
 mod pod;
+pub mod stream;
 
 use std::{future::Future, path::Path};
 
@@ -20,6 +21,7 @@ use tonic::{
 };
 
 use crate::{
+    ctr::Ctr,
     job::{self, Input},
     scale,
     world::{World, shell},
@@ -46,6 +48,7 @@ pub struct Cri {
     tokio: Runtime,
     channel: Channel,
     handler: &'static str,
+    ctr: Ctr,
 }
 
 impl Cri {
@@ -93,10 +96,9 @@ impl Cri {
     pub fn with_all<T>(world: &World, act: impl FnOnce(&[Self]) -> Result<T>) -> Result<T> {
         let outcome = world.with_containerd_config(&plugin_config(), || {
             let ctr = world.ctr();
-            let address = ctr.address();
-            let has_sandboxers = Self::connect(address, "runc")?.containerd_major()? >= 2;
+            let has_sandboxers = Self::connect(ctr.clone(), "runc")?.containerd_major()? >= 2;
             let handlers = if has_sandboxers { &HANDLERS[..] } else { &HANDLERS[..2] };
-            let cris = handlers.iter().map(|handler| Self::connect(address, handler));
+            let cris = handlers.iter().map(|handler| Self::connect(ctr.clone(), handler));
             let result = act(&cris.collect::<Result<Vec<_>>>()?)?;
             collect_garbage(world)?;
             Ok(result)
@@ -122,12 +124,12 @@ impl Cri {
         major.with_context(|| format!("the version of containerd: {version:?}"))
     }
 
-    fn connect(address: &str, handler: &'static str) -> Result<Self> {
+    fn connect(ctr: Ctr, handler: &'static str) -> Result<Self> {
         // On this thread, which is in the mount namespace.
         let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let endpoint = Endpoint::from_shared(format!("unix://{address}"))?;
+        let endpoint = Endpoint::from_shared(format!("unix://{}", ctr.address()))?;
         let channel = tokio.block_on(endpoint.connect()).context("connecting to containerd")?;
-        Ok(Self { tokio, channel, handler })
+        Ok(Self { tokio, channel, handler, ctr })
     }
 
     /// Another connection with the same handler, for another thread.
@@ -135,7 +137,7 @@ impl Cri {
     /// # Errors
     /// When containerd does not answer.
     pub fn again(&self, world: &World) -> Result<Self> {
-        Self::connect(world.ctr().address(), self.handler)
+        Self::connect(world.ctr(), self.handler)
     }
 
     /// The handler of its pods.

@@ -23,7 +23,7 @@ use crate::{scale, world::IMAGE};
 pub struct Pod<'a> {
     /// Its id.
     pub id: String,
-    cri: &'a Cri,
+    pub(super) cri: &'a Cri,
     config: PodSandboxConfig,
 }
 
@@ -286,6 +286,15 @@ impl Container<'_> {
         answer.stats.context("ContainerStats: no statistics")
     }
 
+    /// What its shim tells of it, as `ctr` has it: the message for cgroups of version 2.
+    ///
+    /// # Errors
+    /// What containerd answers.
+    pub fn metrics(&self) -> Result<serde_json::Value> {
+        let args = ["--namespace", "k8s.io", "task", "metrics", "--format", "json", &self.id];
+        Ok(serde_json::from_str(&self.cri().ctr.run(&args, scale::command())?.success()?.text())?)
+    }
+
     /// Waits until it has ended; how.
     ///
     /// # Errors
@@ -347,7 +356,7 @@ impl Container<'_> {
         self.cri().wait("RemoveContainer", self.cri().client().remove_container(request)).map(drop)
     }
 
-    fn cri(&self) -> &Cri {
+    pub(super) fn cri(&self) -> &Cri {
         self.pod.cri
     }
 }

@@ -390,6 +390,9 @@ impl Parts {
         if !all.failures.is_empty() {
             println!("failed:\n    {}\n", all.failures.join("\n    "));
         }
+        if let Some(comparison) = all.comparison() {
+            println!("runc beside rvm: {comparison}\n");
+        }
         println!("{}", all.text());
         if all.failed > 0 {
             std::process::exit(1);

@@ -13,6 +13,8 @@ pub struct Tally {
     pub skipped: u64,
     /// Names of those that failed, each with what is known beside that.
     pub failures: Vec<String>,
+    /// What was seen under runc and under rvm: equal, different with a reason, wrong.
+    pub compared: [u64; 3],
 }
 
 impl Tally {
@@ -22,6 +24,13 @@ impl Tally {
         self.failed += other.failed;
         self.skipped += other.skipped;
         self.failures.extend(other.failures.iter().cloned());
+        self.compared.iter_mut().zip(other.compared).for_each(|(sum, more)| *sum += more);
+    }
+
+    /// `41 equal, 2 intended, 0 wrong`, where anything was compared.
+    pub fn comparison(&self) -> Option<String> {
+        let [equal, intended, wrong] = self.compared;
+        (self.compared != [0; 3]).then(|| format!("{equal} equal, {intended} intended, {wrong} wrong"))
     }
 
     /// `3 passed, 1 failed`, and `, 2 skipped` where some were. CI's reader looks
@@ -120,6 +129,9 @@ impl Reader {
 
     fn case_ends(&mut self, word: &str) {
         if !matches!(word, "ok" | "FAILED") {
+            if let Some(counts) = compared(word) {
+                self.tally.compared.iter_mut().zip(counts).for_each(|(sum, more)| *sum += more);
+            }
             return;
         }
         if let Some(name) = self.running.take() {
@@ -144,6 +156,16 @@ impl Reader {
             }
         }
     }
+}
+
+/// The counts in `41 equal, 2 intended, 0 wrong`.
+fn compared(line: &str) -> Option<[u64; 3]> {
+    let mut words = line.split(", ").map(|part| part.split_once(' '));
+    let mut next = |kind: &str| {
+        let (number, word) = words.next()??;
+        (word == kind).then(|| number.parse().ok())?
+    };
+    Some([next("equal")?, next("intended")?, next("wrong")?])
 }
 
 #[cfg(test)]
@@ -179,5 +201,12 @@ mod tests {
         assert_eq!(tally.text(), "1 passed, 3 failed");
         assert_eq!(tally.failures, ["a::b", "a::c (did not end)", "a::d (did not run)"]);
         assert_eq!(ended.len(), 2);
+    }
+    #[test]
+    fn comparisons_add_up() {
+        let text =
+            "test a ... 3 equal, 1 intended, 0 wrong\n12 ms\nok\n40 equal, 0 intended, 2 wrong\nequal, so\n";
+        assert_eq!(read(text, &[]).0.comparison().as_deref(), Some("43 equal, 1 intended, 2 wrong"));
+        assert_eq!(Tally::default().comparison(), None);
     }
 }

@@ -194,3 +194,39 @@ fn what_holds_a_sandbox_shares_its_namespaces() {
         assert_eq!(namespace.sandbox, shared, "{kind:?}");
     }
 }
+
+#[test]
+fn namespaces_made_for_a_pod_are_the_sandboxs() {
+    use std::os::unix::fs::MetadataExt;
+    let load = |pod: &Pod, kind: &str, ipc: &str| {
+        let mut spec = ctr_spec();
+        spec["linux"]["namespaces"] = json!([{"type": "mount"}, {"type": "network"}, {"type": "pid"}, {"type": "ipc", "path": ipc}, {"type": "uts"}]);
+        spec["annotations"] = json!({
+            "io.kubernetes.cri-o.ContainerType": kind,
+            "io.kubernetes.cri-o.SandboxID": "pod",
+        });
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("config.json"), spec.to_string()).unwrap();
+        Bundle::load_in(pod, dir.path(), "c", &Compat::default()).map_err(|error| error.to_string())
+    };
+    // Any namespace stands for one that was pinned; the type is not looked at.
+    let stands_for = "/proc/self/ns/mnt";
+    let first = load(&Pod::default(), "sandbox", stands_for).unwrap();
+    let ipc = Namespace { type_: NamespaceType::IPC.into(), sandbox: true, ..Default::default() };
+    assert_eq!(first.container.namespaces[3], ipc);
+    let found = std::fs::metadata(stands_for).unwrap();
+    let identity = (found.dev(), found.ino());
+    assert_eq!(first.pinned, [HostNamespace { kind: NamespaceType::IPC, identity }]);
+
+    let pod = Pod { monitor: Some(99), pinned: Pinned::Those(first.pinned), ..Pod::default() };
+    assert_eq!(load(&pod, "container", stands_for).unwrap().container.namespaces[3], ipc);
+    let error = load(&pod, "container", "/proc/self/ns/net").unwrap_err();
+    assert!(error.contains("is not the namespace that the pod was made with"), "{error}");
+    let error = load(&Pod::default(), "sandbox", "/proc/self/ns/ipc").unwrap_err();
+    assert!(
+        error.starts_with("linux.namespaces[3].path: not supported") && error.contains("hostIPC"),
+        "{error}"
+    );
+    let error = load(&Pod::default(), "sandbox", "/run/nobody/made/it").unwrap_err();
+    assert!(error.starts_with("linux.namespaces[3].path: No such file"), "{error}");
+}

@@ -20,6 +20,8 @@ const HOST_CID: u64 = 2;
 const PORT: u32 = 9999;
 /// What makes one round.
 const REFILLS: u32 = 1 << 12;
+/// Looks at the ring that find it as it was.
+const STANDSTILL: u32 = 1 << 12;
 
 pub fn run() -> Result<()> {
     let mut memory = Memory::new()?;
@@ -45,7 +47,7 @@ pub fn run() -> Result<()> {
     device.notify(SEND as u16);
     device.notify(RECEIVE as u16);
     let mut rounds = Rounds::start();
-    let (mut next, mut refilled) = (0, 0);
+    let (mut next, mut refilled, mut idle) = (0, 0, 0);
     loop {
         let receive = &mut queues[RECEIVE];
         let before = refilled;
@@ -54,8 +56,11 @@ pub fn run() -> Result<()> {
             next = (next + 1) % receive.size;
             refilled += 1;
         }
-        // It may have found the ring empty.
-        if refilled > before {
+        // To notify leaves the guest, and meanwhile the device could empty the ring: only once it
+        // takes nothing any more, as it may have found it empty.
+        idle = if refilled > before { 0 } else { idle + 1 };
+        if idle == STANDSTILL {
+            idle = 0;
             device.notify(RECEIVE as u16);
         }
         if refilled >= REFILLS {
