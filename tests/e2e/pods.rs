@@ -11,6 +11,7 @@ use rvm_tests::{
     case_with,
     cri::{Container, Cri, Pod},
     scale,
+    world::shell,
 };
 
 /// What was seen, line by line.
@@ -186,6 +187,27 @@ fn limits_are_a_containers() {
         seen.add("out of memory", (ended.exit_code, ended.reason));
         seen.add("the other", one.status()?.state() == ContainerState::ContainerRunning);
         seen.add("answers", one.exec(&["echo", "here"])?);
+        pod.remove()
+    });
+}
+
+/// `podPidsLimit` is a limit of the pod's cgroup, which kubelet has made.
+#[test]
+fn a_pods_processes_have_a_limit_together() {
+    const SPAWN: &str =
+        "n=0; while [ $n -lt $1 ] && sleep 100000 & do n=$((n + 1)); echo $n > /tmp/n; done; wait";
+    same(|cri, seen| {
+        let limit = "cd /sys/fs/cgroup; echo +pids > cgroup.subtree_control; cd kubepods; \
+                     echo +pids > cgroup.subtree_control; echo 60 > pod-processes/pids.max";
+        let pod = Pod::run(cri, "processes", |_| drop(shell(limit)))?;
+        ensure!(pod.cgroup_file("pids.max")?.trim() == "60");
+        let spawn = |name, most| pod.start(name, &["sh", "-c", SPAWN, "sh", most], |_| {});
+        let one = spawn("one", "20")?;
+        one.sh("until [ \"$(cat /tmp/n)\" = 20 ]; do sleep 0.05; done")?;
+        let two = spawn("two", "1000")?;
+        let ended = two.ended()?;
+        seen.add("two", (ended.exit_code, two.log()?.contains("can't fork")));
+        seen.add("one", one.status()?.state() == ContainerState::ContainerRunning);
         pod.remove()
     });
 }

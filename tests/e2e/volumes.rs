@@ -366,11 +366,17 @@ fn sources_no_guest_can_use() {
     case(|world| {
         let volume = Volume::new(world, "useless")?;
         let _socket = std::os::unix::net::UnixListener::bind(volume.path("socket"))?;
-        shell(&format!("mkfifo {}", volume.path("pipe").display()))?;
+        let huge = volume.path("huge");
+        shell(&format!(
+            "mkfifo {}; mkdir {huge}; mount -t hugetlbfs none {huge}",
+            volume.path("pipe").display(),
+            huge = huge.display()
+        ))?;
         for (name, words) in [
             ("socket", "is a socket of the host"),
             ("pipe", "is a named pipe of the host"),
             ("missing", "No such file or directory"),
+            ("huge", "is a hugetlbfs of the host"),
         ] {
             let run =
                 world.ctr().container("useless").with(&["--mount", &bind(&volume.path(name), "/v", "bind")]);
@@ -379,7 +385,7 @@ fn sources_no_guest_can_use() {
             ensure!(finished.code() != 0 && errors.contains(words), "{finished}");
             ensure!(errors.contains("].source"), "the field is named: {finished}");
         }
-        Ok(())
+        shell(&format!("umount {}", huge.display())).map(drop)
     });
 }
 

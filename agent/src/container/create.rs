@@ -142,6 +142,11 @@ impl Plan {
         &self.request.cgroup_path
     }
 
+    /// How many processes the cgroup that contains it may have.
+    pub fn pids_max_above(&self) -> u64 {
+        self.request.pids_max_above
+    }
+
     /// What it may use.
     pub fn limits(&self) -> &Limits {
         &self.limits

@@ -113,7 +113,8 @@ impl Container {
     ) -> Result<(Arc<Self>, Preparing), Error> {
         let (streams, ends) = Streams::new(plan.process())?;
         let cgroup = Cgroup::create(plan.cgroup_path())?;
-        let limited = plan.limits().apply(&cgroup);
+        let limited =
+            plan.limits().apply(&cgroup).and_then(|()| Ok(cgroup.limit_above(plan.pids_max_above())?));
         let (child, channel) = match limited.and_then(|()| Ok(plan.spawn(&cgroup, &ends)?)) {
             Ok(spawned) => spawned,
             Err(error) => {

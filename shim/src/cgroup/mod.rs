@@ -141,6 +141,16 @@ impl HostCgroup {
         self.paths.0.iter().filter_map(told).sum()
     }
 
+    /// How many processes the cgroups above it may have, at least one of which has a limit: kubelet's for a pod, or that
+    /// of a slice of systemd's.
+    pub fn pids_max_above(&self) -> Option<u64> {
+        let hierarchy = self.hierarchies.v2().or_else(|| self.hierarchies.v1("pids"))?;
+        let limit = |dir: &Path| {
+            fs::read_to_string(hierarchy.root.join(dir).join("pids.max")).ok()?.trim().parse::<u64>().ok()
+        };
+        self.relative.ancestors().skip(1).filter_map(limit).min()
+    }
+
     /// The files of version 2 that say what is used, by name; none on a host without it.
     pub fn stats(&self) -> HashMap<String, String> {
         let Some(root) = self.hierarchies.v2().map(|hierarchy| hierarchy.root.join(&self.relative)) else {
@@ -318,6 +328,29 @@ mod tests {
             procs: Vec::new(),
         };
         assert_eq!(cgroup.oom_kills(), 3);
+    }
+
+    #[test]
+    fn the_lowest_limit_above_counts() {
+        let root = tempfile::tempdir().unwrap();
+        let hierarchy = Hierarchy { root: root.path().into(), version: Version::V2, controllers: vec![] };
+        let cgroup = HostCgroup {
+            paths: Paths::default(),
+            hierarchies: Hierarchies { all: vec![hierarchy] },
+            relative: PathBuf::from("kubepods/pod/sandbox"),
+            procs: Vec::new(),
+        };
+        fs::create_dir_all(root.path().join("kubepods/pod/sandbox")).unwrap();
+        assert_eq!(cgroup.pids_max_above(), None);
+        for (dir, limit, least) in [
+            ("kubepods/pod/sandbox", "3\n", None),
+            ("kubepods", "500\n", Some(500)),
+            ("kubepods/pod", "max\n", Some(500)),
+            ("kubepods/pod", "40\n", Some(40)),
+        ] {
+            fs::write(root.path().join(dir).join("pids.max"), limit).unwrap();
+            assert_eq!(cgroup.pids_max_above(), least, "{dir} {limit}");
+        }
     }
 
     #[test]

@@ -121,6 +121,7 @@ impl Container {
         let id = request.container_id.clone();
         let resources = request.resources.mut_or_insert_default();
         resources.cpus = sandbox.guest_cpus(&resources.cpus);
+        request.pids_max_above = sandbox.pids_max_above();
         if let Some(attached) = place {
             attached.settle(&mut request);
         }

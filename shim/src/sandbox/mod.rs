@@ -372,6 +372,11 @@ impl Sandbox {
         ContainerStats { files, ..Default::default() }
     }
 
+    /// How many processes the cgroup that contains its own on the host may have; 0 where there is no limit.
+    pub fn pids_max_above(&self) -> u64 {
+        self.owned().as_ref().and_then(|owned| owned.cgroup.pids_max_above()).unwrap_or_default()
+    }
+
     /// Device and inode of its network namespace on the host.
     pub fn network_identity(&self) -> Option<(u64, u64)> {
         self.host.network().namespace().identity().ok()

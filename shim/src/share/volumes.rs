@@ -9,7 +9,10 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use nix::sys::statvfs::{FsFlags, statvfs};
+use nix::sys::{
+    statfs::{HUGETLBFS_MAGIC, statfs},
+    statvfs::{FsFlags, statvfs},
+};
 use rvm_protocol::agent::Submount;
 
 use super::{ShareError, Skeleton};
@@ -93,7 +96,8 @@ impl Volumes {
         let failed =
             |source| ShareError::Volume { field: volume.field.clone(), path: volume.source.clone(), source };
         let kind = fs::metadata(&volume.source).map_err(failed)?.file_type();
-        if let Some(problem) = useless(kind) {
+        let huge = || statfs(&volume.source).is_ok_and(|found| found.filesystem_type() == HUGETLBFS_MAGIC);
+        if let Some(problem) = useless(kind).or_else(|| huge().then_some(HUGE_PAGES)) {
             return Err(ShareError::Useless {
                 field: volume.field.clone(),
                 path: volume.source.clone(),
@@ -188,6 +192,11 @@ impl Volumes {
         self.trees.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+/// Why no guest could use a `HugePages` volume. Pages that its own kernel set aside would be memory of the machine, for
+/// which a pod's limit, that counts huge pages apart, leaves no room.
+const HUGE_PAGES: &str = "is a hugetlbfs of the host, whose pages no guest can map (Kubernetes: emptyDir with medium \
+                          Memory instead of HugePages; with madvise(2) its pages are huge as well)";
 
 /// Why no guest could use a file of this kind.
 fn useless(kind: fs::FileType) -> Option<&'static str> {

@@ -69,6 +69,15 @@ impl Cgroup {
         Self::at(here)
     }
 
+    /// Limits the processes in the cgroup that contains it, which is that of a pod: those of all its containers
+    /// together. 0 is no limit, and the root has none.
+    pub fn limit_above(&self, pids: u64) -> StepResult<()> {
+        let above = self.path.parent().filter(|above| pids > 0 && *above != Path::new(CGROUP_ROOT));
+        let Some(above) = above else { return Ok(()) };
+        fs::write(above.join("pids.max"), pids.to_string())
+            .step(|| format!("limit the processes of {above:?} to {pids}"))
+    }
+
     fn at(path: PathBuf) -> StepResult<Self> {
         let dir = files::open_dir(&path).step(|| format!("open cgroup {path:?}"))?;
         Ok(Self { path, dir, device_filter: Mutex::default() })
