@@ -22,7 +22,7 @@ use ttrpc::{
 };
 
 use crate::{
-    clock,
+    clock, fault,
     vsock::{Vsock, VsockError},
 };
 
@@ -127,7 +127,10 @@ macro_rules! ask {
         let asked = async {
             let (number, client) = agent.connected().await?;
             // The deadline is kept here; the agent is told of none.
-            match client.$method(context::with_timeout(0), $request).await {
+            fault::point(concat!("to ask the agent: ", stringify!($method)));
+            let answered = client.$method(context::with_timeout(0), $request).await;
+            fault::point(concat!("the agent has answered: ", stringify!($method)));
+            match answered {
                 Ok(answer) => Ok(answer),
                 Err(error) => Err(agent.failed(number, request, error).await),
             }

@@ -32,6 +32,11 @@ impl<T: Send + 'static> OffThread<T> {
         Self(Some(value))
     }
 
+    /// The value, as long as it has not ended.
+    pub fn get(&self) -> Option<&T> {
+        self.0.as_ref()
+    }
+
     /// The value, whose end is its new owner's business.
     pub fn into_inner(mut self) -> Option<T> {
         self.0.take()

@@ -22,8 +22,9 @@ use protobuf::Message;
 use sha2::{Digest, Sha256};
 
 use crate::{
+    fault,
     flags::Flags,
-    mount,
+    mount, own_file,
     spec::{Role, SpecError, role_in},
 };
 
@@ -91,6 +92,7 @@ pub struct Serve {
 /// the other one, which has answered containerd, with `None`.
 pub fn start(flags: &Flags) -> Result<Option<Serve>, BootstrapError> {
     let params = read_params(flags)?;
+    fault::point("start: parameters read");
     let role = role_in(Path::new(""))?;
     let sandbox = match &role {
         Role::Alone | Role::Sandbox => &flags.id,
@@ -111,6 +113,7 @@ pub fn start(flags: &Flags) -> Result<Option<Serve>, BootstrapError> {
         answer(&address, params.protocol)?;
         return Ok(None);
     };
+    fault::point("start: listening");
     let serve = Serve {
         listener,
         socket: socket.clone(),
@@ -124,7 +127,10 @@ pub fn start(flags: &Flags) -> Result<Option<Serve>, BootstrapError> {
         .and_then(|()| mount::isolate().map_err(BootstrapError::Namespace))
         .and_then(|()| daemonize());
     match started {
-        Ok(ForkResult::Child) => Ok(Some(serve)),
+        Ok(ForkResult::Child) => {
+            fault::point("start: the serving process");
+            Ok(Some(serve))
+        }
         Ok(ForkResult::Parent { .. }) => answer(&address, params.protocol).map(|()| None),
         Err(error) => {
             let _ = std::fs::remove_file(&socket);
@@ -212,7 +218,7 @@ fn listen(path: &Path) -> io::Result<Option<UnixListener>> {
 /// containerd finds the shim again by this file after a restart.
 fn write_address(address: &str) -> io::Result<()> {
     let new = format!(".{ADDRESS_FILE}");
-    std::fs::write(&new, address)?;
+    own_file::write(Path::new(&new), address)?;
     std::fs::rename(&new, ADDRESS_FILE)
 }
 

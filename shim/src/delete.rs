@@ -15,8 +15,9 @@ use crate::{
     bootstrap::ADDRESS_FILE,
     config::Config,
     events::timestamp,
+    fault,
     flags::Flags,
-    hooks,
+    hooks, own_file,
     process::Exit,
     process_id::ProcessId,
     sandbox::{self, Member},
@@ -46,7 +47,7 @@ pub fn note(bundle: &Path, dir: &Path) {
     let path = bundle.join(NOTE_FILE);
     let written = ProcessId::of_self().and_then(|shim| {
         let note = Note { dir: dir.to_owned(), shim };
-        fs::write(&path, serde_json::to_vec(&note)?)
+        own_file::write(&path, serde_json::to_vec(&note)?)
     });
     if let Err(error) = written {
         log::warn!("{}: {error}", path.display());
@@ -79,6 +80,7 @@ pub fn delete(flags: &Flags) -> DeleteResponse {
 fn clean_up(flags: &Flags) {
     let bundle = if flags.bundle.as_os_str().is_empty() { Path::new(".") } else { &flags.bundle };
     let note = read_note(bundle).ok();
+    fault::point("delete: note read");
     if let Ok(Role::Member { sandbox }) = role_in(bundle) {
         return end_member(flags, &sandbox, note.as_ref(), bundle);
     }
@@ -89,6 +91,7 @@ fn clean_up(flags: &Flags) {
             log::warn!("{} stays: it is not of this bundle's shim", dir.display());
         }
     }
+    fault::point("delete: sandbox removed");
     hooks::after_dead_shim(bundle, &flags.id);
     if let Ok(address) = fs::read_to_string(bundle.join(ADDRESS_FILE)) {
         let socket = address.trim();

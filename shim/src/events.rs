@@ -36,6 +36,8 @@ use ttrpc::{
     context,
 };
 
+use crate::fault;
+
 /// How many events may wait for a containerd that is away; what must arrive waits
 /// beyond that.
 const QUEUE_LEN: usize = 1024;
@@ -154,6 +156,7 @@ impl Events {
             ..Default::default()
         });
         queue.added.notify_one();
+        fault::point(E::TOPIC);
     }
 
     /// Says that containerd has been heard of: what waits is tried at once.

@@ -35,7 +35,7 @@ use tokio::{
 };
 
 use crate::{
-    mount,
+    mount, own_file,
     process_id::pidfd_open,
     spec::{Bundle, Hook, HostHooks},
 };
@@ -113,7 +113,7 @@ impl Hooks {
     /// [`Hooks::after_stop`] is due.
     pub async fn before_create(&self, pid: u32) -> Result<(), HookError> {
         if !self.hooks.poststop.is_empty()
-            && let Err(error) = File::create(self.bundle.join(DUE_FILE))
+            && let Err(error) = own_file::create(&self.bundle.join(DUE_FILE))
         {
             log::warn!("{}: {error}", self.bundle.join(DUE_FILE).display());
         }

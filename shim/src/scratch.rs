@@ -13,11 +13,11 @@
 
 use std::{
     ffi::OsString,
-    fs::{self, DirBuilder, File, OpenOptions},
+    fs::{self, DirBuilder, File},
     io,
     os::{
         fd::{AsFd, AsRawFd},
-        unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt},
+        unix::fs::{DirBuilderExt, FileExt},
     },
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -30,7 +30,10 @@ use nix::{
 };
 use tokio::sync::oneshot;
 
-use crate::rootfs::{Layer, snapshot_dir};
+use crate::{
+    own_file,
+    rootfs::{Layer, snapshot_dir},
+};
 
 /// The program that makes file systems (e2fsprogs).
 pub const MKFS: &str = "mkfs.ext4";
@@ -65,9 +68,17 @@ pub enum ScratchError {
         #[source]
         source: io::Error,
     },
-    /// No file system can be made.
+    /// There is nothing to make a file system with.
     #[error("scratch.backing: \"block\" needs mkfs.ext4 (package e2fsprogs), \"tmpfs\" does not: {0}")]
-    MakeFileSystem(String),
+    NoMkfs(#[source] io::Error),
+    /// No file system can be made.
+    #[error("scratch: making a file system in {}: {said}", path.display())]
+    MakeFileSystem {
+        /// Where.
+        path: PathBuf,
+        /// What mkfs.ext4 says of it.
+        said: String,
+    },
     /// The thread that prepares it.
     #[error("scratch: its thread: {0}")]
     Thread(#[source] io::Error),
@@ -146,7 +157,7 @@ fn prepare(size_bytes: u64, cache_dir: &Path, dir: &Path) -> Result<PathBuf, Scr
 /// the disk before the host crashed has nothing in it that did.
 fn is_file_system(path: &Path) -> bool {
     let mut magic = [0; 2];
-    File::open(path).and_then(|file| file.read_exact_at(&mut magic, MAGIC_AT)).is_ok() && magic == MAGIC
+    own_file::open(path).and_then(|file| file.read_exact_at(&mut magic, MAGIC_AT)).is_ok() && magic == MAGIC
 }
 
 fn create(path: &Path, size_bytes: u64, cache_dir: &Path) -> Result<(), ScratchError> {
@@ -178,7 +189,7 @@ fn make_template(path: &Path, size_bytes: u64) -> Result<(), ScratchError> {
 }
 
 fn make_file_system(path: &Path, size_bytes: u64) -> Result<(), ScratchError> {
-    create_file(path).and_then(|file| file.set_len(size_bytes)).map_err(failed(path))?;
+    own_file::create(path).and_then(|file| file.set_len(size_bytes)).map_err(failed(path))?;
     let mut command = Command::new(MKFS);
     command
         .args(["-q", "-F", "-b", "4096", "-I", "256", "-i", "16384", "-m", "0", "-O", FEATURES])
@@ -188,13 +199,14 @@ fn make_file_system(path: &Path, size_bytes: u64) -> Result<(), ScratchError> {
         .env("PATH", search_path())
         .env("MKE2FS_CONFIG", "/dev/null")
         .stdin(Stdio::null());
-    let output = command.output().map_err(|error| ScratchError::MakeFileSystem(error.to_string()))?;
+    let output = command.output().map_err(ScratchError::NoMkfs)?;
     if output.status.success() {
         return Ok(());
     }
     let text = String::from_utf8_lossy(&output.stderr);
     let said: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-    Err(ScratchError::MakeFileSystem(format!("{}: {}", output.status, said.join("; "))))
+    let said = format!("{}: {}", output.status, said.join("; "));
+    Err(ScratchError::MakeFileSystem { path: path.to_owned(), said })
 }
 
 /// Where [`MKFS`] is looked for: containerd's `PATH` may lack the administrator's
@@ -205,14 +217,10 @@ pub fn search_path() -> OsString {
     path
 }
 
-fn create_file(path: &Path) -> io::Result<File> {
-    OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)
-}
-
 /// Copies a file without its holes, or lets both share their blocks where the
 /// host's file system can. `Unsupported` where holes cannot be told from data.
 fn copy_sparse(from: &Path, to: &Path) -> io::Result<()> {
-    let (source, target) = (File::open(from)?, create_file(to)?);
+    let (source, target) = (own_file::open(from)?, own_file::create(to)?);
     // SAFETY: FICLONE takes a descriptor and touches no memory.
     if unsafe { libc::ioctl(target.as_raw_fd(), libc::FICLONE, source.as_raw_fd()) } == 0 {
         return Ok(());

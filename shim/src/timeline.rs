@@ -7,6 +7,8 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
+use crate::fault;
+
 /// One step of a start.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Step {
@@ -37,6 +39,7 @@ impl Timeline {
     /// Notes that a step is done now.
     pub fn mark(&self, name: &str) {
         self.mark_at(name, self.begin.elapsed());
+        fault::point(name);
     }
 
     /// Notes that a step was done `after` the beginning.

@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use rvm_tests::{case, config::ConfigFile, ctr::Run, job::Finished, scale, world::World};
 
 /// The error is one line of `ctr`'s and holds every word of `words`.
-fn refused(finished: &Finished, words: &[&str]) -> Result<()> {
+pub fn refused(finished: &Finished, words: &[&str]) -> Result<()> {
     println!("{finished}");
     ensure!(finished.code() != 0, "not refused: {finished}");
     let errors = finished.errors();
@@ -25,7 +25,7 @@ fn configured(world: &World, config: &ConfigFile) -> Result<(Run, String)> {
 }
 
 /// Runs `true` under a configuration, which must be refused.
-fn refused_config(world: &World, config: &ConfigFile, words: &[&str]) -> Result<Finished> {
+pub fn refused_config(world: &World, config: &ConfigFile, words: &[&str]) -> Result<Finished> {
     let (run, path) = configured(world, config)?;
     let finished = run.run(&["true"]);
     std::fs::remove_file(path)?;

@@ -195,7 +195,7 @@ fn limits_are_a_containers() {
 #[test]
 fn a_pods_processes_have_a_limit_together() {
     const SPAWN: &str =
-        "n=0; while [ $n -lt $1 ] && sleep 100000 & do n=$((n + 1)); echo $n > /tmp/n; done; wait";
+        "n=0; while [ $n -lt $1 ]; do sleep 100000 & n=$((n + 1)); echo $n > /tmp/n; done; wait";
     same(|cri, seen| {
         let limit = "cd /sys/fs/cgroup; echo +pids > cgroup.subtree_control; cd kubepods; \
                      echo +pids > cgroup.subtree_control; echo 60 > pod-processes/pids.max";

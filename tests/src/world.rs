@@ -163,6 +163,11 @@ impl World {
         self.dir().join("config.toml")
     }
 
+    /// Where shims of the tests' build look for what is to happen to them (`rvm_shim::fault`).
+    pub fn fault_path(&self) -> PathBuf {
+        self.dir().join("fault")
+    }
+
     /// Writes that configuration.
     ///
     /// # Errors
@@ -278,6 +283,7 @@ impl World {
         command
             .env("NOTIFY_SOCKET", &notify_path)
             .env("RVM_CONFIG", self.config_path())
+            .env("RVM_FAULT", self.fault_path())
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);

@@ -60,6 +60,8 @@ pub enum BuildError {
     Console { path: PathBuf, source: io::Error },
     #[error("/proc/self/smaps")]
     Smaps(#[source] io::Error),
+    #[error("starting a thread")]
+    Thread(#[source] io::Error),
     #[error("serial console")]
     Serial(#[source] IrqError),
     #[error("vsock")]
@@ -147,11 +149,14 @@ pub fn build(opened: Opened, timeline: Arc<Timeline>) -> Result<Machine, BuildEr
     // the memory is filled meanwhile.
     let devices = Devices { vsock, shares, disks, nets: std::mem::take(&mut config.nets), console };
     let vmm = std::thread::scope(|scope| {
-        let taken = scope.spawn(|| vm.set_memory(&memory));
-        let loaded = scope.spawn(|| match &snapshot {
+        // A host has no more processes left now and then.
+        let thread = std::thread::Builder::new;
+        let taken = thread().spawn_scoped(scope, || vm.set_memory(&memory)).map_err(BuildError::Thread)?;
+        let load = || match &snapshot {
             Some(snapshot) => snapshot.map_memory(&memory).map(|()| None).map_err(BuildError::from),
             None => load_guest(&config, &memory).map(Some),
-        });
+        };
+        let loaded = thread().spawn_scoped(scope, load).map_err(BuildError::Thread)?;
         let loaded = || joined(loaded).inspect(|_| timeline.reached("guest_loaded"));
         let built = build_on(&config, devices, (&host, &vm), &memory, loaded, &timeline);
         joined(taken)?;

@@ -308,6 +308,10 @@ fn static_build(name: &str, profile: Profile, packages: &[&str]) -> Result<PathB
     cargo_build(name, profile, packages, |command| {
         command.env("RUSTFLAGS", flags.trim()).args(["--target", STATIC_TARGET]);
         command.arg("--target-dir").arg(&target_dir);
+        if profile == Profile::Fast && packages == HOST_PACKAGES {
+            // Tests choose where something dies.
+            command.args(["--features", "rvm-shim/faults"]);
+        }
     })?;
     Ok(target_dir.join(STATIC_TARGET).join(profile.as_str()))
 }

@@ -149,6 +149,8 @@ fn apt_get(arguments: &[&str]) -> Result<()> {
         .env("DEBIAN_FRONTEND", "noninteractive")
         .args(["-q", "-o", "Dpkg::Use-Pty=0"])
         .args(arguments)
+        // What a command prints for a program to read has nothing of this in it.
+        .stdout(std::io::stderr())
         .status()
         .with_context(|| format!("run {}", command.get_program().display()))?;
     if !status.success() {

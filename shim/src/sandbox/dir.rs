@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{SandboxError, network, record::MEMBERS};
-use crate::{mount, mountinfo::MountTable, name, share, state::State};
+use crate::{mount, mountinfo::MountTable, name, own_file, share, state::State};
 
 /// Name of the share in the directory.
 pub const SHARE: &str = "share";
@@ -38,6 +38,10 @@ impl SandboxDir {
         let failed = |source| SandboxError::Directory { path: path.clone(), source };
         let exists = || SandboxError::Exists { namespace: namespace.into(), id: id.into() };
         match make(&path) {
+            // A link, or a file: nothing of ours, and what it leads to is not looked at.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && !own_file::is_own_dir(&path) => {
+                fs::remove_file(&path).and_then(|()| make(&path)).map_err(failed)?;
+            }
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 if is_held(&path) || State::read(&path).is_ok_and(|state| state.is_alive()) {
                     return Err(exists());
@@ -106,6 +110,9 @@ fn is_still(path: &Path, dir: &File) -> bool {
 /// Ends and removes what is left of the sandbox in `dir`: processes, mounts,
 /// files. It is fine that there is nothing.
 pub fn clean_up(dir: &Path) {
+    if !own_file::is_own_dir(dir) {
+        return;
+    }
     if let Ok(state) = State::read(dir) {
         state.kill();
         state.cgroups.remove();

@@ -25,6 +25,7 @@ use crate::{
     cgroup::HostCgroup,
     clock::Keeper,
     config::Config,
+    fault,
     process_id::ProcessId,
     share,
     spec::Users,
@@ -92,6 +93,7 @@ impl Boot {
         let namespace = network.namespace().as_fd();
         let monitor =
             Monitor::spawn(&config.host.monitor, path, cgroup, namespace, plan.oom_score_adj, &named)?;
+        fault::monitor_is(monitor.id().pid);
         timeline.mark("monitor spawned");
         Ok(Self {
             monitor,

@@ -50,6 +50,7 @@ use crate::{
     cgroup::{Ceiling, Hierarchies, HostCgroup},
     clock::Keeper,
     config::Config,
+    fault,
     process_id::ProcessId,
     relay::Relay,
     rootfs::Layer,
@@ -62,6 +63,9 @@ use crate::{
 
 /// How long what a sandbox has on the host may take to be removed, while somebody waits.
 const CLOSE_LIMIT: Duration = Duration::from_secs(10);
+/// Said of a machine's end where the host's kernel has killed a process of its cgroup for want of memory.
+const KILLED_FOR_MEMORY: &str =
+    "; the host killed it for want of memory (memory.max of its cgroup, or of one above)";
 /// The guest's console in the sandbox's directory.
 pub const CONSOLE_LOG: &str = "console.log";
 
@@ -170,6 +174,16 @@ impl Base {
         ))
     }
 
+    /// Removes what there is. Returns why it did not start, with what the host knows of that.
+    async fn failed(self, error: SandboxError) -> SandboxError {
+        let killed = self.owned.get().is_some_and(|owned| owned.cgroup.oom_kills() > 0);
+        self.owned.end().await;
+        match error {
+            SandboxError::Ended(reason) if killed => SandboxError::Ended(reason + KILLED_FOR_MEMORY),
+            error => error,
+        }
+    }
+
     /// The sandbox, whose agent has set it up.
     fn with(self, machine: Machine) -> Sandbox {
         let Self { first, shm, users, pinned, timeline, sizing, host, owned } = self;
@@ -216,10 +230,7 @@ impl Sandbox {
         };
         let (machine, preparing) = match started.await {
             Ok(started) => started,
-            Err(error) => {
-                base.owned.end().await;
-                return Err(error);
-            }
+            Err(error) => return Err(base.failed(error).await),
         };
         let sandbox = Arc::new(base.with(machine));
         match sandbox.attach(preparing).await {
@@ -243,10 +254,7 @@ impl Sandbox {
         let (base, boot) = Base::begin(config, plan, network, timeline)?;
         match boot.agent().await {
             Ok(agent) => Ok(Arc::new(base.with(boot.machine(agent)))),
-            Err(error) => {
-                base.owned.end().await;
-                Err(error)
-            }
+            Err(error) => Err(base.failed(error).await),
         }
     }
 
@@ -284,7 +292,7 @@ impl Sandbox {
     pub async fn ended(&self) -> String {
         let reason = self.machine.ended().await;
         match self.killed_for_memory() {
-            true => format!("{reason}; the host killed it for want of memory (memory.max of its cgroup)"),
+            true => reason + KILLED_FOR_MEMORY,
             false => reason,
         }
     }
@@ -385,7 +393,9 @@ impl Sandbox {
     /// Ends the sandbox and removes what it has on the host. Calling it again
     /// does nothing.
     pub async fn close(&self) {
+        fault::point("to end the machine");
         self.machine.end(self.must_flush.load(Ordering::Relaxed)).await;
+        fault::point("the machine has ended");
         let owned = self.owned().take();
         if timeout(CLOSE_LIMIT, off_thread(move || drop(owned))).await.is_err() {
             let dir = self.dir().display();
@@ -394,6 +404,7 @@ impl Sandbox {
                 CLOSE_LIMIT.as_secs()
             );
         }
+        fault::point("the sandbox is removed");
     }
 
     /// Whether [`Sandbox::close`] has removed it.

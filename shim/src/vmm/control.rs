@@ -18,6 +18,8 @@ use tokio::{io::Interest, net::UnixDatagram, sync::Mutex, time::timeout};
 
 use super::MonitorError;
 
+use crate::fault;
+
 /// How long the monitor may take for any request: it does them on a thread of
 /// their own, none of which waits for the guest.
 pub const LIMIT: Duration = Duration::from_secs(10);
@@ -155,7 +157,10 @@ impl Control {
                 log::debug!("the monitor answers call {} late: {:?}", reply.id, reply.response);
             }
         };
-        match timeout(limit, answered).await {
+        fault::point(format_args!("to ask the monitor: {name}"));
+        let answered = timeout(limit, answered).await;
+        fault::point(format_args!("the monitor has answered: {name}"));
+        match answered {
             Ok(Ok(Response::Error { message })) => Err(MonitorError::Refused(message)),
             Ok(answer) => answer.map_err(|source| MonitorError::Control { request: name, source }),
             Err(_) => Err(MonitorError::TimedOut { request: name, limit }),

@@ -98,6 +98,9 @@ const RING0: &str = "ring0::";
 /// Module of the cases that do the same many times.
 const SOAK: &str = "soak::";
 
+/// What the names of the cases begin with in which something dies at each of many points.
+const EVERY_FAULT: &str = "faults::every";
+
 /// Module of the cases for a host with several processors.
 const PROCESSORS: &str = "processors::";
 
@@ -155,7 +158,7 @@ impl Selection {
     /// What the arguments ask for: without a filter the gate's, which leaves out what takes long.
     fn of(args: &Args) -> Self {
         let gate = args.filter.is_empty() && !args.all;
-        let mut without = if gate { vec![RING0, SOAK, DOCKER_SESSION] } else { vec![RING0] };
+        let mut without = if gate { vec![RING0, SOAK, DOCKER_SESSION, EVERY_FAULT] } else { vec![RING0] };
         if args.cpus < 2 {
             without.push(PROCESSORS);
         }
@@ -235,7 +238,18 @@ pub fn run(args: Args) -> Result<()> {
         parts.act("formatting", || cargo(&["fmt", "--all", "--check"]).into());
         // What compiling the tests takes, and so linting them.
         parts.act("packages", || packages::ensure(&[Purpose::Build]).map(|()| String::new()).into());
-        let lints = ["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"];
+        let lints = [
+            "clippy",
+            "--workspace",
+            "--all-targets",
+            // What tests run of the shim.
+            "--features",
+            "rvm-shim/faults",
+            "--quiet",
+            "--",
+            "-D",
+            "warnings",
+        ];
         parts.act("clippy", || cargo(&lints).into());
         // No test of the workspace's, so not among all its targets.
         let lints = ["clippy", "--package", "rvm-tests", "--test", "e2e", "--quiet", "--", "-D", "warnings"];

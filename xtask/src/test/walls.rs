@@ -21,8 +21,9 @@ const ATTACKS: [&str; 3] = ["jail::", "hostile::", "volumes::device_nodes_are_th
 
 /// Cases in which something dies, is missing, is full or does not answer: those of the table in
 /// `docs/specification.md`.
-const FAULTS: [&str; 23] = [
+const FAULTS: [&str; 25] = [
     "death::",
+    "faults::",
     "failures::",
     "dead_storage::",
     "clock::",
@@ -43,6 +44,7 @@ const FAULTS: [&str; 23] = [
     "network::what_cannot_be_and_what_dies_leaves_nothing",
     "pods::",
     "sandbox_api::",
+    "shortage::",
     "scratch::a_full_scratch_says_so_and_goes_on",
     "scratch::a_killed_sandbox_leaves_a_file_system_that_mounts_again",
 ];
@@ -60,7 +62,7 @@ pub fn run(args: &WallsArgs) -> Result<()> {
     let select = |name: &str, cases: &[&str]| Selection {
         name: name.to_owned(),
         filters: cases.iter().map(|&case| case.to_owned()).collect(),
-        ..Selection::of(&Args { shards: args.shards, ..Args::default() })
+        ..Selection::of(&Args { shards: args.shards, cpus: e2e::CPUS, ..Args::default() })
     };
     end_to_end(&select("attacks", &ATTACKS), &mut parts);
     let attacks = parts.tally();
