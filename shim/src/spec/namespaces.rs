@@ -231,7 +231,7 @@ fn joined(
         ),
         "net" => return sandboxs_network(at, path, pod),
         "user" => return users_of_the_host(at, path, pod),
-        "ipc" | "uts" if pod.pinned != Pinned::Refused => return pinned_one(at, path, (kind, link), pod),
+        "ipc" | "uts" if pod.pinned.any() => return pinned_one(at, path, (kind, link), pod),
         "ipc" | "pid" => format!(
             "{given} is a namespace of the host's kernel, which the container does not run on; containers of \
              one pod share theirs (Docker: --{link} container: only under one kernel)"

@@ -131,6 +131,17 @@ pub enum Pinned {
     Those(Vec<HostNamespace>),
 }
 
+impl Pinned {
+    /// Whether one may be named.
+    pub(super) fn any(&self) -> bool {
+        match self {
+            Self::Refused => false,
+            Self::Any => true,
+            Self::Those(known) => !known.is_empty(),
+        }
+    }
+}
+
 /// A namespace of the host's kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HostNamespace {

@@ -222,6 +222,10 @@ fn namespaces_made_for_a_pod_are_the_sandboxs() {
     assert_eq!(load(&pod, "container", stands_for).unwrap().container.namespaces[3], ipc);
     let error = load(&pod, "container", "/proc/self/ns/net").unwrap_err();
     assert!(error.contains("is not the namespace that the pod was made with"), "{error}");
+    // A pod that was made without any.
+    let pod = Pod { pinned: Pinned::Those(Vec::new()), ..pod };
+    let error = load(&pod, "container", stands_for).unwrap_err();
+    assert!(error.contains("is a namespace of the host's kernel"), "{error}");
     let error = load(&Pod::default(), "sandbox", "/proc/self/ns/ipc").unwrap_err();
     assert!(
         error.starts_with("linux.namespaces[3].path: not supported") && error.contains("hostIPC"),
