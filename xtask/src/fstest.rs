@@ -62,7 +62,28 @@ fn tools() -> Result<PathBuf> {
         let _ = std::fs::remove_file(&link);
         std::os::unix::fs::symlink(root.join("bin").join(name), &link)?;
     }
+    sleep(&dir)?;
     Ok(dir)
+}
+
+/// Compiles a program that sleeps whatever it is called. pjdfstest runs a copy of `sleep` under another name, and the
+/// container's is one of busybox's, which ends at once then: whether it still runs when it is tried is chance.
+fn sleep(dir: &Path) -> Result<()> {
+    const SOURCE: &str = "fn main() { std::thread::sleep(std::time::Duration::from_secs(10)) }\n";
+    let (source, program) = (dir.join("sleep.rs"), dir.join("sleep"));
+    if program.exists() {
+        return Ok(());
+    }
+    std::fs::write(&source, SOURCE)?;
+    let status = Command::new(std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()))
+        .args(["-O", "--target", TARGET, "-C", "target-feature=+crt-static", "-o"])
+        .args([&program, &source])
+        .status()
+        .context("run rustc")?;
+    if !status.success() {
+        bail!("rustc {} failed ({status})", source.display());
+    }
+    Ok(())
 }
 
 fn install(name: &str, version: &str, root: &Path) -> Result<()> {

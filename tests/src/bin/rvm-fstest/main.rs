@@ -64,7 +64,7 @@ fn compare(world: &World, tools: &std::path::Path, operations: u32, patterns: &[
     let dir = world.dir().join("fstest");
     // A file system as hosts have it: not every kernel's tmpfs knows `user.*`.
     shell(&format!(
-        "mkdir -p {0}/tools {0}/volume; cp {1}/pjdfstest {1}/fsx {0}/tools/; truncate -s 512M {0}/disk; \
+        "mkdir -p {0}/tools {0}/volume; cp {1}/pjdfstest {1}/fsx {1}/sleep {0}/tools/; truncate -s 512M {0}/disk; \
          /sbin/mkfs.ext4 -q -F {0}/disk; mount -o loop {0}/disk {0}/volume; chmod 755 {0}/volume",
         dir.display(),
         tools.display()
@@ -80,7 +80,7 @@ fn all(world: &World, dir: &std::path::Path, operations: u32, patterns: &[String
     let mut wrong = 0;
     for (place, path) in PLACES {
         let script = format!(
-            "mkdir -p {path} && cd {path} && /tools/pjdfstest -c /tools/pjdfstest.toml -p {path} {}",
+            "export PATH=/tools:$PATH; mkdir -p {path} && cd {path} && /tools/pjdfstest -c /tools/pjdfstest.toml -p {path} {}",
             patterns.join(" ")
         );
         let mut results = Vec::new();
