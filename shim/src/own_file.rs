@@ -7,6 +7,8 @@ use std::{
     path::Path,
 };
 
+use nix::unistd::geteuid;
+
 /// Makes a file that only its owner may open, in the place of whatever is at `path`.
 pub fn create(path: &Path) -> io::Result<File> {
     match fs::remove_file(path) {
@@ -26,9 +28,7 @@ pub fn write(path: &Path, content: impl AsRef<[u8]>) -> io::Result<()> {
 pub fn open(path: &Path) -> io::Result<File> {
     let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path)?;
     let found = file.metadata()?;
-    // SAFETY: takes and changes nothing.
-    let own = unsafe { libc::geteuid() };
-    if found.is_file() && found.nlink() == 1 && found.uid() == own {
+    if found.is_file() && found.nlink() == 1 && found.uid() == geteuid().as_raw() {
         return Ok(file);
     }
     Err(io::Error::new(io::ErrorKind::PermissionDenied, "is not a file of this user's alone"))
@@ -36,9 +36,7 @@ pub fn open(path: &Path) -> io::Result<File> {
 
 /// Whether there is a directory of this user's at `path`, and not a link to one.
 pub fn is_own_dir(path: &Path) -> bool {
-    // SAFETY: takes and changes nothing.
-    let own = unsafe { libc::geteuid() };
-    fs::symlink_metadata(path).is_ok_and(|found| found.is_dir() && found.uid() == own)
+    fs::symlink_metadata(path).is_ok_and(|found| found.is_dir() && found.uid() == geteuid().as_raw())
 }
 
 #[cfg(test)]

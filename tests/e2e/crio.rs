@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 use rvm_tests::{
     bare::Bare,
     bundle, case,
+    pod_shim::said,
     sandbox::Sandbox,
     world::{World, shell},
 };
@@ -158,8 +159,4 @@ fn the_hosts_namespaces_make_no_pod() {
         first.shut_down()?;
         Ok(())
     });
-}
-
-fn said(status: containerd_shim_protos::ttrpc::Status) -> anyhow::Error {
-    anyhow::anyhow!("{}", status.message)
 }

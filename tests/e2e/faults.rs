@@ -1,5 +1,5 @@
 //! Deaths at points that are chosen by a counter: each point that a shim passes from `start` to `delete` is once where it is
-//! killed, where its monitor is, and where containerd is; and where each stands still for a while.
+//! killed, where its monitor is, and where containerd is.
 
 use std::{path::PathBuf, time::Instant};
 

@@ -202,6 +202,7 @@ mod tests {
         assert_eq!(tally.failures, ["a::b", "a::c (did not end)", "a::d (did not run)"]);
         assert_eq!(ended.len(), 2);
     }
+
     #[test]
     fn comparisons_add_up() {
         let text =
