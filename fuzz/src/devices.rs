@@ -304,9 +304,9 @@ fn blocks(input: &mut Input<'_>) -> Vec<u8> {
 
 /// Requests to plug memory.
 pub fn mem(data: &[u8]) {
-    let shape = memory::Shape { boot: 2 << 20, more: 64 << 20, huge_pages: false };
+    let shape = memory::Shape { boot: 2 << 20, more: 64 << 20, ..memory::Shape::default() };
     let Ok(memory) = memory::create_shaped(shape) else { return };
-    let mut device = Mem::new(&memory);
+    let mut device = Mem::new(&memory, memory::Room::Memory);
     drive(&mut device, &[0], blocks, data);
 }
 

@@ -36,6 +36,11 @@ pub struct VmConfig {
     /// It costs nothing until it is asked for ([`Request::SetHotplugMemory`]).
     #[serde(default)]
     pub hotplug_memory_mib: u64,
+    /// How much of the host's huge pages of 2 MiB (hugetlbfs) can be plugged in beside that,
+    /// in MiB, a multiple of 128. None is taken or reserved until it is asked for
+    /// ([`Request::SetHugetlbMemory`]).
+    #[serde(default)]
+    pub hugetlb_memory_mib: u64,
     /// Whether the host may put pages of 2 MiB behind guest memory, where it has
     /// some: fewer exits and faster translations, but the guest's first byte in
     /// each takes all of it.
@@ -299,6 +304,13 @@ pub enum Request {
         /// MiB, a multiple of 2, at most [`VmConfig::hotplug_memory_mib`].
         mib: u64,
     },
+    /// The same of the host's huge pages, by a device of their own. A page is taken from the
+    /// host's pool when the guest plugs it in; where there is none left, the guest gets no more
+    /// ([`Metrics::hugetlb_plugged_bytes`]).
+    SetHugetlbMemory {
+        /// MiB, a multiple of 2, at most [`VmConfig::hugetlb_memory_mib`].
+        mib: u64,
+    },
 }
 
 /// The answer to a [`Request`].
@@ -327,7 +339,10 @@ pub struct Metrics {
     pub memory_bytes: u64,
     /// Of that, what the guest has plugged in since it runs.
     pub memory_plugged_bytes: u64,
-    /// Guest memory resident on the host, in bytes.
+    /// Of that too, the host's huge pages.
+    #[serde(default)]
+    pub hugetlb_plugged_bytes: u64,
+    /// Guest memory resident on the host, in bytes; the host counts its huge pages apart.
     pub memory_resident_bytes: u64,
     /// The virtio-net devices, by slot.
     #[serde(default)]

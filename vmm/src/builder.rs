@@ -131,6 +131,7 @@ pub fn open(config: CheckedConfig, snapshot: Option<File>, any_kvm: bool) -> Res
     let memory = memory::create_shaped(Shape {
         boot: vm.memory_mib << 20,
         more: vm.hotplug_memory_mib << 20,
+        hugetlb: vm.hugetlb_memory_mib << 20,
         huge_pages: vm.huge_pages,
     })?;
     Ok(Opened { config, snapshot, host, memory, vsock, shares, disks, console, socket })

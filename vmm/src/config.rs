@@ -135,12 +135,17 @@ pub fn check(mut vm: VmConfig) -> Result<CheckedConfig, ConfigError> {
         let problem = format!("{} given; must be {MIN_MEMORY_MIB} to {MAX_MEMORY_MIB}", vm.memory_mib);
         return wrong("memory_mib", problem);
     }
-    let (hotplug, block) = (vm.hotplug_memory_mib, MEMORY_BLOCK >> 20);
-    let most = MAX_MEMORY_MIB - vm.memory_mib;
-    if hotplug > most || !hotplug.is_multiple_of(block) {
-        let problem =
-            format!("{hotplug} given; must be a multiple of {block} up to {most} beside memory_mib");
-        return wrong("hotplug_memory_mib", problem);
+    let block = MEMORY_BLOCK >> 20;
+    let mut most = MAX_MEMORY_MIB - vm.memory_mib;
+    for (field, hotplug) in
+        [("hotplug_memory_mib", vm.hotplug_memory_mib), ("hugetlb_memory_mib", vm.hugetlb_memory_mib)]
+    {
+        if hotplug > most || !hotplug.is_multiple_of(block) {
+            let problem =
+                format!("{hotplug} given; must be a multiple of {block} up to {most} beside memory_mib");
+            return wrong(field, problem);
+        }
+        most -= hotplug;
     }
     if let Some(problem) = beyond_reach(&vm, Vendor::address_bits()) {
         return wrong("memory_mib", problem);
@@ -184,14 +189,19 @@ pub fn check(mut vm: VmConfig) -> Result<CheckedConfig, ConfigError> {
 
 /// What is wrong with memory that addresses of `bits` do not reach.
 fn beyond_reach(vm: &VmConfig, bits: u32) -> Option<String> {
-    let end = layout::end_of_addresses(vm.memory_mib << 20, vm.hotplug_memory_mib << 20);
+    let end = layout::end_of_addresses(
+        vm.memory_mib << 20,
+        vm.hotplug_memory_mib << 20,
+        vm.hugetlb_memory_mib << 20,
+    );
     let reach = 1u64.checked_shl(bits).unwrap_or(u64::MAX);
     (end > reach).then(|| {
         format!(
-            "{} and hotplug_memory_mib {} given; this CPU's addresses have {bits} bits, so both and the room \
-             between them must end below {} MiB",
+            "{}, hotplug_memory_mib {} and hugetlb_memory_mib {} given; this CPU's addresses have {bits} bits, so \
+             all and the room between them must end below {} MiB",
             vm.memory_mib,
             vm.hotplug_memory_mib,
+            vm.hugetlb_memory_mib,
             reach >> 20
         )
     })

@@ -20,21 +20,27 @@ use crate::devices::virtio::blk::{Blk, BlkError};
 use crate::devices::virtio::mem::{BLOCK_BYTES, Mem, MemControl};
 use crate::devices::virtio::net::{Net, NetControl, NetError};
 use crate::kvm::{KvmError, Vm};
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, Room};
 use crate::pci::PciBus;
 use crate::pci::virtio::function::{self, FunctionError};
 
-/// Pieces in which KVM gets the region, at most: each is a slot of its own, since
+/// Pieces in which KVM gets a region, at most: each is a slot of its own, since
 /// one that the guest uses cannot be made larger, and KVM had 509 of them in all
-/// before Linux 5.12.
-const MAX_SLOTS: u64 = 256;
+/// before Linux 5.12: for two regions, and what the machine starts with.
+const MAX_SLOTS: u64 = 252;
 
 /// Why something was not plugged in.
 #[derive(Debug, Error)]
 pub enum HotplugError {
     /// More than there is room for, or part of a block.
-    #[error("mib: {mib} given; must be a multiple of {block} up to {most} (hotplug_memory_mib)", block = BLOCK_BYTES >> 20)]
+    #[error(
+        "mib: {mib} given; must be a multiple of {block} up to {most} ({})",
+        if *room == Room::Memory { "hotplug_memory_mib" } else { "hugetlb_memory_mib" },
+        block = BLOCK_BYTES >> 20
+    )]
     Size {
+        /// Of what.
+        room: Room,
         /// What was asked for.
         mib: u64,
         /// The largest size.
@@ -92,9 +98,9 @@ pub struct Hotplug {
     disks: HashMap<String, usize>,
     /// The network interfaces on the bus, by slot.
     nets: BTreeMap<u8, NetControl>,
-    /// The memory device, once it was needed.
-    device: Option<MemControl>,
-    /// Slots of KVM's given to it.
+    /// The memory devices, once they were needed.
+    devices: HashMap<Room, MemControl>,
+    /// Slots of KVM's given to them.
     slots: u32,
 }
 
@@ -107,7 +113,7 @@ impl Hotplug {
         disks: HashMap<String, usize>,
         nets: BTreeMap<u8, NetControl>,
     ) -> Self {
-        Self { memory, vm, disks, nets, device: None, slots: 0 }
+        Self { memory, vm, disks, nets, devices: HashMap::new(), slots: 0 }
     }
 
     /// Plugs a disk into `bus`: the open file the request brought.
@@ -180,30 +186,30 @@ impl Hotplug {
     }
 
     /// Bytes the guest has plugged.
-    pub fn plugged_bytes(&self) -> u64 {
-        self.device.as_ref().map_or(0, MemControl::plugged_bytes)
+    pub fn plugged_bytes(&self, room: Room) -> u64 {
+        self.devices.get(&room).map_or(0, MemControl::plugged_bytes)
     }
 
-    /// Offers the guest `mib` MiB beside what it started with, or asks for all
+    /// Offers the guest `mib` MiB of `room` beside what it started with, or asks for all
     /// above that back; plugs the device into `bus` where it is not there yet.
-    pub fn request(&mut self, bus: &PciBus, mib: u64) -> Result<(), HotplugError> {
-        let most = self.memory.growing().map_or(0, |region| region.mapped());
+    pub fn request(&mut self, bus: &PciBus, room: Room, mib: u64) -> Result<(), HotplugError> {
+        let most = self.memory.growing(room).map_or(0, |region| region.mapped());
         let wanted =
             mib.checked_mul(1 << 20).filter(|bytes| *bytes <= most && bytes.is_multiple_of(BLOCK_BYTES));
-        let Some(wanted) = wanted else { return Err(HotplugError::Size { mib, most: most >> 20 }) };
-        let granted = self.grant(wanted)?;
-        let control = match &self.device {
+        let Some(wanted) = wanted else { return Err(HotplugError::Size { room, mib, most: most >> 20 }) };
+        let granted = self.grant(room, wanted)?;
+        let control = match self.devices.get(&room) {
             Some(control) => control.clone(),
             None if wanted == 0 => return Ok(()),
-            None => self.plug_in(bus)?,
+            None => self.plug_in(bus, room)?,
         };
         control.request(granted, wanted).map_err(HotplugError::Interrupt)
     }
 
     /// Lets the guest use at least `wanted` bytes of the region; returns how many
     /// it can use. What it could use before stays so.
-    fn grant(&mut self, wanted: u64) -> Result<u64, KvmError> {
-        let Some(region) = self.memory.growing() else { return Ok(0) };
+    fn grant(&mut self, room: Room, wanted: u64) -> Result<u64, KvmError> {
+        let Some(region) = self.memory.growing(room) else { return Ok(0) };
         let granted = region.len();
         let boot = self.memory.boot_regions().iter().map(GuestMemoryRegion::len).sum();
         let wanted = wanted.next_multiple_of(step(boot, region.mapped())).min(region.mapped());
@@ -213,16 +219,16 @@ impl Hotplug {
         let slot = self.memory.boot_regions().len() as u32 + self.slots;
         self.vm.add_memory(slot, region, granted..wanted)?;
         self.slots += 1;
-        self.memory.grant(wanted);
+        self.memory.grant(room, wanted);
         Ok(wanted)
     }
 
-    fn plug_in(&mut self, bus: &PciBus) -> Result<MemControl, FunctionError> {
-        let device = Box::new(Mem::new(&self.memory));
+    fn plug_in(&mut self, bus: &PciBus, room: Room) -> Result<MemControl, FunctionError> {
+        let device = Box::new(Mem::new(&self.memory, room));
         let control = device.control();
         let slot = function::attach(bus, device, &self.memory, &self.vm)?;
-        log::info!("memory plugged into slot {slot}");
-        self.device = Some(control.clone());
+        log::info!("memory ({room:?}) plugged into slot {slot}");
+        self.devices.insert(room, control.clone());
         Ok(control)
     }
 }
@@ -241,7 +247,7 @@ mod tests {
     use super::*;
     use crate::arch::layout::MEMORY_BLOCK;
     use crate::kvm::Host;
-    use crate::memory::{self, Shape};
+    use crate::memory::{self, Room, Shape};
     use crate::pci::{CONFIG_ADDRESS_PORT, CONFIG_DATA_PORT};
 
     const GIB: u64 = 1 << 30;
@@ -260,18 +266,18 @@ mod tests {
         let bus = PciBus::default();
         let has = |bytes: u64| memory.check_range(GuestAddress(4 * GIB), bytes as usize);
         assert!(!has(1));
-        hotplug.request(&bus, 2).unwrap();
+        hotplug.request(&bus, Room::Memory, 2).unwrap();
         assert!(has(MEMORY_BLOCK) && !has(MEMORY_BLOCK + 1));
-        hotplug.request(&bus, 128).unwrap();
+        hotplug.request(&bus, Room::Memory, 128).unwrap();
         assert_eq!(hotplug.slots, 1);
-        hotplug.request(&bus, 1024).unwrap();
-        hotplug.request(&bus, 0).unwrap();
+        hotplug.request(&bus, Room::Memory, 1024).unwrap();
+        hotplug.request(&bus, Room::Memory, 0).unwrap();
         assert!(has(GIB) && !has(GIB + 1));
-        hotplug.request(&bus, 8192).unwrap();
+        hotplug.request(&bus, Room::Memory, 8192).unwrap();
         assert!(has(8 * GIB));
-        assert_eq!((hotplug.slots, hotplug.plugged_bytes()), (3, 0));
+        assert_eq!((hotplug.slots, hotplug.plugged_bytes(Room::Memory)), (3, 0));
         for mib in [8194, 1, u64::MAX] {
-            let error = hotplug.request(&bus, mib).unwrap_err().to_string();
+            let error = hotplug.request(&bus, Room::Memory, mib).unwrap_err().to_string();
             assert!(error.contains("multiple of 2 up to 8192"), "{error}");
         }
     }
@@ -279,7 +285,7 @@ mod tests {
     #[test]
     fn a_machine_without_room_to_grow_says_so() {
         let (mut hotplug, _) = hotplug(0);
-        let error = hotplug.request(&PciBus::default(), 128).unwrap_err().to_string();
+        let error = hotplug.request(&PciBus::default(), Room::Memory, 128).unwrap_err().to_string();
         assert!(error.contains("up to 0"), "{error}");
     }
 
@@ -316,7 +322,7 @@ mod tests {
     #[test]
     fn slots_are_few_however_large_the_region() {
         assert_eq!(step(GIB, 4 * GIB), MEMORY_BLOCK);
-        assert_eq!(step(GIB, 64 * GIB), 2 * MEMORY_BLOCK);
+        assert_eq!(step(GIB, 63 * GIB), 2 * MEMORY_BLOCK);
         assert_eq!(step(64 * GIB, 4 * GIB), 2 * GIB);
         assert!((1024 * GIB).div_ceil(step(GIB, 1024 * GIB)) <= MAX_SLOTS);
     }

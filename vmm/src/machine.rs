@@ -22,7 +22,7 @@ use crate::devices::virtio::net::NetControl;
 use crate::hotplug::Hotplug;
 use crate::kvm::Vm;
 use crate::kvm::state::VmState;
-use crate::memory::{GuestRam, Resident};
+use crate::memory::{GuestRam, Resident, Room};
 use crate::process::owned;
 use crate::snapshot::{self, MachineState, SnapshotError};
 use crate::timeline::Timeline;
@@ -151,7 +151,8 @@ impl Owned {
                 Some(file) => answer(self.save(&file)),
                 None => Response::Error { message: "no descriptor is attached to the request".into() },
             },
-            Request::SetHotplugMemory { mib } => answer(self.hotplug.request(pci, mib)),
+            Request::SetHotplugMemory { mib } => answer(self.hotplug.request(pci, Room::Memory, mib)),
+            Request::SetHugetlbMemory { mib } => answer(self.hotplug.request(pci, Room::Hugetlb, mib)),
             Request::SetVcpus { count } => answer(self.set_vcpus(count)),
             Request::Metrics => self.metrics(),
             Request::Pause => self.pause(),
@@ -191,7 +192,8 @@ impl Owned {
         if !self.paused {
             return Err(SnapshotError::Unsaved("it is not paused".into()));
         }
-        if self.memory.growing().is_some_and(|region| region.len() > 0) {
+        let grown = |room| self.memory.growing(room).is_some_and(|region| region.len() > 0);
+        if Room::ALL.into_iter().any(grown) {
             return Err(SnapshotError::Unsaved("memory was plugged in".into()));
         }
         let mut vcpus = Vec::with_capacity(self.threads.len());
@@ -235,7 +237,7 @@ impl Owned {
         let mut exits = ExitCounts::default();
         self.threads.iter().for_each(|thread| thread.counters().add_to(&mut exits));
         let boot_bytes: u64 = self.memory.boot_regions().iter().map(GuestMemoryRegion::len).sum();
-        let plugged_bytes = self.hotplug.plugged_bytes();
+        let [plugged_bytes, hugetlb_bytes] = Room::ALL.map(|room| self.hotplug.plugged_bytes(room));
         let memory_resident_bytes = match self.resident.bytes(&self.memory) {
             Ok(bytes) => bytes,
             Err(e) => return Response::Error { message: format!("guest memory cannot be counted: {e}") },
@@ -243,8 +245,9 @@ impl Owned {
         Response::Metrics(Metrics {
             exits,
             start_us: self.timeline.steps_us(),
-            memory_bytes: boot_bytes + plugged_bytes,
+            memory_bytes: boot_bytes + plugged_bytes + hugetlb_bytes,
             memory_plugged_bytes: plugged_bytes,
+            hugetlb_plugged_bytes: hugetlb_bytes,
             memory_resident_bytes,
             nets: self.hotplug.nets(),
         })

@@ -85,6 +85,7 @@ impl Machine {
             max_vcpus: 0,
             memory_mib: shape.memory,
             hotplug_memory_mib: shape.more,
+            hugetlb_memory_mib: 0,
             huge_pages: false,
             kernel: world.stage().kernel(),
             cmdline: DEFAULT_CMDLINE.into(),

@@ -17,6 +17,7 @@
 //! 0xfffb_c000  pages KVM needs on Intel
 //! 0x1_0000_0000  the rest of memory
 //!         ...    memory that is plugged in while the machine runs
+//!         ...    the same of the host's huge pages
 //! ```
 
 /// Size of a page.
@@ -100,10 +101,22 @@ pub fn hotplug_region(boot: u64, bytes: u64) -> Option<(u64, u64)> {
     (len > 0).then_some((start, len))
 }
 
+/// The same, and behind it where `hugetlb` bytes of the host's huge pages are plugged in, or
+/// a little more: whole blocks.
+pub fn hotplug_regions(boot: u64, more: u64, hugetlb: u64) -> [Option<(u64, u64)>; 2] {
+    let growing = hotplug_region(boot, more);
+    let before = growing.map_or(0, |(_, len)| len);
+    let hugetlb = hugetlb.next_multiple_of(memory_block(boot));
+    let hugetlb =
+        hotplug_region(boot, hugetlb).and_then(|(start, len)| Some((start.checked_add(before)?, len)));
+    [growing, hugetlb]
+}
+
 /// The address after the last that a machine uses which starts with `boot` bytes and
-/// can have `more`.
-pub fn end_of_addresses(boot: u64, more: u64) -> u64 {
-    hotplug_region(boot, more).map_or_else(|| end_of_memory(boot), |(start, len)| start.saturating_add(len))
+/// can have `more`, and `hugetlb`.
+pub fn end_of_addresses(boot: u64, more: u64, hugetlb: u64) -> u64 {
+    let last = hotplug_regions(boot, more, hugetlb).into_iter().flatten().last();
+    last.map_or_else(|| end_of_memory(boot), |(start, len)| start.saturating_add(len))
 }
 
 fn end_of_memory(boot: u64) -> u64 {
@@ -122,5 +135,11 @@ mod tests {
         assert_eq!(hotplug_region(4 * GIB + 4096, GIB), Some((5 * GIB + MEMORY_BLOCK, GIB)));
         assert_eq!(hotplug_region(63 * GIB, 3 * GIB), Some((64 * GIB, 2 * GIB)), "blocks of 2 GiB");
         assert_eq!(hotplug_region(GIB, MEMORY_BLOCK - 1), None);
+        assert_eq!(hotplug_regions(GIB, 2 * GIB, GIB), [Some((4 * GIB, 2 * GIB)), Some((6 * GIB, GIB))]);
+        assert_eq!(hotplug_regions(GIB, 0, GIB), [None, Some((4 * GIB, GIB))]);
+        assert_eq!(
+            [(0, GIB), (GIB, 0), (0, 0)].map(|(more, huge)| end_of_addresses(GIB, more, huge)),
+            [5 * GIB, 5 * GIB, GIB]
+        );
     }
 }

@@ -7,6 +7,7 @@
 //! tmpfs of its own, mounted nowhere, with `huge=advise` (tmpfs(5)): what the
 //! monitor advises comes in pages of 2 MiB. It is a memfd in all but its seals.
 
+use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -56,11 +57,20 @@ pub fn leave_out_of_dumps(mapping: &MmapRegion) {
     }
 }
 
+/// A new file of `size` bytes of the host's huge pages of 2 MiB (hugetlbfs), none of which
+/// are taken from its pool, nor reserved there.
+pub fn create_hugetlb(size: u64) -> io::Result<File> {
+    sealed_memfd(c"rvm-guest-hugetlb", libc::MFD_HUGETLB | libc::MFD_HUGE_2MB, size)
+}
+
 fn memfd(size: u64) -> io::Result<File> {
-    // SAFETY: the name is a NUL-terminated constant.
-    let fd = unsafe {
-        libc::memfd_create(c"rvm-guest-memory".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING)
-    };
+    sealed_memfd(c"rvm-guest-memory", 0, size)
+}
+
+fn sealed_memfd(name: &CStr, flags: libc::c_uint, size: u64) -> io::Result<File> {
+    // SAFETY: the name is a C string that outlives the call.
+    let fd =
+        unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | flags) };
     let file = File::from(owned(fd.into())?);
     file.set_len(size)?;
     // A memfd that cannot shrink cannot turn an access to guest memory into SIGBUS.

@@ -23,7 +23,7 @@ use vm_memory::{
 
 use crate::arch::layout::{self, PAGE_SIZE, ranges};
 use crate::procfs;
-pub use ram::GuestRam;
+pub use ram::{GuestRam, Room};
 
 /// Why guest memory could not be made or filled.
 #[derive(Debug, Error)]
@@ -73,6 +73,8 @@ pub struct Shape {
     pub boot: u64,
     /// Bytes behind that, at most, which nobody can use before they are granted.
     pub more: u64,
+    /// The same of the host's huge pages (hugetlbfs).
+    pub hugetlb: u64,
     /// Whether the host may put pages of 2 MiB behind it.
     pub huge_pages: bool,
 }
@@ -84,7 +86,7 @@ pub fn create(size: u64) -> Result<GuestRam, MemoryError> {
 
 /// Creates guest memory that can grow, and whose pages may be huge.
 pub fn create_shaped(shape: Shape) -> Result<GuestRam, MemoryError> {
-    let growing = layout::hotplug_region(shape.boot, shape.more);
+    let [growing, hugetlb] = layout::hotplug_regions(shape.boot, shape.more, shape.hugetlb);
     // A huge page is one of the file's, too: each region starts with one.
     let in_file = |len: u64| len.next_multiple_of(HUGE_PAGE);
     let boot = ranges(shape.boot);
@@ -112,7 +114,22 @@ pub fn create_shaped(shape: Shape) -> Result<GuestRam, MemoryError> {
     };
     let boot = boot.into_iter().map(&mut map).collect::<Result<_, _>>()?;
     let growing = growing.map(&mut map).transpose()?;
-    Ok(GuestRam::new(boot, growing))
+    let hugetlb = hugetlb.map(map_hugetlb).transpose()?;
+    Ok(GuestRam::new(boot, growing, hugetlb))
+}
+
+/// A region of the host's huge pages: each is allocated when the guest is given it, so that
+/// no access finds the pool empty.
+fn map_hugetlb((start, len): (u64, u64)) -> Result<GuestRegionMmap, MemoryError> {
+    let file = backing::create_hugetlb(len).map_err(|source| MemoryError::Create { size: len, source })?;
+    let mapping = MmapRegionBuilder::new(len as usize)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+        .with_file_offset(FileOffset::new(file, 0))
+        .build()
+        .map_err(MemoryError::Map)?;
+    backing::leave_out_of_dumps(&mapping);
+    GuestRegionMmap::new(mapping, GuestAddress(start)).ok_or(MemoryError::OutOfRange { start, end: u64::MAX })
 }
 
 /// Makes `len` bytes of `file` from `offset` appear at guest address `start`.
@@ -275,16 +292,16 @@ mod tests {
     fn a_region_to_grow_into_costs_nothing_until_it_is_used() {
         // More than this machine has.
         let memory = create_shaped(Shape { boot: 64 << 20, more: 1 << 40, ..Shape::default() }).unwrap();
-        let region = memory.growing().unwrap();
+        let region = memory.growing(Room::Memory).unwrap();
         assert_eq!((region.start_addr().0, region.mapped()), (HOLE_END, 1 << 40));
         assert_eq!(region.file_offset().unwrap().start(), 64 << 20);
-        memory.grant(1 << 30);
+        memory.grant(Room::Memory, 1 << 30);
         memory.write_obj(7u64, GuestAddress(HOLE_END + (1 << 30) - 8)).unwrap();
         assert_eq!(resident_bytes(&memory).unwrap(), PAGE_SIZE);
         assert!(
             create_shaped(Shape { boot: 64 << 20, more: 1 << 20, ..Shape::default() })
                 .unwrap()
-                .growing()
+                .growing(Room::Memory)
                 .is_none(),
             "less than a block"
         );
@@ -293,7 +310,8 @@ mod tests {
     #[test]
     fn what_is_plugged_in_can_have_huge_pages_however_odd_the_rest() {
         for boot in [65 << 20, (3 << 30) + (1 << 20), (64 << 20) + 4096] {
-            let memory = create_shaped(Shape { boot, more: 256 << 20, huge_pages: true }).unwrap();
+            let memory =
+                create_shaped(Shape { boot, more: 256 << 20, huge_pages: true, hugetlb: 0 }).unwrap();
             for region in memory.iter() {
                 let offset = region.file_offset().unwrap().start();
                 let start = region.start_addr().0;
@@ -317,9 +335,9 @@ mod tests {
     #[test]
     fn huge_pages_come_where_the_host_has_them() {
         const HUGE: u64 = 2 << 20;
-        let shape = Shape { boot: 64 << 20, more: 1 << 30, huge_pages: true };
+        let shape = Shape { boot: 64 << 20, more: 1 << 30, huge_pages: true, hugetlb: 0 };
         let memory = create_shaped(shape).unwrap();
-        memory.grant(shape.more);
+        memory.grant(Room::Memory, shape.more);
         for start in [SPARSE.end, HOLE_END] {
             for page in 0..16 {
                 memory.write_obj(page, GuestAddress(start + page * HUGE + page * PAGE_SIZE)).unwrap();

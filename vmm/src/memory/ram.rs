@@ -1,7 +1,7 @@
-//! Guest memory as the monitor reaches it: what the machine started with, and a
-//! region behind that into which it can grow.
+//! Guest memory as the monitor reaches it: what the machine started with, and
+//! regions behind that into which it can grow ([`Room`]).
 //!
-//! The whole region is there from the start, mapped and never touched, which
+//! A whole region is there from the start, mapped and never touched, which
 //! costs a mapping; but it is as long as what was granted of it, and to ask for
 //! more is to ask for an address outside of memory. So a guest cannot have a
 //! device write where the guest itself may not. A grant is never taken back
@@ -30,9 +30,11 @@ pub struct Region {
 /// All of guest memory; clones are the same memory.
 #[derive(Clone)]
 pub struct GuestRam {
-    /// Sorted, apart from each other; the one that grows is the last.
+    /// Sorted, apart from each other; those that grow are the last.
     regions: Arc<[Region]>,
     boot_regions: usize,
+    /// Which of them grows, by [`Room`].
+    growing: [Option<usize>; 2],
     listeners: Arc<Mutex<Vec<Weak<dyn MemoryListener>>>>,
 }
 
@@ -40,6 +42,20 @@ impl fmt::Debug for GuestRam {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("GuestRam").field("regions", &self.regions).finish_non_exhaustive()
     }
+}
+
+/// What a machine can grow into.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Room {
+    /// Memory like that it started with.
+    Memory,
+    /// The host's huge pages (hugetlbfs).
+    Hugetlb,
+}
+
+impl Room {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Memory, Self::Hugetlb];
 }
 
 /// Whoever has others look into guest memory, who have to know what it is (vhost).
@@ -124,16 +140,25 @@ impl GuestMemory for GuestRam {
 }
 
 impl GuestRam {
-    /// Memory of `boot` and, behind it, `growing`, of which nothing is granted.
-    pub(super) fn new(boot: Vec<GuestRegionMmap>, growing: Option<GuestRegionMmap>) -> Self {
+    /// Memory of `boot` and, behind it, `growing` and `hugetlb`, of which nothing is granted.
+    pub(super) fn new(
+        boot: Vec<GuestRegionMmap>,
+        growing: Option<GuestRegionMmap>,
+        hugetlb: Option<GuestRegionMmap>,
+    ) -> Self {
         let boot_regions = boot.len();
+        let places = [
+            growing.is_some().then_some(boot_regions),
+            hugetlb.is_some().then_some(boot_regions + usize::from(growing.is_some())),
+        ];
         let whole = |mapping: GuestRegionMmap| {
             let granted = AtomicU64::new(mapping.len());
             Region { mapping, granted }
         };
         let none = |mapping| Region { mapping, granted: AtomicU64::new(0) };
-        let regions = boot.into_iter().map(whole).chain(growing.map(none)).collect();
-        Self { regions, boot_regions, listeners: Arc::default() }
+        let more = growing.into_iter().chain(hugetlb).map(none);
+        let regions = boot.into_iter().map(whole).chain(more).collect();
+        Self { regions, boot_regions, growing: places, listeners: Arc::default() }
     }
 
     /// What the machine starts with.
@@ -141,15 +166,20 @@ impl GuestRam {
         self.regions.get(..self.boot_regions).unwrap_or_default()
     }
 
-    /// The region it can grow into.
-    pub fn growing(&self) -> Option<&Region> {
-        self.regions.get(self.boot_regions)
+    /// A region it can grow into.
+    pub fn growing(&self, room: Room) -> Option<&Region> {
+        let [memory, hugetlb] = self.growing;
+        let place = match room {
+            Room::Memory => memory,
+            Room::Hugetlb => hugetlb,
+        };
+        place.and_then(|place| self.regions.get(place))
     }
 
-    /// Makes the first `bytes` of the region it can grow into guest memory; what
+    /// Makes the first `bytes` of a region it can grow into guest memory; what
     /// was granted before stays.
-    pub fn grant(&self, bytes: u64) {
-        if let Some(region) = self.growing() {
+    pub fn grant(&self, room: Room, bytes: u64) {
+        if let Some(region) = self.growing(room) {
             region.granted.fetch_max(bytes.min(region.mapped()), Ordering::AcqRel);
         }
         let listeners = self.listeners().clone();
@@ -171,7 +201,7 @@ impl GuestRam {
     #[cfg(test)]
     pub fn from_ranges(ranges: &[(GuestAddress, usize)]) -> Self {
         let region = |&(start, len)| GuestRegionMmap::from_range(start, len, None).unwrap();
-        Self::new(ranges.iter().map(region).collect(), None)
+        Self::new(ranges.iter().map(region).collect(), None, None)
     }
 }
 
@@ -188,6 +218,7 @@ mod tests {
         GuestRam::new(
             vec![region(0, 0x1_0000), region(GROWING - 0x1000, 0x1000)],
             Some(region(GROWING, 0x4000)),
+            None,
         )
     }
 
@@ -201,15 +232,15 @@ mod tests {
         assert!(!ram.check_range(GuestAddress(GROWING - 8), 16));
         assert!(ram.get_slices(GuestAddress(GROWING - 8), 16).any(|slice| slice.is_err()));
 
-        ram.grant(0x2000);
+        ram.grant(Room::Memory, 0x2000);
         assert!(ram.check_range(GuestAddress(GROWING - 8), 16));
         ram.write_obj(7u64, GuestAddress(GROWING + 0x1ff8)).unwrap();
         assert!(ram.write_obj(7u64, GuestAddress(GROWING + 0x1ffc)).is_err(), "across the end");
         assert!(ram.get_host_address(GuestAddress(GROWING + 0x2000)).is_err());
 
-        ram.grant(0x1000);
+        ram.grant(Room::Memory, 0x1000);
         assert!(ram.check_range(GuestAddress(GROWING), 0x2000), "a grant is not taken back");
-        ram.grant(u64::MAX);
+        ram.grant(Room::Memory, u64::MAX);
         assert!(ram.check_range(GuestAddress(GROWING), 0x4000));
         assert!(!ram.check_range(GuestAddress(GROWING), 0x4001));
     }
@@ -219,7 +250,7 @@ mod tests {
         struct Listener(GuestRam, AtomicU64);
         impl MemoryListener for Listener {
             fn granted(&self) {
-                self.1.store(self.0.growing().unwrap().len(), Ordering::Relaxed);
+                self.1.store(self.0.growing(Room::Memory).unwrap().len(), Ordering::Relaxed);
             }
         }
         let ram = ram();
@@ -231,10 +262,10 @@ mod tests {
         let weak: Weak<dyn MemoryListener> = Arc::downgrade(&(Arc::clone(&listener) as _));
         ram.listen(weak);
         assert_eq!(ram.listeners().len(), 1);
-        ram.clone().grant(0x2000);
+        ram.clone().grant(Room::Memory, 0x2000);
         assert_eq!(listener.1.load(Ordering::Relaxed), 0x2000);
         drop(listener);
-        ram.grant(0x3000);
+        ram.grant(Room::Memory, 0x3000);
     }
 
     #[test]
@@ -242,7 +273,7 @@ mod tests {
         let (ram, other) = (ram(), ram().clone());
         drop(other);
         let other = ram.clone();
-        ram.grant(0x4000);
+        ram.grant(Room::Memory, 0x4000);
         ram.write_obj(7u64, GuestAddress(GROWING)).unwrap();
         assert_eq!(other.read_obj::<u64>(GuestAddress(GROWING)).unwrap(), 7);
     }

@@ -51,6 +51,7 @@ impl Monitor {
             max_vcpus: 0,
             memory_mib: MEMORY_MIB,
             hotplug_memory_mib: 0,
+            hugetlb_memory_mib: 0,
             huge_pages: true,
             kernel: stage.kernel(),
             cmdline: DEFAULT_CMDLINE.into(),

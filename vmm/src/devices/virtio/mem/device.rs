@@ -13,7 +13,7 @@ use super::{BLOCK_BYTES, DEVICE_TYPE, QUEUE_SIZE};
 use crate::devices::virtio::ring::Ring;
 use crate::devices::virtio::{ActivateError, Activation, Interrupt, VirtioDevice, read_config_bytes};
 use crate::jail::Duty;
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, Room};
 
 /// "Memory that is not plugged must not be accessed" (section 5.15.3): there is
 /// nothing behind it to read, as in a crash dump.
@@ -27,6 +27,8 @@ pub struct Mem {
 /// What device, thread and owner share. The vCPUs see the registers alone.
 pub(super) struct Shared {
     pub(super) memory: GuestRam,
+    /// Which of its regions is meant.
+    pub(super) room: Room,
     pub(super) registers: Registers,
     blocks: Mutex<Blocks>,
     /// Of a device that is active.
@@ -64,12 +66,13 @@ impl MemControl {
 }
 
 impl Mem {
-    /// A device for the region `memory` can grow into, not active.
-    pub fn new(memory: &GuestRam) -> Self {
-        let region = memory.growing().map(|region| (region.start_addr().0, region.mapped()));
+    /// A device for a region `memory` can grow into, not active.
+    pub fn new(memory: &GuestRam, room: Room) -> Self {
+        let region = memory.growing(room).map(|region| (region.start_addr().0, region.mapped()));
         let (start, size) = region.unwrap_or_default();
         let shared = Shared {
             memory: memory.clone(),
+            room,
             registers: Registers::new(start, size),
             blocks: Mutex::new(Blocks::new(size / BLOCK_BYTES)),
             changed: Mutex::new(None),
@@ -148,7 +151,7 @@ mod tests {
     const NACK: u16 = 1;
     const ERROR: u16 = 3;
     const MIB: u64 = 1 << 20;
-    const SHAPE: Shape = Shape { boot: 32 * MIB, more: 1 << 30, huge_pages: false };
+    const SHAPE: Shape = Shape { boot: 32 * MIB, more: 1 << 30, hugetlb: 0, huge_pages: false };
 
     struct Rig {
         queue: TestQueue,
@@ -161,9 +164,9 @@ mod tests {
         /// 256 MiB are usable, 128 asked for.
         fn new() -> Self {
             let memory = memory::create_shaped(SHAPE).unwrap();
-            memory.grant(256 * MIB);
-            let start = memory.growing().unwrap().start_addr().0;
-            let mut mem = Mem::new(&memory);
+            memory.grant(Room::Memory, 256 * MIB);
+            let start = memory.growing(Room::Memory).unwrap().start_addr().0;
+            let mut mem = Mem::new(&memory, Room::Memory);
             mem.control().request(256 * MIB, 128 * MIB).unwrap();
             let mut queue = TestQueue::new();
             let features = mem.features();
@@ -223,6 +226,42 @@ mod tests {
         assert_eq!(rig.ask(UNPLUG_ALL, 0, 0), (ACK, 0));
         assert_eq!((rig.config(40), rig.ask(STATE, 0, 128)), (0, (ACK, 1)));
         assert_eq!(rig.memory.read_obj::<u64>(second).unwrap(), 0);
+    }
+
+    /// Under a host without a pool, as under one whose pool is empty, there is none to be had.
+    #[test]
+    fn a_huge_page_is_the_hosts_from_plug_to_unplug() {
+        let pool = |name: &str| {
+            let text = std::fs::read_to_string(format!("/sys/kernel/mm/hugepages/hugepages-2048kB/{name}"));
+            text.ok().and_then(|text| text.trim().parse::<u64>().ok()).unwrap_or_default()
+        };
+        let free = || pool("free_hugepages") - pool("resv_hugepages");
+        let shape = Shape { more: 0, hugetlb: 256 * MIB, ..SHAPE };
+        let Ok(memory) = memory::create_shaped(shape) else {
+            assert_eq!(pool("nr_hugepages"), 0);
+            return;
+        };
+        memory.grant(Room::Hugetlb, 128 * MIB);
+        let start = memory.growing(Room::Hugetlb).unwrap().start_addr().0;
+        let mut mem = Mem::new(&memory, Room::Hugetlb);
+        mem.control().request(128 * MIB, 64 * MIB).unwrap();
+        let mut queue = TestQueue::new();
+        let features = mem.features();
+        mem.activate(queue.activation(1, features)).unwrap();
+        let before = free();
+        let mut rig = Rig { queue, memory, start, mem };
+        match before {
+            0 => {
+                assert_eq!(rig.ask(PLUG, 3, 1).0, NACK);
+                assert_eq!((rig.mem.control().plugged_bytes(), rig.ask(STATE, 3, 1)), (0, (ACK, 1)));
+            }
+            _ => {
+                assert_eq!(rig.ask(PLUG, 3, 1), (ACK, 0));
+                assert_eq!(free(), before - 1);
+                rig.memory.write_obj(7u64, GuestAddress(start + 3 * BLOCK_BYTES)).unwrap();
+                assert_eq!((rig.ask(UNPLUG, 3, 1), free()), ((ACK, 0), before));
+            }
+        }
     }
 
     #[test]

@@ -1,11 +1,13 @@
 //! virtio-mem, memory that is plugged into the running machine (virtio 1.2,
 //! section 5.15).
 //!
-//! The device stands for the region of guest memory behind what the machine
+//! The device stands for a region of guest memory behind what the machine
 //! started with ([`GuestRam::growing`](crate::memory::GuestRam::growing)). Its
 //! owner says how much of it the guest should have; the guest's driver then asks
 //! for blocks, or gives blocks back, until that is reached, and decides which.
-//! A block that is given back loses its pages on the host.
+//! A block that is given back loses its pages on the host. One of the host's huge
+//! pages is taken from its pool when it is plugged, so that no access of the
+//! guest's can find the pool empty.
 //!
 //! One queue; every field of a request is the guest's word: addresses are
 //! checked against the usable region, a block is plugged or unplugged once, and

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::Mem;
 use super::blocks::Blocks;
 use super::registers::Registers;
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, Room};
 
 /// State of a [`Mem`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,8 +33,8 @@ impl Mem {
 
     /// A device in that state, not active, for a region in the same place; `None`
     /// where it is another.
-    pub fn restore(memory: &GuestRam, state: MemState) -> Option<Self> {
-        let mem = Self::new(memory);
+    pub fn restore(memory: &GuestRam, room: Room, state: MemState) -> Option<Self> {
+        let mem = Self::new(memory, room);
         let registers = &mem.shared.registers;
         let plugged = state.plugged.count(0..u64::MAX);
         let fits = (state.start, state.size) == (registers.start, registers.size)
@@ -61,18 +61,21 @@ mod tests {
     fn state_survives_a_round_trip_on_the_same_region() {
         let memory =
             memory::create_shaped(Shape { boot: 64 << 20, more: 1 << 30, ..Shape::default() }).unwrap();
-        let mem = Mem::new(&memory);
+        let mem = Mem::new(&memory, Room::Memory);
         mem.control().request(256 << 20, 128 << 20).unwrap();
         mem.shared.blocks().set(3..9, true);
         let saved = serde_json::to_string(&mem.save()).unwrap();
         let state: MemState = serde_json::from_str(&saved).unwrap();
-        let restored = Mem::restore(&memory, state.clone()).unwrap();
+        let restored = Mem::restore(&memory, Room::Memory, state.clone()).unwrap();
         assert_eq!((restored.save(), restored.control().plugged_bytes()), (state.clone(), 12 << 20));
 
         let other =
             memory::create_shaped(Shape { boot: 64 << 20, more: 2 << 30, ..Shape::default() }).unwrap();
-        assert!(Mem::restore(&other, state.clone()).is_none());
-        assert!(Mem::restore(&memory, MemState { usable: 8 << 20, requested: 0, ..state.clone() }).is_none());
-        assert!(Mem::restore(&memory, MemState { requested: 512 << 20, ..state }).is_none());
+        assert!(Mem::restore(&other, Room::Memory, state.clone()).is_none());
+        assert!(
+            Mem::restore(&memory, Room::Memory, MemState { usable: 8 << 20, requested: 0, ..state.clone() })
+                .is_none()
+        );
+        assert!(Mem::restore(&memory, Room::Memory, MemState { requested: 512 << 20, ..state }).is_none());
     }
 }

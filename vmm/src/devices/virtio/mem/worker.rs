@@ -2,18 +2,22 @@
 
 use std::io;
 use std::ops::Range;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use vm_memory::GuestMemoryRegion;
 use vmm_sys_util::epoll::{Epoll, EpollEvent};
-use vmm_sys_util::fallocate::{FallocateMode, fallocate};
 
 use super::device::Shared;
 use super::request::{Answer, Named, Request};
 use super::{BLOCK_BYTES, MemError};
 use crate::devices::virtio::ring::{GuestBuffers, Ring};
 use crate::devices::virtio::worker::Handler;
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, Room};
+
+/// Modes of fallocate(2); the file stays as long as it is.
+const ALLOCATE: libc::c_int = libc::FALLOC_FL_KEEP_SIZE;
+const DISCARD: libc::c_int = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
 
 pub(super) struct MemWorker {
     pub(super) memory: GuestRam,
@@ -66,7 +70,8 @@ fn execute(shared: &Shared, request: Request) -> Answer {
     done.unwrap_or(Answer::Error)
 }
 
-/// Lets the guest use `blocks`; their pages come when they are touched.
+/// Lets the guest use `blocks`; their pages come when they are touched, but for the host's
+/// huge pages, which might be gone by then.
 fn plug(shared: &Shared, blocks: Range<u64>) -> Answer {
     let mut plugged = shared.blocks();
     if plugged.count(blocks.clone()) > 0 {
@@ -76,6 +81,16 @@ fn plug(shared: &Shared, blocks: Range<u64>) -> Answer {
     if all * BLOCK_BYTES > shared.registers.requested() {
         return Answer::Nack;
     }
+    if shared.room == Room::Hugetlb
+        && let Err(e) = change_backing(shared, &blocks, ALLOCATE)
+    {
+        log::error!("mem: the host gives no more huge pages: {e}");
+        // Those that came go back.
+        if let Err(e) = change_backing(shared, &blocks, DISCARD) {
+            log::error!("mem: pages were not given back: {e}");
+        }
+        return Answer::Nack;
+    }
     plugged.set(blocks, true);
     shared.registers.set_plugged(all);
     Answer::Ack
@@ -83,8 +98,7 @@ fn plug(shared: &Shared, blocks: Range<u64>) -> Answer {
 
 /// Gives the pages of `blocks` back to the host.
 fn unplug(shared: &Shared, blocks: Range<u64>) -> Answer {
-    let bytes = blocks.start * BLOCK_BYTES..blocks.end * BLOCK_BYTES;
-    if let Err(e) = discard(&shared.memory, bytes) {
+    if let Err(e) = change_backing(shared, &blocks, DISCARD) {
         log::error!("mem: pages were not given back: {e}");
         return Answer::Busy;
     }
@@ -95,15 +109,28 @@ fn unplug(shared: &Shared, blocks: Range<u64>) -> Answer {
     Answer::Ack
 }
 
-/// Punches a hole into the file behind `range` of the region that grows. Its
-/// seals allow that: the file stays as long as it is.
-fn discard(memory: &GuestRam, range: Range<u64>) -> io::Result<()> {
-    let Some(backing) = memory.growing().and_then(GuestMemoryRegion::file_offset) else {
+/// Allocates what is in the file behind `blocks`, or punches a hole there; its seals allow both.
+fn change_backing(shared: &Shared, blocks: &Range<u64>, mode: libc::c_int) -> io::Result<()> {
+    let region = shared.memory.growing(shared.room);
+    let Some(backing) = region.and_then(GuestMemoryRegion::file_offset) else {
         return Err(io::ErrorKind::NotFound.into());
     };
-    if range.is_empty() {
+    if blocks.is_empty() {
         return Ok(());
     }
-    let (start, length) = (backing.start() + range.start, range.end - range.start);
-    Ok(fallocate(backing.file(), FallocateMode::PunchHole, true, start, length)?)
+    let start = backing.start() + blocks.start * BLOCK_BYTES;
+    let length = (blocks.end - blocks.start) * BLOCK_BYTES;
+    let as_offset =
+        |bytes| libc::off_t::try_from(bytes).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput));
+    let (start, length) = (as_offset(start)?, as_offset(length)?);
+    loop {
+        // SAFETY: plain fallocate(2) on a descriptor we own.
+        if unsafe { libc::fallocate(backing.file().as_raw_fd(), mode, start, length) } == 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
 }
