@@ -6,8 +6,8 @@ use std::{os::fd::OwnedFd, sync::Arc};
 use async_trait::async_trait;
 use rvm_protocol::agent::{
     Agent, ContainerRef, ContainerStats, CreateContainerRequest, CreateContainerResponse, CreateExecRequest,
-    Empty, ExitStatus, ListProcessesResponse, OnlineCpusRequest, OnlinedCpus, OomKills, PluggedMemory,
-    ProcessRef, RemoveDisksRequest, ResizePtyRequest, SetClockRequest, SetUpSandboxRequest,
+    Empty, ExitStatus, HugePages, ListProcessesResponse, OnlineCpusRequest, OnlinedCpus, OomKills,
+    PluggedMemory, ProcessRef, RemoveDisksRequest, ResizePtyRequest, SetClockRequest, SetUpSandboxRequest,
     SignalProcessRequest, StartProcessResponse, SyncNetworkRequest, UpdateResourcesRequest,
     WaitMemoryRequest, WaitOomRequest, create_agent,
 };
@@ -162,6 +162,12 @@ impl Agent for Service {
     ) -> ttrpc::Result<PluggedMemory> {
         let plugged = self.sandbox.wait_memory(&request).await;
         answer("WaitMemory", plugged.map(|bytes| PluggedMemory { bytes, ..Default::default() }))
+    }
+
+    async fn set_huge_pages(&self, _: &TtrpcContext, wanted: HugePages) -> ttrpc::Result<HugePages> {
+        let sandbox = Arc::clone(&self.sandbox);
+        let set = to_the_end(async move { sandbox.set_huge_pages(wanted.count).await }).await;
+        answer("SetHugePages", set.map(|count| HugePages { count, ..Default::default() }))
     }
 
     async fn remove_disks(&self, _: &TtrpcContext, request: RemoveDisksRequest) -> ttrpc::Result<Empty> {

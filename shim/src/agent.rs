@@ -8,9 +8,9 @@ use std::{sync::Arc, time::Duration};
 use rvm_protocol::{
     agent::{
         AgentClient, ConsoleSize, ContainerRef, ContainerStats, CreateContainerRequest, CreateExecRequest,
-        Empty, ExitStatus, OnlineCpusRequest, Process, ProcessInfo, ProcessRef, RemoveDisksRequest,
-        ResizePtyRequest, Resources, SetClockRequest, SetUpSandboxRequest, SignalProcessRequest,
-        SyncNetworkRequest, UpdateResourcesRequest, WaitMemoryRequest, WaitOomRequest,
+        Empty, ExitStatus, HugePages, OnlineCpusRequest, Process, ProcessInfo, ProcessRef,
+        RemoveDisksRequest, ResizePtyRequest, Resources, SetClockRequest, SetUpSandboxRequest,
+        SignalProcessRequest, SyncNetworkRequest, UpdateResourcesRequest, WaitMemoryRequest, WaitOomRequest,
     },
     guest::AGENT_PORT,
 };
@@ -279,6 +279,12 @@ impl Agent {
         Ok(ask!(self, Some(MEMORY_TIMEOUT), wait_memory, &request)?.bytes)
     }
 
+    /// Has the guest keep so many huge pages of 2 MiB ready; returns how many it keeps.
+    pub async fn set_huge_pages(&self, count: u64) -> Result<u64, AgentError> {
+        let wanted = HugePages { count, ..Default::default() };
+        Ok(ask!(self, Some(MEMORY_TIMEOUT), set_huge_pages, &wanted)?.count)
+    }
+
     /// The container's cgroup files and network interfaces.
     pub async fn stats(&self, container_id: &str) -> Result<ContainerStats, AgentError> {
         Ok(ask!(self, Some(ANSWER_TIMEOUT), get_stats, &container_ref(container_id))?)
@@ -412,6 +418,7 @@ mod tests {
             agent.resume("c") => "resume_container within 60 s",
             agent.update("c", Resources::default()) => "update_resources within 60 s",
             agent.wait_memory(1) => "wait_memory within 300 s",
+            agent.set_huge_pages(1) => "set_huge_pages within 300 s",
             agent.stats("c") => "get_stats within 60 s",
             agent.sync_network(&SyncNetworkRequest::default()) => "sync_network within 60 s",
             agent.delete(&process) => "delete_process within 60 s",

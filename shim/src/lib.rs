@@ -25,6 +25,7 @@ pub mod features;
 pub mod flags;
 pub mod holder;
 pub mod hooks;
+pub mod huge_pages;
 pub mod io;
 mod logger;
 pub mod metrics;

@@ -21,6 +21,7 @@ mod faults;
 mod guest_kernel;
 mod hooks;
 mod hostile;
+mod huge_pages;
 mod interfaces;
 mod jail;
 mod joined;

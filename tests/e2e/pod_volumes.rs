@@ -54,6 +54,13 @@ impl Volumes {
         Ok(dir)
     }
 
+    /// The same, as `emptyDir: {medium: HugePages-2Mi}`.
+    pub fn huge_pages(&self, name: &str) -> Result<PathBuf> {
+        let dir = self.dir("empty-dir", name)?;
+        shell(&format!("mount -t hugetlbfs -o pagesize=2M,mode=777 nodev {}", dir.display()))?;
+        Ok(dir)
+    }
+
     /// The same, as `emptyDir: {medium: Memory, sizeLimit: 8Mi}`.
     pub fn memory(&self, name: &str) -> Result<PathBuf> {
         let dir = self.dir("empty-dir", name)?;
@@ -75,7 +82,7 @@ impl Drop for Volumes {
     }
 }
 
-fn mount(from: &Path, to: &str) -> Mount {
+pub fn mount(from: &Path, to: &str) -> Mount {
     Mount {
         container_path: to.to_owned(),
         host_path: from.to_string_lossy().into_owned(),
@@ -101,7 +108,7 @@ fn becomes(container: &Container<'_>, script: &str, wanted: &str) -> Result<bool
     }
 }
 
-const SLEEP: [&str; 2] = ["sleep", "100000"];
+pub const SLEEP: [&str; 2] = ["sleep", "100000"];
 
 #[test]
 fn directories_are_shared_and_hold_their_limits() {

@@ -27,6 +27,8 @@ const ONLINE: (&str, &str) = ("/sys/devices/system/memory/auto_online_blocks", "
 /// could not become a large one.
 const POLICY: (&str, &str) = ("/sys/module/memory_hotplug/parameters/online_policy", "auto-movable");
 const MEMINFO: &str = "/proc/meminfo";
+/// The pages of 2 MiB that the kernel keeps ready for hugetlbfs.
+const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 
 /// The kernel tells of each block of 128 MiB that comes or goes, but not of
 /// parts of one: those are looked for this often.
@@ -82,6 +84,18 @@ impl Memory {
         helper::run(reaper, "look for plugged memory", || pci::rescan().map(|()| Outcome::default())).await?;
         Ok(*self.boot.get_or_init(|| boot))
     }
+}
+
+/// Has the kernel keep so many huge pages ready, as far as it can. It takes them first where
+/// memory can be moved: that was plugged in, and the host's huge pages are behind it.
+pub fn set_huge_pages(count: u64) -> StepResult<()> {
+    fs::write(HUGE_PAGES, count.to_string()).step(|| format!("write {count} to {HUGE_PAGES}"))
+}
+
+/// How many it keeps.
+pub fn huge_pages() -> StepResult<u64> {
+    let text = fs::read_to_string(HUGE_PAGES).step(|| format!("read {HUGE_PAGES}"))?;
+    text.trim().parse().map_err(|_| StepError::Refused(format!("{HUGE_PAGES} is {text:?}")))
 }
 
 fn plugged(boot: u64) -> StepResult<u64> {

@@ -325,6 +325,13 @@ impl Sandbox {
         Ok(self.memory.wait_for(request.plugged_bytes, &self.reaper).await?)
     }
 
+    /// Has the kernel keep so many huge pages ready; returns how many it keeps.
+    pub async fn set_huge_pages(&self, count: u64) -> Result<u64, Error> {
+        let set = move || memory::set_huge_pages(count).map(|()| Outcome::default());
+        helper::run(&self.reaper, "set huge pages apart", set).await?;
+        Ok(memory::huge_pages()?)
+    }
+
     /// Brings CPUs up or down until so many are online; returns how many are.
     pub async fn online_cpus(&self, request: &agent::OnlineCpusRequest) -> Result<u32, Error> {
         cpus::check(request.count)?;

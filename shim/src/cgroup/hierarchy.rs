@@ -15,7 +15,7 @@ const V1_CONTROLLERS: [&str; 8] =
 /// systemd's own hierarchy, which has no controller.
 const V1_SYSTEMD: &str = "name=systemd";
 /// What a machine's ceiling is set with on v2.
-const V2_WANTED: [&str; 4] = ["cpu", "cpuset", "io", "memory"];
+const V2_WANTED: [&str; 5] = ["cpu", "cpuset", "hugetlb", "io", "memory"];
 
 /// One mounted hierarchy.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -9,6 +9,7 @@ use super::{
     CgroupError, Hierarchies,
     hierarchy::{Hierarchy, Version},
 };
+use crate::huge_pages;
 
 /// The monitor's own memory, beside the guest's.
 const MONITOR_BYTES: u64 = 64 << 20;
@@ -30,6 +31,8 @@ pub struct Ceiling {
     cpu_quota: Option<(i64, u64)>,
     cpus: String,
     mems: String,
+    /// Bytes of the host's huge pages.
+    hugetlb_max: Option<u64>,
 }
 
 impl Ceiling {
@@ -51,6 +54,7 @@ impl Ceiling {
             }),
             cpus: resources.cpus.clone(),
             mems: resources.mems.clone(),
+            hugetlb_max: None,
         }
     }
 
@@ -59,6 +63,12 @@ impl Ceiling {
         let guest = memory_mib << 20;
         let memory_max = guest.saturating_add(guest / FILES_PART).saturating_add(MONITOR_BYTES);
         Self { memory_max: Some(memory_max), ..Self::default() }
+    }
+
+    /// And for so many of the host's huge pages of 2 MiB.
+    #[must_use]
+    pub fn with_huge_pages(self, count: u64) -> Self {
+        Self { hugetlb_max: Some(count.saturating_mul(huge_pages::BYTES)), ..self }
     }
 
     /// Writes the limits into the cgroup `relative` of each hierarchy.
@@ -88,6 +98,9 @@ impl Ceiling {
             });
             set(dir, "cpu.max", "linux.resources.cpu.quota", quota)?;
         }
+        if here("hugetlb") {
+            set_hugetlb(dir, "hugetlb.2MB.max", self.hugetlb_max)?;
+        }
         if here("cpuset") {
             set(dir, "cpuset.cpus", "linux.resources.cpu.cpus", named(&self.cpus))?;
             set(dir, "cpuset.mems", "linux.resources.cpu.mems", named(&self.mems))?;
@@ -107,6 +120,9 @@ impl Ceiling {
                 set(dir, "cpu.cfs_period_us", "linux.resources.cpu.period", Some(period))?;
                 set(dir, "cpu.cfs_quota_us", "linux.resources.cpu.quota", Some(quota))?;
             }
+        }
+        if has("hugetlb") {
+            set_hugetlb(dir, "hugetlb.2MB.limit_in_bytes", self.hugetlb_max)?;
         }
         if has("cpuset") {
             set(dir, "cpuset.cpus", "linux.resources.cpu.cpus", named(&self.cpus))?;
@@ -132,6 +148,12 @@ fn shares(weight: u64) -> u64 {
 
 fn named(list: &str) -> Option<&str> {
     Some(list).filter(|list| !list.is_empty())
+}
+
+/// Where the controller is not enabled the host's administrator holds nobody to such limits.
+fn set_hugetlb(dir: &Path, file: &str, value: Option<u64>) -> Result<(), CgroupError> {
+    let value = value.filter(|_| dir.join(file).exists());
+    set(dir, file, "linux.resources.hugepageLimits", value)
 }
 
 fn set(dir: &Path, file: &str, field: &'static str, value: Option<impl ToString>) -> Result<(), CgroupError> {

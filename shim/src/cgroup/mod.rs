@@ -19,6 +19,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
+use crate::huge_pages;
 pub use hierarchy::Hierarchies;
 pub use limits::{Ceiling, DEFAULT_PERIOD_US};
 
@@ -27,6 +28,8 @@ pub use limits::{Ceiling, DEFAULT_PERIOD_US};
 const MADE_BY_US: &CStr = c"trusted.rvm";
 /// How often a directory is made again that somebody removes meanwhile.
 const ATTEMPTS: usize = 100;
+/// What version 1 says where there is no limit is a number, and not below this one.
+const UNLIMITED: u64 = 1 << 62;
 /// What a process writes to a `cgroup.procs` to move itself.
 const MYSELF: &[u8] = b"0";
 
@@ -149,6 +152,18 @@ impl HostCgroup {
             fs::read_to_string(hierarchy.root.join(dir).join("pids.max")).ok()?.trim().parse::<u64>().ok()
         };
         self.relative.ancestors().skip(1).filter_map(limit).min()
+    }
+
+    /// How many of the host's huge pages of 2 MiB the cgroup directly above may have: kubelet's for a pod; `None` where
+    /// it has no limit.
+    pub fn huge_pages_above(&self) -> Option<u64> {
+        let (hierarchy, file) = match self.hierarchies.v1("hugetlb") {
+            Some(hierarchy) => (hierarchy, "hugetlb.2MB.limit_in_bytes"),
+            None => (self.hierarchies.v2()?, "hugetlb.2MB.max"),
+        };
+        let limit = fs::read_to_string(hierarchy.root.join(self.relative.parent()?).join(file)).ok()?;
+        let bytes = limit.trim().parse::<u64>().ok().filter(|bytes| *bytes < UNLIMITED)?;
+        Some(bytes / huge_pages::BYTES)
     }
 
     /// The files of version 2 that say what is used, by name; none on a host without it.
@@ -350,6 +365,33 @@ mod tests {
         ] {
             fs::write(root.path().join(dir).join("pids.max"), limit).unwrap();
             assert_eq!(cgroup.pids_max_above(), least, "{dir} {limit}");
+        }
+    }
+
+    #[test]
+    fn huge_pages_are_those_of_the_cgroup_directly_above() {
+        let root = tempfile::tempdir().unwrap();
+        let cgroup = |version, controllers| HostCgroup {
+            paths: Paths::default(),
+            hierarchies: Hierarchies {
+                all: vec![Hierarchy { root: root.path().into(), version, controllers }],
+            },
+            relative: PathBuf::from("kubepods/pod/sandbox"),
+            procs: Vec::new(),
+        };
+        let (v2, v1) = (cgroup(Version::V2, vec![]), cgroup(Version::V1, vec!["hugetlb".into()]));
+        fs::create_dir_all(root.path().join("kubepods/pod")).unwrap();
+        assert_eq!([&v1, &v2].map(HostCgroup::huge_pages_above), [None; 2]);
+        let write =
+            |file: &str, limit: &str| fs::write(root.path().join("kubepods").join(file), limit).unwrap();
+        write("hugetlb.2MB.max", "2097152\n");
+        for (limit, pages) in [("max\n", None), ("0\n", Some(0)), ("6291456\n", Some(3))] {
+            write("pod/hugetlb.2MB.max", limit);
+            assert_eq!(v2.huge_pages_above(), pages, "{limit}");
+        }
+        for (limit, pages) in [("9223372036854771712\n", None), ("4194304\n", Some(2))] {
+            write("pod/hugetlb.2MB.limit_in_bytes", limit);
+            assert_eq!(v1.huge_pages_above(), pages, "{limit}");
         }
     }
 

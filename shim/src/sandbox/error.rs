@@ -102,6 +102,32 @@ pub enum SandboxError {
         #[source]
         source: GrowError,
     },
+    /// More huge pages than there are.
+    #[error(
+        "linux.resources.hugepageLimits, or hugetlb.2MB.max of the pod's cgroup: {missing} more huge pages of 2 MiB \
+         are needed, and {free} of the host's {total} are free (vm.nr_hugepages); this machine can have {most}"
+    )]
+    NoHugePages {
+        /// Beside those it has.
+        missing: u64,
+        /// What nobody has of the host's.
+        free: u64,
+        /// All of them.
+        total: u64,
+        /// What it can have.
+        most: u64,
+    },
+    /// It did not get them.
+    #[error(
+        "linux.resources.hugepageLimits: the running machine did not come to {wanted} huge pages of 2 MiB: {source}"
+    )]
+    HugePages {
+        /// All it should have.
+        wanted: u64,
+        /// Why not.
+        #[source]
+        source: GrowError,
+    },
     /// Not as many CPUs as its containers ask for.
     #[error("linux.resources.cpu: the running machine did not come to {vcpus} CPUs: {source}")]
     Vcpus {

@@ -11,6 +11,7 @@ use super::plan::{HostSize, Size, with_overhead};
 use crate::{
     cgroup::DEFAULT_PERIOD_US,
     config::Guest,
+    huge_pages,
     spec::{Announced, Bundle, Role},
 };
 
@@ -20,6 +21,11 @@ const MAX_LISTED: usize = 1024;
 const DEFAULT_WEIGHT: u64 = 100;
 const MAX_WEIGHT: u64 = 10_000;
 
+/// Huge pages of 2 MiB, as limits name them.
+const HUGE_PAGE_SIZE: &str = "2MB";
+/// Those in a block of 128 MiB, in which memory is plugged in.
+const HUGE_PAGES_OF_BLOCK: u64 = 64;
+
 /// What one container asks of the machine.
 #[derive(Clone, Debug, Default)]
 pub struct Claim {
@@ -28,6 +34,8 @@ pub struct Claim {
     /// Bytes the machine has to have for it: its last limit, also when that was
     /// lifted, as it may use so much by then.
     memory: Option<u64>,
+    /// Huge pages of 2 MiB it may use.
+    huge_pages: u64,
     /// Whether it holds a pod's namespaces and does no work of its own.
     holds_only: bool,
     /// What others will claim that join it.
@@ -57,10 +65,14 @@ impl Claim {
     }
 
     fn change(&mut self, changed: &Resources) {
-        let Self { resources, memory, .. } = self;
+        let Self { resources, memory, huge_pages, .. } = self;
         if let Some(limit) = changed.memory_max {
             resources.memory_max = Some(limit);
             *memory = u64::try_from(limit).ok().filter(|limit| *limit > 0).or(*memory);
+        }
+        if !changed.hugepage_limits.is_empty() {
+            let limits = changed.hugepage_limits.iter().filter(|limit| limit.page_size == HUGE_PAGE_SIZE);
+            *huge_pages = limits.map(|limit| limit.limit / huge_pages::BYTES).max().unwrap_or_default();
         }
         resources.memory_low = changed.memory_low.or(resources.memory_low);
         resources.cpu_weight = changed.cpu_weight.or(resources.cpu_weight);
@@ -104,6 +116,8 @@ pub struct Ledger {
     base: Size,
     host: HostSize,
     claims: BTreeMap<String, Claim>,
+    /// Huge pages that a pod may have in all, where its cgroup on the host says so.
+    pod_huge_pages: Option<u64>,
     /// The guest's CPUs that stand for the host's.
     guest_cpus: BTreeMap<u64, u8>,
     /// What the host was told last.
@@ -117,6 +131,7 @@ impl Ledger {
             base: Size { vcpus: guest.vcpus, memory_mib: guest.memory_mib },
             host,
             claims: BTreeMap::new(),
+            pod_huge_pages: None,
             guest_cpus: BTreeMap::new(),
             told: Resources::default(),
         }
@@ -168,7 +183,30 @@ impl Ledger {
         }
         let shared =
             if self.working().any(|claim| claim.memory.is_none()) { self.base.memory_mib } else { 0 };
-        with_overhead(sum).saturating_add(shared).max(announced)
+        // The kernel's descriptors of pages are in ordinary memory: 2 MiB for each block plugged in.
+        let descriptors = self.huge_pages().div_ceil(HUGE_PAGES_OF_BLOCK).saturating_mul(2);
+        with_overhead(sum).saturating_add(shared).saturating_add(descriptors).max(announced)
+    }
+
+    /// The host's huge pages the machine has to have: what its pod may use, where that is known,
+    /// or its containers. On a host without any they are a limit, and claim nothing.
+    pub fn huge_pages(&self) -> u64 {
+        if self.host.huge_pages == 0 {
+            return 0;
+        }
+        let sum = || self.claims.values().fold(0_u64, |sum, claim| sum.saturating_add(claim.huge_pages));
+        self.pod_huge_pages.unwrap_or_else(sum)
+    }
+
+    /// Notes what the cgroup above the sandbox's allows, where that is a pod's.
+    pub fn set_huge_pages_above(&mut self, limit: Option<u64>) {
+        let is_pod = self.claims.values().any(|claim| claim.holds_only);
+        self.pod_huge_pages = limit.filter(|_| is_pod);
+    }
+
+    /// Whether the host has any.
+    pub fn host_has_huge_pages(&self) -> bool {
+        self.host.huge_pages > 0
     }
 
     fn announced(&self, what: fn(&Announced) -> Option<u64>) -> Option<u64> {
@@ -318,7 +356,7 @@ mod tests {
     use super::*;
     use crate::config::Config;
 
-    const HOST: HostSize = HostSize { cpus: 8, memory_mib: 16 << 10 };
+    const HOST: HostSize = HostSize { cpus: 8, memory_mib: 16 << 10, huge_pages: 0 };
     const MIB: i64 = 1 << 20;
 
     fn ledger() -> Ledger {
@@ -354,6 +392,36 @@ mod tests {
             ledger.set(&n.to_string(), claim.clone());
         }
         ledger.size()
+    }
+
+    #[test]
+    fn huge_pages_add_up_where_the_host_has_some() {
+        use rvm_protocol::agent::HugepageLimit;
+        let limit = |size: &str, limit| HugepageLimit { page_size: size.into(), limit, ..Default::default() };
+        let huge = |limits: Vec<HugepageLimit>| {
+            let memory_max = Some(1024 * MIB);
+            Resources { hugepage_limits: limits, memory_max, ..Default::default() }
+        };
+        let mut ledger = ledger();
+        ledger.set("pause", pause());
+        ledger.set("a", claim(huge(vec![limit("1GB", 0), limit("2MB", 5 << 20)])));
+        ledger.set("b", claim(huge(vec![limit("2MB", 128 << 20)])));
+        assert_eq!(ledger.huge_pages(), 0, "the host has none");
+        let without = ledger.wanted_memory_mib();
+        ledger.host.huge_pages = 1000;
+        assert_eq!((ledger.huge_pages(), ledger.wanted_memory_mib() - without), (2 + 64, 4));
+        let other = ledger.claim("b").unwrap().with(&Resources { cpu_weight: Some(7), ..Default::default() });
+        ledger.set("b", other.clone());
+        assert_eq!(ledger.huge_pages(), 66, "what is not said stays");
+        ledger.set("b", other.with(&huge(vec![limit("2MB", u64::MAX)])));
+        assert_eq!(ledger.huge_pages(), 2 + u64::MAX / (2 << 20));
+        ledger.remove("b");
+        assert_eq!(ledger.huge_pages(), 2);
+        ledger.set_huge_pages_above(Some(7));
+        assert_eq!(ledger.huge_pages(), 7, "the pod's, whatever its containers may use");
+        ledger.remove("pause");
+        ledger.set_huge_pages_above(Some(7));
+        assert_eq!(ledger.huge_pages(), 2, "above a container alone is no pod");
     }
 
     #[test]

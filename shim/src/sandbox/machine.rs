@@ -246,6 +246,16 @@ impl Machine {
         Ok(self.monitor.control().metrics().await?.memory_plugged_bytes)
     }
 
+    /// And of the host's huge pages.
+    pub(super) async fn hugetlb_bytes(&self) -> Result<u64, MonitorError> {
+        Ok(self.monitor.control().metrics().await?.hugetlb_plugged_bytes)
+    }
+
+    /// Offers the guest so much of the host's huge pages.
+    pub(super) async fn offer_hugetlb(&self, mib: u64) -> Result<(), MonitorError> {
+        self.monitor.control().set_hugetlb_memory(mib).await
+    }
+
     /// Offers the guest so much memory beside what it started with.
     pub(super) async fn offer_memory(&self, mib: u64) -> Result<(), MonitorError> {
         self.monitor.control().set_hotplug_memory(mib).await
@@ -299,6 +309,7 @@ fn vm_config(config: &Config, plan: &Plan, nets: Vec<InheritedNet>, jail: JailCo
         max_vcpus: plan.max_vcpus,
         memory_mib: plan.room.boot_mib,
         hotplug_memory_mib: plan.room.hotplug_mib,
+        hugetlb_memory_mib: plan.room.hugetlb_mib,
         huge_pages: config.guest.huge_pages,
         kernel: config.guest.kernel.clone(),
         cmdline: config.guest.cmdline(),

@@ -139,8 +139,9 @@ impl Base {
             Hierarchies::of_host()?,
             &plan.cgroup_path,
             &plan.id,
-            &Ceiling::of(&total, plan.size.memory_mib),
+            &resize::ceiling(&plan.ledger, Ceiling::of(&total, plan.size.memory_mib), 0),
         )?;
+        plan.ledger.set_huge_pages_above(cgroup.huge_pages_above());
         let share = Share::create(dir.path().join(dir::SHARE))?;
         let host = attach::HostSide::new(dir.path(), share, cgroup.procs(), network);
         let mut owned = Owned {
@@ -253,7 +254,14 @@ impl Sandbox {
         timeline.mark("network opened");
         let (base, boot) = Base::begin(config, plan, network, timeline)?;
         match boot.agent().await {
-            Ok(agent) => Ok(Arc::new(base.with(boot.machine(agent)))),
+            Ok(agent) => {
+                let sandbox = Arc::new(base.with(boot.machine(agent)));
+                if let Err(error) = sandbox.grow_huge_pages().await {
+                    sandbox.close().await;
+                    return Err(error);
+                }
+                Ok(sandbox)
+            }
             Err(error) => Err(base.failed(error).await),
         }
     }

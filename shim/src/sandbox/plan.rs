@@ -11,6 +11,7 @@ use rvm_protocol::vmm::MAX_VCPUS;
 use super::ledger::{Claim, Ledger};
 use crate::{
     config::Guest,
+    huge_pages,
     spec::{Bundle, HostNamespace, HostNetwork, PodConfig, Role, Shm, Users},
 };
 
@@ -158,6 +159,8 @@ pub struct HostSize {
     pub cpus: u64,
     /// Memory in MiB.
     pub memory_mib: u64,
+    /// Huge pages of 2 MiB.
+    pub huge_pages: u64,
 }
 
 impl HostSize {
@@ -169,7 +172,11 @@ impl HostSize {
         // SAFETY: as above.
         let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
         let bytes = u64::try_from(pages).ok().zip(u64::try_from(page).ok()).map(|(a, b)| a.saturating_mul(b));
-        Self { cpus, memory_mib: bytes.map_or(u64::MAX, |bytes| bytes >> 20) }
+        Self {
+            cpus,
+            memory_mib: bytes.map_or(u64::MAX, |bytes| bytes >> 20),
+            huge_pages: huge_pages::Pool::read().total,
+        }
     }
 }
 
@@ -180,15 +187,19 @@ pub struct Room {
     pub boot_mib: u64,
     /// MiB that can be plugged in beside that.
     pub hotplug_mib: u64,
+    /// MiB of the host's huge pages that can be.
+    pub hugetlb_mib: u64,
 }
 
 impl Room {
-    /// All of the host's memory: what the guest does not touch, the host does not
-    /// give.
+    /// All of the host's memory, its huge pages apart: what the guest does not touch, the
+    /// host does not give.
     pub fn of(size: Size, host: HostSize) -> Self {
-        let most = host.memory_mib.min(MAX_MEMORY_MIB);
-        let rest = most.saturating_sub(size.memory_mib);
-        Self { boot_mib: size.memory_mib, hotplug_mib: rest - rest % HOTPLUG_STEP_MIB }
+        let whole = |mib: u64| mib - mib % HOTPLUG_STEP_MIB;
+        let rest = whole(host.memory_mib.min(MAX_MEMORY_MIB).saturating_sub(size.memory_mib));
+        let pool_mib = host.huge_pages.saturating_mul(huge_pages::BYTES >> 20);
+        let hugetlb_mib = pool_mib.checked_next_multiple_of(HOTPLUG_STEP_MIB).unwrap_or(rest).min(rest);
+        Self { boot_mib: size.memory_mib, hotplug_mib: rest - hugetlb_mib, hugetlb_mib }
     }
 
     /// MiB that have to be plugged in so that the machine has `memory_mib`;
@@ -208,17 +219,22 @@ pub(super) fn with_overhead(limit_mib: u64) -> u64 {
 mod tests {
     use super::*;
 
-    const HOST: HostSize = HostSize { cpus: 8, memory_mib: 16 << 10 };
+    const HOST: HostSize = HostSize { cpus: 8, memory_mib: 16 << 10, huge_pages: 0 };
 
     #[test]
     fn what_is_missing_is_plugged_in_beside_what_there_is() {
         let room = |boot_mib| Room::of(Size { vcpus: 1, memory_mib: boot_mib }, HOST);
-        assert_eq!(room(512), Room { boot_mib: 512, hotplug_mib: (16 << 10) - 512 });
+        assert_eq!(room(512), Room { boot_mib: 512, hotplug_mib: (16 << 10) - 512, hugetlb_mib: 0 });
         assert_eq!(room(1000).hotplug_mib, 15_360, "whole blocks");
         assert_eq!(room(HOST.memory_mib).hotplug_mib, 0);
         assert_eq!(room(u64::MAX).hotplug_mib, 0);
         let unknown = HostSize { memory_mib: u64::MAX, ..HOST };
         assert_eq!(Room::of(Size { vcpus: 1, memory_mib: 512 }, unknown).hotplug_mib, (1 << 20) - 512);
+
+        let pool =
+            |pages| Room::of(Size { vcpus: 1, memory_mib: 512 }, HostSize { huge_pages: pages, ..HOST });
+        assert_eq!(pool(65), Room { boot_mib: 512, hotplug_mib: (16 << 10) - 768, hugetlb_mib: 256 });
+        assert_eq!(pool(u64::MAX), Room { boot_mib: 512, hotplug_mib: 0, hugetlb_mib: (16 << 10) - 512 });
 
         let room = room(512);
         for (limit_mib, plugged) in

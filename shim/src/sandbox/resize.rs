@@ -14,6 +14,7 @@ use crate::{
     agent::AgentError,
     background::off_thread,
     cgroup::{Ceiling, CgroupError},
+    huge_pages::{self, Pool},
     vmm::MonitorError,
 };
 
@@ -21,6 +22,8 @@ use crate::{
 /// back what it said it would.
 const LOOKS: u32 = 10;
 const MOMENT: Duration = Duration::from_millis(10);
+/// MiB of a huge page.
+const HUGE_PAGE_MIB: u64 = huge_pages::BYTES >> 20;
 
 /// Why the machine did not grow.
 #[derive(Debug, thiserror::Error)]
@@ -66,13 +69,23 @@ struct Now {
     plugged_mib: u64,
     /// Whether the host holds the machine to a ceiling.
     ceiling: bool,
+    /// Huge pages it was offered, and those of the host's that it has.
+    wanted_huge_pages: u64,
+    huge_pages: u64,
 }
 
 impl Sizing {
     /// Of a machine that has just been started with `vcpus`, for what is in
     /// `ledger`, and is held to `total` by the host.
     pub(super) fn new(room: Room, size: Size, max_vcpus: u8, ledger: Ledger, total: &Resources) -> Self {
-        let now = Now { vcpus: size.vcpus, wanted_mib: 0, plugged_mib: 0, ceiling: is_limited(total) };
+        let now = Now {
+            vcpus: size.vcpus,
+            wanted_mib: 0,
+            plugged_mib: 0,
+            ceiling: is_limited(total),
+            wanted_huge_pages: 0,
+            huge_pages: 0,
+        };
         let (now, ledger) = (Mutex::new(now), Mutex::new(ledger));
         Self { room, max_vcpus, now, ledger, changing: tokio::sync::Mutex::default() }
     }
@@ -120,7 +133,8 @@ impl Sandbox {
     pub(super) async fn admit(&self, container: &str, claim: Claim) -> Result<(), SandboxError> {
         let _changing = self.sizing.changing.lock().await;
         if self.sizing.ledger().claim(container).is_some() {
-            return Ok(());
+            // The machine was made for it, and has the host's huge pages yet to get.
+            return self.grow_huge_pages().await;
         }
         let limit = claim.memory_limit();
         self.sizing.ledger().set(container, claim);
@@ -203,6 +217,7 @@ impl Sandbox {
             let grown = self.grow_memory(target, before).await;
             grown.map_err(|source| SandboxError::Grow { limit: limit.unwrap_or_default(), source })?;
         }
+        self.grow_huge_pages().await?;
         let vcpus = self.sizing.ledger().size().vcpus.max(before.vcpus);
         self.set_vcpus(vcpus).await
     }
@@ -214,12 +229,82 @@ impl Sandbox {
         }
         self.sizing.now().wanted_mib = target_mib;
         self.machine.offer_memory(target_mib).await?;
-        let got_mib = self.machine.agent().wait_memory(target_mib << 20).await? >> 20;
+        let got_mib = self.wait_memory(target_mib).await?;
         if got_mib < target_mib {
             return Err(GrowError::Short { got_mib, wanted_mib: target_mib });
         }
         self.note_plugged(target_mib.max(before.plugged_mib));
         Ok(())
+    }
+
+    /// Waits until so much memory is plugged in, its huge pages apart, or no more can be;
+    /// returns how much is. In MiB.
+    async fn wait_memory(&self, target_mib: u64) -> Result<u64, GrowError> {
+        let huge_mib = self.sizing.now().huge_pages * HUGE_PAGE_MIB;
+        let got = self.machine.agent().wait_memory((target_mib + huge_mib) << 20).await?;
+        Ok((got >> 20).saturating_sub(huge_mib))
+    }
+
+    /// Gives the machine as many of the host's huge pages as the ledger says, where it has fewer.
+    pub(super) async fn grow_huge_pages(&self) -> Result<(), SandboxError> {
+        let wanted = self.sizing.ledger().huge_pages();
+        let before = *self.sizing.now();
+        if wanted <= before.wanted_huge_pages.min(before.huge_pages) {
+            return Ok(());
+        }
+        let Pool { total, free } = Pool::read();
+        let missing = wanted.saturating_sub(before.huge_pages);
+        let most = self.sizing.room.hugetlb_mib / HUGE_PAGE_MIB;
+        if missing > free || wanted > most {
+            return Err(SandboxError::NoHugePages { missing, free, total, most });
+        }
+        let grown = async {
+            self.set_ceiling(Ceiling::default().with_huge_pages(wanted.max(before.huge_pages))).await?;
+            self.sizing.now().wanted_huge_pages = wanted;
+            self.machine.offer_hugetlb(wanted * HUGE_PAGE_MIB).await?;
+            let all_mib = before.plugged_mib + wanted.max(before.huge_pages) * HUGE_PAGE_MIB;
+            self.machine.agent().wait_memory(all_mib << 20).await?;
+            // What counts is what the host has given.
+            let got = self.machine.hugetlb_bytes().await? / huge_pages::BYTES;
+            self.sizing.now().huge_pages = got;
+            let ready = if got < wanted { got } else { self.machine.agent().set_huge_pages(wanted).await? };
+            match ready < wanted {
+                false => Ok(()),
+                true => Err(GrowError::Short {
+                    got_mib: ready.saturating_mul(HUGE_PAGE_MIB),
+                    wanted_mib: wanted * HUGE_PAGE_MIB,
+                }),
+            }
+        };
+        grown.await.map_err(|source| SandboxError::HugePages { wanted, source })
+    }
+
+    /// The other way round. Pages in use, as by a file in a volume that others still have, stay.
+    async fn shrink_huge_pages(&self) {
+        let wanted = self.sizing.ledger().huge_pages();
+        let now = *self.sizing.now();
+        if wanted >= now.wanted_huge_pages.max(now.huge_pages) {
+            return;
+        }
+        let shrunk = async {
+            self.machine.agent().set_huge_pages(wanted).await?;
+            self.machine.offer_hugetlb(wanted * HUGE_PAGE_MIB).await?;
+            self.sizing.now().wanted_huge_pages = wanted;
+            let all =
+                self.machine.agent().wait_memory((now.plugged_mib + wanted * HUGE_PAGE_MIB) << 20).await?;
+            let said = all.saturating_sub(now.plugged_mib << 20).max(wanted * huge_pages::BYTES);
+            given_back(said, || self.machine.hugetlb_bytes()).await
+        };
+        match shrunk.await {
+            Ok(plugged) => {
+                let pages = plugged.div_ceil(huge_pages::BYTES);
+                self.sizing.now().huge_pages = pages;
+                if pages > wanted {
+                    log::info!("the guest keeps {pages}, not {wanted}, of the host's huge pages");
+                }
+            }
+            Err(error) => log::warn!("the machine's huge pages stay as they are: {error}"),
+        }
     }
 
     /// Has the guest use so many CPUs, or as many as there can be.
@@ -249,6 +334,7 @@ impl Sandbox {
     /// Makes the machine as large as the ledger says, where it is larger and as
     /// far as the guest can free memory.
     async fn settle(&self) {
+        self.shrink_huge_pages().await;
         let target = self.sizing.target();
         let now = *self.sizing.now();
         if target < now.wanted_mib.max(now.plugged_mib) {
@@ -268,17 +354,8 @@ impl Sandbox {
         let shrunk = async {
             self.machine.offer_memory(target_mib).await?;
             self.sizing.now().wanted_mib = target_mib;
-            let said = self.machine.agent().wait_memory(target_mib << 20).await?.max(target_mib << 20);
-            // What counts is what the guest has given back. It stops using a
-            // block a moment before, and says so.
-            let mut plugged = self.machine.plugged_bytes().await?;
-            for _ in 0..LOOKS {
-                if plugged <= said {
-                    break;
-                }
-                sleep(MOMENT).await;
-                plugged = self.machine.plugged_bytes().await?;
-            }
+            let said = self.wait_memory(target_mib).await?.max(target_mib) << 20;
+            let plugged = given_back(said, || self.machine.plugged_bytes()).await?;
             Ok::<u64, GrowError>(plugged.div_ceil(1 << 20))
         };
         match shrunk.await {
@@ -308,7 +385,13 @@ impl Sandbox {
     /// Has the host hold the machine to what the ledger comes to.
     async fn tell_host(&self) -> Result<(), CgroupError> {
         let total = self.sizing.ledger().total();
-        self.set_ceiling(Ceiling::of(&total, self.sizing.memory_mib())).await?;
+        let limits = Ceiling::of(&total, self.sizing.memory_mib());
+        let has = self.sizing.now().huge_pages;
+        let limits = {
+            let ledger = self.sizing.ledger();
+            ceiling(&ledger, limits, ledger.huge_pages().max(has))
+        };
+        self.set_ceiling(limits).await?;
         self.sizing.now().ceiling |= is_limited(&total);
         Ok(())
     }
@@ -319,6 +402,28 @@ impl Sandbox {
         let Some(cgroup) = cgroup else { return Ok(()) };
         off_thread(move || cgroup.update(&ceiling)).await
     }
+}
+
+/// `limits`, and for so many huge pages where the host has any: else nobody is asked.
+pub(super) fn ceiling(ledger: &Ledger, limits: Ceiling, huge_pages: u64) -> Ceiling {
+    if ledger.host_has_huge_pages() { limits.with_huge_pages(huge_pages) } else { limits }
+}
+
+/// Bytes that are `plugged`, once the guest has given back what it says it has. It stops using
+/// a block a moment before.
+async fn given_back<F: Future<Output = Result<u64, MonitorError>>>(
+    said: u64,
+    plugged: impl Fn() -> F,
+) -> Result<u64, GrowError> {
+    let mut now = plugged().await?;
+    for _ in 0..LOOKS {
+        if now <= said {
+            break;
+        }
+        sleep(MOMENT).await;
+        now = plugged().await?;
+    }
+    Ok(now)
 }
 
 /// A container's limits that are being changed.

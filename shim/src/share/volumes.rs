@@ -193,10 +193,10 @@ impl Volumes {
     }
 }
 
-/// Why no guest could use a `HugePages` volume. Pages that its own kernel set aside would be memory of the machine, for
-/// which a pod's limit, that counts huge pages apart, leaves no room.
-const HUGE_PAGES: &str = "is a hugetlbfs of the host, whose pages no guest can map (Kubernetes: emptyDir with medium \
-                          Memory instead of HugePages; with madvise(2) its pages are huge as well)";
+/// Why no guest could use a hugetlbfs that is not in the place of one of its own (`spec::memory_volume`).
+const HUGE_PAGES: &str = "is a hugetlbfs of the host, whose pages no guest can map; in the place of a pod's volume of \
+                          pages of 2 MiB, into which the host has put nothing, the guest has its own (Kubernetes: \
+                          emptyDir with medium HugePages-2Mi)";
 
 /// Why no guest could use a file of this kind.
 fn useless(kind: fs::FileType) -> Option<&'static str> {

@@ -1,5 +1,5 @@
-//! Memory volumes of pods, which kubelet makes for `emptyDir: {medium: Memory}`: a tmpfs of the host, known by the
-//! place it is mounted at. What a pod's containers share needs none of the host's memory, nor its answers: the guest
+//! Memory volumes of pods, which kubelet makes for `emptyDir: {medium: Memory}`: a tmpfs of the host, or for `HugePages`
+//! a hugetlbfs, known by the place it is mounted at. What a pod's containers share needs none of the host's memory, nor its answers: the guest
 //! has one of its own, of the same size and owner.
 
 use std::{
@@ -8,11 +8,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use nix::sys::statfs::{TMPFS_MAGIC, statfs};
+use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, statfs};
 use rvm_protocol::agent::{FileOwner, MemoryVolume};
 
 use super::empty_dir::KIND;
-use crate::{mountinfo::MountTable, user_namespace::IdMap};
+use crate::{huge_pages, mountinfo::MountTable, user_namespace::IdMap};
 
 /// How many directories of one are looked at, and how deep: kubelet has made one for each `subPath`.
 const MOST: usize = 64;
@@ -25,7 +25,12 @@ pub(super) fn at(
     source: &Path,
     idmap: Option<&IdMap>,
 ) -> Option<(String, MemoryVolume)> {
-    let size = statfs(source).ok().filter(|found| found.filesystem_type() == TMPFS_MAGIC)?;
+    let size = statfs(source).ok()?;
+    let huge_pages = match size.filesystem_type() {
+        TMPFS_MAGIC => false,
+        HUGETLBFS_MAGIC if u64::try_from(size.block_size()).ok()? == huge_pages::BYTES => true,
+        _ => return None,
+    };
     let source = fs::canonicalize(source).ok().filter(|source| source.is_dir())?;
     let (top, device, path) = find(mounts, &source)?;
     if !has_only_directories(&top, 0, &mut 0) {
@@ -35,6 +40,7 @@ pub(super) fn at(
         bytes: size.blocks().saturating_mul(u64::try_from(size.block_size()).ok()?),
         top: Some(owner(&top.metadata().ok()?, idmap)?).into(),
         path,
+        huge_pages,
         owner: Some(owner(&source.metadata().ok()?, idmap)?).into(),
         ..Default::default()
     };

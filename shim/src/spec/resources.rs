@@ -206,6 +206,11 @@ fn hugepages(at: &str, limit: &oci::LinuxHugepageLimit) -> Result<HugepageLimit,
     let bytes = u64::try_from(limit.limit()).map_err(|_| {
         SpecError::field(format!("{at}.limit"), format!("must not be negative, is {}", limit.limit()))
     })?;
+    if bytes > 0 && size != "2MB" {
+        let reason =
+            format!("the guest has huge pages of 2 MiB only, none of {size} (Kubernetes: hugepages-2Mi)");
+        return Err(SpecError::unsupported(at, reason));
+    }
     Ok(HugepageLimit { page_size: size.clone(), limit: bytes, ..Default::default() })
 }
 

@@ -95,6 +95,11 @@ impl Control {
         self.done("set_hotplug_memory", Request::SetHotplugMemory { mib }, &[]).await
     }
 
+    /// The same of the host's huge pages.
+    pub async fn set_hugetlb_memory(&self, mib: u64) -> Result<(), MonitorError> {
+        self.done("set_hugetlb_memory", Request::SetHugetlbMemory { mib }, &[]).await
+    }
+
     /// Stops every vCPU between two instructions.
     pub async fn pause(&self) -> Result<(), MonitorError> {
         self.done("pause", Request::Pause, &[]).await

@@ -10,6 +10,8 @@
 //! * `rvm-probe output BYTES` writes bytes that a reader can tell from any others.
 //! * `rvm-probe volume FILE` makes the file and prints how locks and shared
 //!   mappings of it behave.
+//! * `rvm-probe huge FILE PAGES` makes a file of so many huge pages of 2 MiB,
+//!   or takes the one that is there, and writes to each by way of a mapping.
 //! * `rvm-probe serve DIR...` and `rvm-probe meet DIR` show whether a lock, a
 //!   shared mapping and a socket in a directory are one for two containers.
 //! * `rvm-probe clock` prints the seconds since the epoch for each line it reads.
@@ -24,6 +26,7 @@ mod attempts;
 mod calls;
 mod files;
 mod hook;
+mod huge;
 mod kernel;
 mod mounts;
 mod neighbour;
@@ -71,6 +74,7 @@ pub extern "C" fn main(_argc: c_int, _argv: *const *const c_char) -> c_int {
         ["output", bytes] => return output(bytes.parse().unwrap_or(0)),
         ["clock"] => return clock(),
         ["volume", file] => volume::print(file),
+        ["huge", file, pages] => return huge::print(file, pages.parse().unwrap_or(0)),
         ["serve", dirs @ ..] => return ended(neighbour::serve(dirs)),
         ["meet", dir] => return ended(neighbour::meet(dir)),
         ["capabilities"] => {

@@ -251,6 +251,7 @@ fn plugin_config() -> String {
     format!(
         "[plugins.\"io.containerd.nri.v1.nri\"]\ndisable = true\n\
          {PLUGIN}]\nsandbox_image = \"{PAUSE}\"\nstream_server_address = \"127.0.0.1\"\n\
+         disable_hugetlb_controller = false\n\
          {PLUGIN}.cni]\nbin_dir = \"{}\"\nconf_dir = \"{DIR}/net.d\"\n\
          {PLUGIN}.containerd.runtimes.runc]\nruntime_type = \"io.containerd.runc.v2\"\n\
          {PLUGIN}.containerd.runtimes.rvm]\n{rvm}\

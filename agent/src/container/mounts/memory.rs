@@ -1,5 +1,5 @@
-//! Memory volumes of the sandbox: each is a tmpfs that its containers share, made for the first that asks for it. It
-//! ends with the sandbox.
+//! Memory volumes of the sandbox: each is a tmpfs, or a hugetlbfs, that its containers share, made for the first that
+//! asks for it. It ends with the sandbox.
 
 use std::{
     fs,
@@ -32,6 +32,7 @@ const DIR: &str = "/run/rvm/memory";
 pub struct MemoryVolume {
     name: String,
     bytes: u64,
+    huge_pages: bool,
     top: FileOwner,
     /// Below it; empty for the whole.
     path: PathBuf,
@@ -49,6 +50,7 @@ impl MemoryVolume {
         Ok(Self {
             name: mount.source.clone(),
             bytes: asked.bytes,
+            huge_pages: asked.huge_pages,
             top: asked.top.clone().unwrap_or_default(),
             path: PathBuf::from(&asked.path),
             owner: asked.owner.clone().unwrap_or_default(),
@@ -96,8 +98,13 @@ impl MemoryVolume {
 
     fn mount(&self, dir: &Path) -> StepResult<()> {
         let FileOwner { mode, uid, gid, .. } = self.top;
-        let options = format!("size={},mode={:o},uid={uid},gid={gid}", self.bytes, mode & 0o7777);
-        nix::mount::mount(Some("tmpfs"), dir, Some("tmpfs"), MsFlags::empty(), Some(options.as_str()))
+        let owner = format!("mode={:o},uid={uid},gid={gid}", mode & 0o7777);
+        let (kind, options) = match (self.huge_pages, self.bytes) {
+            (false, bytes) => ("tmpfs", format!("size={bytes},{owner}")),
+            (true, 0) => ("hugetlbfs", format!("pagesize=2M,{owner}")),
+            (true, bytes) => ("hugetlbfs", format!("pagesize=2M,size={bytes},{owner}")),
+        };
+        nix::mount::mount(Some(kind), dir, Some(kind), MsFlags::empty(), Some(options.as_str()))
             .step(|| format!("mount memory volume {:?} ({options})", self.name))
     }
 }
