@@ -1,12 +1,12 @@
 //! Huge pages of pods, as kubelet has them, under runc and under rvm: what is seen has to be the same, and the host's
 //! pool has to be what it was.
 
-use std::{fs, path::Path, time::Instant};
+use std::{fs, time::Instant};
 
 use anyhow::{Context, Result, ensure};
-use k8s_cri::v1::{ContainerConfig, HugepageLimit, LinuxContainerResources, Mount};
+use k8s_cri::v1::{ContainerConfig, HugepageLimit, LinuxContainerResources, Mount, PodSandboxConfig};
 use rvm_tests::{
-    cri::{Cri, Pod},
+    cri::{Container, Executed, Pod},
     parity::PROBE_ENV,
     scale,
     world::shell,
@@ -87,26 +87,26 @@ fn mounts(volumes: &Volumes) -> Result<[Mount; 2]> {
     ])
 }
 
-fn use_pages(file: &str, pages: &str) -> [String; 4] {
-    ["/programs/probe", "huge", file, pages].map(str::to_owned)
+/// A pod whose cgroup may have so many pages, as kubelet sets it.
+fn may_have(pages: u64) -> impl FnOnce(&mut PodSandboxConfig) {
+    move |config| {
+        let parent = config.linux.as_ref().map_or("", |linux| &linux.cgroup_parent);
+        let dir = format!("/sys/fs/cgroup/{}", parent.trim_start_matches('/'));
+        let set = shell(&format!(
+            "echo +hugetlb > {dir}/../cgroup.subtree_control; \
+             for file in max rsvd.max; do echo {} > {dir}/hugetlb.2MB.$file; done",
+            pages * PAGE
+        ));
+        // Without the limit what is compared differs.
+        if let Err(error) = set {
+            println!("{dir}: {error:#}");
+        }
+    }
 }
 
-/// Runs a pod whose cgroup may have so many pages, as kubelet sets it.
-fn run_limited<'a>(cri: &'a Cri, name: &str, pages: u64) -> Result<Pod<'a>> {
-    let mut set = Ok(());
-    let pod = Pod::run(cri, name, |config| {
-        let parent = config.linux.as_ref().map_or("", |linux| &linux.cgroup_parent);
-        let dir = Path::new("/sys/fs/cgroup").join(parent.trim_start_matches('/'));
-        set = shell(&format!(
-            "echo +hugetlb > {0}/../cgroup.subtree_control; \
-             for file in max rsvd.max; do echo {1} > {0}/hugetlb.2MB.$file; done",
-            dir.display(),
-            pages * PAGE
-        ))
-        .map(drop);
-    });
-    set?;
-    pod
+/// What the program prints that uses so many pages of a file, or where that is `-` of none.
+fn use_pages(container: &Container<'_>, file: &str, pages: &str) -> Result<Executed> {
+    container.exec(&["/programs/probe", "huge", file, pages])
 }
 
 #[test]
@@ -114,20 +114,21 @@ fn a_pod_has_as_many_as_its_cgroup_may_have() {
     same(|cri, seen| {
         let pool = Pool::of(16)?;
         let volumes = Volumes::new("huge")?;
-        let pod = run_limited(cri, "huge", 6)?;
+        if cri.is_rvm() {
+            let error = Pod::refused(cri, "greedy", may_have(17))?;
+            let names = ["hugetlb.2MB.max", "17 more huge pages", "16 of the host's 16 are free"];
+            ensure!(names.iter().all(|name| error.contains(name)), "{error}");
+        }
+        let pod = Pod::run(cri, "huge", may_have(6))?;
         let mounts = mounts(&volumes)?;
-        let run = |container: &rvm_tests::cri::Container<'_>, file: &str, pages: &str| {
-            let words = use_pages(file, pages);
-            container.exec(&words.each_ref().map(String::as_str))
-        };
         let one = pod.start("one", &SLEEP, with_pages(4, &mounts))?;
         let two = pod.start("two", &SLEEP, with_pages(2, &mounts))?;
         let any = pod.start("any", &SLEEP, |config| config.mounts = mounts.to_vec())?;
-        seen.add("four pages", run(&one, "/huge/a", "4")?);
-        seen.add("as another has them", run(&two, "/huge/a", "4")?);
-        seen.add("more than two may have", run(&two, "/huge/b", "3")?);
-        seen.add("more than the pod has", run(&any, "/huge/c", "3")?);
-        seen.add("what is left", run(&any, "/huge/d", "2")?);
+        seen.add("four pages", use_pages(&one, "/huge/a", "4")?);
+        seen.add("as another has them", use_pages(&two, "/huge/a", "4")?);
+        seen.add("more than two may have", use_pages(&two, "/huge/b", "3")?);
+        seen.add("more than the pod has", use_pages(&any, "/huge/c", "3")?);
+        seen.add("what is left", use_pages(&any, "/huge/d", "2")?);
         seen.add("files", one.sh("ls -l /huge | awk '{ print $1, $5, $9 }'; stat -f -c '%t %s %b' /huge")?);
         seen.add("the mount", one.sh("awk '$5 == \"/huge\" { print $6 }' /proc/self/mountinfo")?);
         for container in [&one, &two] {
@@ -138,16 +139,21 @@ fn a_pod_has_as_many_as_its_cgroup_may_have() {
             let total = one.sh("awk '/^HugePages_(Total|Free)/ { print $2 }' /proc/meminfo")?;
             ensure!(total == "6\n0\n", "{total:?}");
             let charged = pod.cgroup_file("hugetlb.2MB.current")?;
-            ensure!(charged.trim() == (6 * PAGE).to_string(), "{charged}");
+            let limit = pod.cgroup_file(&format!("{}/hugetlb.2MB.max", pod.id))?;
+            ensure!(
+                [&charged, &limit].iter().all(|file| file.trim() == (6 * PAGE).to_string()),
+                "{charged}{limit}"
+            );
         }
         ensure!(pool.used()? == 6, "{} pages are used", pool.used()?);
         // What a container has left in a volume is there when it comes back.
         one.stop(1)?;
         one.remove()?;
         let one = pod.start("one", &SLEEP, with_pages(4, &mounts))?;
-        seen.add("after it came back", run(&one, "/huge/a", "4")?);
+        seen.add("after it came back", use_pages(&one, "/huge/a", "4")?);
         seen.add("freed", one.sh("rm /huge/*; ls /huge")?);
-        seen.add("and used again", run(&one, "/huge/e", "4")?);
+        seen.add("and used again", use_pages(&one, "/huge/e", "4")?);
+        seen.add("without a file", use_pages(&two, "-", "2")?);
         pod.remove()?;
         drop(volumes);
         pool.comes_to(0)
@@ -161,15 +167,11 @@ fn pages_come_and_go_with_containers() {
         let volumes = Volumes::new("claims")?;
         let pod = Pod::run(cri, "claims", plain)?;
         let mounts = mounts(&volumes)?;
-        let run = |container: &rvm_tests::cri::Container<'_>, file: &str, pages: &str| {
-            let words = use_pages(file, pages);
-            container.exec(&words.each_ref().map(String::as_str))
-        };
         let one = pod.start("one", &SLEEP, with_pages(4, &mounts))?;
-        seen.add("four pages", run(&one, "/huge/a", "4")?);
+        seen.add("four pages", use_pages(&one, "/huge/a", "4")?);
         for _ in 0..3 {
             let two = pod.start("two", &SLEEP, with_pages(5, &mounts))?;
-            seen.add("five", run(&two, "/huge/b", "5")?);
+            seen.add("five", use_pages(&two, "/huge/b", "5")?);
             ensure!(pool.used()? == 9, "{} pages are used", pool.used()?);
             seen.add("gone", two.sh("rm /huge/b; ls /huge")?);
             two.stop(1)?;
@@ -191,7 +193,7 @@ fn pages_come_and_go_with_containers() {
             let error = format!("{:#}", refused.err().context("it is started")?);
             ensure!(error.contains("linux.resources.hugepageLimits[0]: "), "{error}");
         }
-        seen.add("the first one's", run(&one, "/huge/a", "4")?);
+        seen.add("the first one's", use_pages(&one, "/huge/a", "4")?);
         pod.remove()?;
         drop(volumes);
         pool.comes_to(0)

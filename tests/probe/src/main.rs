@@ -11,7 +11,8 @@
 //! * `rvm-probe volume FILE` makes the file and prints how locks and shared
 //!   mappings of it behave.
 //! * `rvm-probe huge FILE PAGES` makes a file of so many huge pages of 2 MiB,
-//!   or takes the one that is there, and writes to each by way of a mapping.
+//!   or takes the one that is there, and writes to each by way of a mapping; with
+//!   `-` for FILE the pages are no file's.
 //! * `rvm-probe serve DIR...` and `rvm-probe meet DIR` show whether a lock, a
 //!   shared mapping and a socket in a directory are one for two containers.
 //! * `rvm-probe clock` prints the seconds since the epoch for each line it reads.
