@@ -1,4 +1,4 @@
-//! What we change in the kernel's source (`patches/*.patch`): exits and pages that no configuration saves.
+//! What we change in the kernel's source (`patches/*.patch`): exits and pages that no configuration saves, and a fault.
 
 use std::fs;
 use std::path::Path;
@@ -9,7 +9,7 @@ use crate::{Error, Flavour, command, io_error};
 /// A patch: its name, and a unified diff.
 type Patch = (&'static str, &'static str);
 
-const PATCHES: [Patch; 14] = [
+const PATCHES: [Patch; 15] = [
     ("pci-remember-configuration", include_str!("../patches/pci-remember-configuration.patch")),
     ("virtiofs-tag-in-words", include_str!("../patches/virtiofs-tag-in-words.patch")),
     ("initramfs-keep-pages", include_str!("../patches/initramfs-keep-pages.patch")),
@@ -18,6 +18,7 @@ const PATCHES: [Patch; 14] = [
     ("bpf-smaller-packs", include_str!("../patches/bpf-smaller-packs.patch")),
     ("percpu-chunks-of-their-size", include_str!("../patches/percpu-chunks-of-their-size.patch")),
     ("overlay-no-attributes-in-layers", include_str!("../patches/overlay-no-attributes-in-layers.patch")),
+    ("fuse-truncate-after-access", include_str!("../patches/fuse-truncate-after-access.patch")),
     ("usemap-beside-all-else", include_str!("../patches/usemap-beside-all-else.patch")),
     ("functions-in-order-of-a-start", include_str!("../patches/functions-in-order-of-a-start.patch")),
     ("init-text-beside-text", include_str!("../patches/init-text-beside-text.patch")),

@@ -346,13 +346,15 @@ fn locks_and_shared_mappings() {
     case(|world| {
         let volume = Volume::new(world, "shared")?;
         let probe = std::env::var(PROBE_ENV).with_context(|| format!("{PROBE_ENV} is not set"))?;
-        std::fs::copy(probe, volume.path("probe"))?;
+        std::fs::copy(&probe, volume.path("probe"))?;
         let run = world.ctr().container("shared").with(&["--mount", &bind(&volume.0, "/v", "rbind:rw")]);
         let finished = run.run(&["/v/probe", "volume", "/v/file"])?.success()?;
         let expected = "flock = ok\nflock again = EAGAIN\nflock shared = EAGAIN\nunlock = ok\nflock freed = ok\n\
                         range = ok\nrange again = EAGAIN\nrange beside = ok\nmapped then read = m\n\
-                        written then mapped = w\nmsync = ok\nnamed = ok\nvolume = complete\n";
+                        written then mapped = w\nmsync = ok\nnamed = ok\nexecuted = refused\nvolume = complete\n";
         ensure!(finished.text() == expected, "{finished}");
+        let sizes = shell(&format!("stat -Lc %s {probe} {}", volume.path("probe").display()))?;
+        ensure!(sizes.lines().next() == sizes.lines().nth(1), "sizes of the program: {sizes}");
         let file = std::fs::read(volume.path("file"))?;
         ensure!(file.len() == 8192 && file[4096] == b'm' && file[1] == b'w', "on the host");
         let named = shell(&format!("cd {}; cat file.named; stat -c ' %a' file.named", volume.0.display()))?;

@@ -1,4 +1,4 @@
-//! Locks and shared mappings of one file, and a file without a name.
+//! Locks and shared mappings of one file, a file without a name, and one that is being executed.
 
 use std::{
     ffi::CString,
@@ -76,7 +76,25 @@ fn try_print(path: &str) -> Result<()> {
         "msync = {}",
         Shown(call(libc::SYS_msync, [page as usize, 2 * PAGE, libc::MS_SYNC as usize]))
     ));
-    nameless(path)
+    nameless(path)?;
+    executed()
+}
+
+/// This program, which may not be changed while it runs: not truncated either by who opens it for reading,
+/// and is refused. Most of it has not been read yet.
+fn executed() -> Result<()> {
+    let program = std::fs::read_link("/proc/self/exe")?;
+    for _ in 0..20 {
+        let opened = File::options().read(true).custom_flags(libc::O_TRUNC).open(&program);
+        let length = std::fs::metadata(&program)?.len();
+        let refused = opened.is_err_and(|error| error.raw_os_error() == Some(libc::ETXTBSY));
+        if !refused || length == 0 {
+            Out::line(&format!("executed = refused {refused}, {length} bytes"));
+            return Ok(());
+        }
+    }
+    Out::line("executed = refused");
+    Ok(())
 }
 
 /// A file without a name, which gets one once it is whole.
