@@ -23,6 +23,9 @@ pub enum Error {
     /// The request does not fit the state the object is in.
     #[error("{0}")]
     Precondition(String),
+    /// An image of layers that is no file system.
+    #[error("{0}")]
+    Image(StepError),
     /// A step in the guest failed.
     #[error(transparent)]
     Step(#[from] StepError),

@@ -40,6 +40,7 @@ fn status(error: Error) -> ttrpc::Error {
         Error::NotFound(_) => Code::NOT_FOUND,
         Error::AlreadyExists(_) => Code::ALREADY_EXISTS,
         Error::Precondition(_) => Code::FAILED_PRECONDITION,
+        Error::Image(_) => Code::DATA_LOSS,
         // As containerd's own shim reports what runc could not do.
         Error::Step(_) => Code::UNKNOWN,
     };

@@ -2,6 +2,7 @@
 //! sandboxes.
 
 mod check;
+mod images;
 mod logs;
 mod port_forward;
 mod ps;
@@ -40,6 +41,12 @@ enum Command {
     Run(Box<run::Args>),
     /// List sandboxes with status, age and memory.
     Ps {
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// List the image files that containers have in place of layers.
+    Images {
         /// Print JSON.
         #[arg(long)]
         json: bool,
@@ -131,6 +138,10 @@ fn execute(command: Command, config_file: Option<&Path>) -> Result<ExitCode> {
         Command::Ps { json } => {
             let rows = ps::rows(&Config::load(config_file)?.host.state_dir)?;
             if json { print_json(&rows)? } else { print!("{}", ps::table(&rows)) }
+        }
+        Command::Images { json } => {
+            let images = images::rows(&Config::load(config_file)?.host.cache_dir);
+            if json { print_json(&images)? } else { print!("{}", images::table(&images)) }
         }
         Command::Logs { id, follow } => {
             let log = sandbox(config_file, &id)?.dir.join(rvm_shim::sandbox::CONSOLE_LOG);

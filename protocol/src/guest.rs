@@ -40,6 +40,8 @@ pub const LAYERS_DIR: &str = "/run/rvm/layers";
 pub const VOLUMES_TAG: &str = "volumes";
 /// Where the agent mounts the volumes; all of a container's are below its id.
 pub const VOLUMES_DIR: &str = "/run/rvm/volumes";
+/// Where the agent mounts images of layers, by their devices' serials.
+pub const IMAGES_DIR: &str = "/run/rvm/images";
 /// Where the agent mounts the scratch.
 pub const SCRATCH_DIR: &str = "/run/rvm/scratch";
 /// virtio-blk serial of the scratch device.

@@ -77,6 +77,11 @@ impl AgentError {
         matches!(self, Self::Refused { code: Code::NOT_FOUND, .. })
     }
 
+    /// Whether the guest's kernel finds no file system in the image of a container's layers.
+    pub fn is_data_loss(&self) -> bool {
+        matches!(self, Self::Refused { code: Code::DATA_LOSS, .. })
+    }
+
     /// Whether what was asked for does not go with what is there now.
     pub fn is_failed_precondition(&self) -> bool {
         matches!(self, Self::Refused { code: Code::FAILED_PRECONDITION, .. })

@@ -9,11 +9,16 @@ use rvm_shim::{
     delete::delete,
     features,
     flags::{Action, Flags},
+    image::maker,
     server,
 };
 
 fn main() -> Result<()> {
-    let flags = Flags::parse(std::env::args().skip(1))?;
+    let mut args = std::env::args().skip(1).peekable();
+    if args.next_if(|arg| arg == maker::ACTION).is_some() {
+        return Ok(maker::Job::parse(&args.collect::<Vec<_>>())?.run()?);
+    }
+    let flags = Flags::parse(args)?;
     match flags.action {
         Action::Start => {
             if let Some(serve) = bootstrap::start(&flags)? {

@@ -250,7 +250,12 @@ fn split_lower(dirs: &str) -> Vec<String> {
     out
 }
 
-fn unescape(path: &str) -> String {
+/// Spells a path as an element of `lowerdir`.
+pub(crate) fn escape(path: &str) -> String {
+    path.replace('\\', "\\\\").replace(':', "\\:")
+}
+
+pub(crate) fn unescape(path: &str) -> String {
     let mut out = String::with_capacity(path.len());
     let mut chars = path.chars();
     while let Some(c) = chars.next() {
@@ -341,7 +346,7 @@ fn mount_all(layers: &[Layer], root: &Path, target: &Path, access: Access) -> Re
     Ok(())
 }
 
-fn is_empty_dir(dir: &Path) -> bool {
+pub(crate) fn is_empty_dir(dir: &Path) -> bool {
     fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_none())
 }
 

@@ -99,9 +99,9 @@ impl Share {
         })
     }
 
-    /// Adds a container: its layers, and what its spec binds. On an error what
-    /// was mounted so far stays until [`Share::remove`].
-    pub fn add(&self, bundle: &Bundle, layers: &[Layer]) -> Result<Sources, ShareError> {
+    /// Adds a container: its layers, where it has no image of them, and what its spec binds.
+    /// On an error what was mounted so far stays until [`Share::remove`].
+    pub fn add(&self, bundle: &Bundle, layers: &[Layer], has_image: bool) -> Result<Sources, ShareError> {
         let (root, id) = (&bundle.container.rootfs, &bundle.container.container_id);
         if root.on_volumes {
             let skeleton = self.volumes.skeleton();
@@ -109,7 +109,7 @@ impl Share {
             skeleton.make_mount(id)?;
             let target = skeleton.make_dir(&root.share_path)?;
             rootfs::mount_writable(layers, &bundle.root, &target)?;
-        } else {
+        } else if !has_image {
             let target = self.layers.make_dir(&root.share_path)?;
             rootfs::mount_readonly(layers, &bundle.root, &target)?;
         }
@@ -329,7 +329,7 @@ mod tests {
             let share_dir = dir.join("share");
             let share = Share::create(share_dir.clone()).unwrap();
             for _ in 0..2 {
-                let sources = share.add(&bundle(dir, Writes::Guest), &[]).unwrap();
+                let sources = share.add(&bundle(dir, Writes::Guest), &[], false).unwrap();
                 let volumes = share_dir.join("volumes");
                 let [w, r, f] = [0, 1, 2].map(|n| {
                     assert_eq!(sources[n].0, n);
@@ -348,7 +348,7 @@ mod tests {
                     assert_eq!(fs::read_dir(share_dir.join(tree)).unwrap().count(), 0, "{tree}");
                 }
             }
-            share.add(&bundle(dir, Writes::Host), &[]).unwrap();
+            share.add(&bundle(dir, Writes::Host), &[], false).unwrap();
             fs::write(share_dir.join("volumes/c1/rootfs/new"), "new").unwrap();
             assert!(dir.join("root/new").exists());
             drop(share);
@@ -366,7 +366,7 @@ mod tests {
             let add = |id: &str, edit: &dyn Fn(&mut Bundle)| {
                 let mut bundle = bundle_of(id, dir, Writes::Guest);
                 edit(&mut bundle);
-                share.add(&bundle, &[]).unwrap()
+                share.add(&bundle, &[], false).unwrap()
             };
             let first = add("c1", &|_| ());
             assert_eq!(add("c2", &|_| ()), first);

@@ -19,6 +19,7 @@ use rvm_tests::{
     config::ConfigFile,
     ctr::{Ctr, Run, remove_clients_fifos},
     host::Process,
+    images,
     job::{Finished, Input},
     sandbox::Sandbox,
     scale,
@@ -122,6 +123,44 @@ fn holdings(pod: &Pod, witness: &str) -> Result<BTreeMap<String, u64>> {
         all.insert(name.into(), number.parse().with_context(|| format!("{name}: {number:?}"))?);
     }
     Ok(all)
+}
+
+/// Containers of one image have one disk of it, whoever comes first and goes last.
+#[test]
+fn an_image_file_is_one_disk_for_all() {
+    case(|world| {
+        if !world.stage().is_rvm() {
+            return Ok(());
+        }
+        world.set_config(&world.config().with_images())?;
+        world.ctr().container("first").run(&["true"])?.success()?;
+        let files = images::wait_for(world, 1)?;
+        let result = in_one_pod(world);
+        for file in files {
+            fs::remove_file(file)?;
+        }
+        result
+    });
+}
+
+fn in_one_pod(world: &World) -> Result<()> {
+    const LOOK: &str = "ls /sys/block | wc -l; grep -c ' erofs ' /proc/mounts; sha256sum < /bin/busybox; \
+                        grep -c lowerdir=/run/rvm/images/ /proc/mounts";
+    let pod = Pod::start(world, &[])?;
+    let alone = exec(&pod.ctr, &pod.id, LOOK)?.text();
+    let disks = |text: &str| -> Result<u32> { Ok(text.lines().next().context("lines")?.parse()?) };
+    let first = pod.member("one", &[])?;
+    let second = pod.member("two", &[])?;
+    let both = exec(&pod.ctr, &second.id, LOOK)?.text();
+    // Each has a scratch of its own.
+    ensure!(disks(&both)? == disks(&alone)? + 2, "{alone} then {both}");
+    ensure!(both.lines().skip(1).eq(alone.lines().skip(1)), "{alone} then {both}");
+    ensure!(both.ends_with("\n1\n"), "no image: {both}");
+    pod.ctr.remove(&first.id)?;
+    pod.ctr.remove(&second.id)?;
+    let after = exec(&pod.ctr, &pod.id, LOOK)?.text();
+    ensure!(after == alone, "{alone} then {after}");
+    pod.end(world)
 }
 
 /// Three containers come, and go in each of the orders there are; each is what its

@@ -22,6 +22,7 @@ mod guest_kernel;
 mod hooks;
 mod hostile;
 mod huge_pages;
+mod images;
 mod interfaces;
 mod jail;
 mod joined;

@@ -1,7 +1,6 @@
 //! The writable layer on a block device: its limit, its life, its end.
 
 use std::{
-    io::ErrorKind,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -37,28 +36,7 @@ fn with_block(test: impl FnOnce(&World) -> Result<()>) {
 
 /// Every scratch file, finished or not, in containerd's snapshots.
 fn scratch_files(world: &World) -> Result<Vec<PathBuf>> {
-    let root = world.dir().join("containerd/io.containerd.snapshotter.v1.overlayfs/snapshots");
-    let mut found = Vec::new();
-    for snapshot in entries(&root)? {
-        found.extend(entries(&snapshot)?.into_iter().filter(|file| {
-            file.file_name().is_some_and(|name| name.to_string_lossy().starts_with("rvm-scratch"))
-        }));
-    }
-    Ok(found)
-}
-
-/// What is in a directory, which containerd may be removing: nothing, once it is gone.
-fn entries(dir: &Path) -> Result<Vec<PathBuf>> {
-    let gone =
-        |error: &std::io::Error| matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory);
-    match std::fs::read_dir(dir) {
-        Ok(entries) => Ok(entries
-            .filter(|entry| !entry.as_ref().is_err_and(gone))
-            .map(|entry| entry.map(|entry| entry.path()))
-            .collect::<std::io::Result<_>>()?),
-        Err(error) if gone(&error) => Ok(Vec::new()),
-        Err(error) => Err(error.into()),
-    }
+    world.in_snapshots(|name| name.starts_with("rvm-scratch"))
 }
 
 /// Whether a scratch that nobody holds is a whole file system: as it is, or once its journal is

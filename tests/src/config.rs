@@ -20,6 +20,14 @@ impl ConfigFile {
             .text("guest", "kernel", &stage.kernel().to_string_lossy())
             .text("guest", "initramfs", &stage.initramfs().to_string_lossy())
             .text("host", "monitor", &stage.monitor().to_string_lossy())
+            // What is made in the background is in the way of who counts processes.
+            .set("images", "make", "false")
+    }
+
+    /// The same with image files, made where there is not much room.
+    #[must_use]
+    pub fn with_images(self) -> Self {
+        self.set("images", "make", "true").set("images", "free_mib", "16")
     }
 
     /// Sets a key to a literal, right or wrong.

@@ -34,6 +34,7 @@ pub mod ctr;
 pub mod docker;
 pub mod events;
 pub mod host;
+pub mod images;
 pub mod job;
 pub mod machine;
 pub mod parity;
@@ -45,6 +46,7 @@ pub mod script;
 pub mod stage;
 pub mod task;
 pub mod timeline;
+pub mod tree;
 pub mod world;
 
 pub use case::{case, case_with};

@@ -186,6 +186,23 @@ impl World {
         Ok(path.to_string_lossy().into_owned())
     }
 
+    /// The files of these names beside the directories of containerd's snapshots.
+    ///
+    /// # Errors
+    /// When containerd's root cannot be read.
+    pub fn in_snapshots(&self, is_wanted: impl Fn(&str) -> bool) -> Result<Vec<PathBuf>> {
+        let root = self.dir().join("containerd/io.containerd.snapshotter.v1.overlayfs/snapshots");
+        let mut found = Vec::new();
+        for snapshot in entries(&root)? {
+            found.extend(
+                entries(&snapshot)?
+                    .into_iter()
+                    .filter(|file| file.file_name().is_some_and(|name| is_wanted(&name.to_string_lossy()))),
+            );
+        }
+        Ok(found)
+    }
+
     /// A configuration that uses what is installed under the stage.
     pub fn config(&self) -> ConfigFile {
         ConfigFile::of(&self.stage)
@@ -448,4 +465,19 @@ pub fn shell(script: &str) -> Result<String> {
         bail!("{finished}");
     }
     Ok(finished.text())
+}
+
+/// What is in a directory, which containerd may be removing: nothing, once it is gone.
+fn entries(dir: &Path) -> Result<Vec<PathBuf>> {
+    let gone = |error: &std::io::Error| {
+        matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory)
+    };
+    match std::fs::read_dir(dir) {
+        Ok(entries) => Ok(entries
+            .filter(|entry| !entry.as_ref().is_err_and(gone))
+            .map(|entry| entry.map(|entry| entry.path()))
+            .collect::<std::io::Result<_>>()?),
+        Err(error) if gone(&error) => Ok(Vec::new()),
+        Err(error) => Err(error.into()),
+    }
 }

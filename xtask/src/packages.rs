@@ -47,6 +47,7 @@ impl Purpose {
                 "containernetworking-plugins",
                 "curl",
                 "e2fsprogs",
+                "erofs-utils",
                 "iproute2",
                 "iptables",
                 "iputils-ping",

@@ -26,7 +26,7 @@ use super::paths::{Root, kind};
 use crate::{
     error::{Error, Step, StepResult, check_relative},
     init::mounts::MOUNT_POINT,
-    storage::{Layer, Scratch, share},
+    storage::{Layer, Scratch, images, share},
     sys::mount::{Attributes, FsContext, attach, clone_tree, open_path, set_attributes},
 };
 
@@ -52,6 +52,12 @@ enum Base {
 /// Checks the part of a request that describes the root file system.
 pub fn check(request: &agent::CreateContainerRequest) -> Result<(), Error> {
     check_relative("rootfs.share_path", &request.rootfs.share_path)?;
+    if !request.rootfs.image_serial.is_empty() {
+        check_image(&request.rootfs.image_serial)?;
+        if request.rootfs.on_volumes {
+            return Err(Error::invalid("rootfs.image_serial", "is of a root that is not on volumes"));
+        }
+    }
     // These end a path in OverlayFS's mount options.
     if request.rootfs.share_path.contains([':', ',', '\\']) {
         return Err(Error::invalid("rootfs.share_path", "must not contain ':', ',' or '\\'"));
@@ -70,6 +76,17 @@ pub fn check(request: &agent::CreateContainerRequest) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+/// Checks the serial of an image, which names the place where it is mounted.
+pub fn check_image(serial: &str) -> Result<(), Error> {
+    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+    match serial.bytes().all(plain) {
+        true => Ok(()),
+        false => {
+            Err(Error::invalid("rootfs.image_serial", format!("{serial:?}: must be of a-z, 0-9 and '-'")))
+        }
+    }
 }
 
 fn propagation(name: &str) -> Result<(u64, bool), Error> {
@@ -91,9 +108,10 @@ impl Rootfs {
     /// A root file system as asked for by a request that passed [`check`].
     pub fn new(request: &agent::CreateContainerRequest, scratch: &Scratch) -> Result<Self, Error> {
         let path = &request.rootfs.share_path;
-        let base = match request.rootfs.on_volumes {
-            true => Base::Volume(share::volume(path)),
-            false => Base::Layers { lower: share::layers(path)?, layer: scratch.layer().clone() },
+        let base = match (request.rootfs.on_volumes, request.rootfs.image_serial.as_str()) {
+            (true, _) => Base::Volume(share::volume(path)),
+            (false, "") => Base::Layers { lower: share::layers(path)?, layer: scratch.layer().clone() },
+            (false, image) => Base::Layers { lower: images::path(image), layer: scratch.layer().clone() },
         };
         Ok(Self {
             base,

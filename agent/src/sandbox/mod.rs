@@ -23,6 +23,7 @@ use crate::{
         Container,
         create::{Plan, check_process},
         process::Process,
+        rootfs,
         shared::{self, Shared},
         sysctl,
         userns::Ids,
@@ -31,7 +32,7 @@ use crate::{
     helper::{self, Outcome},
     io::Attachment,
     reaper::{Exit, Reaper},
-    storage::{BlockDevice, Scratch, scratch, share},
+    storage::{self, BlockDevice, Images, Scratch, share},
     sys::process::SIGNALS,
 };
 
@@ -44,6 +45,7 @@ pub struct Sandbox {
     network: Network,
     resolver: Resolver,
     shared: OnceCell<Shared>,
+    images: Images,
     shutdown: Notify,
 }
 
@@ -122,7 +124,7 @@ impl Sandbox {
         clock::set(request.wall_clock_ns)?;
         set_up::hostname(&request.hostname)?;
         sysctl::apply_to_guest(&request.sysctl)?;
-        scratch::prepare()?;
+        storage::prepare()?;
         share::mount(&request.layers_tag, &request.volumes_tag)?;
         state.wanted = shared::Wanted {
             pid: request.shared_pid,
@@ -197,6 +199,7 @@ impl Sandbox {
             if let Err(error) = scratch.discard(&self.reaper).await {
                 log::error!("container {id}: {error}");
             }
+            self.images.release(id).await;
         }
         made
     }
@@ -213,6 +216,11 @@ impl Sandbox {
             false => None,
         };
         self.find_disks(&request).await?;
+        let image = &request.rootfs.image_serial;
+        if !image.is_empty() {
+            rootfs::check_image(image)?;
+            self.images.mount(image, id, &self.reaper).await.map_err(Error::Image)?;
+        }
         let mut plan = Plan::new(request, scratch, shared)?;
         plan.open_mounts(&self.reaper).await?;
         let (container, preparing) = Container::create(id, &plan, Arc::clone(scratch), &self.reaper)?;
@@ -246,6 +254,7 @@ impl Sandbox {
         container.remove().await?;
         self.state().volumes.release(id);
         container.scratch().unmount(&self.reaper).await?;
+        self.images.release(id).await;
         self.state().containers.remove(id);
         Ok(())
     }

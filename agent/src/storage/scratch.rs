@@ -3,13 +3,11 @@
 use std::{
     fs,
     io::ErrorKind,
-    os::fd::AsFd,
     path::{Path, PathBuf},
 };
 
 use nix::{
     errno::Errno,
-    fcntl::AT_FDCWD,
     mount::{MntFlags, MsFlags},
 };
 use rvm_protocol::{
@@ -23,7 +21,6 @@ use crate::{
     helper::{self, Outcome},
     init::mounts::make_dir,
     reaper::Reaper,
-    sys::mount::{Attributes, attach, clone_tree, open_path, set_attributes},
 };
 
 /// What was deleted is given back to the host; the host's file is sparse, so its
@@ -49,19 +46,6 @@ pub struct Layer {
     pub work: PathBuf,
     /// Whether `upper` was made just now.
     pub fresh: bool,
-}
-
-/// Makes the place scratches are mounted in. It is a shared mount: where a
-/// container that is being made has a copy of what is mounted here, that goes as
-/// soon as the scratch is unmounted here, and the device is free.
-pub fn prepare() -> StepResult<()> {
-    let step = || format!("prepare {SCRATCH_DIR:?}");
-    let place = Path::new(SCRATCH_DIR);
-    make_dir(place)?;
-    let mount = clone_tree(AT_FDCWD, place, false).step(step)?;
-    attach(&mount, open_path(place).step(step)?).step(step)?;
-    let shared = Attributes { propagation: MsFlags::MS_SHARED.bits(), ..Attributes::default() };
-    set_attributes(mount.as_fd(), shared, false).step(step)
 }
 
 impl Scratch {

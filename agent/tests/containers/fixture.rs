@@ -53,7 +53,7 @@ pub fn prepare_machine() {
     mount(Some(&image), &layers, none, MsFlags::MS_MOVE, none).expect("the image as layers");
     fs::remove_dir(&image).expect("an empty directory");
     fs::create_dir_all(MOUNT_POINT).expect("a place for root file systems");
-    rvm_agent::storage::scratch::prepare().expect("a place for scratches");
+    rvm_agent::storage::prepare().expect("a place for scratches");
     mount(Some("cgroup2"), "/sys/fs/cgroup", Some("cgroup2"), MsFlags::empty(), none).expect("cgroup v2");
 }
 

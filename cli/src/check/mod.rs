@@ -95,6 +95,7 @@ impl Report {
                     files::kernel(&config.guest.kernel),
                     files::initramfs(&config.guest.initramfs),
                     path::file_system_maker(&config.scratch),
+                    path::image_maker(&config.images),
                 ]);
             }
             Err(error) => {

@@ -8,7 +8,11 @@ use std::{
     path::PathBuf,
 };
 
-use rvm_shim::{config::Scratch, scratch};
+use rvm_shim::{
+    config::{Images, Scratch},
+    image::maker,
+    scratch,
+};
 
 use super::Check;
 
@@ -65,6 +69,20 @@ pub(super) fn file_system_maker(scratch: &Scratch) -> Check {
             name,
             format!("no {} for scratch.backing = \"block\"", scratch::MKFS),
             "install e2fsprogs, or set scratch.backing to \"tmpfs\"",
+        ),
+    }
+}
+
+/// Whether image files can be made, where they are wanted.
+pub(super) fn image_maker(images: &Images) -> Check {
+    let name = "images";
+    match (images.make, look_up(&scratch::search_path(), maker::MKFS)) {
+        (false, _) => Check::ok(name, "none are made"),
+        (true, Some(found)) => Check::ok(name, format!("made by {}", found.display())),
+        (true, None) => Check::optional(
+            name,
+            format!("no {} for images.make: every name in a layer is a question to the host", maker::MKFS),
+            "install erofs-utils, or set images.make to false",
         ),
     }
 }

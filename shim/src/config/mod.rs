@@ -50,6 +50,8 @@ pub struct Config {
     pub scratch: Scratch,
     /// Where what a container writes goes, unless it says so itself.
     pub writes: Writes,
+    /// Image files in place of layers.
+    pub images: Images,
     /// How interfaces are carried into the machine.
     pub network: Network,
     /// Programs and directories of the host.
@@ -104,6 +106,19 @@ pub enum Scratch {
         /// Size of the file in bytes.
         size_bytes: u64,
     },
+}
+
+/// Image files in place of layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Images {
+    /// Whether containers have them, where they are there.
+    pub enabled: bool,
+    /// Whether new ones are made.
+    pub make: bool,
+    /// The largest that is made.
+    pub size_limit_bytes: u64,
+    /// What is left free on the disk they are on.
+    pub free_bytes: u64,
 }
 
 /// Where what a container writes to its root file system goes.
@@ -254,6 +269,7 @@ impl Config {
             },
             scratch: scratch(table)?,
             writes: writes(table)?,
+            images: images(table)?,
             network: Network::of(table)?,
             host: Host {
                 monitor: table.path("host", "monitor")?,
@@ -340,6 +356,16 @@ fn writes(table: &Table) -> Result<Writes, ConfigError> {
     let name = table.one_of("scratch", "writes", &Writes::NAMES)?;
     Writes::named(name).ok_or_else(|| {
         table.wrong("scratch", "writes", format!("must be one of {}", Writes::NAMES.join(", ")))
+    })
+}
+
+fn images(table: &Table) -> Result<Images, ConfigError> {
+    let enabled = table.boolean("images", "enabled")?;
+    Ok(Images {
+        enabled,
+        make: enabled && table.boolean("images", "make")?,
+        size_limit_bytes: table.integer("images", "size_limit_mib", 1, MAX_MIB)? << 20,
+        free_bytes: table.integer("images", "free_mib", 0, MAX_MIB)? << 20,
     })
 }
 

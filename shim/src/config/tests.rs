@@ -60,6 +60,10 @@ fn every_key_and_section_is_documented_above_it() {
         "host.cache_dir",
         "host.monitor",
         "host.state_dir",
+        "images.enabled",
+        "images.free_mib",
+        "images.make",
+        "images.size_limit_mib",
         "log.level",
         "network.receive_bytes_per_s",
         "network.receive_packets_per_s",
@@ -140,7 +144,7 @@ fn wrong_keys_are_refused_by_name() {
         ("vcpus = 2", "config.toml: vcpus: unknown; vcpus belongs below [guest]"),
         (
             "[gest]\nvcpus = 2",
-            "config.toml: gest: unknown; there are the sections [compat], [guest], [host], [log], [network], [scratch]",
+            "config.toml: gest: unknown; there are the sections [compat], [guest], [host], [images], [log], [network], [scratch]",
         ),
         ("guest = 3", "config.toml: guest = 3: must be a section, [guest]"),
         (

@@ -130,11 +130,17 @@ impl Container {
         (process.stdin, process.stdout, process.stderr) =
             (endpoints.stdin.is_some(), endpoints.stdout.is_some(), endpoints.stderr.is_some());
         let created = sandbox.agent().create_container(&request);
-        let init_guest_pid = match sandbox.is_first(&id) {
+        let created = match sandbox.is_first(&id) {
             // The monitor answers while the guest works.
-            true => tokio::join!(created, sandbox.note_monitor_steps()).0?,
-            false => created.await?,
+            true => tokio::join!(created, sandbox.note_monitor_steps()).0,
+            false => created.await,
         };
+        if let (Err(error), Some(attached)) = (&created, place.as_ref())
+            && error.is_data_loss()
+        {
+            attached.refused_image(&error.to_string());
+        }
+        let init_guest_pid = created?;
         timeline.mark("container created");
         let attached = place.take().ok_or_else(|| Error::FailedPrecondition("has no place".into()))?;
         let pid = attached.holder().id().pid;
@@ -242,6 +248,9 @@ impl Container {
         init.set_running(pid);
         self.events.publish(TaskStart { container_id: self.id.clone(), pid, ..Default::default() });
         self.sandbox.set_phase(&self.id, state::Phase::Running);
+        if let Some(attached) = self.attached.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+            attached.was_used();
+        }
         tokio::spawn(self.clone().watch_oom_kills());
         let steps = self.timeline.steps();
         let steps: Vec<_> = steps.iter().map(|step| format!("{} {:.1}", step.name, step.ms)).collect();

@@ -17,6 +17,7 @@ use std::{
 
 use rvm_protocol::agent::{CreateContainerRequest, Scratch, scratch::Backing};
 use tokio::{
+    sync::oneshot,
     task::{JoinHandle, spawn_blocking},
     time::timeout,
 };
@@ -26,6 +27,7 @@ use crate::{
     agent::process_ref,
     config::{self, Config},
     holder::{Holder, Starting},
+    image::{self, Found},
     rootfs::Layer,
     scratch::Preparation,
     share::{Share, ShareError, Sources},
@@ -40,6 +42,10 @@ const WITHDRAW_LIMIT: Duration = Duration::from_secs(10);
 
 /// What an error of a scratch's disk is about.
 const SCRATCH_FIELD: &str = "scratch";
+/// Images in a machine at a time.
+const MAX_IMAGES: usize = 4;
+/// What one of an image's is about.
+const IMAGE_FIELD: &str = "image";
 
 /// The serial of a sandbox's scratch. No other disk has it: at most the 20 bytes of a
 /// virtio-blk serial.
@@ -62,17 +68,20 @@ pub(super) struct HostSide {
 
 /// The share, and who is just being added to it or taken out: a mount may take as long as a
 /// file system of the host does, and holds up its own container alone.
+#[derive(Default)]
 struct Sharing {
     /// Gone once the sandbox is closed.
     share: Option<Arc<Share>>,
     moving: BTreeSet<String>,
+    /// The image each container has, by its disk's serial.
+    images: BTreeMap<String, String>,
 }
 
 impl HostSide {
     pub(super) fn new(dir: &Path, share: Share, procs: Vec<CString>, network: Arc<Network>) -> Arc<Self> {
         Arc::new(Self {
             dir: dir.to_owned(),
-            share: Mutex::new(Sharing { share: Some(Arc::new(share)), moving: BTreeSet::new() }),
+            share: Mutex::new(Sharing { share: Some(Arc::new(share)), ..Sharing::default() }),
             done: Condvar::new(),
             procs,
             network,
@@ -121,7 +130,7 @@ impl HostSide {
         self.holders.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn add(&self, bundle: &Bundle, layers: &[Layer]) -> Result<Sources, ShareError> {
+    fn add(&self, bundle: &Bundle, layers: &[Layer], has_image: bool) -> Result<Sources, ShareError> {
         let container = &bundle.container.container_id;
         let share = {
             let mut sharing = self.sharing();
@@ -130,9 +139,27 @@ impl HostSide {
             sharing.moving.insert(container.clone());
             share
         };
-        let added = share.add(bundle, layers);
+        let added = share.add(bundle, layers, has_image);
         self.moved(container, share);
         added
+    }
+
+    /// Looks for an image in place of `layers`. A machine has slots for some twenty disks, and
+    /// containers need theirs for their scratches: beyond a few images the others' layers are shared.
+    fn image(&self, config: &Config, bundle: &Bundle, layers: &[Layer]) -> Found {
+        if !config.images.enabled || bundle.container.rootfs.on_volumes {
+            return Found::Never;
+        }
+        let found = image::find(layers, config);
+        if let Found::Ready(image) = &found {
+            let images = &mut self.sharing().images;
+            let others: BTreeSet<&String> = images.values().filter(|other| **other != image.serial).collect();
+            if others.len() >= MAX_IMAGES {
+                return Found::Never;
+            }
+            images.insert(bundle.container.container_id.clone(), image.serial.clone());
+        }
+        found
     }
 
     /// Takes a container out of the share, after what is being mounted for it.
@@ -140,6 +167,7 @@ impl HostSide {
         let is_moving = |sharing: &mut Sharing| sharing.moving.contains(container);
         let sharing = self.done.wait_while(self.sharing(), is_moving);
         let mut sharing = sharing.unwrap_or_else(PoisonError::into_inner);
+        sharing.images.remove(container);
         let Some(share) = sharing.share.clone() else { return };
         sharing.moving.insert(container.to_owned());
         drop(sharing);
@@ -161,6 +189,11 @@ pub struct Preparing {
     holder: Starting,
     mounts: Option<JoinHandle<Result<Sources, ShareError>>>,
     sources: Sources,
+    /// What there is in place of the layers; told before the mounts are made.
+    looking: Option<oneshot::Receiver<Found>>,
+    image: Found,
+    /// It is in the machine that boots.
+    image_plugged_in: bool,
     scratch: Option<ScratchDisk>,
     tmpfs_bytes: u64,
     disks: Vec<HostDisk>,
@@ -221,11 +254,17 @@ impl Preparing {
                 (Some(ScratchDisk::Preparing(preparation)), 0)
             }
         };
+        let (tell, looking) = oneshot::channel();
         let mounts = spawn_blocking({
             let (host, bundle, layers) = (host.clone(), bundle.clone(), layers.to_vec());
             let timeline = timeline.clone();
+            let config = config.clone();
             move || {
-                let sources = host.add(&bundle, &layers)?;
+                let found = host.image(&config, &bundle, &layers);
+                let has_image = matches!(found, Found::Ready(_));
+                // Nobody waits for it any more.
+                let _ = tell.send(found);
+                let sources = host.add(&bundle, &layers, has_image)?;
                 timeline.mark("rootfs mounted");
                 Ok(sources)
             }
@@ -235,6 +274,9 @@ impl Preparing {
             holder,
             mounts: Some(mounts),
             sources: Sources::new(),
+            looking: Some(looking),
+            image: Found::Never,
+            image_plugged_in: false,
             tmpfs_bytes,
             disks: bundle.disks.clone(),
             claim: Claim::of(bundle),
@@ -243,19 +285,34 @@ impl Preparing {
         })
     }
 
-    /// Waits until the mounts are there, and the scratch is in the machine that boots.
+    /// Waits until the mounts are there, and image and scratch are in the machine that boots.
     pub(super) async fn made(&mut self, boot: &Boot) -> Result<(), SandboxError> {
+        self.look().await;
+        if let Found::Ready(image) = &self.image {
+            let added = boot.add_disk(&image.serial, &image.path, true).await;
+            added.map_err(|source| SandboxError::Disk { field: IMAGE_FIELD.to_owned(), source })?;
+            self.image_plugged_in = true;
+        }
         if let Some(ScratchDisk::Preparing(preparation)) = &mut self.scratch {
             let path = preparation.finished().await?;
-            let added = boot.add_disk(&scratch_serial(0), &path).await;
+            let added = boot.add_disk(&scratch_serial(0), &path, false).await;
             added.map_err(|source| SandboxError::Disk { field: SCRATCH_FIELD.to_owned(), source })?;
             self.scratch = Some(ScratchDisk::PluggedIn);
         }
         self.mounted().await
     }
 
+    /// Waits until it is known whether there is an image.
+    async fn look(&mut self) {
+        let Some(looking) = &mut self.looking else { return };
+        let found = looking.await;
+        self.looking = None;
+        self.image = found.unwrap_or_default();
+    }
+
     /// Waits until the mounts are there. It may be given up and called again.
     pub async fn mounted(&mut self) -> Result<(), SandboxError> {
+        self.look().await;
         let Some(mounts) = &mut self.mounts else { return Ok(()) };
         let result = mounts.await;
         self.mounts = None;
@@ -285,6 +342,7 @@ pub struct Attached {
     serials: Vec<String>,
     scratch: Scratch,
     sources: Sources,
+    image: Found,
     left: bool,
 }
 
@@ -303,6 +361,7 @@ impl Drop for Attached {
             serials: std::mem::take(&mut self.serials),
             scratch: Scratch::default(),
             sources: Sources::new(),
+            image: Found::Never,
             left: true,
         };
         tokio::spawn(async move { sandbox.withdraw(attached).await });
@@ -310,13 +369,30 @@ impl Drop for Attached {
 }
 
 impl Attached {
-    /// Says in `request` where the container's writes go, and where its volumes are.
+    /// Says in `request` where the container's writes go, and where its image and its volumes are.
     pub fn settle(&self, request: &mut CreateContainerRequest) {
+        if let Found::Ready(image) = &self.image {
+            request.rootfs.mut_or_insert_default().image_serial.clone_from(&image.serial);
+        }
         request.scratch = Some(self.scratch.clone()).into();
         for (mount, source) in &self.sources {
             if let Some(mount) = request.mounts.get_mut(*mount) {
                 mount.source.clone_from(source);
             }
+        }
+    }
+
+    /// Has an image made for those that come after it, where there is none.
+    pub fn was_used(&mut self) {
+        if let Found::Missing(place) = std::mem::take(&mut self.image) {
+            place.make_in_background();
+        }
+    }
+
+    /// The guest cannot mount its image: nobody is to have it any more.
+    pub fn refused_image(&self, reason: &str) {
+        if let Found::Ready(image) = &self.image {
+            image::discard(&image.path, reason);
         }
     }
 
@@ -343,7 +419,19 @@ impl Sandbox {
     /// is left.
     pub async fn attach(self: &Arc<Self>, mut preparing: Preparing) -> Result<Attached, SandboxError> {
         preparing.mounted().await?;
-        let Preparing { part, holder, sources, scratch, tmpfs_bytes, disks, claim, writes, .. } = preparing;
+        let Preparing {
+            part,
+            holder,
+            sources,
+            scratch,
+            tmpfs_bytes,
+            disks,
+            claim,
+            writes,
+            image,
+            image_plugged_in,
+            ..
+        } = preparing;
         let holder = holder.ready().await.map_err(SandboxError::Holder)?;
         if writes {
             self.must_flush.store(true, Ordering::Relaxed);
@@ -355,10 +443,18 @@ impl Sandbox {
             serials: Vec::new(),
             scratch: Scratch::default(),
             sources,
+            image: image.clone(),
             left: false,
         };
         let admitted = async {
             self.admit(&attached.part.container, claim).await?;
+            if let Found::Ready(image) = image {
+                match image_plugged_in {
+                    true => self.plugged_in(&image.serial, true).await,
+                    false => self.plug(IMAGE_FIELD, &image.serial, &image.path, true).await?,
+                }
+                attached.serials.push(image.serial);
+            }
             attached.scratch.backing = Some(match scratch {
                 None => Backing::TmpfsBytes(tmpfs_bytes),
                 Some(scratch) => {
@@ -368,12 +464,7 @@ impl Sandbox {
                             let path = preparation.finished().await?;
                             self.plug(SCRATCH_FIELD, &serial, &path, false).await?;
                         }
-                        ScratchDisk::PluggedIn => {
-                            self.disks
-                                .lock()
-                                .await
-                                .insert(serial.clone(), Disk { readonly: false, users: 1 });
-                        }
+                        ScratchDisk::PluggedIn => self.plugged_in(&serial, false).await,
                     }
                     attached.serials.push(serial.clone());
                     Backing::BlockSerial(serial)
@@ -392,6 +483,11 @@ impl Sandbox {
                 Err(error)
             }
         }
+    }
+
+    /// Takes note of a disk that has been in the machine since it booted.
+    async fn plugged_in(&self, serial: &str, readonly: bool) {
+        self.disks.lock().await.insert(serial.to_owned(), Disk { readonly, users: 1 });
     }
 
     async fn plug(&self, field: &str, serial: &str, path: &Path, readonly: bool) -> Result<(), SandboxError> {

@@ -145,8 +145,13 @@ impl Boot {
     /// Plugs in the file at `path` as soon as there is a machine: a guest that has not
     /// looked at its bus yet need not look again. Of a monitor that ends meanwhile
     /// [`agent`](Self::agent) tells.
-    pub(super) async fn add_disk(&self, serial: &str, path: &Path) -> Result<(), MonitorError> {
-        match add_disk(&self.monitor, serial, path, false, self.limit).await {
+    pub(super) async fn add_disk(
+        &self,
+        serial: &str,
+        path: &Path,
+        readonly: bool,
+    ) -> Result<(), MonitorError> {
+        match add_disk(&self.monitor, serial, path, readonly, self.limit).await {
             Err(MonitorError::Control { .. }) if timeout(MOMENT, self.monitor.exited()).await.is_ok() => {
                 std::future::pending().await
             }

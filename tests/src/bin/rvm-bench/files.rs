@@ -10,6 +10,7 @@ use std::{collections::BTreeMap, path::PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use rvm_tests::{
     ctr::Ctr,
+    images,
     job::Input,
     scale,
     stage::{RUNTIME, Stage},
@@ -73,13 +74,20 @@ pub fn measure(stage: Stage, runs: usize, images: &[PathBuf; 2]) -> Result<Value
             let archive = archive.to_string_lossy();
             world.ctr().run(&["images", "import", &archive], scale::container() * 4)?.success()?;
         }
+        world.set_config(&world.config().with_images())?;
+        for (count, (_, image)) in (1..).zip(IMAGES) {
+            world.ctr().container("first").with_image(image).run(&["true"])?.success()?;
+            images::wait_for(world, count)?;
+        }
         compared(world, runs)
     })
 }
 
 fn compared(world: &World, runs: usize) -> Result<Value> {
     let ctrs = [("runc", world.ctr().under(RUNC)), ("rvm", world.ctr().under(RUNTIME))];
-    let mut all: BTreeMap<String, [Vec<f64>; 2]> = BTreeMap::new();
+    // The last are those of rvm with the layers in an image file.
+    let sides = [(0, "runc", &ctrs[0].1), (1, "rvm", &ctrs[1].1), (2, "rvm, image file", &ctrs[1].1)];
+    let mut all: BTreeMap<String, [Vec<f64>; 3]> = BTreeMap::new();
     let mut order = Vec::new();
     let mut add = |which: usize, times: Times| {
         for (name, microseconds) in times {
@@ -95,8 +103,9 @@ fn compared(world: &World, runs: usize) -> Result<Value> {
     for round in 1..=runs {
         for (layers, image) in IMAGES {
             for volume in [false, true] {
-                for (which, (name, ctr)) in ctrs.iter().enumerate() {
-                    world.set_config(&world.config())?;
+                for (which, name, ctr) in sides {
+                    let enabled = if which == 2 { "true" } else { "false" };
+                    world.set_config(&world.config().set("images", "enabled", enabled))?;
                     let with = if volume { ", with a volume" } else { "" };
                     eprintln!("round {round}: {name}{layers}{with}");
                     let suffix = format!("{layers}{with}");
@@ -135,9 +144,14 @@ fn compared(world: &World, runs: usize) -> Result<Value> {
     let mut ratios = serde_json::Map::new();
     let mut medians = Vec::new();
     for name in order {
-        let [runc, rvm] = all[&name].each_ref().map(|values| median(values));
+        let [runc, rvm, image] = all[&name].each_ref().map(|values| median(values));
         ratios.insert(format!("rvm/runc, {name}"), json!(rvm / runc));
         medians.push(json!([name, rvm, runc]));
+        if image.is_finite() {
+            let name = format!("{name}, image file");
+            ratios.insert(format!("rvm/runc, {name}"), json!(image / runc));
+            medians.push(json!([name, image, runc]));
+        }
     }
     Ok(json!({
         "ratios": ratios,
@@ -147,6 +161,7 @@ fn compared(world: &World, runs: usize) -> Result<Value> {
             "runs": runs,
             "image": "Debian 12 with nginx, PostgreSQL and Python, one layer where nothing is said",
             "again": "the same in the same container a second time",
+            "image file": "the layers as one EROFS file system; shared by the monitor's file server where nothing is said",
             "volume": "a directory on a tmpfs of the host, bound read-write",
             "writes": "on the root file system, as the configuration's default has it where nothing is said",
             "writes to": scratches,

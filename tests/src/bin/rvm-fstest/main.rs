@@ -8,6 +8,7 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use rvm_tests::{
+    images,
     stage::{RUNTIME, Stage},
     world::{World, shell},
 };
@@ -59,8 +60,11 @@ fn run() -> Result<bool> {
 }
 
 fn compare(world: &World, tools: &std::path::Path, operations: u32, patterns: &[String]) -> Result<bool> {
-    world
-        .set_config(&world.config().text("scratch", "backing", "block").set("scratch", "size_mib", "1024"))?;
+    let config = world.config().text("scratch", "backing", "block").set("scratch", "size_mib", "1024");
+    world.set_config(&config.with_images())?;
+    // The root file system under test has an image file below.
+    world.ctr().container("first").run(&["true"])?.success()?;
+    images::wait_for(world, 1)?;
     let dir = world.dir().join("fstest");
     // A file system as hosts have it: not every kernel's tmpfs knows `user.*`.
     shell(&format!(

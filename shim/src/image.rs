@@ -1,0 +1,223 @@
+//! Image files: a chain of layers, merged, as one EROFS file system, so that a guest finds a
+//! name in it without asking the host.
+//!
+//! One lies beside the top layer of its chain (`fs` and `work` of containerd's overlay
+//! snapshotter), so it goes when containerd removes the snapshot. It is made in the
+//! background after the first use ([`maker`]); a container that starts before shares the
+//! layers. See docs/decisions/0423.
+
+pub mod maker;
+
+use std::{
+    fs, io,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use sha2::{Digest, Sha256};
+
+use crate::{
+    config::{Config, Images},
+    mount, own_file,
+    rootfs::{Access, Layer, Step, plan, unescape},
+    scratch::search_path,
+};
+
+/// What image files are called, before the hash of their chain.
+pub const PREFIX: &str = "rvm-image-";
+/// What is behind the name of the file that says why there is no image.
+const REFUSED: &str = "refused";
+/// Directory of the cache that has a link to each image, by its serial.
+pub const INDEX: &str = "images";
+
+/// Changes with what [`maker`] has made, so that no file of an older version is used.
+const VERSION: u8 = 1;
+/// Of an EROFS superblock.
+const SUPERBLOCK_AT: u64 = 1024;
+const MAGIC: [u8; 4] = 0xe0f5_e1e2_u32.to_le_bytes();
+
+/// Where the image of a chain of layers is, or would be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The top layer's snapshot.
+    dir: PathBuf,
+    /// `lowerdir`'s elements, topmost first, as overlayfs spells them.
+    lower: Vec<String>,
+    hash: String,
+    /// What is configured.
+    images: Images,
+    cache_dir: PathBuf,
+}
+
+impl Place {
+    /// That of containerd's `layers`; none where they are no chain of snapshots that nobody
+    /// changes, or where owners are mapped, which an image is not. Looks at the host's files.
+    fn of(layers: &[Layer], config: &Config) -> Option<Self> {
+        let [layer] = layers else { return None };
+        if layer.kind != "overlay" {
+            return None;
+        }
+        let lower =
+            match plan(layers, Path::new(""), Access::ReadOnly, crate::rootfs::is_empty_dir).ok()?.pop()? {
+                Step::Overlay { written: None, lower, idmap: None, options }
+                    if options.iter().all(|option| is_no_matter(option)) =>
+                {
+                    lower
+                }
+                // One layer is no overlay.
+                Step::Bind { source, idmap: None } => vec![crate::rootfs::escape(source.to_str()?)],
+                _ => return None,
+            };
+        if !lower.iter().all(|dir| dir.starts_with('/')) {
+            return None;
+        }
+        let top = PathBuf::from(unescape(lower.first()?));
+        let dir = top.parent()?.to_owned();
+        if top.file_name()? != "fs" || !own_file::is_own_dir(&dir) {
+            return None;
+        }
+        let mut hash = Sha256::new_with_prefix([VERSION]);
+        for dir in &lower {
+            hash.update(dir);
+            hash.update([0]);
+        }
+        let hash = hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+        Some(Self { dir, lower, hash, images: config.images, cache_dir: config.host.cache_dir.clone() })
+    }
+
+    fn file(&self) -> PathBuf {
+        self.dir.join(format!("{PREFIX}{}", self.hash))
+    }
+}
+
+/// An image file that a container can have in place of its layers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Image {
+    /// The file.
+    pub path: PathBuf,
+    /// Of its disk: at most the 20 bytes of a virtio-blk serial, and of no other disk's.
+    pub serial: String,
+}
+
+/// What there is for a container's layers.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Found {
+    /// An image.
+    Ready(Image),
+    /// None yet; it can be made once the container has started.
+    Missing(Place),
+    /// There is none to be.
+    #[default]
+    Never,
+}
+
+/// Looks for the image of containerd's `layers`. What is there and is not an image, as after
+/// a crash of the host, is removed. May take as long as a file system of the host does.
+pub fn find(layers: &[Layer], config: &Config) -> Found {
+    let Some(place) = Place::of(layers, config) else { return Found::Never };
+    let path = place.file();
+    match is_whole(&path) {
+        Ok(true) => return Found::Ready(Image { serial: format!("img-{}", place.hash), path }),
+        Ok(false) => discard(&path, "it is no whole file system"),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => {
+            log::warn!("{}: {error}", path.display());
+            return Found::Never;
+        }
+    }
+    match config.images.make && !path.with_added_extension(REFUSED).exists() {
+        true => Found::Missing(place),
+        false => Found::Never,
+    }
+}
+
+/// The images this host has, by the links to them in the cache.
+pub fn list(cache_dir: &Path) -> Vec<Image> {
+    let entries = fs::read_dir(cache_dir.join(INDEX)).into_iter().flatten().flatten();
+    let image = |entry: fs::DirEntry| {
+        let path = fs::read_link(entry.path()).ok()?;
+        let serial = entry.file_name().into_string().ok()?;
+        path.exists().then_some(Image { path, serial })
+    };
+    let mut images: Vec<Image> = entries.filter_map(image).collect();
+    images.sort_by(|a, b| a.serial.cmp(&b.serial));
+    images
+}
+
+/// Whether an option of an overlay says nothing of what is seen in it.
+fn is_no_matter(option: &str) -> bool {
+    matches!(option, "index=off" | "nfs_export=off" | "xino=off" | "xino=auto" | "redirect_dir=off")
+}
+
+/// Removes an image that cannot be used, so that the next start does without.
+pub fn discard(path: &Path, reason: &str) {
+    match fs::remove_file(path) {
+        Ok(()) => log::warn!("{}: {reason}; removed, to be made again", path.display()),
+        Err(error) => log::warn!("{}: {reason}, and removing it: {error}", path.display()),
+    }
+}
+
+/// Whether it begins as EROFS does and is as long as it says. What is wrong inside, the
+/// guest's kernel finds.
+fn is_whole(path: &Path) -> io::Result<bool> {
+    let file = own_file::open(path)?;
+    let mut superblock = [0; 40];
+    match file.read_exact_at(&mut superblock, SUPERBLOCK_AT) {
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(false),
+        read => read?,
+    }
+    // `blkszbits` and `blocks` of the superblock.
+    let (bits, blocks) = (u32::from(superblock[12]), &superblock[36..40]);
+    let blocks = u64::from(u32::from_le_bytes(blocks.try_into().unwrap_or_default()));
+    let bytes = blocks.checked_shl(bits).filter(|_| (9..=16).contains(&bits));
+    let length = file.metadata()?.len();
+    Ok(superblock.starts_with(&MAGIC) && bytes.is_some_and(|bytes| bytes > 0 && bytes <= length))
+}
+
+impl Place {
+    /// Has the image made by a process of its own, which goes on when this one ends.
+    pub fn make_in_background(self) {
+        let run = move || match self.command().output() {
+            Ok(output) if output.status.success() => {}
+            Ok(output) => {
+                let said = String::from_utf8_lossy(&output.stderr);
+                log::warn!("no image of {}: {}", self.dir.display(), said.trim());
+            }
+            Err(error) => log::warn!("no image of {}: starting its maker: {error}", self.dir.display()),
+        };
+        // Only waits, and is no reason for the process to stay.
+        if let Err(error) = std::thread::Builder::new().name("image".into()).stack_size(64 << 10).spawn(run) {
+            log::warn!("no image: {error}");
+        }
+    }
+
+    fn command(&self) -> Command {
+        use std::os::unix::process::CommandExt;
+
+        let program = std::env::current_exe().unwrap_or_else(|_| "/proc/self/exe".into());
+        let mut command = Command::new(program);
+        command
+            .arg(maker::ACTION)
+            .args([self.images.size_limit_bytes, self.images.free_bytes].map(|bytes| bytes.to_string()))
+            .args([&self.cache_dir, &self.file()])
+            .arg(self.lower.join(":"))
+            .env_clear()
+            .env("PATH", search_path())
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .process_group(0);
+        if let Some(host) = mount::of_the_host() {
+            let leave = move || Ok(nix::sched::setns(host, nix::sched::CloneFlags::CLONE_NEWNS)?);
+            // SAFETY: one system call on a descriptor that stays open.
+            // The sandbox's mounts must not stay for it.
+            unsafe { command.pre_exec(leave) };
+        }
+        command
+    }
+}
+
+#[cfg(test)]
+mod tests;

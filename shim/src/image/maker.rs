@@ -1,0 +1,261 @@
+//! Makes image files: `containerd-shim-rvm-v2 make-image`, a process of its own at idle
+//! priority, one at a time on a host.
+//!
+//! The layers are merged by the host's kernel, as for a container, and `mkfs.erofs` reads
+//! that. It writes to a file without a name, which gets one when it is whole: whoever is
+//! killed on the way leaves nothing.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io,
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::fs::{DirBuilderExt, OpenOptionsExt},
+        unix::process::ExitStatusExt,
+    },
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use nix::{
+    fcntl::{AT_FDCWD, AtFlags, FcntlArg, FdFlag, Flock, FlockArg, OFlag, fcntl},
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
+    sys::{
+        resource::{Resource, setrlimit},
+        stat::Mode,
+        statvfs::fstatvfs,
+    },
+    unistd::{linkat, symlinkat},
+};
+
+use super::{INDEX, REFUSED};
+use crate::{
+    own_file,
+    rootfs::{self, Layer, RootfsError},
+};
+
+/// Its word on the command line.
+pub const ACTION: &str = "make-image";
+/// The program that makes file systems (erofs-utils).
+pub const MKFS: &str = "mkfs.erofs";
+
+/// `IOPRIO_PRIO_VALUE(IOPRIO_CLASS_IDLE, 0)` of linux/ioprio.h, and the kind of id.
+const IDLE_IO: libc::c_int = 3 << 13;
+const IOPRIO_WHO_PROCESS: libc::c_int = 1;
+
+/// Why there is no image.
+#[derive(Debug, thiserror::Error)]
+pub enum MakeError {
+    /// Not as [`super::Place`] calls it.
+    #[error("{ACTION}: wants SIZE-LIMIT FREE CACHE-DIR FILE LOWERDIR, in bytes the first two")]
+    Usage,
+    /// A file or directory of the host.
+    #[error("{}: {source}", path.display())]
+    File {
+        /// Its path.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The layers cannot be merged.
+    #[error(transparent)]
+    Layers(#[from] RootfsError),
+    /// There is nothing to make a file system with.
+    #[error("{MKFS} (package erofs-utils): {0}")]
+    NoMkfs(#[source] io::Error),
+    /// It would take too much of the disk.
+    #[error("{}: {have} bytes are free, images.free_mib leaves {floor}", path.display())]
+    Full {
+        /// The directory.
+        path: PathBuf,
+        /// What there is.
+        have: u64,
+        /// What has to stay.
+        floor: u64,
+    },
+    /// The program ends with an error.
+    #[error("{MKFS}: {0}")]
+    Mkfs(String),
+}
+
+fn failed(path: &Path) -> impl Fn(io::Error) -> MakeError {
+    |source| MakeError::File { path: path.to_owned(), source }
+}
+
+/// An image to be made.
+#[derive(Debug)]
+pub struct Job {
+    size_limit: u64,
+    free: u64,
+    cache_dir: PathBuf,
+    file: PathBuf,
+    lower: String,
+}
+
+impl Job {
+    /// From what follows [`ACTION`] on the command line.
+    pub fn parse(args: &[String]) -> Result<Self, MakeError> {
+        let [size_limit, free, cache_dir, file, lower] = args else { return Err(MakeError::Usage) };
+        let number = |text: &String| text.parse().map_err(|_| MakeError::Usage);
+        Ok(Self {
+            size_limit: number(size_limit)?,
+            free: number(free)?,
+            cache_dir: cache_dir.into(),
+            file: file.into(),
+            lower: lower.clone(),
+        })
+    }
+
+    /// Makes it, unless it is there, or another one is being made.
+    pub fn run(&self) -> Result<(), MakeError> {
+        step_back();
+        let index = self.cache_dir.join(INDEX);
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(&index).map_err(failed(&index))?;
+        let lock = index.join("lock");
+        let held = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW)
+            .open(&lock)
+            .map_err(failed(&lock))?;
+        let Ok(_held) = Flock::lock(held, FlockArg::LockExclusiveNonblock) else { return Ok(()) };
+        prune(&index);
+        if self.file.exists() {
+            return Ok(());
+        }
+        let dir = self.file.parent().unwrap_or(Path::new("/"));
+        let name = self.file.file_name().ok_or(MakeError::Usage)?;
+        // Before the tree is over it.
+        let index = open(&index, OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW).map_err(failed(&index))?;
+        // First: a file and the directory it is to be in have to be of one mount namespace.
+        let tree = self.merge()?;
+        let dir_fd = open(dir, OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW).map_err(failed(dir))?;
+        let limit = self.limit(dir, &dir_fd)?;
+        let made = self.make(dir, &tree, limit)?;
+        let nameless = format!("/proc/self/fd/{}", made.as_raw_fd());
+        match linkat(AT_FDCWD, nameless.as_str(), &dir_fd, name, AtFlags::AT_SYMLINK_FOLLOW) {
+            Ok(()) | Err(nix::errno::Errno::EEXIST) => {}
+            Err(errno) => return Err(failed(&self.file)(errno.into())),
+        }
+        // For whoever lists them; nothing depends on it.
+        let hash = name.to_string_lossy().trim_start_matches(super::PREFIX).to_owned();
+        let _ = symlinkat(&self.file, &index, format!("img-{hash}").as_str());
+        Ok(())
+    }
+
+    /// How large it may get.
+    fn limit(&self, dir: &Path, dir_fd: &OwnedFd) -> Result<Limit, MakeError> {
+        let found = fstatvfs(dir_fd).map_err(|errno| failed(dir)(errno.into()))?;
+        let have = found.blocks_available().saturating_mul(found.fragment_size());
+        match have.checked_sub(self.free) {
+            None | Some(0) => Err(MakeError::Full { path: dir.to_owned(), have, floor: self.free }),
+            Some(left) if left < self.size_limit => Ok(Limit { bytes: left, by_space: true }),
+            Some(_) => Ok(Limit { bytes: self.size_limit, by_space: false }),
+        }
+    }
+
+    /// The whole image, in a file of `dir` that has no name.
+    fn make(&self, dir: &Path, tree: &Path, limit: Limit) -> Result<File, MakeError> {
+        let file = open(dir, OFlag::O_TMPFILE).map_err(failed(dir))?;
+        let output = mkfs(&file, tree, limit.bytes)?;
+        if !output.status.success() {
+            let said = match output.status.signal() {
+                Some(libc::SIGXFSZ) => format!("the image would be larger than {} bytes", limit.bytes),
+                _ => said(&output),
+            };
+            // What would be the same the next time is not tried again.
+            if !limit.by_space && output.status.signal().is_none_or(|signal| signal == libc::SIGXFSZ) {
+                let _ = own_file::write(&self.file.with_added_extension(REFUSED), said.as_bytes());
+            }
+            return Err(MakeError::Mkfs(said));
+        }
+        let file = File::from(file);
+        file.sync_all().map_err(failed(dir))?;
+        Ok(file)
+    }
+
+    /// The layers as a container sees them, in a mount namespace of this process's own.
+    fn merge(&self) -> Result<PathBuf, MakeError> {
+        let private = || -> io::Result<()> {
+            unshare(CloneFlags::CLONE_NEWNS)?;
+            mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)?;
+            mount(Some("rvm"), &self.cache_dir, Some("tmpfs"), MsFlags::empty(), Some("mode=0700"))?;
+            Ok(())
+        };
+        private().map_err(failed(&self.cache_dir))?;
+        let tree = self.cache_dir.join("tree");
+        fs::create_dir(&tree).map_err(failed(&tree))?;
+        let layer = Layer {
+            kind: "overlay".into(),
+            source: "overlay".into(),
+            options: vec![format!("lowerdir={}", self.lower)],
+            ..Layer::default()
+        };
+        rootfs::mount_readonly(&[layer], Path::new("/"), &tree)?;
+        Ok(tree)
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Limit {
+    bytes: u64,
+    /// There is no room for more.
+    by_space: bool,
+}
+
+/// Lets everybody else go first.
+fn step_back() {
+    let parameters = libc::sched_param { sched_priority: 0 };
+    // SAFETY: the structure is complete, and lives until the call is done.
+    unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &raw const parameters) };
+    // SAFETY: the call takes numbers only.
+    unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0, IDLE_IO) };
+}
+
+/// Removes links to images that went with their snapshots.
+fn prune(index: &Path) {
+    for entry in fs::read_dir(index).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if entry.file_type().is_ok_and(|kind| kind.is_symlink()) && !path.exists() {
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+fn open(dir: &Path, kind: OFlag) -> io::Result<OwnedFd> {
+    let access = if kind.contains(OFlag::O_TMPFILE) { OFlag::O_RDWR } else { OFlag::O_RDONLY };
+    Ok(nix::fcntl::open(dir, kind | access | OFlag::O_CLOEXEC, Mode::S_IRUSR | Mode::S_IWUSR)?)
+}
+
+/// Without compression, as what is read is mapped or copied as it is, and with all of what a
+/// file's attributes say but its times of access and change.
+fn mkfs(file: &OwnedFd, tree: &Path, limit: u64) -> Result<std::process::Output, MakeError> {
+    use std::os::unix::process::CommandExt;
+
+    let descriptor = file.as_raw_fd();
+    let inherit = move || {
+        // SAFETY: it is open until the program has ended.
+        let file = unsafe { std::os::fd::BorrowedFd::borrow_raw(descriptor) };
+        fcntl(file, FcntlArg::F_SETFD(FdFlag::empty()))?;
+        Ok(setrlimit(Resource::RLIMIT_FSIZE, limit, limit)?)
+    };
+    let mut command = Command::new(MKFS);
+    command
+        .args(["--quiet", "--preserve-mtime", "-Enoinline_data"])
+        .arg(format!("/proc/self/fd/{descriptor}"))
+        .arg(tree)
+        .stdin(Stdio::null());
+    // SAFETY: two system calls.
+    unsafe { command.pre_exec(inherit) };
+    command.output().map_err(MakeError::NoMkfs)
+}
+
+fn said(output: &std::process::Output) -> String {
+    let text = String::from_utf8_lossy(&output.stderr);
+    let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    format!("{}: {}", output.status, lines.join("; "))
+}

@@ -1,0 +1,31 @@
+//! The image files that are made in place of layers.
+
+use std::{path::PathBuf, time::Instant};
+
+use anyhow::{Result, ensure};
+
+use crate::{scale, world::World};
+
+/// Those in containerd's snapshots that are whole.
+///
+/// # Errors
+/// When containerd's root cannot be read.
+pub fn files(world: &World) -> Result<Vec<PathBuf>> {
+    world.in_snapshots(|name| name.starts_with("rvm-image-") && !name.ends_with(".refused"))
+}
+
+/// Waits until there are so many.
+///
+/// # Errors
+/// When there are not after as long as a container may take.
+pub fn wait_for(world: &World, count: usize) -> Result<Vec<PathBuf>> {
+    let until = Instant::now() + scale::container();
+    loop {
+        let files = files(world)?;
+        if files.len() == count {
+            return Ok(files);
+        }
+        ensure!(Instant::now() < until, "not {count} images: {files:?}");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+}
