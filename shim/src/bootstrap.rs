@@ -1,13 +1,14 @@
 //! `start`: the socket, the serving process, and the answer to containerd.
 //!
 //! The socket listens before anybody learns of it, so nobody has to wait for
-//! the serving process; and what can go wrong early goes wrong before the fork,
-//! where containerd reads the reason.
+//! the serving process; and what can go wrong early goes wrong in the process
+//! that containerd waits for, which reads the reason. Each of the two removes
+//! the socket where the other one dies before containerd has the answer.
 
 use std::{
     io::{self, IsTerminal, Read, Write},
     os::{
-        fd::AsFd,
+        fd::{AsFd, AsRawFd, OwnedFd},
         unix::{
             fs::{DirBuilderExt, PermissionsExt},
             net::{UnixListener, UnixStream},
@@ -17,7 +18,14 @@ use std::{
 };
 
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
-use nix::unistd::{ForkResult, fork, setsid};
+use nix::{
+    errno::Errno,
+    sys::{
+        socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, getsockname, listen, socket},
+        wait::waitpid,
+    },
+    unistd::{ForkResult, fork, setsid},
+};
 use protobuf::Message;
 use sha2::{Digest, Sha256};
 
@@ -98,44 +106,85 @@ pub fn start(flags: &Flags) -> Result<Option<Serve>, BootstrapError> {
         Role::Alone | Role::Sandbox => &flags.id,
         Role::Member { sandbox } => sandbox,
     };
-    let socket = socket_path(params.socket_dir.as_deref(), &flags.address, &flags.namespace, sandbox);
-    let address = format!("unix://{}", socket.display());
-    let failed = |source| BootstrapError::Socket { path: socket.clone(), source };
+    let path = socket_path(params.socket_dir.as_deref(), &flags.address, &flags.namespace, sandbox);
+    let address = format!("unix://{}", path.display());
+    let failed = |source| BootstrapError::Socket { path: path.clone(), source };
     if let Role::Member { sandbox } = &role {
         // Whether the sandbox takes it is for its shim to say.
-        UnixStream::connect(&socket)
+        UnixStream::connect(&path)
             .map_err(|source| BootstrapError::NoSandbox { sandbox: sandbox.clone(), source })?;
         write_address(&address).map_err(address_failed)?;
         return answer(&address, params.protocol).map(|()| None);
     }
-    let Some(listener) = listen(&socket).map_err(failed)? else {
-        // A shim of this name serves already.
-        answer(&address, params.protocol)?;
-        return Ok(None);
-    };
-    fault::point("start: listening");
-    let serve = Serve {
-        listener,
-        socket: socket.clone(),
-        namespace: flags.namespace.clone(),
-        id: flags.id.clone(),
-        events_address: params.events_address,
-        debug: flags.debug,
-    };
-    let started = write_address(&address)
-        .map_err(address_failed)
-        .and_then(|()| mount::isolate().map_err(BootstrapError::Namespace))
-        .and_then(|()| daemonize());
-    match started {
-        Ok(ForkResult::Child) => {
+    // Both processes have it, whoever binds it.
+    let listener = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)
+        .map_err(|error| failed(error.into()))?;
+    let (ours, theirs) = UnixStream::pair().map_err(BootstrapError::Fork)?;
+    mount::isolate().map_err(BootstrapError::Namespace)?;
+    let serving = match daemonize()? {
+        ForkResult::Child => {
+            drop(ours);
+            if !is_answered(theirs) {
+                remove_bound(&listener, &path);
+                return Ok(None);
+            }
             fault::point("start: the serving process");
-            Ok(Some(serve))
+            return Ok(Some(Serve {
+                listener: listener.into(),
+                socket: path,
+                namespace: flags.namespace.clone(),
+                id: flags.id.clone(),
+                events_address: params.events_address,
+                debug: flags.debug,
+            }));
         }
-        Ok(ForkResult::Parent { .. }) => answer(&address, params.protocol).map(|()| None),
-        Err(error) => {
-            let _ = std::fs::remove_file(&socket);
-            Err(error)
-        }
+        ForkResult::Parent { child } => child,
+    };
+    drop(theirs);
+    let answered = serve_at(&path, &listener, &address, params.protocol, ours);
+    if answered.is_err() {
+        remove_bound(&listener, &path);
+    }
+    if !matches!(answered, Ok(true)) {
+        // It ends, as nobody said that it shall serve, and has no listener that the next one could find.
+        let _ = waitpid(serving, None);
+    }
+    answered.map(|_| None)
+}
+
+/// What containerd waits for: the serving process is told once it has been answered, which is true where
+/// none of this name served before.
+fn serve_at(
+    path: &Path,
+    listener: &OwnedFd,
+    address: &str,
+    protocol: Protocol,
+    mut serving: UnixStream,
+) -> Result<bool, BootstrapError> {
+    let failed = |source| BootstrapError::Socket { path: path.to_owned(), source };
+    if !listen_at(path, listener).map_err(failed)? {
+        answer(address, protocol)?;
+        return Ok(false);
+    }
+    fault::point("start: listening");
+    write_address(address).map_err(address_failed)?;
+    fault::point("start: address written");
+    answer(address, protocol)?;
+    fault::point("start: answered");
+    serving.write_all(&[0]).map_err(BootstrapError::Fork)?;
+    Ok(true)
+}
+
+/// Whether containerd was answered; false where the process that was to do so has ended.
+fn is_answered(mut word: UnixStream) -> bool {
+    word.read_exact(&mut [0]).is_ok()
+}
+
+/// Removes the socket at `path` where it is this one.
+fn remove_bound(listener: &OwnedFd, path: &Path) {
+    let bound = getsockname::<UnixAddr>(listener.as_raw_fd());
+    if bound.is_ok_and(|address| address.path() == Some(path)) {
+        let _ = std::fs::remove_file(path);
     }
 }
 
@@ -196,23 +245,25 @@ fn socket_path(dir: Option<&str>, containerd: &str, namespace: &str, id: &str) -
     Path::new(dir.unwrap_or(SOCKET_DIR)).join(hash)
 }
 
-/// Listens on `path`; `None` where somebody does already.
-fn listen(path: &Path) -> io::Result<Option<UnixListener>> {
+/// Has `listener` listen at `path`; false where another one does already.
+fn listen_at(path: &Path, listener: &OwnedFd) -> io::Result<bool> {
     if let Some(dir) = path.parent() {
         std::fs::DirBuilder::new().recursive(true).mode(0o711).create(dir)?;
     }
-    let listener = match UnixListener::bind(path) {
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+    let address = UnixAddr::new(path)?;
+    match bind(listener.as_raw_fd(), &address) {
+        Err(Errno::EADDRINUSE) => {
             if UnixStream::connect(path).is_ok() {
-                return Ok(None);
+                return Ok(false);
             }
             std::fs::remove_file(path)?;
-            UnixListener::bind(path)?
+            bind(listener.as_raw_fd(), &address)?;
         }
         bound => bound?,
-    };
+    }
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-    Ok(Some(listener))
+    listen(listener, Backlog::MAXCONN)?;
+    Ok(true)
 }
 
 /// containerd finds the shim again by this file after a restart.
@@ -308,13 +359,35 @@ mod tests {
         assert_eq!(params.socket_dir.as_deref(), Some("/run/s"));
     }
 
+    fn listener() -> OwnedFd {
+        socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap()
+    }
+
     #[test]
     fn a_socket_nobody_listens_on_is_replaced() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s/socket");
-        let listener = listen(&path).unwrap().unwrap();
-        assert!(listen(&path).unwrap().is_none());
-        drop(listener);
-        assert!(listen(&path).unwrap().is_some());
+        let first = listener();
+        assert!(listen_at(&path, &first).unwrap());
+        assert!(!listen_at(&path, &listener()).unwrap());
+        drop(first);
+        let second = listener();
+        assert!(listen_at(&path, &second).unwrap());
+        // Only by who has bound it.
+        remove_bound(&listener(), &path);
+        assert!(path.exists());
+        remove_bound(&second, &path);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn who_ends_before_it_has_answered_is_noticed() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        drop(ours);
+        assert!(!is_answered(theirs));
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        ours.write_all(&[0]).unwrap();
+        drop(ours);
+        assert!(is_answered(theirs));
     }
 }
