@@ -38,6 +38,7 @@ pub mod own_file;
 pub mod process;
 pub mod process_id;
 pub mod relay;
+pub mod remains;
 pub mod rootfs;
 pub mod sandbox;
 pub mod sandbox_service;

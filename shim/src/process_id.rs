@@ -71,9 +71,9 @@ impl ProcessId {
 /// Waits at most `limit` for the end of the process a pidfd is of; whether it has come.
 /// A process that was killed takes that long only where the host keeps it in a system call.
 pub fn wait_for_end(pidfd: BorrowedFd, limit: Duration) -> io::Result<bool> {
-    let until = Instant::now() + limit;
+    let until = Instant::now().checked_add(limit);
     loop {
-        let left = until.saturating_duration_since(Instant::now());
+        let left = until.map_or(limit, |until| until.saturating_duration_since(Instant::now()));
         let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
         match poll(&mut [PollFd::new(pidfd, PollFlags::POLLIN)], timeout) {
             Err(Errno::EINTR) => {}

@@ -17,8 +17,8 @@ use tokio::{
 use ttrpc::asynchronous::{Server, transport::Listener};
 
 use crate::{
-    bootstrap::Serve, config::Config, connections::Connections, events::Events, logger, service::services,
-    task::Tasks,
+    bootstrap::Serve, config::Config, connections::Connections, events::Events, logger, remains,
+    service::services, task::Tasks,
 };
 
 /// How long the last answers and events may take.
@@ -53,6 +53,7 @@ pub fn run(serve: Serve) -> io::Result<()> {
     let served = runtime.block_on(serve_until_done(serve, socket));
     // A file system of the host may keep a thread for ever.
     runtime.shutdown_timeout(FAREWELL_TIMEOUT);
+    remains::wait();
     served
 }
 

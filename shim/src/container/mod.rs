@@ -41,8 +41,20 @@ pub const GUEST_PIDS_FROM: u32 = 1 << 22;
 /// How long a guest may take to list processes; containerd asks for them before it
 /// does anything else.
 const LIST_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long a first process may take to end that was killed, before its machine is stopped: for longer, its kernel waits for
+/// something that does not come, as of a volume whose file system on the host does not answer.
+const END_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a guest may take to act on SIGKILL before the machine is stopped.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Stops the machine of a first process that was killed where it does not end.
+async fn see_to_the_end(process: Arc<Process>, sandbox: Arc<Sandbox>, label: String) {
+    if timeout(END_TIMEOUT, process.wait()).await.is_err() {
+        let limit = END_TIMEOUT.as_secs();
+        log::warn!("{label}: has not ended {limit} s after it was killed; stopping its machine");
+        sandbox.kill();
+    }
+}
 
 /// A container in a running sandbox.
 pub struct Container {
@@ -364,7 +376,14 @@ impl Container {
                 self.sandbox.kill();
                 Ok(())
             }
-            answer => Ok(answer?),
+            answer => {
+                answer?;
+                if lethal && self.sandbox.is_first(&self.id) {
+                    let label = format!("{}/{}", self.namespace, self.id);
+                    tokio::spawn(see_to_the_end(process, self.sandbox.clone(), label));
+                }
+                Ok(())
+            }
         }
     }
 

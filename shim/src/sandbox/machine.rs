@@ -206,23 +206,30 @@ impl Machine {
         self.monitor.kill();
     }
 
+    /// Its monitor, where that was killed and the host keeps it.
+    pub(super) fn kept(&self) -> Option<OwnedFd> {
+        self.monitor.kept()
+    }
+
     /// Ends the guest, after it has written what belongs on the host where
     /// `flush`.
     pub(super) async fn end(&self, flush: bool) {
         let stop = async {
             if flush {
-                // The answer may be lost with the connection; what counts is the end.
-                let _ = self.agent.shut_down().await;
-                self.monitor.exited().await;
+                // The answer may be lost with the connection; what counts is the end, which may be long ago.
+                tokio::select! {
+                    biased;
+                    _ = self.monitor.exited() => {}
+                    () = async { drop(self.agent.shut_down().await) } => drop(self.monitor.exited().await),
+                }
             }
         };
         if timeout(SHUTDOWN_TIMEOUT, stop).await.is_err() {
             log::warn!("the guest did not power off within {} s", SHUTDOWN_TIMEOUT.as_secs());
         }
         self.monitor.kill();
-        if timeout(SHUTDOWN_TIMEOUT, self.monitor.exited()).await.is_err() {
-            log::error!("the monitor, process {}, does not end though it was killed", self.id().pid);
-        }
+        // At most as long as the host may keep it.
+        self.monitor.exited().await;
     }
 
     /// Plugs the file or block device at `path` in as a disk. The guest finds it

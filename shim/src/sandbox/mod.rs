@@ -53,6 +53,7 @@ use crate::{
     fault,
     process_id::ProcessId,
     relay::Relay,
+    remains,
     rootfs::Layer,
     share::Share,
     spec::{Bundle, HostNamespace, Shm, Users},
@@ -405,6 +406,10 @@ impl Sandbox {
         self.machine.end(self.must_flush.load(Ordering::Relaxed)).await;
         fault::point("the machine has ended");
         let owned = self.owned().take();
+        if let (Some(monitor), Some(owned)) = (self.machine.kept(), &owned) {
+            log::error!("the monitor does not end though it was killed; its cgroup goes when it does");
+            remains::outlive(monitor, owned.cgroup.clone());
+        }
         if timeout(CLOSE_LIMIT, off_thread(move || drop(owned))).await.is_err() {
             let dir = self.dir().display();
             log::error!(

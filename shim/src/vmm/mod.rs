@@ -15,12 +15,16 @@ use std::{
     time::Duration,
 };
 
-use nix::sched::{CloneFlags, setns, unshare};
+use nix::{
+    sched::{CloneFlags, setns, unshare},
+    sys::signal::Signal,
+};
 use rvm_protocol::vmm::{MAX_MESSAGE_LEN, Metrics, Request, Response, VmConfig};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, unix::AsyncFd},
     net::{UnixStream, unix::pipe},
     sync::watch,
+    time::{Instant, sleep_until},
 };
 
 use crate::{
@@ -41,6 +45,9 @@ pub const CONTROL_SOCKET: &str = "vmm.sock";
 
 /// How long a monitor that was killed may keep the thread it is dropped on.
 const END_LIMIT: Duration = Duration::from_secs(2);
+/// How long after its end was asked for a monitor is waited for: what the host keeps for longer waits for something else of
+/// the host's, as a file system that does not answer.
+const KEPT_AFTER: Duration = Duration::from_secs(10);
 /// How much of what the monitor said last is kept for error messages.
 const KEPT_LINES: usize = 8;
 /// Longest line of the monitor's that is taken as one.
@@ -120,6 +127,8 @@ pub struct Monitor {
     pidfd: AsyncFd<OwnedFd>,
     control: Control,
     words: Words,
+    /// When it was first killed.
+    killed: watch::Sender<Option<Instant>>,
 }
 
 impl Monitor {
@@ -168,7 +177,14 @@ impl Monitor {
             Ok((ProcessId::of(child.id())?, pidfd, Words::follow(reader)?))
         };
         match watched() {
-            Ok((id, pidfd, words)) => Ok(Self { child: Mutex::new(child), id, pidfd, control, words }),
+            Ok((id, pidfd, words)) => Ok(Self {
+                child: Mutex::new(child),
+                id,
+                pidfd,
+                control,
+                words,
+                killed: watch::Sender::default(),
+            }),
             Err(error) => {
                 let _ = child.kill();
                 let _ = child.wait();
@@ -187,8 +203,25 @@ impl Monitor {
         &self.control
     }
 
-    /// Waits for its end; every caller gets the same answer.
+    /// Waits for its end. One that was killed and is kept by the host has ended as far as anybody here is concerned.
     pub async fn exited(&self) -> Exited {
+        let kept = async {
+            let mut killed = self.killed.subscribe();
+            let killed = killed.wait_for(Option::is_some).await.map_or(None, |at| *at);
+            sleep_until(killed.unwrap_or_else(Instant::now) + KEPT_AFTER).await;
+        };
+        tokio::select! {
+            biased;
+            exited = self.reaped() => exited,
+            () = kept => Exited {
+                status: ExitStatus::from_raw(Signal::SIGKILL as i32),
+                last_words: vec![format!("the host keeps its process {}", self.id.pid)],
+            },
+        }
+    }
+
+    /// Waits for the end of its process; every caller gets the same answer.
+    async fn reaped(&self) -> Exited {
         loop {
             // An error would mean that the runtime is going down.
             let _ = self.pidfd.readable().await;
@@ -207,6 +240,18 @@ impl Monitor {
     /// Kills it, if it still runs.
     pub fn kill(&self) {
         let _ = self.child.lock().unwrap_or_else(PoisonError::into_inner).kill();
+        self.killed.send_if_modified(|at| {
+            let first = at.is_none();
+            at.get_or_insert_with(Instant::now);
+            first
+        });
+    }
+
+    /// Its process, where that has not ended yet.
+    pub fn kept(&self) -> Option<OwnedFd> {
+        let pidfd = self.pidfd.get_ref();
+        let ended = wait_for_end(pidfd.as_fd(), Duration::ZERO).unwrap_or(true);
+        if ended { None } else { pidfd.try_clone().ok() }
     }
 }
 
