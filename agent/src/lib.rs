@@ -32,6 +32,7 @@ use rvm_protocol::guest::StreamHeader;
 pub mod channel;
 pub mod container;
 pub mod error;
+pub mod fault;
 pub mod helper;
 pub mod init;
 pub mod io;

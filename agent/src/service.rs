@@ -16,7 +16,7 @@ use ttrpc::{
     r#async::{Server, TtrpcContext, transport::Listener},
 };
 
-use crate::{error::Error, init, sandbox::Sandbox, vsock::HostListener};
+use crate::{error::Error, fault, init, sandbox::Sandbox, vsock::HostListener};
 
 struct Service {
     sandbox: Arc<Sandbox>,
@@ -48,6 +48,7 @@ fn status(error: Error) -> ttrpc::Error {
 }
 
 fn answer<T>(method: &str, result: Result<T, Error>) -> ttrpc::Result<T> {
+    fault::answering();
     result.map_err(|error| {
         log::info!("{method}: {error}");
         status(error)

@@ -1,8 +1,8 @@
 //! Faults at chosen points, for tests: a build without the feature `faults` has nothing of it.
 //!
 //! What shims do passes points, which are counted over all processes of a shim. A plan, `N SIGNAL VICTIM` in the file that
-//! `RVM_FAULT` names, says at which of them a signal is sent, and to whom: `shim`, `monitor`, or a process by its id. Once it
-//! was, the plan is called `FILE.done`. `FILE.passed` has a line for each point.
+//! `RVM_FAULT` names, says at which of them a signal is sent, and to whom: `shim`, `monitor`, or a process by its id. Just before
+//! it is, the plan is renamed `FILE.done`, and then is the id of that process. `FILE.passed` has a line for each point.
 
 #[cfg(feature = "faults")]
 pub use planned::{monitor_is, point};
@@ -51,6 +51,7 @@ mod planned {
         // No plan is the usual case.
         let Some(file) = file.as_ref().filter(|file| file.exists()) else { return };
         if let Some((signal, victim)) = due(file, &name.to_string())
+            && fs::write(file, victim.to_string()).is_ok()
             && fs::rename(file, file.with_extension("done")).is_ok()
         {
             let _ = kill(victim, signal);

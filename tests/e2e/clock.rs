@@ -3,13 +3,18 @@
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use rvm_tests::{
     case,
     ctr::remove_clients_fifos,
     job::{Input, Job},
     parity::PROBE_ENV,
+    sandbox::Sandbox,
     scale,
-    world::shell,
+    world::{World, shell},
 };
 
 /// Moves the host's clock, and back when it goes.
@@ -60,36 +65,78 @@ fn apart(clock: &mut Job) -> Result<f64> {
     Ok(if least > 0.0 { least } else { most.min(0.0) })
 }
 
+/// A container that does nothing, and the probe's `clock` in it.
+fn started(world: &World) -> Result<(String, Job)> {
+    let ctr = world.ctr();
+    let probe = std::env::var(PROBE_ENV).with_context(|| format!("{PROBE_ENV} is not set"))?;
+    let mount = format!("type=bind,src={probe},dst=/probe,options=rbind:ro");
+    let run = ctr.container("clock").with(&["--mount", &mount]).detached();
+    run.run(&["sleep", "1000"])?.success()?;
+    let clock = ctr.exec(&run.id, &[], &["/probe", "clock"], Input::Open)?;
+    Ok((run.id, clock))
+}
+
+/// Waits until the guest's clock is the host's.
+fn settled(clock: &mut Job, when: &str) -> Result<()> {
+    const NEAR: f64 = 0.05;
+    let until = Instant::now() + scale::command();
+    let mut last = apart(clock)?;
+    while last.abs() > NEAR && Instant::now() < until {
+        last = apart(clock)?;
+    }
+    ensure!(last.abs() <= NEAR, "{when}: {last} s apart");
+    println!("{when}: {last} s apart");
+    Ok(())
+}
+
+fn ended(world: &World, id: &str, clock: Job) -> Result<()> {
+    world.end(id)?;
+    clock.finish(scale::container())?.exited(137)?;
+    remove_clients_fifos(id)
+}
+
 #[test]
 fn follows_the_hosts_when_that_is_set() {
     case(|world| {
-        const NEAR: f64 = 0.05;
-        let ctr = world.ctr();
-        let probe = std::env::var(PROBE_ENV).with_context(|| format!("{PROBE_ENV} is not set"))?;
-        let mount = format!("type=bind,src={probe},dst=/probe,options=rbind:ro");
-        let run = ctr.container("clock").with(&["--mount", &mount]).detached();
-        run.run(&["sleep", "1000"])?.success()?;
-        let mut clock = ctr.exec(&run.id, &[], &["/probe", "clock"], Input::Open)?;
-        let mut settled = |when: &str| -> Result<()> {
-            let until = Instant::now() + scale::command();
-            let mut last = apart(&mut clock)?;
-            while last.abs() > NEAR && Instant::now() < until {
-                last = apart(&mut clock)?;
-            }
-            ensure!(last.abs() <= NEAR, "{when}: {last} s apart");
-            Ok(())
-        };
-        settled("before")?;
+        let (id, mut clock) = started(world)?;
+        settled(&mut clock, "before")?;
         {
             let _moved = Moved::by(1000)?;
-            settled("ahead by 1000 s")?;
+            settled(&mut clock, "ahead by 1000 s")?;
         }
-        settled("set back")?;
-        ctr.run(&["task", "pause", &run.id], scale::command())?.success()?;
-        ctr.run(&["task", "resume", &run.id], scale::command())?.success()?;
-        settled("after a pause")?;
-        world.end(&run.id)?;
-        clock.finish(scale::container())?.exited(137)?;
-        remove_clients_fifos(&run.id)
+        settled(&mut clock, "set back")?;
+        let ctr = world.ctr();
+        ctr.run(&["task", "pause", &id], scale::command())?.success()?;
+        ctr.run(&["task", "resume", &id], scale::command())?.success()?;
+        settled(&mut clock, "after a pause")?;
+        ended(world, &id, clock)
+    });
+}
+
+/// As on a host that sleeps: nothing of the sandbox runs for a while, in which the clock has moved on by more, or was
+/// set back.
+#[test]
+fn is_right_after_the_host_has_slept() {
+    case(|world| {
+        let (id, mut clock) = started(world)?;
+        let sandbox = Sandbox::find(world.stage(), &id)?;
+        let both = |signal: Signal| -> Result<()> {
+            for process in [&sandbox.shim, &sandbox.monitor] {
+                kill(Pid::from_raw(process.pid), signal)?;
+            }
+            Ok(())
+        };
+        settled(&mut clock, "before")?;
+        let mut moved = Vec::new();
+        for seconds in [0, 3600, -1800] {
+            both(Signal::SIGSTOP)?;
+            moved.push(Moved::by(seconds)?);
+            std::thread::sleep(scale::seconds(0.1));
+            both(Signal::SIGCONT)?;
+            settled(&mut clock, &format!("slept, and {seconds} s more"))?;
+        }
+        drop(moved);
+        settled(&mut clock, "set back")?;
+        ended(world, &id, clock)
     });
 }

@@ -1,15 +1,22 @@
-//! Deaths at points that are chosen by a counter: each point that a shim passes from `start` to `delete` is once where it is
-//! killed, where its monitor is, and where containerd is.
+//! Faults at points that are chosen by a counter: each point that a shim passes from `start` to `delete` is once where it is
+//! killed, where its monitor is, and where containerd is; and where each of them is stopped for a while.
 
-use std::{path::PathBuf, time::Instant};
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::PathBuf,
+    sync::atomic::{AtomicBool, Ordering},
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, ensure};
-use nix::sys::signal::Signal;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use rvm_tests::{
     case,
     ctr::{Ctr, remove_clients_fifos},
     host::Process,
-    job::Input,
     sandbox::Sandbox,
     scale,
     world::World,
@@ -17,6 +24,10 @@ use rvm_tests::{
 
 /// Points at the least from the first container's `start` to its `delete`.
 const POINTS: usize = 50;
+/// More than any has; a case that has come here would never end.
+const FAR: usize = 200;
+/// What the container ends with when it is told to.
+const EXIT: i32 = 9;
 
 /// To whom it happens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,6 +35,31 @@ enum Victim {
     Shim,
     Monitor,
     Containerd,
+    /// PID 1 of the guest, before an answer: its kernel panics. What is counted is the answers.
+    Agent,
+}
+
+/// What happens to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fault {
+    /// SIGKILL.
+    Death,
+    /// SIGSTOP, and SIGCONT so much later.
+    Stop(Duration),
+}
+
+impl Fault {
+    /// A stop within what everybody waits.
+    fn short_stop() -> Self {
+        Self::Stop(scale::seconds(0.05))
+    }
+
+    fn signal(self) -> Signal {
+        match self {
+            Self::Death => Signal::SIGKILL,
+            Self::Stop(_) => Signal::SIGSTOP,
+        }
+    }
 }
 
 /// What is planned: the file that the shims' `RVM_FAULT` names, and those beside it.
@@ -33,6 +69,13 @@ impl Plan {
     fn new(world: &World, at: usize, signal: Signal, victim: Victim) -> Result<Self> {
         let plan = Self(world.fault_path());
         let victim = match victim {
+            // Its own command line says when; no point is that far.
+            Victim::Agent => {
+                let parameter = format!("rvm_fault={at}");
+                world.set_config(&world.config().text("guest", "kernel_params", &parameter))?;
+                std::fs::write(&plan.0, format!("{} 0 0", u64::MAX))?;
+                return Ok(plan);
+            }
             Victim::Shim => "shim".to_owned(),
             Victim::Monitor => "monitor".to_owned(),
             Victim::Containerd => world.containerd_pid().context("no containerd")?.to_string(),
@@ -47,9 +90,36 @@ impl Plan {
         text.lines().map(|line| line.trim_end().to_owned()).collect()
     }
 
+    /// How many requests the agent was to answer.
+    fn answers(&self) -> usize {
+        self.passed().iter().filter(|point| point.starts_with("the agent has answered: ")).count()
+    }
+
     /// Whether it has happened.
     fn is_done(&self) -> bool {
         self.0.with_extension("done").exists()
+    }
+
+    /// Lets a victim go on that has been stopped for `pause`; returns at once where none is when `ended`.
+    fn resume(&self, pause: Duration, ended: &AtomicBool) -> Result<()> {
+        const STEP: Duration = Duration::from_millis(5);
+        while !self.is_done() {
+            if ended.load(Ordering::Acquire) {
+                return Ok(());
+            }
+            std::thread::sleep(STEP);
+        }
+        let victim: libc::pid_t = std::fs::read_to_string(self.0.with_extension("done"))?.parse()?;
+        // The signal follows the file.
+        let until = Instant::now() + scale::command();
+        while Process::read(victim).is_some_and(|process| process.state != 'T') {
+            ensure!(Instant::now() < until, "{victim} has not stopped");
+            std::thread::sleep(STEP);
+        }
+        std::thread::sleep(pause);
+        // One that has been killed meanwhile is gone.
+        let _ = kill(Pid::from_raw(victim), Signal::SIGCONT);
+        Ok(())
     }
 }
 
@@ -62,8 +132,8 @@ impl Drop for Plan {
 }
 
 /// What a client does with a container, each step within the time that one may take, and each either done or
-/// refused with an error.
-fn life(ctr: &Ctr, id: &str, after_each: &dyn Fn() -> Result<()>) -> Result<()> {
+/// refused with an error. Returns whether all of them were done.
+fn life(ctr: &Ctr, id: &str, after_each: &dyn Fn() -> Result<()>) -> Result<bool> {
     let step = |what: &str, args: &[&str]| -> Result<bool> {
         let began = Instant::now();
         let finished = ctr.run(args, scale::container())?;
@@ -75,7 +145,8 @@ fn life(ctr: &Ctr, id: &str, after_each: &dyn Fn() -> Result<()>) -> Result<()> 
     };
     let run = ctr.container("fault").named(id).detached().kept();
     let began = Instant::now();
-    let started = run.run(&["sh", "-c", "trap 'exit 9' TERM; while :; do sleep 100000 & wait $!; done"])?;
+    let script = format!("trap 'exit {EXIT}' TERM; while :; do sleep 100000 & wait $!; done");
+    let started = run.run(&["sh", "-c", &script])?;
     println!(
         "  run: {} after {} ms {}",
         started.code(),
@@ -84,14 +155,16 @@ fn life(ctr: &Ctr, id: &str, after_each: &dyn Fn() -> Result<()>) -> Result<()> 
     );
     ensure!(started.code() == 0 || !started.errors().trim().is_empty(), "run: no error: {started}");
     after_each()?;
-    let exec = ctr.exec(id, &[], &["echo", "here"], Input::Nothing)?.finish(scale::container())?;
+    let exec =
+        ctr.run(&["task", "exec", "--exec-id", &exec_of(id), id, "echo", "here"], scale::container())?;
     ensure!(exec.code() != 0 || exec.text() == "here\n", "exec: {exec}");
     println!("  exec: {} {}", exec.code(), exec.errors().trim());
     after_each()?;
-    step("pids", &["task", "ps", id])?;
+    let listed = step("pids", &["task", "ps", id])?;
     let kill = ["task", "kill", "-s", "SIGTERM", id];
     let is_running = || ctr.task_state(id).is_some_and(|state| state == "RUNNING");
-    if !step("kill", &kill)? && is_running() {
+    let killed = step("kill", &kill)?;
+    if !killed && is_running() {
         // It was containerd that did not answer.
         ensure!(step("kill", &kill)? || !is_running(), "a running task cannot be killed");
     }
@@ -99,14 +172,35 @@ fn life(ctr: &Ctr, id: &str, after_each: &dyn Fn() -> Result<()>) -> Result<()> 
     while is_running() {
         ensure!(Instant::now() < until, "what was killed goes on: {:?}", ctr.list(&["task", "ls"]));
     }
-    step("delete", &["task", "delete", id]).map(drop)
+    let began = Instant::now();
+    let deleted = ctr.run(&["task", "delete", id], scale::container())?;
+    println!(
+        "  delete: {} after {} ms {}",
+        deleted.code(),
+        began.elapsed().as_millis(),
+        deleted.errors().trim()
+    );
+    // `ctr` ends with what the task ended with.
+    let is_deleted = deleted.code() == EXIT || deleted.code() == 0;
+    ensure!(is_deleted || !deleted.errors().trim().is_empty(), "delete: no error: {deleted}");
+    after_each()?;
+    Ok(started.code() == 0 && exec.code() == 0 && listed && killed && is_deleted)
 }
 
-/// One life with one fault; returns what was passed, and whether it happened.
-fn with_fault(world: &World, at: usize, signal: Signal, victim: Victim) -> Result<(Vec<String>, bool)> {
+/// What was seen of one life with one fault.
+#[derive(Default)]
+struct Seen {
+    /// The points, in order.
+    passed: Vec<String>,
+    /// Whether it happened.
+    done: bool,
+}
+
+/// One life with one fault.
+fn with_fault(world: &World, at: usize, fault: Fault, victim: Victim, seen: &mut Seen) -> Result<()> {
     let ctr = world.ctr();
     let id = format!("fault-{at}-{victim:?}").to_lowercase();
-    let plan = Plan::new(world, at, signal, victim)?;
+    let plan = Plan::new(world, at, fault.signal(), victim)?;
     let containerd = world.containerd_pid().context("no containerd")?;
     // The harness is who would start it again.
     let after_each = || match Process::read(containerd.cast_signed()) {
@@ -114,8 +208,20 @@ fn with_fault(world: &World, at: usize, signal: Signal, victim: Victim) -> Resul
         _ if world.containerd_pid() == Some(containerd) => world.restart_containerd(Signal::SIGKILL),
         _ => Ok(()),
     };
-    life(&ctr, &id, &after_each)?;
-    let (passed, done) = (plan.passed(), plan.is_done());
+    let ended = AtomicBool::new(false);
+    let lived = std::thread::scope(|scope| {
+        let resumer = scope.spawn(|| match fault {
+            Fault::Death => Ok(()),
+            Fault::Stop(pause) => plan.resume(pause, &ended),
+        });
+        let lived = life(&ctr, &id, &after_each);
+        ended.store(true, Ordering::Release);
+        let resumed = resumer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        lived.and_then(|lived| resumed.map(|()| lived))
+    });
+    let done = if victim == Victim::Agent { plan.answers() >= at } else { plan.is_done() };
+    *seen = Seen { passed: plan.passed(), done };
+    let all_done = lived?;
     drop(plan);
     // As whoever finds the remains: force, and say nothing of what is not there.
     let _ = ctr.run(&["task", "rm", "-f", &id], scale::container())?;
@@ -124,12 +230,17 @@ fn with_fault(world: &World, at: usize, signal: Signal, victim: Victim) -> Resul
     if let Ok(sandbox) = Sandbox::find(world.stage(), &id) {
         sandbox.wait_until_gone(scale::container())?;
     }
-    // Never two ends of one process; one, where its start was told. A containerd that was killed may have taken what
-    // it had just been told with it; and of a task that is not deleted when its shim dies it tells an end itself,
-    // whatever it was told before (as with runc's shim).
-    let told = passed.iter().take(at).any(|point| point == "/tasks/exit");
-    let most = if victim == Victim::Shim && told { 2 } else { 1 };
-    if victim != Victim::Containerd {
+    if let Fault::Stop(_) = fault {
+        // Nothing was lost: it took longer, and that is all.
+        ensure!(all_done, "a step was not done");
+        let code = world.events(|events| events.exit_once(&id))?;
+        ensure!(code == u64::try_from(EXIT)?, "exit code {code}");
+    } else if victim != Victim::Containerd {
+        // Never two ends of one process; one, where its start was told. A containerd that was killed may have taken what
+        // it had just been told with it; and of a task that is not deleted when its shim dies it tells an end itself,
+        // whatever it was told before (as with runc's shim).
+        let told = seen.passed.iter().take(at).any(|point| point == "/tasks/exit");
+        let most = if victim == Victim::Shim && told { 2 } else { 1 };
         world.events(|events| {
             events.marker(scale::command())?;
             let all = events.of(&id)?;
@@ -139,8 +250,14 @@ fn with_fault(world: &World, at: usize, signal: Signal, victim: Victim) -> Resul
             Ok(())
         })?;
     }
-    remove_clients_fifos(&id)?;
-    Ok((passed, done))
+    // Those of a client that containerd has left alone with them.
+    remove_clients_fifos(&exec_of(&id))?;
+    remove_clients_fifos(&id)
+}
+
+/// What is added to a container.
+fn exec_of(id: &str) -> String {
+    format!("{id}-exec")
 }
 
 /// Whether the point was passed before there was a monitor.
@@ -148,54 +265,108 @@ fn before_a_monitor(passed: &[String], at: usize) -> bool {
     !passed.iter().take(at).any(|point| point == "monitor spawned")
 }
 
-/// At every `step`th point, from `first` on.
-fn at_points(victim: Victim, first: usize, step: usize) {
-    let (mut at, mut happened) = (first, 0);
-    loop {
-        let mut seen = (Vec::new(), false);
+/// How one point went.
+struct Tried {
+    seen: Seen,
+    is_right: bool,
+}
+
+fn at_point(victim: Victim, fault: Fault, at: usize) -> Tried {
+    let mut seen = Seen::default();
+    let tried = catch_unwind(AssertUnwindSafe(|| {
         case(|world| {
-            println!("{victim:?} killed at point {at}");
-            seen = with_fault(world, at, Signal::SIGKILL, victim)?;
-            Ok(())
+            println!("{victim:?}, point {at}: {fault:?}");
+            with_fault(world, at, fault, victim, &mut seen)
         });
-        let (passed, done) = seen;
-        if !done && victim == Victim::Monitor && passed.len() >= at && before_a_monitor(&passed, at) {
-            // There was none yet.
-            at += step;
+    }));
+    println!("  at {:?}", seen.passed.get(at - 1));
+    Tried { seen, is_right: tried.is_ok() }
+}
+
+/// At every `step`th point, from `first` on, until there are no more; what fails at one keeps nobody from the next.
+fn at_points(victim: Victim, fault: Fault, first: usize, step: usize) {
+    let (mut happened, mut failed) = (0, Vec::new());
+    for at in (first..).step_by(step) {
+        assert!(at < FAR, "no end");
+        let Tried { seen: Seen { passed, done }, is_right } = at_point(victim, fault, at);
+        if !is_right {
+            failed.push(format!("{at} ({:?})", passed.get(at - 1)));
+        }
+        if done {
+            happened += 1;
             continue;
         }
-        if !done {
+        if victim == Victim::Monitor && passed.len() >= at && before_a_monitor(&passed, at) {
+            // There was none yet.
+            continue;
+        }
+        if is_right {
             // Points before it were passed, and it has not been reached: the end.
-            assert!(passed.len() < at, "point {at} of {} did nothing: {passed:#?}", passed.len());
-            assert!(at > POINTS, "{} points: {passed:#?}", passed.len());
+            assert!(
+                victim == Victim::Agent || passed.len() < at,
+                "point {at} of {} did nothing: {passed:#?}",
+                passed.len()
+            );
+            assert!(passed.len() > POINTS, "{} points: {passed:#?}", passed.len());
             break;
         }
-        println!("  at {:?}", passed.get(at - 1));
-        happened += 1;
-        at += step;
     }
-    println!("{happened} points");
+    println!("{victim:?}, {fault:?}: {happened} points, residue or wrong at {} of them", failed.len());
+    assert!(failed.is_empty(), "{} of {happened} points: {failed:#?}", failed.len());
+}
+
+#[test]
+fn every_answer_of_the_agent() {
+    at_points(Victim::Agent, Fault::Death, 1, 1);
 }
 
 /// A few of them, for every run of the tests.
 #[test]
 fn some_points() {
-    at_points(Victim::Shim, 6, 24);
-    at_points(Victim::Monitor, 16, 24);
-    at_points(Victim::Containerd, 25, 30);
+    at_points(Victim::Shim, Fault::Death, 6, 24);
+    at_points(Victim::Monitor, Fault::Death, 16, 24);
+    at_points(Victim::Containerd, Fault::Death, 25, 30);
 }
 
 #[test]
 fn every_point_of_the_shim() {
-    at_points(Victim::Shim, 1, 1);
+    at_points(Victim::Shim, Fault::Death, 1, 1);
 }
 
 #[test]
 fn every_point_of_the_monitor() {
-    at_points(Victim::Monitor, 1, 1);
+    at_points(Victim::Monitor, Fault::Death, 1, 1);
 }
 
 #[test]
 fn every_point_of_containerd() {
-    at_points(Victim::Containerd, 1, 2);
+    at_points(Victim::Containerd, Fault::Death, 1, 2);
+}
+
+/// A stop of two and a death of the agent, for every run of the tests.
+#[test]
+fn some_stops_and_an_agent() {
+    for (victim, fault, at) in [
+        (Victim::Shim, Fault::short_stop(), 31),
+        (Victim::Monitor, Fault::short_stop(), 42),
+        (Victim::Agent, Fault::Death, 4),
+    ] {
+        let Tried { seen, is_right } = at_point(victim, fault, at);
+        assert!(is_right && seen.done, "{:#?}", seen.passed);
+    }
+}
+
+#[test]
+fn every_stop_of_the_shim() {
+    at_points(Victim::Shim, Fault::short_stop(), 1, 4);
+}
+
+#[test]
+fn every_stop_of_the_monitor() {
+    at_points(Victim::Monitor, Fault::short_stop(), 2, 4);
+}
+
+#[test]
+fn every_stop_of_containerd() {
+    at_points(Victim::Containerd, Fault::short_stop(), 3, 8);
 }

@@ -33,6 +33,7 @@ pub mod cri;
 pub mod ctr;
 pub mod docker;
 pub mod events;
+pub mod hanging;
 pub mod host;
 pub mod images;
 pub mod job;

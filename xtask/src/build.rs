@@ -308,9 +308,12 @@ fn static_build(name: &str, profile: Profile, packages: &[&str]) -> Result<PathB
     cargo_build(name, profile, packages, |command| {
         command.env("RUSTFLAGS", flags.trim()).args(["--target", STATIC_TARGET]);
         command.arg("--target-dir").arg(&target_dir);
+        // Tests choose where something dies.
         if profile == Profile::Fast && packages == HOST_PACKAGES {
-            // Tests choose where something dies.
             command.args(["--features", "rvm-shim/faults"]);
+        }
+        if profile == Profile::Fast && packages == [AGENT_PACKAGE] {
+            command.args(["--features", "rvm-agent/faults"]);
         }
     })?;
     Ok(target_dir.join(STATIC_TARGET).join(profile.as_str()))

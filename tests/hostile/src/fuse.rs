@@ -126,6 +126,18 @@ impl Share {
         Ok(if error == 0 { Ok(self.answer.read(OUT_HEADER, len - OUT_HEADER)) } else { Err(-error) })
     }
 
+    /// Asks for a name that is not there, and has the answer written anywhere.
+    pub fn refused_at(&mut self, physical: u64) -> Result<()> {
+        let bytes = message(opcode::LOOKUP, ROOT, b"absent\0", IN_HEADER + 7);
+        self.message.write(0, &bytes);
+        let table = self.queues[usize::from(REQUESTS)].descriptors;
+        let (address, len) = (self.message.physical, bytes.len() as u32);
+        Queue::describe(&table, 0, Descriptor { address, len, flags: VRING_DESC_F_NEXT as u16, next: 1 });
+        let (address, len) = (physical, OUT_HEADER as u32);
+        Queue::describe(&table, 1, Descriptor { address, len, flags: VRING_DESC_F_WRITE as u16, next: 0 });
+        self.send(0).map(drop)
+    }
+
     /// Sends the chain that begins with a descriptor; returns the bytes of the answer.
     pub fn send(&mut self, head: u16) -> Result<u32> {
         let queue = &mut self.queues[usize::from(REQUESTS)];

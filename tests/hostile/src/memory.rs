@@ -83,6 +83,16 @@ impl Piece {
     }
 }
 
+/// Keeps what the program is made of in memory: it may lie in a share.
+pub fn keep_all() -> Result<()> {
+    // SAFETY: plain system call.
+    if unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE) } == 0 {
+        Ok(())
+    } else {
+        Err(std::io::Error::last_os_error().into())
+    }
+}
+
 /// One more huge page of the kernel's, mapped.
 fn huge_page() -> Result<Piece> {
     const COUNT: &str = "/proc/sys/vm/nr_hugepages";

@@ -16,6 +16,8 @@
 //! * `rvm-probe serve DIR...` and `rvm-probe meet DIR` show whether a lock, a
 //!   shared mapping and a socket in a directory are one for two containers.
 //! * `rvm-probe clock` prints the seconds since the epoch for each line it reads.
+//! * `rvm-probe mapped FILE` reads a byte of a shared mapping of the file at the offset of each line it reads.
+//! * `rvm-probe flood` makes connections to the host over vsock, as many as it can, and tells of each thousand.
 //! * `rvm-probe capabilities` prints what this program's own mode and file
 //!   capabilities made of its caller's identity.
 
@@ -26,6 +28,7 @@
 mod attempts;
 mod calls;
 mod files;
+mod flood;
 mod hook;
 mod huge;
 mod kernel;
@@ -76,6 +79,8 @@ pub extern "C" fn main(_argc: c_int, _argv: *const *const c_char) -> c_int {
         ["clock"] => return clock(),
         ["volume", file] => volume::print(file),
         ["huge", file, pages] => return huge::print(file, pages.parse().unwrap_or(0)),
+        ["mapped", file] => return ended(volume::mapped(file)),
+        ["flood"] => return ended(flood::run()),
         ["serve", dirs @ ..] => return ended(neighbour::serve(dirs)),
         ["meet", dir] => return ended(neighbour::meet(dir)),
         ["capabilities"] => {

@@ -29,10 +29,28 @@ pub fn print(path: &str) {
 /// A shared mapping of the first bytes of a file, which is as long as that.
 pub fn map(file: &File, bytes: usize) -> Result<*mut u8> {
     let access = libc::PROT_READ | libc::PROT_WRITE;
-    // SAFETY: a new mapping, of a file that keeps its length.
+    // SAFETY: a new mapping, which nobody has yet.
     let page =
         unsafe { libc::mmap(std::ptr::null_mut(), bytes, access, libc::MAP_SHARED, file.as_raw_fd(), 0) };
     if page == libc::MAP_FAILED { Err(std::io::Error::last_os_error()) } else { Ok(page.cast()) }
+}
+
+/// Prints a byte of a mapping of `path`, for each offset that it is told.
+pub fn mapped(path: &str) -> Result<()> {
+    let file = File::options().read(true).write(true).open(path)?;
+    let bytes = usize::try_from(file.metadata()?.len()).unwrap_or(0);
+    let start = map(&file, bytes)?;
+    Out::line("mapped");
+    for line in std::io::stdin().lines() {
+        let offset = line?.trim().parse().ok().filter(|offset| *offset < bytes);
+        let offset = offset.ok_or(std::io::ErrorKind::InvalidInput)?;
+        // SAFETY: within the mapping.
+        let place = unsafe { start.add(offset) };
+        // SAFETY: mapped; that the file may be shorter meanwhile is what is tried.
+        let byte = unsafe { place.read_volatile() };
+        Out::line(&format!("{offset} = {}", byte as char));
+    }
+    Ok(())
 }
 
 fn try_print(path: &str) -> Result<()> {

@@ -101,6 +101,9 @@ const SOAK: &str = "soak::";
 /// What the names of the cases begin with in which something dies at each of many points.
 const EVERY_FAULT: &str = "faults::every";
 
+/// Module of the cases with volumes that fail, of which one waits for limits to pass.
+const VOLUMES_FAULTS: &str = "volumes_faults::";
+
 /// Module of the cases for a host with several processors.
 const PROCESSORS: &str = "processors::";
 
@@ -134,6 +137,9 @@ const DEBIAN: &str = "debian";
 /// Module of the cases with a guest that attacks.
 const HOSTILE: &str = "hostile";
 
+/// Module of the cases with a guest that fails, which the attacker brings about.
+const GUEST_FAULTS: &str = "guest_faults::";
+
 /// What the names of the modules with Docker begin with.
 const DOCKER: &str = "docker";
 
@@ -158,7 +164,11 @@ impl Selection {
     /// What the arguments ask for: without a filter the gate's, which leaves out what takes long.
     fn of(args: &Args) -> Self {
         let gate = args.filter.is_empty() && !args.all;
-        let mut without = if gate { vec![RING0, SOAK, DOCKER_SESSION, EVERY_FAULT] } else { vec![RING0] };
+        let mut without = if gate {
+            vec![RING0, SOAK, DOCKER_SESSION, EVERY_FAULT, GUEST_FAULTS, VOLUMES_FAULTS]
+        } else {
+            vec![RING0]
+        };
         if args.cpus < 2 {
             without.push(PROCESSORS);
         }
@@ -244,7 +254,7 @@ pub fn run(args: Args) -> Result<()> {
             "--all-targets",
             // What tests run of the shim.
             "--features",
-            "rvm-shim/faults",
+            "rvm-shim/faults,rvm-agent/faults",
             "--quiet",
             "--",
             "-D",
@@ -338,7 +348,7 @@ fn build_for(selection: &Selection) -> Result<Built> {
         packages::ensure(&[Purpose::AppArmor])?;
     }
     prepared.set(parity::PROBE_ENV, build::probe()?);
-    if has(HOSTILE) {
+    if has(HOSTILE) || has(GUEST_FAULTS) {
         // The names are those of tests/src/machine.rs.
         let (program, initramfs) = build::hostile()?;
         prepared.set("RVM_TEST_HOSTILE", program);

@@ -21,12 +21,14 @@ const ATTACKS: [&str; 3] = ["jail::", "hostile::", "volumes::device_nodes_are_th
 
 /// Cases in which something dies, is missing, is full or does not answer: those of the table in
 /// `docs/specification.md`.
-const FAULTS: [&str; 25] = [
+const FAULTS: [&str; 27] = [
     "death::",
     "faults::",
     "failures::",
     "dead_storage::",
     "clock::",
+    "guest_faults::",
+    "volumes_faults::",
     "exec_robust::outlives_its_caller",
     "exec_robust::a_start_that_is_not_answered_has_one_exit",
     "hooks::",

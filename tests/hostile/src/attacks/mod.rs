@@ -5,10 +5,12 @@
 //! * [`refills`]: a ring that is never empty, of buffers nobody can use.
 //! * [`chains`]: everything that is wrong with a descriptor chain or a ring.
 //! * [`registers`]: registers written at random, and notifications without an end.
+//! * [`oops`]: a device writes into the kernel, which runs that.
 //! * [`skeleton`]: what a share has around a container's volumes.
 
 mod chains;
 mod lengths;
+mod oops;
 mod refills;
 mod registers;
 mod resets;
@@ -27,6 +29,7 @@ pub fn run(name: &str, arguments: &[String]) -> Result<()> {
         "refills" => refills::run(),
         "chains" => chains::run(),
         "registers" => registers::run(),
+        "oops" => oops::run(),
         "skeleton" => skeleton::run(arguments),
         _ => Err(format!("no attack {name:?}").into()),
     }

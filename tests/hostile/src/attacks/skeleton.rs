@@ -7,7 +7,7 @@
 
 use crate::Result;
 use crate::fuse::{self, ROOT, Share, opcode, words};
-use crate::memory::Memory;
+use crate::memory::{self, Memory};
 use crate::out::say;
 
 /// How deep the skeleton is: the share's root, a container's directory, its volumes.
@@ -15,11 +15,7 @@ const DEPTH: usize = 3;
 
 pub fn run(arguments: &[String]) -> Result<()> {
     let [host] = arguments else { return Err("which directory of the host?".into()) };
-    // What the program is made of may lie in a share.
-    // SAFETY: plain system call.
-    if unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE) } != 0 {
-        return Err(std::io::Error::last_os_error().into());
-    }
+    memory::keep_all()?;
     let mut memory = Memory::new()?;
     let mut said = Vec::new();
     for (tag, mut share) in fuse::shares(&mut memory)? {
