@@ -15,7 +15,7 @@ use nix::{
 };
 use rvm_tests::{
     case,
-    ctr::{Ctr, remove_clients_fifos},
+    ctr::{Ctr, remove_clients_fifos, unique_id},
     host::Process,
     sandbox::Sandbox,
     scale,
@@ -199,7 +199,8 @@ struct Seen {
 /// One life with one fault.
 fn with_fault(world: &World, at: usize, fault: Fault, victim: Victim, seen: &mut Seen) -> Result<()> {
     let ctr = world.ctr();
-    let id = format!("fault-{at}-{victim:?}").to_lowercase();
+    // Of its own: events of all cases come together.
+    let id = unique_id(&format!("fault-{at}-{victim:?}").to_lowercase());
     let plan = Plan::new(world, at, fault.signal(), victim)?;
     let containerd = world.containerd_pid().context("no containerd")?;
     // The harness is who would start it again.
@@ -260,9 +261,11 @@ fn exec_of(id: &str) -> String {
     format!("{id}-exec")
 }
 
-/// Whether the point was passed before there was a monitor.
-fn before_a_monitor(passed: &[String], at: usize) -> bool {
-    !passed.iter().take(at).any(|point| point == "monitor spawned")
+/// Whether who passed the point has no monitor: there was none yet, or it is what containerd removes remains by.
+fn has_no_monitor(passed: &[String], at: usize) -> bool {
+    let until = &passed[..at];
+    !until.iter().any(|point| point == "monitor spawned")
+        || until.last().is_some_and(|point| point.starts_with("delete: "))
 }
 
 /// How one point went.
@@ -296,8 +299,7 @@ fn at_points(victim: Victim, fault: Fault, first: usize, step: usize) {
             happened += 1;
             continue;
         }
-        if victim == Victim::Monitor && passed.len() >= at && before_a_monitor(&passed, at) {
-            // There was none yet.
+        if victim == Victim::Monitor && passed.len() >= at && has_no_monitor(&passed, at) {
             continue;
         }
         if is_right {
