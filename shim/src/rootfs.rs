@@ -7,6 +7,7 @@
 //! everybody. Where it goes to the host, the mounts are made as they are.
 
 use std::{
+    ffi::OsStr,
     fs, io,
     path::{Component, Path, PathBuf},
 };
@@ -14,7 +15,7 @@ use std::{
 use nix::mount::MsFlags;
 
 use crate::{
-    mount,
+    mount, scratch,
     user_namespace::{IdMap, IdRange},
 };
 
@@ -225,13 +226,18 @@ fn idmap(index: usize, options: &[String]) -> Result<Option<IdMap>, RootfsError>
 /// The directory of containerd's overlay snapshot: what holds both the upper and
 /// the work directory, and is removed with them.
 pub(crate) fn snapshot_dir(layers: &[Layer]) -> Option<PathBuf> {
+    Some(snapshot_upper(layers)?.parent()?.to_owned())
+}
+
+/// The upper directory of containerd's overlay snapshot: what containerd takes for what the container has written.
+pub(crate) fn snapshot_upper(layers: &[Layer]) -> Option<PathBuf> {
     let [layer] = layers else { return None };
     let dir_of = |key: &str| {
         let value = layer.options.iter().find_map(|option| option.strip_prefix(key)?.strip_prefix('='))?;
-        Path::new(&unescape(value)).parent().map(Path::to_owned)
+        Some(PathBuf::from(unescape(value)))
     };
-    let dir = dir_of("upperdir")?;
-    (layer.kind == "overlay" && dir.is_absolute() && dir_of("workdir")? == dir).then_some(dir)
+    let (upper, work) = (dir_of("upperdir")?, dir_of("workdir")?);
+    (layer.kind == "overlay" && upper.is_absolute() && work.parent()? == upper.parent()?).then_some(upper)
 }
 
 /// Splits at colons that no backslash escapes, and keeps the escapes.
@@ -346,8 +352,11 @@ fn mount_all(layers: &[Layer], root: &Path, target: &Path, access: Access) -> Re
     Ok(())
 }
 
+/// Whether an upper directory holds nothing, but perhaps a container's own scratch.
 pub(crate) fn is_empty_dir(dir: &Path) -> bool {
-    fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_none())
+    let is_ours = |name: &OsStr| name.as_encoded_bytes().starts_with(scratch::FILE_NAME.as_bytes());
+    fs::read_dir(dir)
+        .is_ok_and(|mut entries| entries.all(|entry| entry.is_ok_and(|entry| is_ours(&entry.file_name()))))
 }
 
 fn mount_overlay(lower: &[String], options: &[String], target: &Path, flags: MsFlags) -> io::Result<()> {

@@ -3,7 +3,9 @@
 //!
 //! It lies beside the snapshot's own directories (`fs` and `work` of containerd's
 //! overlay snapshotter), so it is there again when the same container is started
-//! again and goes when containerd removes the snapshot. A root file system that
+//! again and goes when containerd removes the snapshot. That of a container of
+//! Kubernetes' lies in `fs`: what is there is what containerd counts as written, and
+//! what kubelet evicts by. A root file system that
 //! is no such snapshot keeps it in the sandbox's directory, for as long as the
 //! sandbox lives.
 //!
@@ -32,7 +34,7 @@ use tokio::sync::oneshot;
 
 use crate::{
     own_file,
-    rootfs::{Layer, snapshot_dir},
+    rootfs::{Layer, snapshot_dir, snapshot_upper},
 };
 
 /// The program that makes file systems (e2fsprogs).
@@ -100,16 +102,17 @@ pub struct Preparation {
 impl Preparation {
     /// Begins with the scratch file for a container with these `layers`: the one
     /// from before, or a new one of `size_bytes`. Templates are kept in
-    /// `cache_dir`; `done` is called at the end.
+    /// `cache_dir`; `done` is called at the end. Where the file `is_counted`, containerd
+    /// tells its size as that of what the container has written.
     pub fn start(
         size_bytes: u64,
         cache_dir: &Path,
-        layers: &[Layer],
+        (layers, is_counted): (&[Layer], bool),
         sandbox_dir: &Path,
         done: impl FnOnce() + Send + 'static,
     ) -> Result<Self, ScratchError> {
         let (cache_dir, sandbox_dir) = (cache_dir.to_owned(), sandbox_dir.to_owned());
-        let snapshot = snapshot_dir(layers);
+        let snapshot = if is_counted { snapshot_upper(layers) } else { snapshot_dir(layers) };
         let (sender, file) = oneshot::channel();
         let prepare = move || {
             let dir = snapshot.unwrap_or(sandbox_dir);
@@ -285,7 +288,7 @@ mod tests {
     }
 
     fn prepare_for(size: u64, cache: &Path, layers: &[Layer], dir: &Path) -> Result<PathBuf, ScratchError> {
-        let mut preparation = Preparation::start(size, cache, layers, dir, || ())?;
+        let mut preparation = Preparation::start(size, cache, (layers, false), dir, || ())?;
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         runtime.block_on(preparation.finished())
     }

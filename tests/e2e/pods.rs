@@ -4,8 +4,8 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use k8s_cri::v1::{
-    ContainerConfig, ContainerState, DnsConfig, LinuxContainerResources, NamespaceMode, NamespaceOption,
-    PodSandboxConfig, PodSandboxState,
+    ContainerConfig, ContainerState, ContainerStats, DnsConfig, LinuxContainerResources, NamespaceMode,
+    NamespaceOption, PodSandboxConfig, PodSandboxState,
 };
 use rvm_tests::{
     case_with,
@@ -267,17 +267,7 @@ fn limits_change_while_it_runs_and_what_is_used_is_told() {
             }
         }
         one.sh("dd if=/dev/zero of=/written bs=1M count=8 2>/dev/null; sync")?;
-        let until = Instant::now() + scale::container();
-        // containerd collects what is written every ten seconds.
-        let stats = loop {
-            let stats = one.stats()?;
-            let written =
-                stats.writable_layer.as_ref().and_then(|layer| layer.used_bytes).map_or(0, |of| of.value);
-            if written >= 8 << 20 || Instant::now() > until {
-                break stats;
-            }
-            std::thread::sleep(scale::seconds(0.05));
-        };
+        let stats = wait_for_written(&one, |mib| mib >= 8)?;
         // What cAdvisor and exporters of metrics find; what is 0 is left out of the message.
         let metrics = one.metrics()?;
         for (part, fields) in [
@@ -301,6 +291,39 @@ fn limits_change_while_it_runs_and_what_is_used_is_told() {
         seen.add("memory", (60 << 20..128 << 20).contains(&value(used.working_set_bytes)));
         seen.add("processor", value(stats.cpu.unwrap_or_default().usage_core_nano_seconds) > 0);
         seen.add("name", stats.attributes.and_then(|of| of.metadata).map(|of| of.name));
+        pod.remove()
+    });
+}
+
+/// Waits until containerd counts so many MiB as written; it looks every ten seconds.
+fn wait_for_written(container: &Container, is_enough: impl Fn(u64) -> bool) -> Result<ContainerStats> {
+    let until = Instant::now() + scale::container();
+    loop {
+        let stats = container.stats()?;
+        let written = stats.writable_layer.as_ref().and_then(|layer| layer.used_bytes);
+        if is_enough(written.map_or(0, |of| of.value) >> 20) || Instant::now() > until {
+            return Ok(stats);
+        }
+        std::thread::sleep(scale::seconds(0.05));
+    }
+}
+
+/// What kubelet evicts by, wherever it is written to.
+#[test]
+fn what_is_written_is_counted() {
+    same(|cri, seen| {
+        let pod = Pod::run(cri, "written", plain)?;
+        let one = pod.start("one", &["sleep", "100000"], |_| {})?;
+        let mut counted = |what: &str, script: &str, range: std::ops::Range<u64>| -> Result<()> {
+            one.sh(script)?;
+            let stats = wait_for_written(&one, |mib| range.contains(&mib))?;
+            let bytes = stats.writable_layer.and_then(|layer| layer.used_bytes).map_or(0, |of| of.value);
+            println!("{what}: {bytes} bytes");
+            seen.add(what, range.contains(&(bytes >> 20)));
+            Ok(())
+        };
+        counted("written", "dd if=/dev/zero of=/written bs=1M count=24 2>/dev/null; sync", 24..40)?;
+        counted("removed", "rm /written; sync", 0..16)?;
         pod.remove()
     });
 }

@@ -169,6 +169,7 @@ fn a_snapshot_is_known_by_its_two_directories() {
     };
     let snapshot = layer("overlay", &["workdir=/s/3/work", "upperdir=/s/3/fs", "lowerdir=/s/1/fs"]);
     assert_eq!(snapshot_dir(std::slice::from_ref(&snapshot)), Some("/s/3".into()));
+    assert_eq!(snapshot_upper(std::slice::from_ref(&snapshot)), Some("/s/3/fs".into()));
     assert_eq!(snapshot_dir(&[layer("overlay", &["workdir=/w/3", "upperdir=/s/3/fs"])]), None);
     assert_eq!(snapshot_dir(&[layer("overlay", &["lowerdir=/s/2/fs:/s/1/fs"])]), None);
     assert_eq!(snapshot_dir(&[layer("bind", &["rbind", "rw"])]), None);

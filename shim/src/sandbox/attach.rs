@@ -250,7 +250,13 @@ impl Preparing {
                 let noted = timeline.clone();
                 let done = move || noted.mark("scratch ready");
                 let cache_dir = &config.host.cache_dir;
-                let preparation = Preparation::start(size_bytes, cache_dir, layers, &host.dir, done)?;
+                let preparation = Preparation::start(
+                    size_bytes,
+                    cache_dir,
+                    (layers, bundle.is_kubernetes()),
+                    &host.dir,
+                    done,
+                )?;
                 (Some(ScratchDisk::Preparing(preparation)), 0)
             }
         };

@@ -14,7 +14,7 @@ use super::{CONFIG_FILE, SpecError, Users, from_json, read};
 use crate::{cgroup::DEFAULT_PERIOD_US, name};
 
 /// `sandbox` or `container`, and the pod's id, as containerd and CRI-O write them.
-const KEYS: [(&str, &str); 2] = [
+pub(super) const KEYS: [(&str, &str); 2] = [
     ("io.kubernetes.cri.container-type", "io.kubernetes.cri.sandbox-id"),
     ("io.kubernetes.cri-o.ContainerType", "io.kubernetes.cri-o.SandboxID"),
 ];

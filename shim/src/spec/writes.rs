@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::{Bundle, SpecError};
+use super::{Bundle, SpecError, pod};
 use crate::{
     config::{Scratch, Writes},
     rootfs::Layer,
@@ -22,6 +22,11 @@ pub(super) fn of(annotations: &HashMap<String, String>) -> Result<Option<Writes>
 }
 
 impl Bundle {
+    /// Whether kubelet asked for it: then nobody commits what it writes, and somebody counts it.
+    pub fn is_kubernetes(&self) -> bool {
+        self.annotations.contains_key(pod::KEYS[0].0)
+    }
+
     /// Settles where the container's writes go: as its annotation says, else to
     /// the host where its root is a directory there, else as configured.
     pub fn settle_writes(&mut self, configured: Writes, layers: &[Layer]) {
