@@ -8,6 +8,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use rvm_tests::{
     ctr::{Ctr, Run},
+    images,
     job::Input,
     sandbox::Sandbox,
     scale,
@@ -44,6 +45,12 @@ fn timed(world: &World, runs: usize) -> Result<Value> {
     let ctrs = [world.ctr().under(RUNC), world.ctr().under(RUNTIME)];
     let mut times = [Times::default(), Times::default()];
     let mut client = Vec::new();
+    let mut on_image = Vec::new();
+    let (shared, image) = (world.config().set("images", "enabled", "false"), world.config().with_images());
+    world.set_config(&image)?;
+    ctrs[1].container("bench").run(&["/bin/true"])?.success()?;
+    images::wait_for(world, 1)?;
+    world.set_config(&shared)?;
 
     // The first round fills caches and is not counted.
     for round in 0..=runs {
@@ -51,12 +58,19 @@ fn timed(world: &World, runs: usize) -> Result<Value> {
         for (ctr, took) in ctrs.iter().zip(&mut took) {
             *took = ms(|| ctr.container("bench").run(&["/bin/true"])?.success().map(drop))?;
         }
+        world.set_config(&image)?;
+        let with_image = ms(|| ctrs[1].container("bench").run(&["/bin/true"])?.success().map(drop))?;
+        world.set_config(&shared)?;
         let version = ms(|| ctrs[0].run(&["version"], scale::command())?.success().map(drop))?;
-        eprintln!("start, round {round}: runc {:.0} ms, rvm {:.0} ms", took[0], took[1]);
+        eprintln!(
+            "start, round {round}: runc {:.0} ms, rvm {:.0} ms, with an image file {with_image:.0} ms",
+            took[0], took[1]
+        );
         if round > 0 {
             times[0].start.push(took[0]);
             times[1].start.push(took[1]);
             client.push(version);
+            on_image.push(with_image);
         }
     }
     let steps = steps(world, &ctrs[1], runs)?;
@@ -87,7 +101,7 @@ fn timed(world: &World, runs: usize) -> Result<Value> {
         stop(world, ctr, holder)?;
     }
     let joins = joins(world, &ctrs, runs)?;
-    Ok(result(&times, &client, &steps, &joins, runs))
+    Ok(result(&times, (&on_image, &client), &steps, &joins, runs))
 }
 
 /// A pod as containerd's CRI plugin makes it: a container that holds the sandbox, and others that
@@ -123,7 +137,7 @@ fn joins(world: &World, ctrs: &[Ctr; 2], runs: usize) -> Result<[Vec<f64>; 2]> {
 
 fn result(
     times: &[Times; 2],
-    client: &[f64],
+    (on_image, client): (&[f64], &[f64]),
     steps: &[(String, f64)],
     joins: &[Vec<f64>; 2],
     runs: usize,
@@ -154,11 +168,13 @@ fn result(
     json!({
         "ratios": {
             "rvm/runc, start": start / median(&runc.start),
+            "rvm/runc, start, image file": median(on_image) / median(&runc.start),
             "rvm/runc, exec": exec / median(&runc.exec),
             "rvm/runc, join": median(&joins[1]) / median(&joins[0]),
         },
         "medians_ms": {
             "start": { "rvm": start, "runc": median(&runc.start) },
+            "start, image file": { "rvm": median(on_image), "runc": median(&runc.start) },
             "exec": { "rvm": exec, "runc": median(&runc.exec) },
             "join": { "rvm": median(&joins[1]), "runc": median(&joins[0]) },
             "exec, the shim's calls": { "rvm": by_name(&rvm_calls), "runc": by_name(&runc_calls) },
@@ -166,6 +182,7 @@ fn result(
         },
         "runs_ms": {
             "start": { "rvm": rvm.start, "runc": runc.start },
+            "start, image file": { "rvm": on_image, "runc": runc.start },
             "exec": { "rvm": rvm.exec, "runc": runc.exec },
             "join": { "rvm": joins[1], "runc": joins[0] },
         },
@@ -175,6 +192,7 @@ fn result(
             "runs": runs,
             "guest": "vCPUs and memory as the configuration's defaults say",
             "start": "ctr run --rm of /bin/true in the busybox image, from ctr's start to its end",
+            "image file": "the layers as one EROFS file system; where nothing is said they are shared by the monitor's file server",
             "exec": "ctr task exec of /bin/true in a running container, from ctr's start to its end",
             "join": "the same as start: under rvm in a running sandbox, by the annotations of containerd's CRI plugin and its network, IPC and UTS namespaces; under runc by itself",
             "parts": "rvm's steps are medians of as many ctr run --detach",
