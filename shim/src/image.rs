@@ -28,6 +28,8 @@ use crate::{
 pub const PREFIX: &str = "rvm-image-";
 /// What is behind the name of the file that says why there is no image.
 const REFUSED: &str = "refused";
+/// And of the one that says that an image was broken once.
+const BROKEN: &str = "broken";
 /// Directory of the cache that has a link to each image, by its serial.
 pub const INDEX: &str = "images";
 
@@ -118,7 +120,7 @@ pub fn find(layers: &[Layer], config: &Config) -> Found {
     let Some(place) = Place::of(layers, config) else { return Found::Never };
     let path = place.file();
     match is_whole(&path) {
-        Ok(true) => return Found::Ready(Image { serial: format!("img-{}", place.hash), path }),
+        Ok(true) => return Found::Ready(Image { serial: serial(&place.hash), path }),
         Ok(false) => discard(&path, "it is no whole file system"),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => {
@@ -150,10 +152,26 @@ fn is_no_matter(option: &str) -> bool {
     matches!(option, "index=off" | "nfs_export=off" | "xino=off" | "xino=auto" | "redirect_dir=off")
 }
 
-/// Removes an image that cannot be used, so that the next start does without.
-pub fn discard(path: &Path, reason: &str) {
+/// What the disk of the image of this hash is called.
+fn serial(hash: &str) -> String {
+    format!("img-{hash}")
+}
+
+/// Removes an image that a guest's kernel finds broken, so that the next start does without. It is made once more;
+/// if that one is broken as well, the fault is in the making, and there is none any more.
+pub fn refuse(path: &Path, reason: &str) {
+    let once = path.with_added_extension(BROKEN);
+    let mark = if once.exists() { path.with_added_extension(REFUSED) } else { once };
+    if let Err(error) = own_file::write(&mark, reason) {
+        log::warn!("{}: {error}", mark.display());
+    }
+    discard(path, reason);
+}
+
+/// Removes what cannot be used.
+fn discard(path: &Path, reason: &str) {
     match fs::remove_file(path) {
-        Ok(()) => log::warn!("{}: {reason}; removed, to be made again", path.display()),
+        Ok(()) => log::warn!("{}: {reason}; removed", path.display()),
         Err(error) => log::warn!("{}: {reason}, and removing it: {error}", path.display()),
     }
 }

@@ -11,7 +11,7 @@ use crate::{scale, world::World};
 /// # Errors
 /// When containerd's root cannot be read.
 pub fn files(world: &World) -> Result<Vec<PathBuf>> {
-    world.in_snapshots(|name| name.starts_with("rvm-image-") && !name.ends_with(".refused"))
+    world.in_snapshots(|name| name.starts_with("rvm-image-") && !name.contains('.'))
 }
 
 /// Waits until there are so many.

@@ -13,7 +13,7 @@ use nix::{
 use rvm_protocol::guest::IMAGES_DIR;
 use tokio::sync::Mutex;
 
-use super::block::BlockDevice;
+use super::{block::BlockDevice, share::read_ahead};
 use crate::{
     error::{Step, StepResult},
     helper::{self, Outcome},
@@ -50,6 +50,7 @@ impl Images {
                     None::<&str>,
                 )
                 .step(|| format!("mount the image {serial:?}"))?;
+                read_ahead(&target);
                 Ok(Outcome::default())
             };
             if let Err(error) = helper::run(reaper, "mount an image", mount).await {

@@ -27,7 +27,7 @@ use crate::{
     init::mounts::make_dir,
 };
 
-/// The most the monitor gives in one answer to READ.
+/// The most the monitor gives in one answer to READ, and enough for a disk of the host's.
 const READ_AHEAD_KIB: u32 = 1024;
 
 /// Mounts both. No `nosuid` or `nodev`: bind mounts of volumes inherit the flags
@@ -46,7 +46,7 @@ pub fn mount(layers_tag: &str, volumes_tag: &str) -> StepResult<()> {
 
 /// Lets the kernel ask for as much at once as one request carries; by itself it
 /// stays at 128 KiB. File systems mounted below have it from this one.
-fn read_ahead(mounted: &Path) {
+pub(super) fn read_ahead(mounted: &Path) {
     let set = || -> std::io::Result<()> {
         let device = stat(mounted)?.st_dev;
         let file = format!("/sys/class/bdi/{}:{}/read_ahead_kb", major(device), minor(device));

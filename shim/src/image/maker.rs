@@ -40,6 +40,10 @@ pub const ACTION: &str = "make-image";
 /// The program that makes file systems (erofs-utils).
 pub const MKFS: &str = "mkfs.erofs";
 
+/// Of what makes the file system, in bytes: it knows every file of an image at once, and whoever made the image says
+/// how many there are.
+const MEMORY_LIMIT: u64 = 2 << 30;
+
 /// `IOPRIO_PRIO_VALUE(IOPRIO_CLASS_IDLE, 0)` of linux/ioprio.h, and the kind of id.
 const IDLE_IO: libc::c_int = 3 << 13;
 const IOPRIO_WHO_PROCESS: libc::c_int = 1;
@@ -143,7 +147,7 @@ impl Job {
         }
         // For whoever lists them; nothing depends on it.
         let hash = name.to_string_lossy().trim_start_matches(super::PREFIX).to_owned();
-        let _ = symlinkat(&self.file, &index, format!("img-{hash}").as_str());
+        let _ = symlinkat(&self.file, &index, super::serial(&hash).as_str());
         Ok(())
     }
 
@@ -207,8 +211,10 @@ struct Limit {
     by_space: bool,
 }
 
-/// Lets everybody else go first.
+/// Lets everybody else go first, and the host's kernel take this process before any other where memory is short.
 fn step_back() {
+    // Any of it may be refused, which costs nobody more than time.
+    let _ = fs::write("/proc/self/oom_score_adj", "1000");
     let parameters = libc::sched_param { sched_priority: 0 };
     // SAFETY: the structure is complete, and lives until the call is done.
     unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &raw const parameters) };
@@ -241,7 +247,8 @@ fn mkfs(file: &OwnedFd, tree: &Path, limit: u64) -> Result<std::process::Output,
         // SAFETY: it is open until the program has ended.
         let file = unsafe { std::os::fd::BorrowedFd::borrow_raw(descriptor) };
         fcntl(file, FcntlArg::F_SETFD(FdFlag::empty()))?;
-        Ok(setrlimit(Resource::RLIMIT_FSIZE, limit, limit)?)
+        setrlimit(Resource::RLIMIT_FSIZE, limit, limit)?;
+        Ok(setrlimit(Resource::RLIMIT_AS, MEMORY_LIMIT, MEMORY_LIMIT)?)
     };
     let mut command = Command::new(MKFS);
     command
@@ -249,7 +256,7 @@ fn mkfs(file: &OwnedFd, tree: &Path, limit: u64) -> Result<std::process::Output,
         .arg(format!("/proc/self/fd/{descriptor}"))
         .arg(tree)
         .stdin(Stdio::null());
-    // SAFETY: two system calls.
+    // SAFETY: system calls only.
     unsafe { command.pre_exec(inherit) };
     command.output().map_err(MakeError::NoMkfs)
 }

@@ -99,3 +99,16 @@ fn other_layers_have_another_or_none() {
         Layer { kind: "bind".into(), source: "/".into(), options: vec!["ro".into()], ..Layer::default() };
     assert_eq!(of(&[bind]), None);
 }
+
+#[test]
+fn broken_once_is_made_again_and_twice_is_not() {
+    let root = tempfile::tempdir().unwrap();
+    let layers = layers(root.path(), &[]);
+    let Found::Missing(place) = find(&layers, &config()) else { panic!("no place") };
+    for time in 1..=2 {
+        write_image(&place.file(), 4, 4 * 4096);
+        refuse(&place.file(), "no file system");
+        assert!(!place.file().exists());
+        assert_eq!(matches!(find(&layers, &config()), Found::Missing(_)), time == 1);
+    }
+}

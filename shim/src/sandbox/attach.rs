@@ -398,7 +398,7 @@ impl Attached {
     /// The guest cannot mount its image: nobody is to have it any more.
     pub fn refused_image(&self, reason: &str) {
         if let Found::Ready(image) = &self.image {
-            image::discard(&image.path, reason);
+            image::refuse(&image.path, reason);
         }
     }
 
