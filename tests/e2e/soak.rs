@@ -2,6 +2,7 @@
 //! these, or `--filter soak`.
 
 use std::{
+    cell::Cell,
     sync::mpsc,
     thread,
     time::{Duration, Instant},
@@ -186,6 +187,7 @@ fn twenty_pods_at_once() {
 #[test]
 fn a_pod_of_five_through_a_bad_day() {
     case_with(Cri::prepare, |world| {
+        let under_runc = Cell::new(0);
         Cri::compare(world, |cri| {
             let pod = Pod::run(cri, "five", plain)?;
             let init = pod.start("init", &["sh", "-c", "echo prepared"], |_| {})?;
@@ -252,7 +254,10 @@ fn a_pod_of_five_through_a_bad_day() {
             crash(30)?;
             let lost = before.saturating_sub(available_kib()?);
             println!("{}: {lost} KiB less after 30 crashes", cri.handler());
-            ensure!(lost < 16 << 10, "{lost} KiB less after 30 crashes");
+            // containerd itself keeps something of each container: the first to run is runc.
+            let keeps = under_runc.get();
+            ensure!(lost < keeps + (16 << 10), "{lost} KiB less after 30 crashes, {keeps} under runc");
+            under_runc.set(if keeps == 0 { lost } else { keeps });
             answers("at last")?;
             pod.remove()
         })
