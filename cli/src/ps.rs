@@ -84,6 +84,8 @@ pub struct Row {
     pub shim_pss_bytes: Option<u64>,
     /// Fields of its specification that have no effect.
     pub not_applied: Vec<String>,
+    /// Which of the host's ids its monitor has: its own, or the host's and why.
+    pub monitor_ids: Option<String>,
     /// The containers that have joined it.
     pub containers: Vec<Joined>,
 }
@@ -129,12 +131,14 @@ impl Row {
             vm_pss_bytes: None,
             shim_pss_bytes: None,
             not_applied: Vec::new(),
+            monitor_ids: None,
             containers: Member::list(&sandbox.dir).iter().map(Joined::of).collect(),
         };
         let Ok(state) = &sandbox.state else { return row };
         row.age_s = Some(state.age().as_secs());
         row.guest_memory_bytes = state.memory_mib.checked_mul(1 << 20);
         row.not_applied.clone_from(&state.not_applied);
+        row.monitor_ids = Some(state.ids.clone()).filter(|ids| !ids.is_empty());
         if state.shim.is_alive() {
             row.shim_pid = Some(state.shim.pid);
             row.shim_pss_bytes = pss(state.shim.pid);
@@ -265,6 +269,7 @@ mod tests {
             network: None,
             timeline: vec![],
             not_applied: vec![],
+            ids: String::new(),
         }
     }
 

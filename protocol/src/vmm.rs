@@ -82,8 +82,11 @@ pub struct VmConfig {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct JailConfig {
-    /// What becomes its root directory. What it serves of the host is below.
-    pub root: PathBuf,
+    /// Inherited descriptor of the mount namespace it ends up in.
+    pub mount_namespace: i32,
+    /// Inherited descriptor of the directory there that becomes its root directory: what it serves of the
+    /// host is below, and shares are named from there.
+    pub root: i32,
     /// Inherited descriptor of the user namespace it ends up in; none leaves it in
     /// its own, with fewer capabilities.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -109,7 +112,7 @@ pub struct VsockConfig {
 pub struct ShareConfig {
     /// Mount tag, 1 to 36 bytes.
     pub tag: String,
-    /// The directory.
+    /// The directory; where there is a jail, from its root directory on.
     pub dir: PathBuf,
     /// Whether every write is refused by the server itself.
     #[serde(default)]

@@ -32,7 +32,7 @@ use sha2::{Digest, Sha256};
 use crate::{
     fault,
     flags::Flags,
-    mount, own_file,
+    own_file,
     spec::{Role, SpecError, role_in},
 };
 
@@ -72,9 +72,6 @@ pub enum BootstrapError {
         #[source]
         source: io::Error,
     },
-    /// The mount namespace.
-    #[error("making a mount namespace: {0} (a shim needs root)")]
-    Namespace(#[source] io::Error),
     /// The serving process.
     #[error("starting the serving process: {0}")]
     Fork(#[source] io::Error),
@@ -120,7 +117,6 @@ pub fn start(flags: &Flags) -> Result<Option<Serve>, BootstrapError> {
     let listener = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)
         .map_err(|error| failed(error.into()))?;
     let (ours, theirs) = UnixStream::pair().map_err(BootstrapError::Fork)?;
-    mount::isolate().map_err(BootstrapError::Namespace)?;
     let serving = match daemonize()? {
         ForkResult::Child => {
             drop(ours);

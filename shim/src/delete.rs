@@ -190,6 +190,7 @@ mod tests {
             network: None,
             timeline: vec![],
             not_applied: vec![],
+            ids: String::new(),
         }
     }
 
@@ -262,8 +263,7 @@ mod tests {
         let (bundle, socket) = (root.path().join("bundle"), root.path().join("socket"));
         let dir = root.path().join("state/default/web");
         fs::create_dir_all(&bundle).unwrap();
-        fs::create_dir_all(dir.join("share/layers")).unwrap();
-        fs::create_dir_all(dir.join("share/volumes")).unwrap();
+        fs::create_dir_all(&dir).unwrap();
         fs::write(dir.join("console.log"), "booting").unwrap();
         fs::write(&socket, "").unwrap();
         fs::write(bundle.join(ADDRESS_FILE), format!("unix://{}", socket.display())).unwrap();

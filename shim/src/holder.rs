@@ -30,7 +30,6 @@ use tokio::io::unix::AsyncFd;
 
 use crate::{
     cgroup::HostCgroup,
-    mount,
     process_id::{ProcessId, pidfd_open, wait_for_end},
 };
 
@@ -53,7 +52,7 @@ impl Holder {
     pub fn start(network: BorrowedFd, procs: &[CString]) -> io::Result<Starting> {
         let (ready, done) = pipe()?;
         let parent = std::process::id();
-        let (host, network) = (mount::of_the_host(), network.as_raw_fd());
+        let network = network.as_raw_fd();
         let environment = environment()?;
         // SAFETY: until it is killed the child makes system calls only, and
         // allocates nothing.
@@ -61,7 +60,7 @@ impl Holder {
             ForkResult::Child => {
                 // SAFETY: the caller's descriptor is open in this copy of the table.
                 let network = unsafe { BorrowedFd::borrow_raw(network) };
-                let problem = match settle(parent, network, host.map(AsFd::as_fd), procs) {
+                let problem = match settle(parent, network, procs) {
                     Ok(()) => 0,
                     Err(error) => error.raw_os_error().unwrap_or(libc::EIO),
                 };
@@ -150,7 +149,7 @@ impl Starting {
 }
 
 /// In the child: everything but waiting.
-fn settle(parent: u32, network: BorrowedFd, host: Option<BorrowedFd>, procs: &[CString]) -> io::Result<()> {
+fn settle(parent: u32, network: BorrowedFd, procs: &[CString]) -> io::Result<()> {
     // SAFETY: PR_SET_PDEATHSIG takes a signal number and no pointer.
     if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } != 0 {
         return Err(io::Error::last_os_error());
@@ -165,10 +164,6 @@ fn settle(parent: u32, network: BorrowedFd, host: Option<BorrowedFd>, procs: &[C
     unsafe { libc::prctl(libc::PR_SET_NAME, NAME.as_ptr()) };
     HostCgroup::enter(procs)?;
     setns(network, CloneFlags::CLONE_NEWNET)?;
-    if let Some(host) = host {
-        // The sandbox's mounts are its shim's and its monitor's alone.
-        setns(host, CloneFlags::CLONE_NEWNS)?;
-    }
     Ok(nix::unistd::chdir(c"/")?)
 }
 

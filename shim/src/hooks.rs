@@ -20,7 +20,6 @@ use std::{
 };
 
 use nix::{
-    sched::{CloneFlags, setns},
     sys::{
         memfd::{MFdFlags, memfd_create},
         signal::{Signal, killpg},
@@ -35,7 +34,7 @@ use tokio::{
 };
 
 use crate::{
-    mount, own_file,
+    own_file,
     process_id::pidfd_open,
     spec::{Bundle, Hook, HostHooks},
 };
@@ -232,7 +231,6 @@ impl Running {
         }
         command.stdin(input(state)?).stdout(writer.try_clone()?).stderr(writer).process_group(0);
         let (parent, directory) = (std::process::id(), CString::new(bundle.as_os_str().as_bytes())?);
-        let namespace = mount::of_the_host();
         let prepare = move || {
             // SAFETY: PR_SET_PDEATHSIG takes a signal number and no pointer.
             if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } != 0 {
@@ -240,9 +238,6 @@ impl Running {
             }
             if nix::unistd::getppid().as_raw().cast_unsigned() != parent {
                 return Err(io::Error::from_raw_os_error(libc::ESRCH));
-            }
-            if let Some(namespace) = namespace {
-                setns(namespace, CloneFlags::CLONE_NEWNS)?;
             }
             // It may be gone when the last hooks run.
             let _ = nix::unistd::chdir(directory.as_c_str());

@@ -19,7 +19,7 @@ use sha2::{Digest, Sha256};
 
 use crate::{
     config::{Config, Images},
-    mount, own_file,
+    own_file,
     rootfs::{Access, Layer, Step, plan, unescape},
     scratch::search_path,
 };
@@ -227,12 +227,6 @@ impl Place {
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .process_group(0);
-        if let Some(host) = mount::of_the_host() {
-            let leave = move || Ok(nix::sched::setns(host, nix::sched::CloneFlags::CLONE_NEWNS)?);
-            // SAFETY: one system call on a descriptor that stays open.
-            // The sandbox's mounts must not stay for it.
-            unsafe { command.pre_exec(leave) };
-        }
         command
     }
 }

@@ -26,6 +26,7 @@ pub mod flags;
 pub mod holder;
 pub mod hooks;
 pub mod huge_pages;
+pub mod ids;
 pub mod image;
 pub mod io;
 mod logger;

@@ -7,16 +7,19 @@
 //! everybody. Where it goes to the host, the mounts are made as they are.
 
 use std::{
+    env,
     ffi::OsStr,
-    fs, io,
+    fmt, fs, io, iter,
+    os::fd::{AsFd, BorrowedFd},
     path::{Component, Path, PathBuf},
 };
 
 use nix::mount::MsFlags;
 
 use crate::{
-    mount, scratch,
-    user_namespace::{IdMap, IdRange},
+    mount::{self, Identity, Tree},
+    scratch,
+    user_namespace::{IdMap, IdRange, user_namespace},
 };
 
 /// mount(2) takes one page of options.
@@ -288,68 +291,112 @@ fn mount_flag(option: &str) -> Option<MsFlags> {
     })
 }
 
-/// Mounts `layers`, or the directory `root` where there are none, read-only on
-/// `target`: one mount on top of the other where there are several.
-pub(crate) fn mount_readonly(layers: &[Layer], root: &Path, target: &Path) -> Result<(), RootfsError> {
-    mount_all(layers, root, target, Access::ReadOnly)
-}
-
-/// The same as the client would mount it, with what is mounted below it.
-pub(crate) fn mount_writable(layers: &[Layer], root: &Path, target: &Path) -> Result<(), RootfsError> {
-    mount_all(layers, root, target, Access::Writable)
-}
-
-fn mount_all(layers: &[Layer], root: &Path, target: &Path, access: Access) -> Result<(), RootfsError> {
+/// Makes the mounts of `layers`, or of the directory `root` where there are none: each belongs on top of the one before.
+/// Those that are [`Access::Writable`] have with them what is mounted below. `stage` is some directory, which stays as it is.
+/// Owners are mapped as in the user namespace `users`, as far as they [can be](can_be_mapped).
+pub(crate) fn mounts(
+    layers: &[Layer],
+    root: &Path,
+    access: Access,
+    stage: &Path,
+    users: Option<BorrowedFd>,
+) -> Result<Vec<Tree>, RootfsError> {
     if layers.is_empty() && !root.is_dir() {
         let source = fs::metadata(root).err().unwrap_or_else(|| io::ErrorKind::NotADirectory.into());
         return Err(RootfsError::Root { path: root.to_owned(), source });
     }
-    let flag = match access {
-        Access::ReadOnly => MsFlags::MS_RDONLY,
-        Access::Writable => MsFlags::empty(),
-    };
-    for (index, step) in plan(layers, root, access, is_empty_dir)?.iter().enumerate() {
-        let (what, result) = match step {
-            Step::Bind { source, idmap } => {
-                let recursive = access == Access::Writable;
-                let bound = match idmap {
-                    None => mount::bind(source, target, recursive),
-                    Some(idmap) => mount::bind_idmapped(source, target, recursive, idmap, false),
-                };
-                (source.display().to_string(), bound)
-            }
-            Step::Mounted(root) => {
-                let recursive = access == Access::Writable;
-                (root.display().to_string(), mount::bind_of_the_host(root, target, recursive))
-            }
-            Step::Overlay { written, lower, idmap, options } => {
-                let what = format!("an overlay of {} layers", lower.len() + usize::from(written.is_some()));
-                let mounted = match idmap {
-                    None => {
-                        let lower: Vec<String> = written.iter().chain(lower).cloned().collect();
-                        mount_overlay(&lower, options, target, flag)
-                    }
-                    Some(idmap) => {
-                        mount_idmapped_overlay(written.as_deref(), lower, idmap, options, target, flag)
-                    }
-                };
-                (what, mounted)
-            }
-            Step::FileSystem { kind, source, flags, data } => (
-                format!("{source} ({kind})"),
-                mount::mount_fs(kind, source, target, *flags | flag, Some(data)),
-            ),
-        };
+    let steps = plan(layers, root, access, is_empty_dir)?;
+    let made = steps.iter().enumerate().map(|(index, step)| {
         let asked = layers.get(index).is_some_and(|layer| layer.options.iter().any(|option| option == "ro"));
-        result
-            .and_then(|()| match access {
-                Access::ReadOnly => mount::seal_readonly(target, false),
-                Access::Writable if asked => mount::make_readonly(target, false),
-                Access::Writable => Ok(()),
-            })
-            .map_err(|source| RootfsError::Mount { what, source })?;
+        let settled = |tree: Tree| {
+            match access {
+                Access::ReadOnly => tree.seal(false).and_then(|()| tree.make_readonly(false))?,
+                Access::Writable if asked => tree.make_readonly(false)?,
+                Access::Writable => {}
+            }
+            Ok(tree)
+        };
+        let made = step.mount(access, stage, users).and_then(settled);
+        made.map_err(|source| RootfsError::Mount { what: step.to_string(), source })
+    });
+    made.collect()
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Self::Bind { source, .. } | Self::Mounted(source) => source.display().fmt(f),
+            Self::Overlay { written, lower, .. } => {
+                write!(f, "an overlay of {} layers", lower.len() + usize::from(written.is_some()))
+            }
+            Self::FileSystem { kind, source, .. } => write!(f, "{source} ({kind})"),
+        }
     }
-    Ok(())
+}
+
+impl Step {
+    fn mount(&self, access: Access, stage: &Path, users: Option<BorrowedFd>) -> io::Result<Tree> {
+        let readonly = access == Access::ReadOnly;
+        let own = match self {
+            Self::Bind { idmap: Some(map), .. } | Self::Overlay { idmap: Some(map), .. } => {
+                Some(user_namespace(map)?)
+            }
+            _ => None,
+        };
+        let users = own.as_ref().map(AsFd::as_fd).or(users);
+        match self {
+            Self::Bind { source, .. } | Self::Mounted(source) => {
+                let tree = Tree::of(source, !readonly)?;
+                users.into_iter().try_for_each(|users| tree.map_ids(users, false))?;
+                Ok(tree)
+            }
+            Self::Overlay { written, lower, options, .. } => match users {
+                None => {
+                    let lower: Vec<String> = written.iter().chain(lower).cloned().collect();
+                    overlay_of(&lower, options, readonly, stage)
+                }
+                Some(users) => idmapped_overlay(written.as_deref(), lower, users, options, readonly, stage),
+            },
+            Self::FileSystem { kind, source, flags, data } => {
+                let flags = *flags | if readonly { MsFlags::MS_RDONLY } else { MsFlags::empty() };
+                mount::staged(stage, |stage| mount::mount_fs(kind, source, stage, flags, Some(data)))
+            }
+        }
+    }
+}
+
+/// Whether owners of all these layers, of whom nobody has mapped any, can be mapped as in the user namespace `users`; why not.
+pub(crate) fn can_be_mapped(layers: &[Layer], root: &Path, users: BorrowedFd) -> Result<(), String> {
+    let steps = plan(layers, root, Access::ReadOnly, is_empty_dir).map_err(|error| error.to_string())?;
+    let tried = |step: &Step| {
+        let dir = match step {
+            Step::Bind { source, idmap: None } | Step::Mounted(source) => source.clone(),
+            Step::Overlay { written: None, lower, idmap: None, .. } => {
+                let (dir, lower) =
+                    relative_to_common(lower).ok_or("its layers have no directory in common")?;
+                let dir = PathBuf::from(unescape(&dir));
+                let seen =
+                    |path: &Path| Identity::of(path).map_err(|error| format!("{}: {error}", path.display()));
+                let common = seen(&dir)?;
+                for layer in lower {
+                    if !seen(&dir.join(unescape(&layer)))?.is_on_the_mount_of(&common) {
+                        return Err(format!("layer {layer} is a mount of its own"));
+                    }
+                }
+                dir
+            }
+            Step::Overlay { written: Some(_), .. } => {
+                return Err("somebody has written to its own layer".into());
+            }
+            Step::Bind { .. } | Step::Overlay { .. } => {
+                return Err("the owners in its layers are mapped already".into());
+            }
+            Step::FileSystem { kind, .. } => return Err(format!("its layers are on {kind}")),
+        };
+        let tried = Tree::of(&dir, false).and_then(|tree| tree.map_ids(users, false));
+        tried.map_err(|error| format!("{}: owners cannot be mapped: {error}", dir.display()))
+    };
+    steps.iter().try_for_each(tried)
 }
 
 /// Whether an upper directory holds nothing, but perhaps a container's own scratch.
@@ -359,53 +406,57 @@ pub(crate) fn is_empty_dir(dir: &Path) -> bool {
         .is_ok_and(|mut entries| entries.all(|entry| entry.is_ok_and(|entry| is_ours(&entry.file_name()))))
 }
 
-fn mount_overlay(lower: &[String], options: &[String], target: &Path, flags: MsFlags) -> io::Result<()> {
-    let data = overlay_data(lower, options);
-    if data.len() <= MAX_MOUNT_DATA {
-        return mount::mount_fs("overlay", "overlay", target, flags, Some(&data));
+/// An overlay of these layers, named from the directory they have in common, as there is not much room for their names.
+fn overlay_of(lower: &[String], options: &[String], readonly: bool, stage: &Path) -> io::Result<Tree> {
+    let Some((dir, relative)) = relative_to_common(lower) else {
+        let data = overlay_data(lower, options);
+        if data.len() > MAX_MOUNT_DATA {
+            return Err(apart("are too long and"));
+        }
+        return mount::staged(stage, |stage| mount_overlay(&data, stage, readonly));
+    };
+    let dir = unescape(&dir);
+    let taken: Vec<String> =
+        iter::once(format!("lowerdir={}", relative.join(":"))).chain(options.iter().cloned()).collect();
+    match mount::from(Path::new(&dir), || Tree::overlay(&taken, readonly).transpose())? {
+        Some(tree) => Ok(tree),
+        None => mount::staged(stage, |stage| {
+            env::set_current_dir(&dir)?;
+            mount_overlay(&overlay_data(&relative, options), stage, readonly)
+        }),
     }
-    // Many layers: name them from the directory they have in common.
-    let (dir, relative) = relative_to_common(lower).ok_or_else(|| apart("are too long and"))?;
-    mount_overlay_from(Path::new(&unescape(&dir)), &relative, options, target, flags)
 }
 
 /// The same with layers whose owners are mapped. OverlayFS cannot map them itself, only be given layers that are mapped
-/// already, at some place: all of them are, with the directory they have in common, below `target` for that moment.
-fn mount_idmapped_overlay(
+/// already, at some place: all of them are, with the directory they have in common.
+fn idmapped_overlay(
     written: Option<&str>,
     lower: &[String],
-    idmap: &IdMap,
+    users: BorrowedFd,
     options: &[String],
-    target: &Path,
-    flags: MsFlags,
-) -> io::Result<()> {
+    readonly: bool,
+    stage: &Path,
+) -> io::Result<Tree> {
     let (dir, relative) = relative_to_common(lower).ok_or_else(|| apart("are to be idmapped and"))?;
-    mount::bind_idmapped(Path::new(&unescape(&dir)), target, false, idmap, false)?;
     let lower: Vec<String> = written.map(str::to_owned).into_iter().chain(relative).collect();
-    let mounted = mount_overlay_from(target, &lower, options, target, flags).and_then(|()| {
-        let overlay = mount::clone(target)?;
-        mount::detach(target)?;
-        Ok(overlay)
-    });
-    mount::detach(target)?;
-    mount::attach(&mounted?, target)
+    let mapped = Tree::of(Path::new(&unescape(&dir)), false)?;
+    mapped.map_ids(users, false)?;
+    mount::staged(stage, |stage| {
+        mapped.attach(stage)?;
+        env::set_current_dir(stage)?;
+        mount_overlay(&overlay_data(&lower, options), stage, readonly)
+    })
 }
 
-fn mount_overlay_from(
-    dir: &Path,
-    lower: &[String],
-    options: &[String],
-    target: &Path,
-    flags: MsFlags,
-) -> io::Result<()> {
-    let data = overlay_data(lower, options);
+/// Mounts an overlay with these options on `target`.
+fn mount_overlay(data: &str, target: &Path, readonly: bool) -> io::Result<()> {
     if data.len() > MAX_MOUNT_DATA {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            format!("the layers' paths are {} bytes long, {MAX_MOUNT_DATA} are possible", data.len()),
-        ));
+        let length = data.len();
+        let problem = format!("the layers' paths are {length} bytes long, {MAX_MOUNT_DATA} are possible");
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, problem));
     }
-    mount::mount_fs_from(dir, "overlay", "overlay", target, flags, &data)
+    let flags = if readonly { MsFlags::MS_RDONLY } else { MsFlags::empty() };
+    mount::mount_fs("overlay", "overlay", target, flags, Some(data))
 }
 
 fn apart(why: &str) -> io::Error {

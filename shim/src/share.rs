@@ -9,17 +9,15 @@
 //! The trees are skeletons of mount points, tmpfs of their own that the server
 //! sees read-only: a guest changes nothing in them, whatever it asks for. The
 //! shim makes its mount points through a second, writable mount that is at no
-//! place. All of it is in a mount namespace that only shim and monitor are in.
+//! place. All of it is in a mount namespace of the monitor's, in which nothing else is.
 
 mod volumes;
 
 use std::{
     fs, io,
-    os::{
-        fd::{AsRawFd, OwnedFd},
-        unix::fs::DirBuilderExt,
-    },
+    os::fd::AsRawFd,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use nix::{
@@ -31,14 +29,18 @@ use nix::{
 use volumes::Volumes;
 
 use crate::{
-    mount,
-    rootfs::{self, Layer, RootfsError},
+    ids::Ids,
+    mount::{self, Namespace, Tree},
+    rootfs::{self, Access, Layer, RootfsError},
     spec::Bundle,
 };
 
-/// The tree of layers, below the share's directory.
+/// The share's directory, which is the monitor's root directory: another one than the root of the mount namespace that it
+/// is in, as the kernel lets nobody make a user namespace who sees a part of his mounts alone (unshare(2)).
+const TOP: &str = "/share";
+/// The tree of layers, in the share's directory.
 pub const LAYERS: &str = "layers";
-/// The tree of volumes, below the share's directory.
+/// The tree of volumes, in the share's directory.
 pub const VOLUMES: &str = "volumes";
 
 /// Why a container's part of the share cannot be made.
@@ -68,8 +70,11 @@ pub enum ShareError {
         /// Why.
         problem: &'static str,
     },
+    /// The mount namespace.
+    #[error("making the share's mount namespace: {0} (it takes root)")]
+    Namespace(#[source] io::Error),
     /// A directory of the share.
-    #[error("{}: {source}", path.display())]
+    #[error("the share's {}: {source}", path.display())]
     Directory {
         /// The directory.
         path: PathBuf,
@@ -82,38 +87,58 @@ pub enum ShareError {
 /// The share of one sandbox. Dropping it takes every mount off again.
 #[derive(Debug)]
 pub struct Share {
+    namespace: Arc<Namespace>,
     layers: Skeleton,
     volumes: Volumes,
-    /// Removed after both.
-    _dir: Directory,
+    /// Where mounts are for a moment.
+    stage: PathBuf,
+    ids: Ids,
 }
 
 impl Share {
-    /// Makes the share's directory, with nothing in either tree.
-    pub fn create(dir: PathBuf) -> Result<Self, ShareError> {
-        let dir = Directory::create(dir)?;
+    /// Makes it, with nothing in either tree, for a monitor with these `ids`. `stage` is a directory that lasts as long,
+    /// and stays as it is.
+    pub fn create(stage: &Path, ids: Ids) -> Result<Self, ShareError> {
+        let namespace =
+            Namespace::create(stage, Path::new(TOP), &[LAYERS, VOLUMES]).map_err(ShareError::Namespace)?;
+        let namespace = Arc::new(namespace);
         Ok(Self {
-            layers: Skeleton::create(dir.0.join(LAYERS))?,
-            volumes: Volumes::new(Skeleton::create(dir.0.join(VOLUMES))?),
-            _dir: dir,
+            layers: Skeleton::create(namespace.clone(), LAYERS)?,
+            volumes: Volumes::new(Skeleton::create(namespace.clone(), VOLUMES)?),
+            namespace,
+            stage: stage.to_owned(),
+            ids,
         })
+    }
+
+    /// Who its files' owners are seen as.
+    pub fn ids(&self) -> &Ids {
+        &self.ids
+    }
+
+    /// The mount namespace that it is in.
+    pub fn namespace(&self) -> &Arc<Namespace> {
+        &self.namespace
     }
 
     /// Adds a container: its layers, where it has no image of them, and what its spec binds.
     /// On an error what was mounted so far stays until [`Share::remove`].
     pub fn add(&self, bundle: &Bundle, layers: &[Layer], has_image: bool) -> Result<Sources, ShareError> {
         let (root, id) = (&bundle.container.rootfs, &bundle.container.container_id);
+        let users = self.ids.users();
         if root.on_volumes {
             let skeleton = self.volumes.skeleton();
             // A mount of its own, which the guest unmounts with the root.
             skeleton.make_mount(id)?;
             let target = skeleton.make_dir(&root.share_path)?;
-            rootfs::mount_writable(layers, &bundle.root, &target)?;
+            let mounts = rootfs::mounts(layers, &bundle.root, Access::Writable, &self.stage, users)?;
+            skeleton.attach(&mounts, &target)?;
         } else if !has_image {
             let target = self.layers.make_dir(&root.share_path)?;
-            rootfs::mount_readonly(layers, &bundle.root, &target)?;
+            let mounts = rootfs::mounts(layers, &bundle.root, Access::ReadOnly, &self.stage, users)?;
+            self.layers.attach(&mounts, &target)?;
         }
-        bundle.volumes.iter().map(|volume| Ok((volume.mount, self.volumes.add(id, volume)?))).collect()
+        bundle.volumes.iter().map(|volume| Ok((volume.mount, self.volumes.add(id, volume, users)?))).collect()
     }
 
     /// Takes a container's mounts off; nothing is left of it in either tree.
@@ -129,38 +154,41 @@ pub type Sources = Vec<(usize, String)>;
 /// A tree of mount points: a tmpfs of its own, mounted read-only.
 #[derive(Debug)]
 struct Skeleton {
-    dir: Directory,
+    namespace: Arc<Namespace>,
+    /// Its place there.
+    dir: PathBuf,
     /// The same file system, writable, at no place. Nothing that is mounted on
     /// the other mount can be reached through it.
-    writable: OwnedFd,
+    writable: Tree,
 }
 
 impl Skeleton {
-    fn create(path: PathBuf) -> Result<Self, ShareError> {
-        let dir = Directory::create(path)?;
-        let failed = |source| ShareError::Directory { path: dir.0.clone(), source };
-        // Directories and empty files take inodes only.
-        mount::mount_fs("tmpfs", "rvm", &dir.0, MsFlags::empty(), Some("mode=755,size=64k"))
-            .map_err(failed)?;
-        let sealed = || {
-            mount::seal(&dir.0, false)?;
-            let writable = mount::clone(&dir.0)?;
-            mount::seal_readonly(&dir.0, false)?;
+    /// Makes it at the directory `name` in the share's.
+    fn create(namespace: Arc<Namespace>, name: &str) -> Result<Self, ShareError> {
+        let dir = Path::new(TOP).join(name);
+        let made = namespace.within(|| {
+            // Directories and empty files take inodes only.
+            mount::mount_fs("tmpfs", "rvm", &dir, MsFlags::empty(), Some("mode=755,size=64k"))?;
+            let writable = Tree::of(&dir, false)?;
+            mount::make_readonly(&dir)?;
             Ok(writable)
-        };
-        match sealed() {
-            Ok(writable) => Ok(Self { dir, writable }),
-            Err(source) => {
-                let error = failed(source);
-                let _ = mount::detach(&dir.0);
-                Err(error)
-            }
+        });
+        match made {
+            Ok(writable) => Ok(Self { namespace, dir, writable }),
+            Err(source) => Err(ShareError::Directory { path: dir, source }),
         }
     }
 
-    /// The path of `name` as the server sees it.
+    /// The path of `name` in the namespace.
     fn path(&self, name: &str) -> PathBuf {
-        self.dir.0.join(name)
+        self.dir.join(name)
+    }
+
+    /// Puts mounts to `target`, one on top of the other.
+    fn attach(&self, mounts: &[Tree], target: &Path) -> Result<(), ShareError> {
+        let all = || mounts.iter().try_for_each(|tree| tree.attach(target));
+        let failed = |source| ShareError::Directory { path: target.to_owned(), source };
+        self.namespace.within(all).map_err(failed)
     }
 
     fn made(&self, name: &str, result: nix::Result<()>) -> Result<PathBuf, ShareError> {
@@ -169,6 +197,11 @@ impl Skeleton {
             Ok(()) => Ok(path),
             Err(errno) => Err(ShareError::Directory { path, source: errno.into() }),
         }
+    }
+
+    /// Lets what is mounted at `name` be written to, and nothing that is mounted below it.
+    fn make_writable(&self, name: &str) -> io::Result<()> {
+        self.namespace.within(|| mount::make_writable(&self.path(name)))
     }
 
     /// Makes a directory to mount on.
@@ -185,7 +218,7 @@ impl Skeleton {
     /// Makes a directory that is a mount of itself, as read-only as the tree.
     fn make_mount(&self, name: &str) -> Result<PathBuf, ShareError> {
         let path = self.make_dir(name)?;
-        match mount::bind(&path, &path, false) {
+        match self.namespace.within(|| mount::bind(&path, &path, false)) {
             Ok(()) => Ok(path),
             Err(source) => Err(ShareError::Directory { path, source }),
         }
@@ -194,14 +227,7 @@ impl Skeleton {
     /// Takes off what is mounted at and below `name`, and removes it.
     fn remove(&self, name: &str) {
         let path = self.path(name);
-        // One on top of the other where the client sent several.
-        while match mount::detach(&path) {
-            Ok(was_there) => was_there,
-            Err(error) => {
-                log::warn!("unmounting {}: {error}", path.display());
-                false
-            }
-        } {}
+        self.detach(&path);
         let below_writable = format!("/proc/self/fd/{}/{name}", self.writable.as_raw_fd());
         match fs::remove_dir_all(below_writable) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -212,48 +238,23 @@ impl Skeleton {
     }
 }
 
+impl Skeleton {
+    /// Takes everything off that is mounted at `path`, one on top of the other where the client sent several.
+    fn detach(&self, path: &Path) {
+        let all = || {
+            while mount::detach(path)? {}
+            Ok(())
+        };
+        if let Err(error) = self.namespace.within(all) {
+            log::warn!("unmounting {} of a sandbox: {error}", path.display());
+        }
+    }
+}
+
 impl Drop for Skeleton {
     fn drop(&mut self) {
-        // With everything below it; the tmpfs goes with its last mount.
-        if let Err(error) = mount::detach(&self.dir.0) {
-            log::warn!("unmounting {}: {error}", self.dir.0.display());
-        }
-    }
-}
-
-/// A directory that goes with its value.
-#[derive(Debug)]
-struct Directory(PathBuf);
-
-impl Directory {
-    fn create(path: PathBuf) -> Result<Self, ShareError> {
-        match fs::DirBuilder::new().mode(0o755).create(&path) {
-            Ok(()) => Ok(Self(path)),
-            Err(source) => Err(ShareError::Directory { path, source }),
-        }
-    }
-}
-
-impl Drop for Directory {
-    fn drop(&mut self) {
-        remove_empty(&self.0);
-    }
-}
-
-fn remove_empty(dir: &Path) {
-    match fs::remove_dir(dir) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            log::warn!("{} stays: {error}", dir.display());
-        }
-        _ => {}
-    }
-}
-
-/// Removes what a share leaves when its shim has ended and its mounts with it:
-/// empty directories that no guest has ever seen.
-pub(crate) fn remove_dir(share: &Path) {
-    for dir in [&share.join(LAYERS), &share.join(VOLUMES), share] {
-        remove_empty(dir);
+        // With everything below it, whatever the monitor still does; the tmpfs goes with its last mount.
+        self.detach(&self.dir);
     }
 }
 
@@ -261,23 +262,20 @@ pub(crate) fn remove_dir(share: &Path) {
 mod tests {
     use std::sync::OnceLock;
 
-    use nix::sched::{CloneFlags, unshare};
-
     use super::*;
     use crate::config::{Compat, Writes};
 
-    /// Runs `test` on a thread with a mount namespace of its own, with a directory.
-    fn apart(test: impl FnOnce(&Path) + Send) {
+    /// Runs `test` with a directory, in and below which nothing is mounted for anybody else.
+    fn apart(test: impl FnOnce(&Path)) {
         let dir = tempfile::tempdir().unwrap();
-        std::thread::scope(|scope| {
-            let thread = scope.spawn(|| {
-                unshare(CloneFlags::CLONE_NEWNS).expect("the tests run as root");
-                let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
-                nix::mount::mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
-                test(dir.path());
-            });
-            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        });
+        test(dir.path());
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        assert!(!mounts.contains(dir.path().to_str().unwrap()), "{mounts}");
+    }
+
+    /// What the share's directory is from outside.
+    fn seen(share: &Share) -> PathBuf {
+        format!("/proc/self/fd/{}", share.namespace().top().as_raw_fd()).into()
     }
 
     fn bundle(dir: &Path, writes: Writes) -> Bundle {
@@ -326,8 +324,8 @@ mod tests {
     #[test]
     fn nothing_but_what_is_given_can_be_written_to() {
         apart(|dir| {
-            let share_dir = dir.join("share");
-            let share = Share::create(share_dir.clone()).unwrap();
+            let share = Share::create(dir, Ids::Host(String::new())).unwrap();
+            let share_dir = seen(&share);
             for _ in 0..2 {
                 let sources = share.add(&bundle(dir, Writes::Guest), &[], false).unwrap();
                 let volumes = share_dir.join("volumes");
@@ -351,17 +349,19 @@ mod tests {
             share.add(&bundle(dir, Writes::Host), &[], false).unwrap();
             fs::write(share_dir.join("volumes/c1/rootfs/new"), "new").unwrap();
             assert!(dir.join("root/new").exists());
+            let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+            assert!(!mounts.contains(dir.to_str().unwrap()), "{mounts}");
             drop(share);
             // Nothing of the host's went with it.
-            assert!(!share_dir.exists() && dir.join("w/new").exists() && dir.join("root/new").exists());
+            assert!(dir.join("w/new").exists() && dir.join("root/new").exists());
         });
     }
 
     #[test]
     fn what_is_the_same_is_one_volume_as_long_as_anybody_has_it() {
         apart(|dir| {
-            let share_dir = dir.join("share");
-            let share = Share::create(share_dir.clone()).unwrap();
+            let share = Share::create(dir, Ids::Host(String::new())).unwrap();
+            let share_dir = seen(&share);
             let volumes = share_dir.join("volumes");
             let add = |id: &str, edit: &dyn Fn(&mut Bundle)| {
                 let mut bundle = bundle_of(id, dir, Writes::Guest);

@@ -47,6 +47,9 @@ pub struct State {
     /// Fields of the specification that have no effect yet.
     #[serde(default)]
     pub not_applied: Vec<String>,
+    /// Which of the host's ids the monitor has, in words ([`crate::ids::Ids`]).
+    #[serde(default)]
+    pub ids: String,
 }
 
 /// What a sandbox is doing.
@@ -169,6 +172,7 @@ mod tests {
             network: None,
             timeline: vec![Step { name: "spec".into(), ms: 0.5 }],
             not_applied: vec![],
+            ids: String::new(),
         }
     }
 

@@ -62,13 +62,19 @@ pub enum VsockError {
 #[derive(Clone, Debug)]
 pub struct Vsock {
     dir: Arc<File>,
+    monitor: u32,
     limit: Duration,
 }
 
 impl Vsock {
     /// The sockets are in `dir`.
     pub fn new(dir: Arc<File>) -> Self {
-        Self { dir, limit: LIMIT }
+        Self { dir, monitor: 0, limit: LIMIT }
+    }
+
+    /// To a guest whose monitor is this user of the host's: it connects to what is listened on.
+    pub fn of_monitor(self, monitor: u32) -> Self {
+        Self { monitor, ..self }
     }
 
     /// Where connections of the guest to `port` of the host arrive. One that comes
@@ -78,8 +84,14 @@ impl Vsock {
         // Of an earlier listener; the directory is this guest's alone.
         let bound = match std::fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => UnixListener::bind(path),
+            _ => UnixListener::bind(&path),
         };
+        let bound = bound.and_then(|listener| {
+            if self.monitor != 0 {
+                std::os::unix::fs::lchown(&path, Some(self.monitor), Some(self.monitor))?;
+            }
+            Ok(listener)
+        });
         bound.map_err(|source| VsockError::Io { port, source })
     }
 

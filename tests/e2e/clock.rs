@@ -45,7 +45,7 @@ fn now() -> Result<f64> {
 
 /// At least how many seconds the guest's clock is ahead of the host's (behind it: below 0), as
 /// the probe's `clock` tells: each answer was given between its question and its arrival.
-fn apart(clock: &mut Job) -> Result<f64> {
+pub fn apart(clock: &mut Job) -> Result<f64> {
     const QUESTIONS: usize = 20;
     let (mut least, mut most) = (f64::MIN, f64::MAX);
     for _ in 0..QUESTIONS {
@@ -66,18 +66,18 @@ fn apart(clock: &mut Job) -> Result<f64> {
 }
 
 /// A container that does nothing, and the probe's `clock` in it.
-fn started(world: &World) -> Result<(String, Job)> {
+pub fn started(world: &World) -> Result<(String, Job)> {
     let ctr = world.ctr();
     let probe = std::env::var(PROBE_ENV).with_context(|| format!("{PROBE_ENV} is not set"))?;
     let mount = format!("type=bind,src={probe},dst=/probe,options=rbind:ro");
     let run = ctr.container("clock").with(&["--mount", &mount]).detached();
-    run.run(&["sleep", "1000"])?.success()?;
+    run.run(&["sleep", "100000"])?.success()?;
     let clock = ctr.exec(&run.id, &[], &["/probe", "clock"], Input::Open)?;
     Ok((run.id, clock))
 }
 
 /// Waits until the guest's clock is the host's.
-fn settled(clock: &mut Job, when: &str) -> Result<()> {
+pub fn settled(clock: &mut Job, when: &str) -> Result<()> {
     const NEAR: f64 = 0.05;
     let until = Instant::now() + scale::command();
     let mut last = apart(clock)?;
@@ -89,7 +89,7 @@ fn settled(clock: &mut Job, when: &str) -> Result<()> {
     Ok(())
 }
 
-fn ended(world: &World, id: &str, clock: Job) -> Result<()> {
+pub fn ended(world: &World, id: &str, clock: Job) -> Result<()> {
     world.end(id)?;
     clock.finish(scale::container())?.exited(137)?;
     remove_clients_fifos(id)

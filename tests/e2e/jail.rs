@@ -4,10 +4,20 @@ use std::{
     collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, ensure};
-use rvm_tests::{case, sandbox::Sandbox};
+use containerd_shim_protos::{ttrpc::Status, types::mount::Mount};
+use rvm_tests::{
+    bare::Bare,
+    bundle, case,
+    job::{Input, run},
+    sandbox::Sandbox,
+    scale,
+    world::{ADDRESS, World, shell},
+};
+use serde_json::json;
 
 use crate::volumes::{Volume, bind};
 
@@ -28,12 +38,30 @@ fn the_running_monitor_has_nothing_of_the_host() {
         for kind in ["user", "pid", "ipc", "uts", "cgroup", "net", "mnt"] {
             let of = |pid: i32| link(&format!("/proc/{pid}/ns/{kind}"));
             ensure!(of(monitor)? != of(std::process::id().cast_signed())?, "{kind} namespace of the host");
-            // The share's mounts come and go there.
-            ensure!((of(monitor)? == of(shim)?) == (kind == "mnt"), "{kind} namespace and the shim's");
+            ensure!(of(monitor)? != of(shim)?, "{kind} namespace and the shim's");
         }
-        let root = link(&format!("/proc/{monitor}/root"))?;
-        ensure!(root == sandbox.dir().join("share"), "{}", root.display());
+        ensure!(link(&format!("/proc/{monitor}/root"))? == Path::new("/share"), "another root");
+        let mounts = |pid: i32| fs::read_to_string(format!("/proc/{pid}/mountinfo"));
+        let (inside, host) = (mounts(monitor)?, mounts(shim)?);
+        let places: Vec<_> = inside.lines().filter_map(|line| line.split_whitespace().nth(4)).collect();
+        let is_share = |place: &&str| place.starts_with("/layers") || place.starts_with("/volumes");
+        ensure!(places.len() >= 3 && places.iter().all(is_share), "{inside}");
+        ensure!(!host.contains(" - tmpfs rvm "), "mounts of the share among the host's: {host}");
         ensure!(fs::read(format!("/proc/{monitor}/environ"))?.is_empty(), "an environment");
+
+        let limits = fs::read_to_string(format!("/proc/{monitor}/limits"))?;
+        for (limit, most) in [
+            ("Max core file size", 0),
+            ("Max open files", 1 << 20),
+            ("Max processes", 4096),
+            ("Max locked memory", 0),
+            ("Max msgqueue size", 0),
+            ("Max realtime priority", 0),
+        ] {
+            let values = limits.lines().find_map(|line| line.strip_prefix(limit)).context(limit)?;
+            let hard = values.split_whitespace().nth(1).and_then(|value| value.parse::<u64>().ok());
+            ensure!(hard.is_some_and(|hard| hard <= most), "{limit}: {values}");
+        }
 
         let mut names = BTreeSet::new();
         for task in fs::read_dir(format!("/proc/{monitor}/task"))? {
@@ -63,6 +91,125 @@ fn the_running_monitor_has_nothing_of_the_host() {
     });
 }
 
+/// The ids of the host's that a process's root and its user 1000 are, and who it is itself.
+fn ids_of(pid: i32) -> Result<(u32, u32, u32)> {
+    let map = fs::read_to_string(format!("/proc/{pid}/uid_map"))?;
+    let numbers: Vec<u32> = map.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+    let outside = |id: u32| {
+        let range = numbers.chunks(3).find(|range| range[0] <= id && id - range[0] < range[2]);
+        range.map(|range| range[1] + (id - range[0])).context("an id that is not mapped")
+    };
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let own = status.lines().find_map(|line| line.strip_prefix("Uid:")?.split_whitespace().next());
+    Ok((outside(0)?, outside(100_000)?, own.context("a user")?.parse()?))
+}
+
+/// A container's view of its layers and of a volume, and what it makes there.
+const LOOK: &str = "cd /; (stat -c '%n %u:%g' seven far; touch v/made; chown 1234:100000 v/made; chmod 4750 v/made; \
+                    mknod v/null c 1 3; ln -s made v/link; mv v/kept v/moved; chown 9:10 seven; cat v/moved; \
+                    stat -c '%n %u:%g %a' v v/made v/moved seven; stat -c '%n %t:%T' v/null; echo x > v/null; id -u) > v/seen 2>&1; \
+                    echo > v/done; exec sleep 1000";
+const SEEN: &str = "seven 7:8\nfar 100000:200000\nkept\nv 0:0 777\nv/made 1234:100000 4750\nv/moved 0:42 600\n\
+                    seven 9:10 644\nv/null 1:3\n0\n";
+
+/// A monitor of a single container acts with ids of its own where it can, and files have the owners that they have.
+#[test]
+fn a_monitor_has_ids_of_its_own_where_it_can() {
+    case(|world| {
+        if !world.stage().is_rvm() {
+            return Ok(());
+        }
+        let dir = world.dir().join("ids");
+        let at = dir.display();
+        // A tmpfs of this kernel's cannot be idmapped.
+        shell(&format!(
+            "mkdir {at}; truncate -s 64M {at}.image; /sbin/mkfs.ext4 -q -F {at}.image; mount -o loop {at}.image {at}; \
+             mkdir -p {at}/1/tmp {at}/1/dev {at}/1/proc {at}/1/v {at}/2; cp -a {}/bin {at}/1; \
+             cd {at}/2; echo x > seven; chown 7:8 seven; echo x > far; chown 100000:200000 far",
+            world.rootfs()?.display()
+        ))?;
+        let roots = [("one", ""), ("two", ""), ("proc", "/proc/sys/kernel")];
+        let mut held = Vec::new();
+        let mut all = || {
+            for (name, more) in roots {
+                shell(&format!(
+                    "mkdir -p {at}/{name}/fs {at}/{name}/work {at}/{name}/v; cd {at}/{name}/v; chmod 777 .; \
+                     echo kept > kept; chown 0:42 kept; chmod 600 kept"
+                ))?;
+                layered(world, &dir, name, more, &mut held).with_context(|| name.to_owned())?;
+            }
+            let sandbox = |name: &str| Sandbox::find(world.stage(), name);
+            let [one, two, proc] =
+                ["one", "two", "proc"].map(|name| sandbox(name).and_then(|it| ids_of(it.monitor.pid)));
+            let (one, two) = (one?, two?);
+            for (root, far, own) in [one, two] {
+                ensure!(root >= 1 << 31 && far == 100_000 && own == root, "{root} {far} {own}");
+            }
+            ensure!(one.0 != two.0, "{one:?} {two:?}");
+            ensure!(proc? == (0, 100_000, 0), "what cannot be mapped has the host's");
+            let told =
+                run(world.rvmctl(&["ps", "--json"]), Input::Nothing, scale::command())?.success()?.text();
+            for ids in [format!("{} to {}", one.0, one.0 + 65_535), "the host's: mounts[".to_owned()] {
+                ensure!(told.contains(&format!("\"monitor_ids\": \"{ids}")), "{ids}: {told}");
+            }
+            let stored = shell(&format!(
+                "cd {at}/one/v; stat -c '%n %u:%g %a' made moved null link; stat -c '%u:%g' ../../2/seven"
+            ))?;
+            ensure!(
+                stored == "made 1234:100000 4750\nmoved 0:42 600\nnull 0:0 644\nlink 0:0 777\n7:8\n",
+                "{stored}"
+            );
+            Ok(())
+        };
+        let result = all();
+        let ended: Result<()> = held.into_iter().try_for_each(|shim| {
+            shim.end_task()?;
+            shim.shut_down()
+        });
+        let removed = shell(&format!("umount {at}; rmdir {at}; rm {at}.image"));
+        result.and(ended).and(removed.map(drop))
+    });
+}
+
+/// A container on layers of an ext4 file system that has said what it sees; with `more` of the host as a further mount.
+fn layered(world: &World, dir: &Path, name: &str, more: &str, held: &mut Vec<Bare>) -> Result<()> {
+    let own = dir.join(name);
+    let mut spec = bundle::spec(&own, &["/bin/busybox", "sh", "-c", LOOK]);
+    let capabilities = json!(["CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_MKNOD"]);
+    spec["process"]["capabilities"] =
+        json!({"bounding": capabilities, "effective": capabilities, "permitted": capabilities});
+    spec["process"]["env"] = json!(["PATH=/bin"]);
+    let mounts = spec["mounts"].as_array_mut().context("mounts")?;
+    mounts.push(
+        json!({"destination": "/v", "type": "bind", "source": own.join("v"), "options": ["rbind", "rw"]}),
+    );
+    if !more.is_empty() {
+        mounts.push(
+            json!({"destination": "/more", "type": "bind", "source": more, "options": ["rbind", "ro"]}),
+        );
+    }
+    let at = dir.display();
+    let options = vec![
+        format!("workdir={at}/{name}/work"),
+        format!("upperdir={at}/{name}/fs"),
+        format!("lowerdir={at}/2:{at}/1"),
+    ];
+    let rootfs = Mount { type_: "overlay".into(), source: "overlay".into(), options, ..Default::default() };
+    let shim = Bare::start(world, ADDRESS, name, &spec)?;
+    let said = |status: Status| anyhow::anyhow!("{}", status.message);
+    let started = shim.create_on(vec![rootfs], None).and_then(|_| shim.start_task()).map_err(said);
+    held.push(shim);
+    started?;
+    let until = Instant::now() + scale::container();
+    while !own.join("v/done").exists() {
+        ensure!(Instant::now() < until, "it says nothing");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let seen = fs::read_to_string(own.join("v/seen"))?;
+    ensure!(seen == SEEN, "{seen}");
+    Ok(())
+}
+
 fn link(path: &str) -> Result<PathBuf> {
     fs::read_link(path).with_context(|| path.to_owned())
 }
@@ -76,6 +223,6 @@ fn is_allowed(target: &Path, sandbox: &Path) -> bool {
         || text.starts_with("/#") && text.ends_with(" (deleted)")
         || ["/", "/1", "/1/fd", "/1/smaps", "/dev/null", "/dev/net/tun", "/dev/vhost-net"].contains(&&*text)
         || ["console.log", "console.log.1"].iter().any(|name| target == sandbox.join(name))
-        || target.starts_with(sandbox.join("share"))
+        || target.starts_with("/share")
         || target.file_name().is_some_and(|name| name == "rvm-scratch.ext4")
 }

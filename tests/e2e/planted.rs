@@ -116,7 +116,8 @@ fn in_the_cache() {
         let cache = world.dir().join("planted-cache");
         // A template that is another's file would be what the container finds on its disk.
         shell(&format!(
-            "mkdir {0}; for version in $(seq 0 9); do ln -s {1}/disk {0}/scratch-64m-v$version.ext4; done",
+            "mkdir {0}; for version in $(seq 0 9); do ln -s {1}/disk {0}/scratch-64m-v$version.ext4; done; \
+             ln -s {1}/file {0}/ids",
             cache.display(),
             victim.dir.display()
         ))?;

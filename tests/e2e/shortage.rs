@@ -1,11 +1,18 @@
 //! What the host has none of, or none of any more: one clear error within the time of a start, nothing left, and nothing
 //! that keeps the next container from starting.
 
-use std::path::{Path, PathBuf};
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Result, ensure};
 use rvm_tests::{
     case,
+    job::{Finished, Input},
+    sandbox::Sandbox,
+    scale,
     world::{World, shell},
 };
 
@@ -88,6 +95,60 @@ fn kvm_that_is_not_there_or_none() {
         let exec = exec.finish(rvm_tests::scale::container());
         shell("umount /dev/kvm")?;
         ensure!(exec?.success()?.text() == "here\n");
+        world.end(&run.id)?;
+        works(world)
+    });
+}
+
+/// A shim that may open few files: it says so, or gets along.
+#[test]
+fn no_descriptors_left_for_a_start() {
+    case(|world| {
+        let wrapper = world.wrapper_dir().join("containerd-shim-rvmshort-v2");
+        let (mut refusals, mut works_from) = (0, None);
+        for limit in [12, 16, 20, 24, 28, 32, 40, 48, 64, 96] {
+            let shim = world.stage().shim();
+            fs::write(&wrapper, format!("#!/bin/sh\nulimit -n {limit}\nexec {} \"$@\"\n", shim.display()))?;
+            fs::set_permissions(&wrapper, fs::Permissions::from_mode(0o755))?;
+            let run = world.ctr().container("short").with(&["--runtime", "io.rvmshort.v2"]);
+            let finished = run.run(&["echo", "works"])?;
+            if finished.code() == 0 {
+                ensure!(finished.text() == "works\n", "{limit}: {finished}");
+                works_from.get_or_insert(limit);
+            } else {
+                refused(&finished, &["Too many open files"])?;
+                refusals += 1;
+            }
+        }
+        fs::remove_file(wrapper)?;
+        println!("refused {refusals} times, works from {works_from:?} descriptors");
+        ensure!(refusals > 0 && works_from.is_some(), "{refusals}, {works_from:?}");
+        works(world)
+    });
+}
+
+/// A shim that has opened all it may: what takes another is refused, the container goes on, and goes.
+#[test]
+fn no_descriptors_left_for_what_comes_later() {
+    case(|world| {
+        let (run, sandbox) = Sandbox::sleeping(world, "short")?;
+        let (ctr, shim) = (world.ctr(), sandbox.shim.pid);
+        let exec = || -> Result<Finished> {
+            ctr.exec(&run.id, &[], &["echo", "works"], Input::Nothing)?.finish(scale::container())
+        };
+        let limit = |most: &str| shell(&format!("prlimit --pid {shim} --nofile={most}"));
+        let before = shell(&format!("prlimit --pid {shim} --nofile --noheadings --raw -o SOFT,HARD"))?;
+        exec()?.success()?;
+        // Numbers below are taken: not even a descriptor that was closed is to be had again.
+        limit("3:")?;
+        let finished = exec()?;
+        ensure!(finished.code() != 0 && finished.stdout.is_empty(), "{finished}");
+        ensure!(ctr.task_state(&run.id).as_deref() != Some("STOPPED"), "it has ended");
+        limit(&format!("{}:", before.split_whitespace().next().unwrap_or("1024")))?;
+        let finished = exec()?.success()?;
+        ensure!(finished.text() == "works\n", "{finished}");
+        limit("3:")?;
+        // Also where it can open nothing any more.
         world.end(&run.id)?;
         works(world)
     });

@@ -23,6 +23,7 @@ use rvm_tests::{
 use serde_json::json;
 
 use crate::{
+    clock,
     network::{TIDY, chain},
     pods::{limited, memory, plain},
 };
@@ -65,6 +66,133 @@ fn containers_one_after_another() {
         println!("{TURNS} containers, {} KiB less available", lost()?);
         ensure!(lost()? <= TURNS * LEAK_KIB, "{} KiB less after {TURNS} containers", lost()?);
         Ok(())
+    });
+}
+
+/// What of a process or of the host stays as it is, however many have come and gone.
+#[derive(Debug)]
+struct Standing {
+    /// Resident memory in KiB of containerd, a shim and its monitor.
+    resident: [u64; 3],
+    /// Their descriptors and threads.
+    held: [usize; 3],
+    mounts: usize,
+    cgroups: usize,
+}
+
+impl Standing {
+    fn of(world: &World, sandbox: &Sandbox) -> Result<Self> {
+        let containerd = world.containerd_pid().context("no containerd")?.cast_signed();
+        let all = [containerd, sandbox.shim.pid, sandbox.monitor.pid];
+        let count = |dir: String| Ok::<_, anyhow::Error>(std::fs::read_dir(&dir).context(dir)?.count());
+        let held = |pid| -> Result<usize> {
+            Ok(count(format!("/proc/{pid}/fd"))? + count(format!("/proc/{pid}/task"))?)
+        };
+        let [a, b, c] = all.map(resident_kib);
+        let [d, e, f] = all.map(held);
+        Ok(Self {
+            resident: [a?, b?, c?],
+            held: [d?, e?, f?],
+            mounts: std::fs::read_to_string("/proc/self/mountinfo")?.lines().count(),
+            cgroups: shell("find /sys/fs/cgroup -type d | wc -l")?.trim().parse()?,
+        })
+    }
+
+    /// Whether what is of this project has stayed as it was; containerd keeps something of each container itself.
+    fn is_still(&self, before: &Self) -> Result<()> {
+        let same = self.held[1..] == before.held[1..]
+            && (self.mounts, self.cgroups) == (before.mounts, before.cgroups);
+        let grown = |which: usize| self.resident[which].saturating_sub(before.resident[which]);
+        ensure!(same && grown(1) < 1024 && grown(2) < 4096, "{before:?} before, {self:?} after");
+        Ok(())
+    }
+}
+
+/// Sandboxes one after the other and four at a time, for an hour or until there were a thousand, beside one that does
+/// nothing for that hour and still knows what time it is.
+#[test]
+fn a_thousand_sandboxes_or_an_hour_of_them() {
+    const HOUR: Duration = Duration::from_secs(3600);
+    const AT_ONCE: usize = 4;
+    const MOST: usize = 1000;
+    case(|world| {
+        let (idle, mut clock) = clock::started(world)?;
+        let sandbox = Sandbox::find(world.stage(), &idle)?;
+        clock::settled(&mut clock, "at first")?;
+        let one = || world.ctr().container("soak").run(&["/bin/echo", "said"])?.success();
+        let turn = |at_once: usize| -> Result<()> {
+            thread::scope(|scope| {
+                let all: Vec<_> =
+                    (0..at_once).map(|_| scope.spawn(|| world.enter().and_then(|()| one()))).collect();
+                for finished in all {
+                    let finished = finished.join().map_err(|_| anyhow!("a panic"))??;
+                    ensure!(finished.text() == "said\n", "{finished}");
+                }
+                Ok(())
+            })
+        };
+        turn(AT_ONCE)?;
+        let (before, available) = (Standing::of(world, &sandbox)?, available_kib()?);
+        let (started, mut count) = (Instant::now(), 0);
+        while started.elapsed() < HOUR && count < MOST {
+            // As many by themselves as with others.
+            let at_once = if count % (2 * AT_ONCE) < AT_ONCE { 1 } else { AT_ONCE };
+            turn(at_once)?;
+            count += at_once;
+        }
+        let took = started.elapsed();
+        thread::sleep(HOUR.saturating_sub(took));
+        let after = Standing::of(world, &sandbox)?;
+        let lost = available.saturating_sub(available_kib()?);
+        println!(
+            "{count} sandboxes in {} s, {lost} KiB less available; {before:?}, {after:?}",
+            took.as_secs()
+        );
+        after.is_still(&before)?;
+        ensure!(lost < 64 * 1024 + count as u64 * LEAK_KIB, "{lost} KiB less after {count} sandboxes");
+        let apart = clock::apart(&mut clock)?;
+        println!("idle for {} s: {:.1} ms apart", started.elapsed().as_secs(), apart * 1e3);
+        ensure!(apart.abs() < 0.05, "{apart} s apart after an idle hour");
+        clock::ended(world, &idle, clock)
+    });
+}
+
+/// A pod to which five hundred containers come, and go.
+#[test]
+fn five_hundred_come_and_go() {
+    const TURNS: usize = 500;
+    case_with(Cri::prepare, |world| {
+        Cri::with_all(world, |all| {
+            let cri = all.iter().find(|cri| cri.is_rvm()).context("rvm is not among the runtimes")?;
+            let pod = Pod::run(cri, "visited", plain)?;
+            let stays = pod.start("stays", &["sleep", "100000"], |_| {})?;
+            let sandbox = Sandbox::find(world.stage(), &pod.id)?;
+            let mut number = 0;
+            let mut turns = |count: usize| -> Result<()> {
+                for _ in 0..count {
+                    number += 1;
+                    let one =
+                        pod.start(&format!("visitor-{number}"), &["sh", "-c", "echo here; exit 3"], |_| {})?;
+                    ensure!(one.ended()?.exit_code == 3, "{:?}", one.status());
+                    one.remove()?;
+                }
+                Ok(())
+            };
+            let inside = || -> Result<(u64, String)> {
+                let counts = "grep -c . /proc/mounts; ls /sys/bus/pci/devices | wc -l; ip -o link | wc -l";
+                let memory = stays.sh("grep MemAvailable /proc/meminfo | tr -dc 0-9")?;
+                Ok((memory.trim().parse()?, stays.sh(counts)?))
+            };
+            turns(50)?;
+            let (before, within) = (Standing::of(world, &sandbox)?, inside()?);
+            turns(TURNS)?;
+            let (after, now) = (Standing::of(world, &sandbox)?, inside()?);
+            println!("{TURNS} joins: {before:?}, {after:?}; inside {within:?}, {now:?}");
+            after.is_still(&before)?;
+            ensure!(now.1 == within.1, "{within:?} inside before, {now:?} after");
+            ensure!(now.0 + 16 * 1024 > within.0, "{within:?} inside before, {now:?} after");
+            pod.remove()
+        })
     });
 }
 

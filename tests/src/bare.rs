@@ -184,7 +184,9 @@ impl Bare {
         let _ = self.call("Shutdown", &ShutdownRequest { id: self.id.clone(), ..Default::default() });
         drop(self.client);
         until_gone(&ended)?;
-        std::fs::remove_dir_all(self.bundle.parent().context("a bundle has a parent")?)?;
+        std::fs::remove_dir_all(&self.bundle)?;
+        // Goes with the last one in it.
+        let _ = std::fs::remove_dir(self.bundle.parent().context("a bundle has a parent")?);
         Ok(())
     }
 

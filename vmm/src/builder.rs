@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::ScopedJoinHandle;
 
-use rvm_protocol::vmm::DiskConfig;
+use rvm_protocol::vmm::{DiskConfig, ShareConfig};
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
@@ -25,6 +25,7 @@ use crate::devices::virtio::blk::{Blk, BlkError};
 use crate::devices::virtio::fs::{Fs, FsError};
 use crate::devices::virtio::net::{Net, NetControl, NetError};
 use crate::devices::virtio::vsock::{Vsock, VsockError};
+use crate::jail::Jail;
 use crate::kvm::irq::IrqError;
 use crate::kvm::probe::{self, ProbeError};
 use crate::kvm::{Host, KvmError, Vm};
@@ -104,14 +105,23 @@ pub struct Opened {
 /// Opens what `config` names. `any_kvm` accepts a `/dev/kvm` that only emulates kernels, for
 /// measuring the monitor where there is no better. With a `snapshot` the machine will be the
 /// one that was saved, else a new one.
-pub fn open(config: CheckedConfig, snapshot: Option<File>, any_kvm: bool) -> Result<Opened, BuildError> {
+pub fn open(
+    config: CheckedConfig,
+    jail: Option<&Jail>,
+    snapshot: Option<File>,
+    any_kvm: bool,
+) -> Result<Opened, BuildError> {
     if !any_kvm {
         probe::check()?;
     }
     let host = Host::open()?;
     let vm = &config.vm;
     let vsock = vm.vsock.as_ref().map(Vsock::new).transpose().map_err(BuildError::Vsock)?;
-    let share = |share| Fs::new(share).map_err(|source| BuildError::Share { tag: share.tag.clone(), source });
+    let share = |share: &ShareConfig| {
+        let dir = jail.map_or_else(|| share.dir.clone(), |jail| jail.path(&share.dir));
+        let share = ShareConfig { dir, ..share.clone() };
+        Fs::new(&share).map_err(|source| BuildError::Share { tag: share.tag, source })
+    };
     let shares = vm.shares.iter().map(share).collect::<Result<_, _>>()?;
     let disk = |disk: &DiskConfig| match Blk::open(disk) {
         Ok(device) => Ok((disk.serial.clone(), device)),

@@ -95,7 +95,7 @@ fn build(
     timeline: Arc<Timeline>,
 ) -> anyhow::Result<Machine> {
     let jail = config.jail.take();
-    let opened = builder::open(config, snapshot, any_kvm)?;
+    let opened = builder::open(config, jail.as_ref(), snapshot, any_kvm)?;
     if let Some(jail) = jail {
         jail.enter()?;
         timeline.reached("jail_entered");

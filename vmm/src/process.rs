@@ -73,6 +73,24 @@ fn descriptors() -> io::Result<()> {
     set_limit(libc::RLIMIT_NOFILE, &limit)
 }
 
+/// Threads it may have where it has a user of its own: more than a machine with all its devices takes.
+const THREADS: libc::rlim_t = 4096;
+
+/// Leaves it, of what the host's kernel counts for a process or a user, what a monitor needs. Descriptors and core
+/// files are [prepared](prepare) for; memory and time are its cgroup's.
+pub(crate) fn limit() -> io::Result<()> {
+    let limits = [
+        (libc::RLIMIT_NPROC, THREADS),
+        (libc::RLIMIT_MEMLOCK, 0),
+        (libc::RLIMIT_MSGQUEUE, 0),
+        (libc::RLIMIT_RTPRIO, 0),
+    ];
+    for (which, most) in limits {
+        set_limit(which, &libc::rlimit { rlim_cur: most, rlim_max: most })?;
+    }
+    Ok(())
+}
+
 fn set_limit(which: libc::__rlimit_resource_t, limit: &libc::rlimit) -> io::Result<()> {
     // SAFETY: a valid rlimit that the call only reads.
     ok(unsafe { libc::setrlimit(which, limit) })

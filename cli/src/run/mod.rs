@@ -23,7 +23,6 @@ use rvm_shim::{
     agent::{AgentError, process_ref},
     config::{Compat, Config},
     hooks::{HookError, Hooks},
-    mount,
     sandbox::{self, Attached, Plan, Sandbox, SandboxError},
     spec::{Bundle, SpecError},
     state::{self, Phase},
@@ -99,9 +98,6 @@ pub enum RunError {
     /// What the container is.
     #[error(transparent)]
     Spec(#[from] SpecError),
-    /// A mount namespace of our own.
-    #[error("making a mount namespace: {0}; rvmctl run needs root")]
-    Isolate(#[source] io::Error),
     /// The sandbox.
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
@@ -139,7 +135,6 @@ pub fn run(args: Args, mut config: Config) -> Result<ExitCode, RunError> {
     if let Some(memory) = args.memory {
         config.guest.memory_mib = memory;
     }
-    mount::isolate().map_err(RunError::Isolate)?;
     remove_leftovers(&config.host.state_dir);
     // One thread: the monitor dies with the one that starts it.
     let runtime = tokio::runtime::Builder::new_current_thread()

@@ -156,6 +156,8 @@ pub struct Host {
     pub state_dir: PathBuf,
     /// Directory of what can be made again.
     pub cache_dir: PathBuf,
+    /// Whether a monitor has ids of its own where it can ([`crate::ids`]).
+    pub own_ids: bool,
 }
 
 /// What is accepted from clients although it cannot be done.
@@ -275,6 +277,7 @@ impl Config {
                 monitor: table.path("host", "monitor")?,
                 state_dir: table.path("host", "state_dir")?,
                 cache_dir: table.path("host", "cache_dir")?,
+                own_ids: table.boolean("host", "own_ids")?,
             },
             compat: Compat { ignore_labels: table.boolean("compat", "ignore_labels")? },
             log_level: log_level(table)?,

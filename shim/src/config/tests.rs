@@ -59,6 +59,7 @@ fn every_key_and_section_is_documented_above_it() {
         "guest.vcpus",
         "host.cache_dir",
         "host.monitor",
+        "host.own_ids",
         "host.state_dir",
         "images.enabled",
         "images.free_mib",

@@ -32,7 +32,7 @@ use nix::{
 use super::{INDEX, REFUSED};
 use crate::{
     own_file,
-    rootfs::{self, Layer, RootfsError},
+    rootfs::{self, Access, Layer, RootfsError},
 };
 
 /// Its word on the command line.
@@ -199,7 +199,8 @@ impl Job {
             options: vec![format!("lowerdir={}", self.lower)],
             ..Layer::default()
         };
-        rootfs::mount_readonly(&[layer], Path::new("/"), &tree)?;
+        let mounts = rootfs::mounts(&[layer], Path::new("/"), Access::ReadOnly, &tree, None)?;
+        mounts.iter().try_for_each(|mount| mount.attach(&tree)).map_err(failed(&tree))?;
         Ok(tree)
     }
 }

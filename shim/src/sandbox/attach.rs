@@ -78,10 +78,15 @@ struct Sharing {
 }
 
 impl HostSide {
-    pub(super) fn new(dir: &Path, share: Share, procs: Vec<CString>, network: Arc<Network>) -> Arc<Self> {
+    pub(super) fn new(
+        dir: &Path,
+        share: Arc<Share>,
+        procs: Vec<CString>,
+        network: Arc<Network>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             dir: dir.to_owned(),
-            share: Mutex::new(Sharing { share: Some(Arc::new(share)), ..Sharing::default() }),
+            share: Mutex::new(Sharing { share: Some(share), ..Sharing::default() }),
             done: Condvar::new(),
             procs,
             network,

@@ -3,16 +3,14 @@
 use std::{
     fs::{self, File},
     io,
-    os::unix::fs::{DirBuilderExt, MetadataExt},
+    os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use super::{SandboxError, network, record::MEMBERS};
-use crate::{mount, mountinfo::MountTable, name, own_file, share, state::State};
+use crate::{mount, mountinfo::MountTable, name, own_file, state::State};
 
-/// Name of the share in the directory.
-pub const SHARE: &str = "share";
 /// Name of the directory with the files that a pod's containers find in `/etc`.
 const FILES: &str = "files";
 
@@ -64,6 +62,15 @@ impl SandboxDir {
     /// Its path.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Lets the members of `group`, which is a monitor's own, get at what is in it by name.
+    pub fn let_in(&self, group: u32) -> io::Result<()> {
+        if group == 0 {
+            return Ok(());
+        }
+        std::os::unix::fs::fchown(&self.fd, None, Some(group))?;
+        self.fd.set_permissions(fs::Permissions::from_mode(0o710))
     }
 
     /// The open directory.
@@ -128,7 +135,6 @@ pub fn clean_up(dir: &Path) {
             log::warn!("unmounting {}: {error}", mounted.place.display());
         }
     }
-    share::remove_dir(&dir.join(SHARE));
     remove(dir);
 }
 
@@ -196,13 +202,13 @@ mod tests {
             network: None,
             timeline: vec![],
             not_applied: vec![],
+            ids: String::new(),
         };
         state.write(dir.path()).unwrap();
         let error = SandboxDir::create(root.path(), "default", "web").unwrap_err();
         assert_eq!(error.to_string(), "sandbox default/web is running already");
         state.shim.start_ticks += 1;
         state.write(dir.path()).unwrap();
-        fs::create_dir_all(dir.path().join("share/volumes")).unwrap();
         dir.fd.unlock().unwrap();
         std::mem::forget(dir);
         let dir = SandboxDir::create(root.path(), "default", "web").unwrap();

@@ -17,7 +17,7 @@ use rvm_protocol::{
 use tokio::{net::UnixListener, task::spawn_blocking, time::timeout};
 
 use super::{
-    CONSOLE_LOG, Plan, SandboxError, dir, failure,
+    CONSOLE_LOG, Plan, SandboxError, failure,
     network::{self, Network},
 };
 use crate::{
@@ -27,7 +27,7 @@ use crate::{
     config::Config,
     fault,
     process_id::ProcessId,
-    share,
+    share::{self, Share},
     spec::Users,
     sysctl,
     timeline::Timeline,
@@ -73,20 +73,25 @@ impl Boot {
         config: &Config,
         plan: &Plan,
         (path, dir): (&Path, &Arc<File>),
+        share: &Share,
         cgroup: &HostCgroup,
         network: &Network,
         timeline: &Arc<Timeline>,
     ) -> Result<Self, SandboxError> {
         let sysctl = sysctl::of_host(&config.guest.host_sysctls)?;
-        let vsock = Vsock::new(dir.clone());
+        let vsock = Vsock::new(dir.clone()).of_monitor(share.ids().root());
         let ready = vsock.listen(READY_PORT)?;
         let nets = network.inherited();
         let mut named: Vec<_> =
             nets.iter().flat_map(|net| net.taps.iter().chain(&net.vhost)).copied().collect();
-        let users = powerless_users();
-        named.extend(users.as_ref().map(AsRawFd::as_raw_fd));
-        let jail =
-            JailConfig { root: dir::SHARE.into(), user_namespace: users.as_ref().map(AsRawFd::as_raw_fd) };
+        let without_power = if share.ids().users().is_none() { powerless_users() } else { None };
+        let users = share.ids().users().or(without_power.as_ref().map(AsFd::as_fd));
+        let jail = JailConfig {
+            mount_namespace: share.namespace().as_fd().as_raw_fd(),
+            root: share.namespace().top().as_raw_fd(),
+            user_namespace: users.as_ref().map(AsRawFd::as_raw_fd),
+        };
+        named.extend([jail.mount_namespace, jail.root].into_iter().chain(jail.user_namespace));
         vmm::write_config(path, &vm_config(config, plan, nets, jail))
             .map_err(|source| SandboxError::Directory { path: path.to_owned(), source })?;
         let spawned = timeline.elapsed();
@@ -332,14 +337,14 @@ fn vm_config(config: &Config, plan: &Plan, nets: Vec<InheritedNet>, jail: JailCo
         shares: vec![
             ShareConfig {
                 tag: LAYERS_TAG.into(),
-                dir: Path::new(dir::SHARE).join(share::LAYERS),
+                dir: share::LAYERS.into(),
                 readonly: true,
                 cache: CachePolicy::Always,
             },
             // Each mount in it says for itself whether it may be written to.
             ShareConfig {
                 tag: VOLUMES_TAG.into(),
-                dir: Path::new(dir::SHARE).join(share::VOLUMES),
+                dir: share::VOLUMES.into(),
                 readonly: false,
                 cache: CachePolicy::Auto,
             },

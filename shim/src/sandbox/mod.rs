@@ -51,6 +51,7 @@ use crate::{
     clock::Keeper,
     config::Config,
     fault,
+    ids::{self, Ids},
     process_id::ProcessId,
     relay::Relay,
     remains,
@@ -125,12 +126,12 @@ impl Drop for OwnedShare {
 impl Base {
     /// Makes it, and starts a microVM.
     ///
-    /// Has to be called on the process's main thread, in a mount namespace of
-    /// the process's own ([`crate::mount::isolate`]).
+    /// Has to be called on the process's main thread.
     fn begin(
         config: &Config,
         mut plan: Plan,
         network: Arc<Network>,
+        ids: Ids,
         timeline: Arc<Timeline>,
     ) -> Result<(Self, Boot), SandboxError> {
         check_config(config)?;
@@ -143,18 +144,23 @@ impl Base {
             &resize::ceiling(&plan.ledger, Ceiling::of(&total, plan.size.memory_mib), 0),
         )?;
         plan.ledger.set_huge_pages_above(cgroup.huge_pages_above());
-        let share = Share::create(dir.path().join(dir::SHARE))?;
-        let host = attach::HostSide::new(dir.path(), share, cgroup.procs(), network);
+        log::info!("sandbox {}: the monitor's ids: {ids}", plan.id);
+        dir.let_in(ids.root())
+            .map_err(|source| SandboxError::Directory { path: dir.path().to_owned(), source })?;
+        let record = Record::begin(&plan, &dir, &cgroup, &ids)?;
+        let share = Arc::new(Share::create(dir.path(), ids)?);
+        let host = attach::HostSide::new(dir.path(), share.clone(), cgroup.procs(), network);
         let mut owned = Owned {
             _relay: None,
             _share: OwnedShare(host.clone()),
-            record: Record::begin(&plan, &dir, &cgroup)?,
+            record,
             cgroup: Arc::new(cgroup),
             _dir: dir,
         };
         let dir = &owned._dir;
         let network = host.network();
-        let boot = Boot::begin(config, &plan, (dir.path(), dir.fd()), &owned.cgroup, network, &timeline)?;
+        let boot =
+            Boot::begin(config, &plan, (dir.path(), dir.fd()), &share, &owned.cgroup, network, &timeline)?;
         network.booted();
         let monitor = boot.id();
         owned._relay = relay_for(network, boot.vsock());
@@ -222,9 +228,11 @@ impl Sandbox {
         layers: &[Layer],
         timeline: Arc<Timeline>,
     ) -> Result<(Arc<Self>, Attached), SandboxError> {
-        let network = open_network(config, &plan).await?;
+        let (network, ids) =
+            tokio::join!(open_network(config, &plan), choose_ids(config, &plan, bundle, layers));
+        let network = network?;
         timeline.mark("network opened");
-        let (base, boot) = Base::begin(config, plan, network, timeline)?;
+        let (base, boot) = Base::begin(config, plan, network, ids, timeline)?;
         let started = async {
             let mut preparing = Preparing::begin(&base.host, config, bundle, layers, &base.timeline)?;
             let (agent, ()) = tokio::try_join!(boot.agent(), preparing.made(&boot))?;
@@ -253,7 +261,8 @@ impl Sandbox {
     ) -> Result<Arc<Self>, SandboxError> {
         let network = open_network(config, &plan).await?;
         timeline.mark("network opened");
-        let (base, boot) = Base::begin(config, plan, network, timeline)?;
+        let ids = Ids::Host(ids::OF_A_POD.to_owned());
+        let (base, boot) = Base::begin(config, plan, network, ids, timeline)?;
         match boot.agent().await {
             Ok(agent) => {
                 let sandbox = Arc::new(base.with(boot.machine(agent)));
@@ -438,6 +447,18 @@ impl Sandbox {
 
 /// The network of the machine to be: what is wrong with its namespace ends the
 /// start before there is a machine.
+/// Which of the host's ids the monitor has.
+async fn choose_ids(config: &Config, plan: &Plan, bundle: &Bundle, layers: &[Layer]) -> Ids {
+    if !config.host.own_ids {
+        return Ids::Host("host.own_ids is false".to_owned());
+    }
+    let (cache_dir, id) = (config.host.cache_dir.clone(), plan.id.clone());
+    let (bundle, layers) = (bundle.clone(), layers.to_vec());
+    tokio::task::spawn_blocking(move || Ids::choose(&cache_dir, &id, &bundle, &layers))
+        .await
+        .unwrap_or_else(|error| Ids::Host(error.to_string()))
+}
+
 async fn open_network(config: &Config, plan: &Plan) -> Result<Arc<Network>, SandboxError> {
     let (wanted, vcpus, settings) = (plan.network.clone(), plan.size.vcpus, config.network.clone());
     let opened = tokio::task::spawn_blocking(move || {

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::{Plan, SandboxDir, SandboxError};
 use crate::{
     cgroup::HostCgroup,
+    ids::Ids,
     process_id::ProcessId,
     state::{self, Phase, State},
 };
@@ -75,7 +76,12 @@ pub(super) struct Record {
 
 impl Record {
     /// Writes the first one, before there is a monitor.
-    pub(super) fn begin(plan: &Plan, dir: &SandboxDir, cgroup: &HostCgroup) -> Result<Self, SandboxError> {
+    pub(super) fn begin(
+        plan: &Plan,
+        dir: &SandboxDir,
+        cgroup: &HostCgroup,
+        ids: &Ids,
+    ) -> Result<Self, SandboxError> {
         let failed = |source: io::Error| SandboxError::Directory { path: dir.path().to_owned(), source };
         let state = State {
             id: plan.id.clone(),
@@ -91,6 +97,7 @@ impl Record {
             network: plan.network.as_ref().map(|network| network.path.clone()),
             timeline: Vec::new(),
             not_applied: plan.not_applied.clone(),
+            ids: ids.to_string(),
         };
         state.write(dir.path()).map_err(failed)?;
         Ok(Self { state, members: BTreeMap::new(), dir: dir.path().to_owned() })

@@ -5,7 +5,10 @@
 use std::{
     collections::BTreeSet,
     fs, io,
-    os::unix::fs::FileTypeExt,
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::fs::FileTypeExt,
+    },
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -19,7 +22,7 @@ use super::{ShareError, Skeleton};
 use crate::{
     mount::{self, Identity},
     spec::Volume,
-    user_namespace::IdMap,
+    user_namespace::{IdMap, user_namespace},
 };
 
 /// The trees of volumes, in a skeleton of theirs.
@@ -90,9 +93,14 @@ impl Volumes {
     }
 
     /// Makes a volume of a container, and returns its path: that of one that is
-    /// there already where it is the same. It can be written to as soon as one of
+    /// there already where it is the same. Owners are mapped as in the user namespace `users`. It can be written to as soon as one of
     /// its containers may do so.
-    pub(super) fn add(&self, container: &str, volume: &Volume) -> Result<String, ShareError> {
+    pub(super) fn add(
+        &self,
+        container: &str,
+        volume: &Volume,
+        users: Option<BorrowedFd>,
+    ) -> Result<String, ShareError> {
         let failed =
             |source| ShareError::Volume { field: volume.field.clone(), path: volume.source.clone(), source };
         let kind = fs::metadata(&volume.source).map_err(failed)?.file_type();
@@ -111,7 +119,7 @@ impl Volumes {
         let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
         match *state {
             State::Missing => {
-                let made = self.make(&name, &path, kind.is_dir(), volume);
+                let made = self.make(&name, &path, kind.is_dir(), (volume, users));
                 made.inspect_err(|_| self.skeleton.remove(&name))?;
                 *state = if volume.readonly { State::Readonly } else { State::Writable };
             }
@@ -119,7 +127,7 @@ impl Volumes {
                 let flags = statvfs(&volume.source).map_err(|errno| failed(errno.into()))?.flags();
                 // What is read-only on the host stays so.
                 if !flags.contains(FsFlags::ST_RDONLY) {
-                    mount::make_writable(&self.skeleton.path(&path)).map_err(failed)?;
+                    self.skeleton.make_writable(&path).map_err(failed)?;
                 }
                 *state = State::Writable;
             }
@@ -144,7 +152,13 @@ impl Volumes {
         (name, state)
     }
 
-    fn make(&self, name: &str, path: &str, is_dir: bool, volume: &Volume) -> Result<(), ShareError> {
+    fn make(
+        &self,
+        name: &str,
+        path: &str,
+        is_dir: bool,
+        (volume, users): (&Volume, Option<BorrowedFd>),
+    ) -> Result<(), ShareError> {
         let target = if is_dir {
             self.skeleton.make_dir(name)?
         } else {
@@ -152,25 +166,26 @@ impl Volumes {
             self.skeleton.make_file(path)?
         };
         let mounted = || {
-            match &volume.idmap {
-                None => mount::bind(&volume.source, &target, volume.recursive)?,
-                Some((map, all)) => {
-                    mount::bind_idmapped(&volume.source, &target, volume.recursive, map, *all)?;
-                }
+            let tree = mount::Tree::of(&volume.source, volume.recursive)?;
+            match (&volume.idmap, users) {
+                (Some((map, all)), _) => tree.map_ids(user_namespace(map)?.as_fd(), *all)?,
+                (None, Some(users)) => tree.map_ids(users, volume.recursive)?,
+                (None, None) => {}
             }
             if !volume.follows_host {
-                mount::seal(&target, volume.recursive)?;
+                tree.seal(volume.recursive)?;
             }
             if volume.readonly {
-                mount::make_readonly(&target, volume.recursive && volume.readonly_below)?;
+                tree.make_readonly(volume.recursive && volume.readonly_below)?;
             }
-            Ok(())
+            Ok(tree)
         };
-        mounted().map_err(|source| ShareError::Volume {
+        let tree = mounted().map_err(|source| ShareError::Volume {
             field: volume.field.clone(),
             path: volume.source.clone(),
             source,
-        })
+        })?;
+        self.skeleton.attach(&[tree], &target)
     }
 
     /// Takes off what no other container than this one uses, and its root.

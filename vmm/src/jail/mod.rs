@@ -1,10 +1,9 @@
 //! The monitor shuts itself in: what a guest that has taken it over can reach.
 //!
-//! Everything it needs of the host is open by then. Of namespaces it has its own of each
-//! kind but the mounts', which it shares with its shim: the share's mounts come and go
-//! there. Its root directory is the share, from which no way leads up, and nothing in that
-//! namespace is its to mount or to unmount, which belongs to the host's user namespace. Its
-//! own has all ids of the host and none of its power: what is left of that are the
+//! Everything it needs of the host is open by then. It has namespaces of its own of each
+//! kind. In that of mounts there is the share and nothing else; its shim makes the share's
+//! mounts there, and nothing in it is the monitor's to mount or to unmount, as it belongs to
+//! the host's user namespace. Its own user namespace has none of the host's power: what is left of that are the
 //! capabilities a file server needs, about files it can reach, on the file servers' threads.
 //! Landlock says once more which files these are, also of those that can be reached through
 //! a descriptor. A thread can make the system calls that its duty takes; any other ends the monitor.
@@ -20,11 +19,9 @@ mod seccomp;
 mod tests;
 
 use std::ffi::CStr;
-use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use rvm_protocol::vmm::JailConfig;
 use thiserror::Error;
@@ -39,20 +36,15 @@ pub use seccomp::is_in_force as is_entered;
 /// Why the monitor is not shut in.
 #[derive(Debug, Error)]
 pub enum JailError {
-    /// The root directory cannot be opened.
-    #[error("jail.root: {}", path.display())]
-    Root {
-        /// As configured.
-        path: PathBuf,
-        /// Why not.
-        #[source]
-        source: io::Error,
-    },
-    /// The user namespace is not there.
-    #[error("jail.user_namespace: descriptor {fd} must be an inherited user namespace")]
-    UserNamespace {
+    /// A namespace is not there, or the root directory of one.
+    #[error("jail.{field}: descriptor {fd} must be {wanted}, and inherited")]
+    Inherited {
+        /// The field.
+        field: &'static str,
         /// As configured.
         fd: i32,
+        /// What it has to be.
+        wanted: &'static str,
         /// Why not.
         #[source]
         source: io::Error,
@@ -74,23 +66,28 @@ pub enum JailError {
 /// What it takes to be shut in, all of it open.
 #[derive(Debug)]
 pub struct Jail {
-    root: File,
+    mount_namespace: OwnedFd,
+    root: OwnedFd,
     user_namespace: Option<OwnedFd>,
 }
 
 impl Jail {
-    /// Opens what `config` names.
+    /// Takes what `config` names.
     pub fn open(config: &JailConfig) -> Result<Self, JailError> {
-        let root = OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_PATH | libc::O_DIRECTORY)
-            .open(&config.root)
-            .map_err(|source| JailError::Root { path: config.root.clone(), source })?;
-        let user_namespace = config
-            .user_namespace
-            .map(|fd| process::inherited(fd).map_err(|source| JailError::UserNamespace { fd, source }))
-            .transpose()?;
-        Ok(Self { root, user_namespace })
+        let take = |field, fd, wanted| {
+            process::inherited(fd).map_err(|source| JailError::Inherited { field, fd, wanted, source })
+        };
+        let users = |fd| take("user_namespace", fd, "a user namespace");
+        Ok(Self {
+            mount_namespace: take("mount_namespace", config.mount_namespace, "a mount namespace")?,
+            root: take("root", config.root, "a directory in it")?,
+            user_namespace: config.user_namespace.map(users).transpose()?,
+        })
+    }
+
+    /// What is at `path` from the root directory on, as long as the process is not shut in.
+    pub fn path(&self, path: &Path) -> PathBuf {
+        Path::new("/proc/self/fd").join(self.root.as_raw_fd().to_string()).join(path)
     }
 
     /// Shuts the process in, for good. It must have one thread, and everything open that it
@@ -106,14 +103,15 @@ impl Jail {
         if std::process::id() != 1 {
             return Err(JailError::NotFirst(std::process::id()));
         }
+        process::limit().map_err(step("limits"))?;
         let proc = procfs::mount().map_err(step("its own /proc"))?;
+        enter(&self.mount_namespace, libc::CLONE_NEWNS).map_err(step("mount namespace"))?;
         let flags = libc::CLONE_NEWIPC | libc::CLONE_NEWUTS | libc::CLONE_NEWCGROUP;
         // SAFETY: plain system call.
         ok(unsafe { libc::unshare(flags) }).map_err(step("namespaces"))?;
         if let Some(namespace) = &self.user_namespace {
-            // SAFETY: plain system call on an open descriptor.
-            ok(unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWUSER) })
-                .map_err(step("user namespace"))?;
+            enter(namespace, libc::CLONE_NEWUSER).map_err(step("user namespace"))?;
+            become_root().map_err(step("its root user"))?;
         }
         // After the user namespace, which nobody may make or enter whose root is another.
         change_root(&self.root).map_err(step("root directory"))?;
@@ -145,10 +143,32 @@ pub fn take_up(duty: Duty) {
     }
 }
 
-fn change_root(root: &File) -> io::Result<()> {
+/// In a user namespace without the user that it had outside, the process is nobody: it becomes that one's root.
+fn become_root() -> io::Result<()> {
+    // SAFETY: takes nothing.
+    if unsafe { libc::geteuid() } == 0 {
+        return Ok(());
+    }
+    // SAFETY: no groups.
+    ok(unsafe { libc::setgroups(0, std::ptr::null()) })?;
+    // SAFETY: numbers.
+    ok(unsafe { libc::setresgid(0, 0, 0) })?;
+    // SAFETY: numbers.
+    ok(unsafe { libc::setresuid(0, 0, 0) })?;
+    // Another user's process would outlive its parent.
+    // SAFETY: PR_SET_PDEATHSIG takes a signal number.
+    ok(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) })
+}
+
+fn change_root(root: &OwnedFd) -> io::Result<()> {
     const HERE: &CStr = c".";
     // SAFETY: plain system call on an open descriptor.
     ok(unsafe { libc::fchdir(root.as_raw_fd()) })?;
     // SAFETY: a C string.
     ok(unsafe { libc::chroot(HERE.as_ptr()) })
+}
+
+fn enter(namespace: &OwnedFd, kind: libc::c_int) -> io::Result<()> {
+    // SAFETY: plain system call on an open descriptor.
+    ok(unsafe { libc::setns(namespace.as_raw_fd(), kind) })
 }

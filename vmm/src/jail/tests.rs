@@ -3,11 +3,10 @@
 
 use std::collections::BTreeSet;
 use std::ffi::CString;
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 
@@ -114,8 +113,30 @@ fn apart(work: impl FnOnce() -> String) -> String {
     if libc::WIFSIGNALED(status) { format!("signal {}", libc::WTERMSIG(status)) } else { said }
 }
 
+/// A mount namespace in which there is a mount of the directory that `share` is in, and `share` there.
+fn nothing_but(share: &Path) -> (OwnedFd, OwnedFd) {
+    let make = || {
+        unshare(libc::CLONE_NEWNS)?;
+        let namespace = File::open("/proc/thread-self/ns/mnt")?;
+        let (here, above, none) = (c".".as_ptr(), path(share.parent().unwrap()), std::ptr::null());
+        let (private, bind) = (libc::MS_REC | libc::MS_PRIVATE, libc::MS_BIND);
+        // SAFETY: C strings, and no data.
+        ok(unsafe { libc::mount(none, c"/".as_ptr(), none, private, none.cast()) })?;
+        // SAFETY: C strings, and no data.
+        ok(unsafe { libc::mount(above.as_ptr(), above.as_ptr(), none, bind, none.cast()) })?;
+        // SAFETY: a C string.
+        ok(unsafe { libc::chdir(above.as_ptr()) })?;
+        // SAFETY: C strings.
+        ok(unsafe { libc::syscall(libc::SYS_pivot_root, here, here) } as libc::c_int)?;
+        // SAFETY: a C string.
+        ok(unsafe { libc::umount2(here, libc::MNT_DETACH) })?;
+        Ok((namespace.into(), File::open(Path::new("/").join(share.file_name().unwrap()))?.into()))
+    };
+    std::thread::scope(|scope| scope.spawn(make).join().unwrap()).map_err(|error: io::Error| error).unwrap()
+}
+
 /// A user namespace in which every id of the host is.
-fn all_users() -> std::os::fd::OwnedFd {
+fn all_users() -> OwnedFd {
     let mut command = std::process::Command::new("sleep");
     // SAFETY: takes flags.
     let leave = || ok(unsafe { libc::unshare(libc::CLONE_NEWUSER) });
@@ -164,8 +185,8 @@ fn in_and_out(users: bool, work: fn(&Place) -> String) -> (String, String) {
     };
     let outside = place(share.clone());
     let inside = place("/".into());
-    let root = fs::OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(&share).unwrap();
-    let jail = Jail { root, user_namespace: users.then(all_users) };
+    let (mount_namespace, root) = nothing_but(&share);
+    let jail = Jail { mount_namespace, root, user_namespace: users.then(all_users) };
     let in_it = std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
             // For this thread's children alone.
@@ -227,13 +248,12 @@ fn files_are_served_inside() {
 
 #[test]
 fn who_is_not_the_first_of_its_processes_is_not_shut_in() {
-    let root = File::open("/").unwrap();
-    let error = Jail { root, user_namespace: None }.enter().unwrap_err();
+    let file = || File::open("/").unwrap().into();
+    let error = Jail { mount_namespace: file(), root: file(), user_namespace: None }.enter().unwrap_err();
     assert!(matches!(error, JailError::NotFirst(_)), "{error}");
-    let gone = JailConfig { root: "/nowhere".into(), user_namespace: None };
-    assert!(Jail::open(&gone).unwrap_err().to_string().starts_with("jail.root: /nowhere"));
-    let wrong = JailConfig { root: "/".into(), user_namespace: Some(1) };
-    assert!(Jail::open(&wrong).unwrap_err().to_string().starts_with("jail.user_namespace: descriptor 1"));
+    let wrong = JailConfig { mount_namespace: 1, root: 1, user_namespace: None };
+    let error = Jail::open(&wrong).unwrap_err().to_string();
+    assert_eq!(error, "jail.mount_namespace: descriptor 1 must be a mount namespace, and inherited");
 }
 
 /// What is called, and whether it is allowed.

@@ -30,7 +30,7 @@ pub fn measure(stage: &Stage, files: &PeerFiles, runs: usize) -> Result<Value> {
     let same_peer = || Peer::start(&files.same_kernel, &stage.initramfs(), Announcement::Vsock);
     let whole_peer = || Peer::start(&files.trial_kernel, &files.trial_initramfs, Announcement::Console);
 
-    let (mut rvm_ms, mut same_ms, mut whole_ms) = (vec![], vec![], vec![]);
+    let (mut rvm_ms, mut jailed_ms, mut same_ms, mut whole_ms) = (vec![], vec![], vec![], vec![]);
     let mut metrics: Vec<Metrics> = Vec::new();
     // The first round fills caches and is not counted.
     for round in 0..=runs {
@@ -38,6 +38,10 @@ pub fn measure(stage: &Stage, files: &PeerFiles, runs: usize) -> Result<Value> {
         let rvm = Monitor::start(stage)?;
         let a = rvm.ready_ms()?;
         let counted = rvm.metrics()?;
+        rvm.stop()?;
+        clean::free_memory()?;
+        let rvm = Monitor::start_jailed(stage)?;
+        let jailed = rvm.ready_ms()?;
         rvm.stop()?;
         clean::free_memory()?;
         let qemu = same_peer()?;
@@ -48,10 +52,11 @@ pub fn measure(stage: &Stage, files: &PeerFiles, runs: usize) -> Result<Value> {
         let c = qemu.ready_ms()?;
         qemu.stop()?;
         eprintln!(
-            "round {round}: rvm {a:.0} ms; QEMU microvm, same kernel and initramfs {b:.0} ms, trial kernel {c:.0} ms"
+            "round {round}: rvm {a:.0} ms, shut in {jailed:.0} ms; QEMU microvm, same kernel and initramfs {b:.0} ms, trial kernel {c:.0} ms"
         );
         if round > 0 {
             rvm_ms.push(a);
+            jailed_ms.push(jailed);
             same_ms.push(b);
             whole_ms.push(c);
             metrics.push(counted);
@@ -64,14 +69,17 @@ pub fn measure(stage: &Stage, files: &PeerFiles, runs: usize) -> Result<Value> {
         "ratios": {
             "rvm/qemu-microvm, same kernel and initramfs": median(&rvm_ms) / median(&same_ms),
             "rvm/qemu-microvm, whole product": median(&rvm_ms) / median(&whole_ms),
+            "rvm/rvm without its jail": median(&jailed_ms) / median(&rvm_ms),
         },
         "medians_ms": {
             "rvm": median(&rvm_ms),
+            "rvm, shut in": median(&jailed_ms),
             "qemu-microvm, rvm's kernel and initramfs": median(&same_ms),
             "qemu-microvm, trial kernel": median(&whole_ms),
         },
         "runs_ms": {
             "rvm": rvm_ms,
+            "rvm, shut in": jailed_ms,
             "qemu-microvm, rvm's kernel and initramfs": same_ms,
             "qemu-microvm, trial kernel": whole_ms,
         },

@@ -2,16 +2,27 @@
 
 use std::{
     io::{BufRead, BufReader, Write},
-    os::unix::net::{UnixListener, UnixStream},
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::{
+            net::{UnixListener, UnixStream},
+            process::CommandExt,
+        },
+    },
     path::Path,
     process::Command,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use nix::sched::{CloneFlags, unshare};
 use rvm_protocol::{
     guest::{DEFAULT_CMDLINE, GUEST_CID, READY_PORT, VOLUMES_TAG},
-    vmm::{Metrics, Request, Response, ShareConfig, VmConfig, VsockConfig},
+    vmm::{JailConfig, Metrics, Request, Response, ShareConfig, VmConfig, VsockConfig},
+};
+use rvm_shim::{
+    mount::Namespace,
+    user_namespace::{IdMap, user_namespace},
 };
 use rvm_tests::{
     job::{Input, Job},
@@ -39,12 +50,19 @@ pub struct Monitor {
 impl Monitor {
     /// Starts one with the devices the shim gives every sandbox.
     pub fn start(stage: &Stage) -> Result<Self> {
-        Self::start_with(stage, &[])
+        Self::start_with(stage, &[], None)
     }
 
-    fn start_with(stage: &Stage, options: &[&str]) -> Result<Self> {
+    /// The same, shut in as the shim's are.
+    pub fn start_jailed(stage: &Stage) -> Result<Self> {
+        Self::start_with(stage, &[], Some(&Jail::new()?))
+    }
+
+    fn start_with(stage: &Stage, options: &[&str], jail: Option<&Jail>) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("rvm-bench").tempdir()?;
-        std::fs::create_dir(dir.path().join("share"))?;
+        if jail.is_none() {
+            std::fs::create_dir(dir.path().join("share"))?;
+        }
         let config = VmConfig {
             id: "bench".into(),
             vcpus: VCPUS,
@@ -67,7 +85,7 @@ impl Monitor {
             }],
             disks: Vec::new(),
             nets: Vec::new(),
-            jail: None,
+            jail: jail.map(Jail::config),
         };
         std::fs::write(dir.path().join("vm.json"), serde_json::to_vec(&config)?)?;
         let listener = UnixListener::bind(dir.path().join(format!("vsock.sock_{READY_PORT}")))?;
@@ -76,7 +94,10 @@ impl Monitor {
         let started = Instant::now();
         let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)?;
         command.env("RVM_EXEC_BOOTTIME_NS", Duration::from(now).as_nanos().to_string());
-        let job = Job::start(command, Input::Nothing)?;
+        let job = match jail {
+            None => Job::start(command, Input::Nothing)?,
+            Some(jail) => jail.start(command)?,
+        };
         Ok(Self { dir, job, listener: Listener::Unix(listener), started })
     }
 
@@ -103,6 +124,54 @@ impl Monitor {
         self.job.signal(nix::sys::signal::Signal::SIGKILL)?;
         self.job.finish(scale::command())?;
         Ok(())
+    }
+}
+
+/// What a monitor is shut in.
+struct Jail {
+    mounts: Namespace,
+    users: OwnedFd,
+}
+
+impl Jail {
+    fn new() -> Result<Self> {
+        let stage = tempfile::tempdir()?;
+        let mounts = Namespace::create(stage.path(), Path::new("/share"), &["share"])?;
+        Ok(Self { mounts, users: user_namespace(&IdMap::identity())? })
+    }
+
+    fn config(&self) -> JailConfig {
+        JailConfig {
+            mount_namespace: self.mounts.as_fd().as_raw_fd(),
+            root: self.mounts.top().as_raw_fd(),
+            user_namespace: Some(self.users.as_raw_fd()),
+        }
+    }
+
+    /// Starts `command` as the first process of a pid namespace, with what is named in the configuration.
+    fn start(&self, mut command: Command) -> Result<Job> {
+        let JailConfig { mount_namespace, root, user_namespace } = self.config();
+        let inherit = move || {
+            for fd in [Some(mount_namespace), Some(root), user_namespace].into_iter().flatten() {
+                // SAFETY: plain system call; 0 clears FD_CLOEXEC.
+                if unsafe { nix::libc::fcntl(fd, nix::libc::F_SETFD, 0) } < 0 {
+                    return Err(std::io::Error::last_os_error());
+                }
+            }
+            Ok(())
+        };
+        // SAFETY: the closure makes system calls only.
+        unsafe { command.pre_exec(inherit) };
+        let started = std::thread::scope(|scope| {
+            // For this thread's child alone.
+            let start = || {
+                unshare(CloneFlags::CLONE_NEWPID)
+                    .map_err(Into::into)
+                    .and_then(|()| Job::start(command, Input::Nothing))
+            };
+            scope.spawn(start).join()
+        });
+        started.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
 }
 
@@ -145,7 +214,7 @@ pub fn first_run(stage: &Stage, runs: usize) -> Result<Value> {
     let mut all = Vec::new();
     for _ in 0..runs {
         // A KVM that only interprets ring 0 is good enough to get there.
-        let monitor = Monitor::start_with(stage, &["--any-kvm"])?;
+        let monitor = Monitor::start_with(stage, &["--any-kvm"], None)?;
         let until = Instant::now() + scale::command();
         let metrics = loop {
             // The monitor notes its times itself: asking may be late, and must not disturb.
