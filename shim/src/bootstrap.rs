@@ -42,6 +42,8 @@ const SOCKET_DIR: &str = "/run/containerd/s";
 pub const ADDRESS_FILE: &str = "address";
 /// Where containerd takes events, in the environment of older versions.
 const TTRPC_ADDRESS: &str = "TTRPC_ADDRESS";
+/// Set where containerd's administrator wants `sched_core`.
+const SCHED_CORE: &str = "SCHED_CORE";
 /// More than any containerd writes to a shim's standard input.
 const MAX_INPUT_LEN: u64 = 10 << 20;
 
@@ -72,6 +74,9 @@ pub enum BootstrapError {
         #[source]
         source: io::Error,
     },
+    /// Cores of its own.
+    #[error("{SCHED_CORE}: {0} (needs CONFIG_SCHED_CORE)")]
+    CoreScheduling(#[source] io::Error),
     /// The serving process.
     #[error("starting the serving process: {0}")]
     Fork(#[source] io::Error),
@@ -117,6 +122,9 @@ pub fn start(flags: &Flags) -> Result<Option<Serve>, BootstrapError> {
     let listener = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)
         .map_err(|error| failed(error.into()))?;
     let (ours, theirs) = UnixStream::pair().map_err(BootstrapError::Fork)?;
+    if std::env::var_os(SCHED_CORE).is_some_and(|value| !value.is_empty()) {
+        share_cores_with_nobody().map_err(BootstrapError::CoreScheduling)?;
+    }
     let serving = match daemonize()? {
         ForkResult::Child => {
             drop(ours);
@@ -284,6 +292,27 @@ fn daemonize() -> Result<ForkResult, BootstrapError> {
         let _ = nix::unistd::dup2_stderr(null.as_fd());
     }
     Ok(result)
+}
+
+/// Has no thread of others run beside one of this process's, or of those it starts, on the same core at the same
+/// time (Documentation/admin-guide/hw-vuln/core-scheduling.rst): a sandbox is one such group.
+fn share_cores_with_nobody() -> io::Result<()> {
+    let (this, unused) = (0, 0);
+    // SAFETY: PR_SCHED_CORE_CREATE takes numbers and, for this request, no place to write to.
+    let made = unsafe {
+        libc::prctl(
+            libc::PR_SCHED_CORE,
+            libc::PR_SCHED_CORE_CREATE,
+            this,
+            libc::PR_SCHED_CORE_SCOPE_THREAD_GROUP,
+            unused,
+        )
+    };
+    match Errno::result(made) {
+        // Cores of one thread each are nobody else's anyway.
+        Ok(_) | Err(Errno::ENODEV) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
 }
 
 fn answer(address: &str, protocol: Protocol) -> Result<(), BootstrapError> {

@@ -29,6 +29,7 @@ use nix::{
 use tokio::io::unix::AsyncFd;
 
 use crate::{
+    capabilities,
     cgroup::HostCgroup,
     process_id::{ProcessId, pidfd_open, wait_for_end},
 };
@@ -164,7 +165,10 @@ fn settle(parent: u32, network: BorrowedFd, procs: &[CString]) -> io::Result<()>
     unsafe { libc::prctl(libc::PR_SET_NAME, NAME.as_ptr()) };
     HostCgroup::enter(procs)?;
     setns(network, CloneFlags::CLONE_NEWNET)?;
-    Ok(nix::unistd::chdir(c"/")?)
+    nix::unistd::chdir(c"/")?;
+    // SAFETY: PR_SET_DUMPABLE takes a number.
+    unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0) };
+    capabilities::NONE.keep_for_good()
 }
 
 /// Where this process has the environment it was started with, as `/proc/PID/environ`
@@ -206,6 +210,12 @@ mod tests {
         assert_eq!(file("comm"), b"rvm-container\n");
         assert!(!fs::read("/proc/self/environ").unwrap().is_empty());
         assert!(file("environ").iter().all(|byte| *byte == 0));
+        let status = String::from_utf8(file("status")).unwrap();
+        let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap().trim();
+        for set in ["CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:"] {
+            assert_eq!(field(set), "0000000000000000", "{status}");
+        }
+        assert_eq!(field("NoNewPrivs:"), "1");
         holder.end();
         assert!(!holder.id().is_alive());
     }

@@ -12,6 +12,7 @@ mod accept;
 pub mod agent;
 mod background;
 pub mod bootstrap;
+pub mod capabilities;
 pub mod cgroup;
 pub mod clock;
 pub mod config;

@@ -5,7 +5,7 @@ use std::io::Write;
 use anyhow::{Context, Result};
 use protobuf::Message;
 use rvm_shim::{
-    bootstrap,
+    bootstrap, capabilities,
     delete::delete,
     features,
     flags::{Action, Flags},
@@ -13,12 +13,22 @@ use rvm_shim::{
     server,
 };
 
+/// Of who does not go on with more than it needs.
+const DROPPING: &str = "giving up capabilities";
+
 fn main() -> Result<()> {
     let mut args = std::env::args().skip(1).peekable();
     if args.next_if(|arg| arg == maker::ACTION).is_some() {
+        capabilities::IMAGE_MAKER.keep().context(DROPPING)?;
         return Ok(maker::Job::parse(&args.collect::<Vec<_>>())?.run()?);
     }
     let flags = Flags::parse(args)?;
+    let kept = match flags.action {
+        Action::Start => capabilities::SHIM,
+        Action::Delete => capabilities::DELETE,
+        Action::Info | Action::Version => capabilities::NONE,
+    };
+    kept.keep().context(DROPPING)?;
     match flags.action {
         Action::Start => {
             if let Some(serve) = bootstrap::start(&flags)? {

@@ -220,6 +220,50 @@ fn poststop_after_the_shim_was_killed() {
     });
 }
 
+/// Hooks and loggers are others' programs, which may do all that they may under runc.
+#[test]
+fn what_programs_of_others_may_do() {
+    case(|world| {
+        let hooks = Hooks::new(world)?;
+        let dir = hooks.0.display();
+        let note =
+            |name: &str| format!("grep -E '^(Cap|NoNewPrivs|Seccomp)' /proc/self/status > {dir}/{name}");
+        let logger =
+            world.write_file("logger", format!("#!/bin/sh\n{}; exec 5>&-; cat <&3\n", note("logger")))?;
+        std::fs::set_permissions(&logger, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+        let all = json!({
+            "createRuntime": [hooks.script(&note("createRuntime"), &[])],
+            "poststop": [hooks.script(&note("poststop"), &[])],
+        });
+        let mut spec = bundle::spec(&world.rootfs()?, &["/bin/true"]);
+        spec["hooks"] = all;
+        let config = world.write_file("hooks.json", spec.to_string())?;
+        let names = ["createRuntime", "logger", "poststop"];
+        let mut seen = Vec::new();
+        for ctr in [world.ctr(), world.ctr().under("io.containerd.runc.v2")] {
+            let run = ctr.container("others").with(&[
+                "--log-uri",
+                &format!("binary://{logger}"),
+                "--config",
+                &config,
+            ]);
+            run.run(&[])?.success()?;
+            let read = |name: &&str| {
+                let path = hooks.0.join(name);
+                let text = std::fs::read_to_string(&path).with_context(|| format!("{name} did not run"))?;
+                std::fs::remove_file(path)?;
+                Ok(text)
+            };
+            seen.push(names.iter().map(read).collect::<Result<Vec<String>>>()?);
+        }
+        std::fs::remove_file(logger)?;
+        std::fs::remove_file(config)?;
+        ensure!(seen[0] == seen[1], "rvm:\n{}\nrunc:\n{}", seen[0].join("\n"), seen[1].join("\n"));
+        rvm_tests::host::remove_runcs_parent();
+        Ok(())
+    });
+}
+
 /// A shim that is told to end while hooks run lets them come to their end: they ran once.
 #[test]
 fn a_terminated_shim_lets_hooks_end() {

@@ -12,6 +12,7 @@ use containerd_shim_protos::{ttrpc::Status, types::mount::Mount};
 use rvm_tests::{
     bare::Bare,
     bundle, case,
+    host::Process,
     job::{Input, run},
     sandbox::Sandbox,
     scale,
@@ -23,6 +24,9 @@ use crate::volumes::{Volume, bind};
 
 /// What a file server may: CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID, SETFCAP.
 const FOR_FILES: &str = "00000000800000db";
+/// What a shim may: CHOWN, DAC_OVERRIDE, FOWNER, FSETID, KILL, SETGID, SETUID, SETPCAP, NET_ADMIN, SYS_CHROOT,
+/// SYS_PTRACE, SYS_ADMIN, SYS_RESOURCE, MKNOD, SETFCAP.
+const SHIM: &str = "00000000892c11fb";
 const NONE: &str = "0000000000000000";
 
 #[test]
@@ -208,6 +212,48 @@ fn layered(world: &World, dir: &Path, name: &str, more: &str, held: &mut Vec<Bar
     let seen = fs::read_to_string(own.join("v/seen"))?;
     ensure!(seen == SEEN, "{seen}");
     Ok(())
+}
+
+#[test]
+fn shim_and_holder_keep_what_they_need() {
+    case(|world| {
+        let (run, sandbox) = Sandbox::sleeping(world, "kept")?;
+        let is_holder =
+            |process: &Process| process.parent == sandbox.shim.pid && process.name == "rvm-container";
+        let holder = Process::all().into_iter().find(is_holder);
+        let holder = holder.context("no process that stands for the container")?.pid;
+        for (pid, usable, bounds, no_new_privs) in
+            [(sandbox.shim.pid, SHIM, whole_bounds()?, "0"), (holder, NONE, NONE.to_owned(), "1")]
+        {
+            for task in fs::read_dir(format!("/proc/{pid}/task"))? {
+                let status = fs::read_to_string(task?.path().join("status"))?;
+                let field =
+                    |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+                let sets = [
+                    ("CapPrm:", usable),
+                    ("CapEff:", usable),
+                    ("CapInh:", NONE),
+                    ("CapAmb:", NONE),
+                    ("CapBnd:", &bounds),
+                    ("NoNewPrivs:", no_new_privs),
+                ];
+                for (set, expected) in sets {
+                    ensure!(field(set) == Some(expected), "{set} is not {expected}:\n{status}");
+                }
+            }
+        }
+        // Root without capabilities may look into what has none either, unless it is not dumpable.
+        let look = |pid: &str| shell(&format!("setpriv --bounding-set -all readlink /proc/{pid}/exe"));
+        ensure!(look("self").is_ok() && look(&holder.to_string()).is_err(), "the holder is dumpable");
+        world.end(&run.id)
+    });
+}
+
+/// As those that execute programs of others have it: the test's.
+fn whole_bounds() -> Result<String> {
+    let status = fs::read_to_string("/proc/self/status")?;
+    let bounds = status.lines().find_map(|line| line.strip_prefix("CapBnd:"));
+    Ok(bounds.context("no CapBnd:")?.trim().to_owned())
 }
 
 fn link(path: &str) -> Result<PathBuf> {

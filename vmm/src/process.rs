@@ -10,13 +10,17 @@ use crate::jail;
 /// (`fs.nr_open`). A guest knows more files than a shell opens.
 const DESCRIPTORS: libc::rlim_t = 1 << 20;
 
-/// Keeps the guest's memory out of core files and out of other processes' reach, and
+/// linux/prctl.h
+const PR_SET_MEMORY_MERGE: libc::c_int = 67;
+
+/// Keeps the guest's memory out of core files, out of other processes' reach and unlike theirs, and
 /// takes as many descriptors as it may have: a share needs one for each file that the
 /// guest knows. What is refused is told on stderr, as there is no log yet.
 pub fn prepare() {
     let done = [
         ("RLIMIT_CORE", no_core_file()),
         ("PR_SET_DUMPABLE", undumpable()),
+        ("PR_SET_MEMORY_MERGE", unmerged()),
         ("RLIMIT_NOFILE", descriptors()),
     ];
     for (what, result) in done {
@@ -59,6 +63,17 @@ fn no_core_file() -> io::Result<()> {
 pub(crate) fn undumpable() -> io::Result<()> {
     // SAFETY: PR_SET_DUMPABLE takes a number.
     ok(unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0) })
+}
+
+/// Has no page of it merged with another process's (KSM), which whoever starts it may have asked for (systemd's
+/// `MemoryKSM=`): the time a write takes tells what others have.
+fn unmerged() -> io::Result<()> {
+    // SAFETY: PR_SET_MEMORY_MERGE takes numbers.
+    match ok(unsafe { libc::prctl(PR_SET_MEMORY_MERGE, 0, 0, 0, 0) }) {
+        // Before Linux 6.4, or without KSM.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+        result => result,
+    }
 }
 
 fn descriptors() -> io::Result<()> {

@@ -8,6 +8,7 @@ mod files;
 mod host;
 mod idmap;
 mod kvm;
+mod neighbours;
 mod path;
 
 use std::{
@@ -85,6 +86,9 @@ impl Report {
             host::loopback(),
             host::user_namespaces(),
             host::landlock(),
+            neighbours::smt(),
+            neighbours::ksm(),
+            neighbours::swap(),
         ]);
         checks.push(idmap::check(Path::new("/var/lib")));
         match Config::load(config_file) {

@@ -31,7 +31,7 @@ use nix::{
 
 use super::{INDEX, REFUSED};
 use crate::{
-    own_file,
+    capabilities, own_file,
     rootfs::{self, Access, Layer, RootfsError},
 };
 
@@ -248,6 +248,8 @@ fn mkfs(file: &OwnedFd, tree: &Path, limit: u64) -> Result<std::process::Output,
         // SAFETY: it is open until the program has ended.
         let file = unsafe { std::os::fd::BorrowedFd::borrow_raw(descriptor) };
         fcntl(file, FcntlArg::F_SETFD(FdFlag::empty()))?;
+        // Whoever made the image says what is read.
+        capabilities::IMAGE_READER.keep_for_good()?;
         setrlimit(Resource::RLIMIT_FSIZE, limit, limit)?;
         Ok(setrlimit(Resource::RLIMIT_AS, MEMORY_LIMIT, MEMORY_LIMIT)?)
     };

@@ -28,6 +28,7 @@ use tokio::{
 };
 
 use crate::{
+    capabilities,
     cgroup::HostCgroup,
     mount::short_path,
     process_id::{ProcessId, pidfd_open, wait_for_end},
@@ -299,7 +300,8 @@ fn prepare_child(procs: &[CString], network: RawFd, inherited: &[RawFd]) -> io::
     // Its own network is the sandbox's, never the host's.
     // SAFETY: the caller's descriptor, open in this copy of the table.
     let network = unsafe { BorrowedFd::borrow_raw(network) };
-    Ok(setns(network, CloneFlags::CLONE_NEWNET)?)
+    setns(network, CloneFlags::CLONE_NEWNET)?;
+    capabilities::MONITOR.bound()
 }
 
 /// What it would inherit is containerd's, which must not die before its
