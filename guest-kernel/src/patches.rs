@@ -9,7 +9,7 @@ use crate::{Error, Flavour, command, io_error};
 /// A patch: its name, and a unified diff.
 type Patch = (&'static str, &'static str);
 
-const PATCHES: [Patch; 15] = [
+const PATCHES: [Patch; 21] = [
     ("pci-remember-configuration", include_str!("../patches/pci-remember-configuration.patch")),
     ("virtiofs-tag-in-words", include_str!("../patches/virtiofs-tag-in-words.patch")),
     ("initramfs-keep-pages", include_str!("../patches/initramfs-keep-pages.patch")),
@@ -19,6 +19,12 @@ const PATCHES: [Patch; 15] = [
     ("percpu-chunks-of-their-size", include_str!("../patches/percpu-chunks-of-their-size.patch")),
     ("overlay-no-attributes-in-layers", include_str!("../patches/overlay-no-attributes-in-layers.patch")),
     ("fuse-truncate-after-access", include_str!("../patches/fuse-truncate-after-access.patch")),
+    ("fuse-create-first", include_str!("../patches/fuse-create-first.patch")),
+    ("fuse-server-drops-privileges", include_str!("../patches/fuse-server-drops-privileges.patch")),
+    ("fuse-directory-keeps-its-owner", include_str!("../patches/fuse-directory-keeps-its-owner.patch")),
+    ("fuse-more-entries-at-once", include_str!("../patches/fuse-more-entries-at-once.patch")),
+    ("virtiofs-nobody-waits", include_str!("../patches/virtiofs-nobody-waits.patch")),
+    ("virtiofs-look-for-answers", include_str!("../patches/virtiofs-look-for-answers.patch")),
     ("usemap-beside-all-else", include_str!("../patches/usemap-beside-all-else.patch")),
     ("functions-in-order-of-a-start", include_str!("../patches/functions-in-order-of-a-start.patch")),
     ("init-text-beside-text", include_str!("../patches/init-text-beside-text.patch")),

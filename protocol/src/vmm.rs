@@ -350,6 +350,23 @@ pub struct Metrics {
     /// The virtio-net devices, by slot.
     #[serde(default)]
     pub nets: Vec<NetMetrics>,
+    /// The shares, as they were configured.
+    #[serde(default)]
+    pub shares: Vec<ShareMetrics>,
+}
+
+/// What the server of a share has done since its driver began.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShareMetrics {
+    /// Its tag.
+    pub tag: String,
+    /// Messages by FUSE opcode, in order, without those there were none of; 0 stands for opcodes that the
+    /// server has never heard of.
+    pub messages: Vec<(u32, u64)>,
+    /// How often one of its threads was woken up.
+    pub wakeups: u64,
+    /// Interrupts of the guest.
+    pub interrupts: u64,
 }
 
 /// A virtio-net device's counters.

@@ -22,7 +22,7 @@ use crate::devices::legacy::console_log::ConsoleLog;
 use crate::devices::legacy::serial::Serial;
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::blk::{Blk, BlkError};
-use crate::devices::virtio::fs::{Fs, FsError};
+use crate::devices::virtio::fs::{Fs, FsError, FsMeter};
 use crate::devices::virtio::net::{Net, NetControl, NetError};
 use crate::devices::virtio::vsock::{Vsock, VsockError};
 use crate::jail::Jail;
@@ -172,7 +172,7 @@ pub fn build(opened: Opened, timeline: Arc<Timeline>) -> Result<Machine, BuildEr
         let built = build_on(&config, devices, (&host, &vm), &memory, loaded, &timeline);
         joined(taken)?;
         timeline.reached("memory_taken");
-        let Built { buses, vcpus, more_vcpus, disks, nets } = built?;
+        let Built { buses, vcpus, more_vcpus, shares, disks, nets } = built?;
         if snapshot.is_none() {
             let table = buses.pci.table();
             memory
@@ -186,6 +186,7 @@ pub fn build(opened: Opened, timeline: Arc<Timeline>) -> Result<Machine, BuildEr
             buses,
             vcpus,
             more_vcpus,
+            shares,
             disks,
             nets,
             socket,
@@ -204,6 +205,7 @@ struct Built {
     buses: Arc<Buses>,
     vcpus: Vec<Vcpu>,
     more_vcpus: VcpuFactory,
+    shares: Vec<FsMeter>,
     disks: HashMap<String, usize>,
     nets: BTreeMap<u8, NetControl>,
 }
@@ -237,6 +239,7 @@ fn build_on(
     if let Some(vsock) = vsock {
         attach(Box::new(vsock))?;
     }
+    let meters = shares.iter().map(Fs::meter).collect();
     for share in shares {
         // A vCPU waiting for the host's disk does not hold up the others.
         attach(Box::new(share.with_request_queues(config.vm.vcpus.into())))?;
@@ -258,7 +261,7 @@ fn build_on(
     timeline.reached("vcpus_created");
 
     let buses = Arc::new(Buses { pci, serial: Mutex::new(serial), vm: Arc::clone(vm) });
-    Ok(Built { buses, vcpus, more_vcpus, disks, nets })
+    Ok(Built { buses, vcpus, more_vcpus, shares: meters, disks, nets })
 }
 
 /// Makes a built machine the one that was saved: the interrupt controllers first,

@@ -18,6 +18,7 @@ use crate::buses::Buses;
 use crate::control::Served;
 use crate::control::channel::OwnerChannel;
 use crate::control::socket::ReadOnlySocket;
+use crate::devices::virtio::fs::FsMeter;
 use crate::devices::virtio::net::NetControl;
 use crate::hotplug::Hotplug;
 use crate::kvm::Vm;
@@ -53,6 +54,8 @@ pub struct Machine {
     pub vcpus: Vec<Vcpu>,
     /// Makes those that come later.
     pub more_vcpus: VcpuFactory,
+    /// What its shares have done.
+    pub shares: Vec<FsMeter>,
     /// Slots of its disks, by serial.
     pub disks: HashMap<String, usize>,
     /// Its network interfaces, by slot.
@@ -78,7 +81,8 @@ impl Machine {
     /// Runs the machine to its end: the guest's own, a request's, its owner's or, where it
     /// has none, one of the `signals`. Everything is stopped when it returns.
     pub fn run(self, signals: StopSignals, channel: Option<OwnerChannel>) -> Result<End, RunError> {
-        let Self { vm, memory, buses, vcpus, more_vcpus, disks, nets, socket, resident, timeline } = self;
+        let Self { vm, memory, buses, vcpus, more_vcpus, shares, disks, nets, socket, resident, timeline } =
+            self;
         let report = Arc::new(EndReport::new().map_err(RunError::Events)?);
         let events =
             Events::new(&report, channel.as_ref(), socket.as_ref(), signals).map_err(RunError::Events)?;
@@ -89,6 +93,7 @@ impl Machine {
             buses,
             more_vcpus,
             report,
+            shares,
             hotplug,
             memory,
             resident,
@@ -120,6 +125,7 @@ struct Owned {
     buses: Arc<Buses>,
     more_vcpus: VcpuFactory,
     report: Arc<EndReport>,
+    shares: Vec<FsMeter>,
     hotplug: Hotplug,
     memory: GuestRam,
     resident: Resident,
@@ -250,6 +256,7 @@ impl Owned {
             hugetlb_plugged_bytes: hugetlb_bytes,
             memory_resident_bytes,
             nets: self.hotplug.nets(),
+            shares: self.shares.iter().map(FsMeter::metrics).collect(),
         })
     }
 

@@ -3,10 +3,12 @@
 mod boot;
 mod container;
 mod files;
+mod fs_server;
 mod many;
 mod net;
 mod pod;
 mod report;
+mod requests;
 mod tiny_init;
 
 use std::fmt::Write;
@@ -35,6 +37,10 @@ enum What {
     Many(many::Args),
     /// What programs do with files of an image and of a volume, against runc.
     Files(files::Args),
+    /// What operations on files cost of round trips, exits and system calls, and their time against runc's.
+    Requests(requests::Args),
+    /// The monitor's file server without a guest: requests a second, and processor time of each.
+    FsServer(fs_server::Args),
     /// A container's network, against runc's and QEMU's: throughput, loss, latency and what they cost.
     Net(net::Args),
     /// A pod by containerd's CRI plugin and its containers, against runc.
@@ -48,6 +54,8 @@ pub fn run(args: Args) -> Result<()> {
         What::Container(args) => container::run(args),
         What::Many(args) => many::run(args),
         What::Files(args) => files::run(args),
+        What::Requests(args) => requests::run(args),
+        What::FsServer(args) => fs_server::run(args),
         What::Net(args) => net::run(args),
         What::Pod(args) => pod::run(args),
     }

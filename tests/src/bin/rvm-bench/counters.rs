@@ -43,47 +43,65 @@ pub fn of_vm(pid: libc::pid_t) -> BTreeMap<String, u64> {
     counters
 }
 
-/// Counts returns to user space by reason while it exists.
-pub struct UserspaceExits {
+/// Counts how often a tracepoint is passed, by one of its numbers, while it exists.
+pub struct Histogram {
     trigger: PathBuf,
+    wanted: String,
 }
 
-impl UserspaceExits {
-    /// Starts to count, for all VMs: let one run at a time.
-    pub fn count() -> Result<Self> {
-        let event = Path::new(TRACEFS).join("events/kvm/kvm_userspace_exit");
-        let counter = Self { trigger: event.join("trigger") };
-        write(&counter.trigger, "hist:keys=reason").context("a histogram of kvm_userspace_exit")?;
+impl Histogram {
+    /// Starts to count `event`, by its field `key`, where `filter` holds.
+    pub fn count(event: &str, key: &str, filter: Option<&str>) -> Result<Self> {
+        let trigger = Path::new(TRACEFS).join("events").join(event).join("trigger");
+        let filter = filter.map(|filter| format!(" if {filter}")).unwrap_or_default();
+        let counter = Self { trigger, wanted: format!("hist:keys={key}{filter}") };
+        write(&counter.trigger, &counter.wanted).with_context(|| format!("a histogram of {event}"))?;
         Ok(counter)
     }
 
-    /// So far, by reason.
-    pub fn by_reason(&self) -> Result<BTreeMap<String, u64>> {
+    /// So far, by the key.
+    pub fn counts(&self) -> Result<BTreeMap<u64, u64>> {
         let text = read_to_string(self.trigger.with_file_name("hist")).context("reading the histogram")?;
         Ok(parse(&text))
     }
 }
 
-impl Drop for UserspaceExits {
+impl Drop for Histogram {
     fn drop(&mut self) {
-        let _ = write(&self.trigger, "!hist:keys=reason");
+        let _ = write(&self.trigger, format!("!{}", self.wanted));
+    }
+}
+
+/// Counts returns to user space by reason while it exists, of all VMs: let one run at a time.
+pub struct UserspaceExits(Histogram);
+
+impl UserspaceExits {
+    /// Starts to count.
+    pub fn count() -> Result<Self> {
+        Histogram::count("kvm/kvm_userspace_exit", "reason", None).map(Self)
+    }
+
+    /// So far, by reason.
+    pub fn by_reason(&self) -> Result<BTreeMap<String, u64>> {
+        let named = |(reason, count)| (reason_name(reason), count);
+        Ok(self.0.counts()?.into_iter().map(named).collect())
     }
 }
 
 /// Lines such as `{ reason:          2 } hitcount:        280` (Documentation/trace/histogram.rst).
-fn parse(text: &str) -> BTreeMap<String, u64> {
+fn parse(text: &str) -> BTreeMap<u64, u64> {
     let mut counts = BTreeMap::new();
     for line in text.lines() {
         let words: Vec<&str> = line.split_whitespace().collect();
-        let ["{", "reason:", reason, "}", "hitcount:", count] = words[..] else { continue };
-        let (Ok(reason), Ok(count)) = (reason.parse(), count.parse::<u64>()) else { continue };
-        *counts.entry(reason_name(reason)).or_default() += count;
+        let ["{", _, key, "}", "hitcount:", count] = words[..] else { continue };
+        let (Ok(key), Ok(count)) = (key.parse(), count.parse::<u64>()) else { continue };
+        *counts.entry(key).or_default() += count;
     }
     counts
 }
 
 /// `KVM_EXIT_*` (Documentation/virt/kvm/api.rst) of those that occur.
-fn reason_name(reason: u32) -> String {
+fn reason_name(reason: u64) -> String {
     match reason {
         2 => "io".into(),
         5 => "hlt".into(),
@@ -106,7 +124,7 @@ mod tests {
         let text = "# event histogram\n#\n# trigger info: hist:keys=reason:vals=hitcount [active]\n#\n\n\
                     { reason:          2 } hitcount:        280\n{ reason:          6 } hitcount:         12\n\n\
                     Totals:\n    Hits: 292\n    Entries: 2\n    Dropped: 0\n";
-        let expected = [("io".to_owned(), 280), ("mmio".to_owned(), 12)];
+        let expected = [(2, 280), (6, 12)];
         assert_eq!(parse(text), BTreeMap::from(expected));
     }
 }

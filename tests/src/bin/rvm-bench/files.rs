@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 use crate::{RUNC, median, swept};
 
 /// The images' references, of one layer and of five.
-const IMAGES: [(&str, &str); 2] = [
+pub const IMAGES: [(&str, &str); 2] = [
     ("", "docker.io/library/debian-services:latest"),
     (", five layers", "docker.io/library/debian-services:five"),
 ];

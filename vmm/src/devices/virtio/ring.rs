@@ -221,12 +221,13 @@ impl Ring {
     /// Serves what is available, one queue full at most per call: `answer`
     /// returns the bytes it wrote into a request. What is left over, or comes in
     /// meanwhile, is seen in the worker's next round; so is all that follows when
-    /// the thread is asked to leave.
+    /// the thread is asked to leave. Returns how often the driver was interrupted.
     pub fn serve<'m>(
         &mut self,
         memory: &'m GuestRam,
         mut answer: impl FnMut(DescriptorChain<&'m GuestRam>) -> u32,
-    ) -> Result<(), RingError> {
+    ) -> Result<u64, RingError> {
+        let mut interrupts = 0;
         self.disarm(memory)?;
         for _ in 0..self.size() {
             if self.asked.to_leave() {
@@ -237,12 +238,12 @@ impl Ring {
             let head = chain.head_index();
             let written = answer(chain);
             self.push(memory, head, written)?;
-            self.notify(memory)?;
+            interrupts += u64::from(self.notify(memory)?);
         }
         if self.arm(memory)? {
             self.kick_again();
         }
-        Ok(())
+        Ok(interrupts)
     }
 
     /// What is asked of the thread that serves it.

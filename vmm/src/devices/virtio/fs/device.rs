@@ -1,15 +1,17 @@
 //! The file system device as the transport sees it.
 
 use std::fs::{File, OpenOptions};
+use std::iter;
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 
 use rvm_protocol::vmm::{CachePolicy, ShareConfig};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
+use super::meter::FsMeter;
 use super::passthrough::Policy;
 use super::worker::{FsWorker, Share};
-use super::{DEVICE_TYPE, FsError, MAX_REQUEST_QUEUES, QUEUE_SIZE, TAG_BYTES};
+use super::{DEVICE_TYPE, FsError, HIPRIO_QUEUE_SIZE, MAX_REQUEST_QUEUES, QUEUE_SIZE, TAG_BYTES};
 use crate::devices::virtio::ring::Ring;
 use crate::devices::virtio::{ActivateError, Activation, VirtioDevice, read_config_bytes};
 use crate::jail::Duty;
@@ -22,6 +24,7 @@ pub struct Fs {
     /// The high-priority queue and the request queues.
     queue_sizes: Vec<u16>,
     policy: Policy,
+    meter: FsMeter,
 }
 
 impl Fs {
@@ -40,12 +43,18 @@ impl Fs {
             .map_err(|source| FsError::Open { path: config.dir.clone(), source })?;
         let policy = Policy::new(config.readonly, config.cache == CachePolicy::Always)
             .map_err(|source| FsError::Serve { path: config.dir.clone(), source })?;
-        Ok(Self { tag, root, queue_sizes: vec![QUEUE_SIZE; 2], policy })
+        let meter = FsMeter::new(&config.tag);
+        Ok(Self { tag, root, queue_sizes: queue_sizes(1), policy, meter })
     }
 
     pub(super) fn tag(&self) -> &str {
         let len = self.tag.iter().position(|byte| *byte == 0).unwrap_or(TAG_BYTES);
         self.tag.get(..len).and_then(|tag| std::str::from_utf8(tag).ok()).unwrap_or("")
+    }
+
+    /// What it has done, for those who look.
+    pub fn meter(&self) -> FsMeter {
+        self.meter.clone()
     }
 
     pub(super) fn request_queues(&self) -> u16 {
@@ -56,9 +65,14 @@ impl Fs {
     /// served by a thread: one per vCPU lets them wait for the host's disk
     /// independently.
     pub fn with_request_queues(mut self, count: u16) -> Self {
-        self.queue_sizes = vec![QUEUE_SIZE; 1 + usize::from(count.clamp(1, MAX_REQUEST_QUEUES))];
+        self.queue_sizes = queue_sizes(count.clamp(1, MAX_REQUEST_QUEUES));
         self
     }
+}
+
+/// Of the high-priority queue and so many for requests.
+fn queue_sizes(requests: u16) -> Vec<u16> {
+    iter::once(HIPRIO_QUEUE_SIZE).chain(iter::repeat_n(QUEUE_SIZE, usize::from(requests))).collect()
 }
 
 impl VirtioDevice for Fs {
@@ -105,7 +119,7 @@ impl VirtioDevice for Fs {
             }
         }
         let root = self.root.try_clone().map_err(ActivateError::Worker)?;
-        let share = Arc::new(Share::new(root.into(), self.policy));
+        let share = Arc::new(Share::new(root.into(), self.policy, self.meter.clone()));
         for ring in rings {
             let worker = FsWorker { memory: memory.clone(), ring, share: Arc::clone(&share) };
             threads.start(worker).map_err(ActivateError::Worker)?;

@@ -13,12 +13,13 @@
 use std::io::{self, Write};
 use std::sync::Arc;
 
-use fuse_backend_rs::abi::fuse_abi::{CreateIn, EntryOut, InHeader, Opcode, OpenOut, OutHeader};
+use fuse_backend_rs::abi::fuse_abi::{CreateIn, EntryOut, InHeader, Opcode, OpenOut, OutHeader, ReleaseIn};
 use fuse_backend_rs::api::server::Server;
 use fuse_backend_rs::transport::{Reader, VirtioFsWriter, Writer};
 use virtio_queue::DescriptorChain;
 use vm_memory::ByteValued;
 
+use super::meter::FsMeter;
 use super::passthrough::Passthrough;
 use crate::memory::GuestRam;
 
@@ -38,6 +39,8 @@ enum Handling {
     SyncFs,
     /// A file without a name is made.
     TmpFile,
+    /// Something is closed: our guest kernel sends that without room for an answer.
+    Close,
     /// No answer is expected to what is not done.
     Silence,
     /// The guest's kernel does without, and asks no more.
@@ -45,7 +48,7 @@ enum Handling {
 }
 
 fn handling(opcode: u32) -> Handling {
-    const LIBRARY: [Opcode; 33] = [
+    const LIBRARY: [Opcode; 31] = [
         Opcode::Lookup,
         Opcode::Forget,
         Opcode::Getattr,
@@ -62,7 +65,6 @@ fn handling(opcode: u32) -> Handling {
         Opcode::Read,
         Opcode::Write,
         Opcode::Statfs,
-        Opcode::Release,
         Opcode::Fsync,
         Opcode::Setxattr,
         Opcode::Getxattr,
@@ -71,7 +73,6 @@ fn handling(opcode: u32) -> Handling {
         Opcode::Init,
         Opcode::Opendir,
         Opcode::Readdir,
-        Opcode::Releasedir,
         Opcode::Fsyncdir,
         Opcode::Create,
         Opcode::Destroy,
@@ -83,6 +84,7 @@ fn handling(opcode: u32) -> Handling {
     match opcode {
         SYNCFS => Handling::SyncFs,
         TMPFILE => Handling::TmpFile,
+        _ if opcode == Opcode::Release as u32 || opcode == Opcode::Releasedir as u32 => Handling::Close,
         _ if opcode == Opcode::Interrupt as u32 => Handling::Silence,
         _ if opcode == Opcode::Lseek as u32 => Handling::Library,
         _ if LIBRARY.iter().any(|known| *known as u32 == opcode) => Handling::Library,
@@ -94,12 +96,13 @@ fn handling(opcode: u32) -> Handling {
 pub(super) struct FuseServer {
     library: Server<Arc<Passthrough>>,
     tree: Arc<Passthrough>,
+    meter: FsMeter,
 }
 
 impl FuseServer {
-    pub(super) fn new(tree: Passthrough) -> Self {
+    pub(super) fn new(tree: Passthrough, meter: FsMeter) -> Self {
         let tree = Arc::new(tree);
-        Self { library: Server::new(Arc::clone(&tree)), tree }
+        Self { library: Server::new(Arc::clone(&tree)), tree, meter }
     }
 
     pub(super) fn tree(&self) -> &Passthrough {
@@ -119,6 +122,7 @@ impl FuseServer {
     /// The bytes of the answer; `None` where the message could not be decoded.
     fn serve(&self, memory: &GuestRam, chain: DescriptorChain<&GuestRam>) -> Option<Option<usize>> {
         let request = header(memory, chain.clone())?;
+        self.meter.message(request.opcode);
         match handling(request.opcode) {
             Handling::Library => {
                 let reader = Reader::from_descriptor_chain(memory, chain.clone()).ok()?;
@@ -134,6 +138,13 @@ impl FuseServer {
             }
             Handling::TmpFile => {
                 let result = self.make_nameless(memory, chain.clone());
+                Some(reply(memory, chain, request.unique, result.map_err(number)))
+            }
+            Handling::Close => {
+                let mut reader = Reader::from_descriptor_chain(memory, chain.clone()).ok()?;
+                let _: InHeader = reader.read_obj().ok()?;
+                let ReleaseIn { fh, .. } = reader.read_obj().ok()?;
+                let result = self.tree.close(request.nodeid, fh).map(|()| Vec::new());
                 Some(reply(memory, chain, request.unique, result.map_err(number)))
             }
             Handling::Silence => Some(Some(0)),

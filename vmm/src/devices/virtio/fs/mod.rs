@@ -7,6 +7,7 @@
 
 mod device;
 mod message;
+mod meter;
 mod passthrough;
 mod state;
 #[cfg(test)]
@@ -21,12 +22,16 @@ use thiserror::Error;
 use super::ring::RingError;
 
 pub use device::Fs;
+pub use meter::FsMeter;
 pub use state::FsState;
 
 /// Device type (section 5.11.1).
 pub const DEVICE_TYPE: u32 = virtio_bindings::virtio_ids::VIRTIO_ID_FS;
-/// Size of each queue.
-pub const QUEUE_SIZE: u16 = 256;
+/// Size of the high-priority queue.
+pub const HIPRIO_QUEUE_SIZE: u16 = 256;
+/// Size of each queue of requests. The guest sends no more pages at once than fit in it with their
+/// headers: [`MAX_IO_BYTES`] are 256.
+pub const QUEUE_SIZE: u16 = 512;
 /// Bytes of the tag in the configuration space (section 5.11.4).
 pub const TAG_BYTES: usize = 36;
 /// Request queues, and threads serving them, of one share at most.

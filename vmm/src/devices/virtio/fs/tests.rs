@@ -1,5 +1,7 @@
 //! The device driven with FUSE messages made by hand.
 
+mod native;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
@@ -579,6 +581,56 @@ fn a_file_without_a_name_gets_one() {
     assert_eq!(fs::metadata(client.path("named")).unwrap().permissions().mode() & 0o7777, 0o644);
     assert_eq!(client.lookup(ROOT, "named"), Ok(file));
     assert_eq!(client.call(SYNCFS, ROOT, &[0; 8]).0, 0);
+}
+
+/// Our guest kernel sends it to the queue that carries what nobody waits for.
+#[test]
+fn what_is_closed_needs_no_answer() {
+    const OPEN_FLAGS: usize = 8;
+    let mut client = Client::new(false, CachePolicy::Auto);
+    let (file, handle) = client.create("file", 0o644, 0);
+    let (error, opened) = client.call(OPEN, file, &words(&[libc::O_RDONLY as u32, 0]));
+    assert_eq!((error, u32_at(&opened, OPEN_FLAGS) >> 31), (0, 1), "the guest is told");
+    for (node, handle) in [(file, u64_at(&opened, 0)), (file, handle)] {
+        let body = [handle.to_le_bytes().as_slice(), &words(&[0; 4])].concat();
+        let message = [client.header(RELEASE, node, body.len()), body].concat();
+        client.queue.write(DATA, &message);
+        client.queue.send(0, &[(DATA, message.len() as u32, 0)]);
+        assert_eq!(client.queue.wait_used(0), 0);
+        assert_eq!(client.call(READ, node, &read_body(handle, 0, 1)).0, libc::EBADF);
+    }
+    assert_eq!(client.call(GETATTR, file, &[0; 16]).0, 0, "what is closed is known as before");
+}
+
+#[test]
+fn a_name_stands_for_what_is_there_now() {
+    let mut client = Client::new(false, CachePolicy::Auto);
+    fs::write(client.path("one"), b"1").unwrap();
+    fs::write(client.path("two"), b"2").unwrap();
+    let [one, two] = ["one", "two"].map(|file| client.lookup(ROOT, file).unwrap());
+    fs::hard_link(client.path("one"), client.path("link")).unwrap();
+    assert_eq!(client.lookup(ROOT, "link"), Ok(one));
+    fs::rename(client.path("two"), client.path("one")).unwrap();
+    assert_eq!(client.lookup(ROOT, "one"), Ok(two));
+    assert_eq!(client.lookup(ROOT, "two"), Err(libc::ENOENT));
+    fs::remove_file(client.path("one")).unwrap();
+    fs::write(client.path("one"), b"3").unwrap();
+    let third = client.lookup(ROOT, "one").unwrap();
+    assert!(third != one && third != two, "the number of a file that the guest knows is given to no other");
+    let handle = client.open(two, libc::O_RDONLY).unwrap();
+    assert_eq!(client.call(READ, two, &read_body(handle, 0, 9)).1, b"2");
+    let dir = root_dir(&mut client);
+    let known = client.names(READDIRPLUS, ROOT, dir, 4096);
+    assert!(
+        known.contains(&("link".to_owned(), one)) && known.contains(&("one".to_owned(), third)),
+        "{known:?}"
+    );
+}
+
+fn root_dir(client: &mut Client) -> u64 {
+    let (error, dir) = client.call(OPENDIR, ROOT, &words(&[0, 0]));
+    assert_eq!(error, 0);
+    u64_at(&dir, 0)
 }
 
 /// A chain may name one buffer over and over: nothing is allocated for that.

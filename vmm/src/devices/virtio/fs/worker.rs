@@ -9,6 +9,7 @@ use vmm_sys_util::epoll::{Epoll, EpollEvent};
 
 use super::FsError;
 use super::message::FuseServer;
+use super::meter::FsMeter;
 use super::passthrough::{Passthrough, Policy};
 use crate::devices::virtio::ring::Ring;
 use crate::devices::virtio::worker::Handler;
@@ -24,13 +25,14 @@ pub(super) struct FsWorker {
 pub(super) struct Share {
     root: OwnedFd,
     policy: Policy,
+    meter: FsMeter,
     server: OnceLock<FuseServer>,
 }
 
 impl Share {
     /// Looks at nothing yet: a vCPU's thread, on which a driver starts, has no calls for files.
-    pub(super) fn new(root: OwnedFd, policy: Policy) -> Self {
-        Self { root, policy, server: OnceLock::new() }
+    pub(super) fn new(root: OwnedFd, policy: Policy, meter: FsMeter) -> Self {
+        Self { root, policy, meter, server: OnceLock::new() }
     }
 
     /// What all of the threads serve; whichever comes first makes it.
@@ -39,7 +41,7 @@ impl Share {
             return Ok(server);
         }
         let tree = Passthrough::new(self.root.try_clone()?, self.policy)?;
-        Ok(self.server.get_or_init(|| FuseServer::new(tree)))
+        Ok(self.server.get_or_init(|| FuseServer::new(tree, self.meter.clone())))
     }
 }
 
@@ -58,7 +60,8 @@ impl Handler for FsWorker {
         let Self { memory, ring, share } = self;
         if !ready.is_empty() {
             let server = share.server().map_err(FsError::Share)?;
-            ring.serve(memory, |chain| server.answer(memory, chain))?;
+            let interrupts = ring.serve(memory, |chain| server.answer(memory, chain))?;
+            share.meter.round(interrupts);
         }
         Ok(())
     }

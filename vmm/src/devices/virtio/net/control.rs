@@ -60,6 +60,7 @@ impl Control {
             let answer = if done.is_ok() { VIRTIO_NET_OK } else { VIRTIO_NET_ERR };
             writable.write(&[answer as u8]) as u32
         })
+        .map(drop)
     }
 }
 

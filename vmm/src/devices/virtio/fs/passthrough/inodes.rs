@@ -73,6 +73,8 @@ struct Mount {
     anchor: Anchor,
     /// Nobody changes anything in it.
     immutable: bool,
+    /// [`sys::is_local`].
+    local: bool,
     /// Directories found by name and used last, so that what is deep below is not
     /// looked for from the root each time. By node id.
     dirs: Recent<u64, Arc<OwnedFd>>,
@@ -137,6 +139,11 @@ impl Inode {
     /// Whether neither host nor guest changes it, or what is in it.
     pub(super) fn is_immutable(&self) -> bool {
         self.mount.immutable
+    }
+
+    /// Whether a file of it is written nowhere else when it is closed.
+    pub(super) fn is_local(&self) -> bool {
+        self.mount.local
     }
 
     /// A descriptor that stands for it, not open for data.
@@ -273,8 +280,49 @@ impl Inodes {
             if stat.mount == parent.mount.id {
                 return self.found(parent, Arc::clone(&parent.mount), At::Name { parent, name }, stat);
             }
+        } else if let Some(found) = self.held(parent, sys::stat(dir, name)?) {
+            return Ok(found);
         }
         self.found_open(parent, name, sys::open_at(dir, name, libc::O_PATH, 0)?)
+    }
+
+    /// The same of a name read from the directory, of a file that has this number there.
+    pub(super) fn look_up_entry(
+        &self,
+        parent: &Arc<Inode>,
+        dir: BorrowedFd<'_>,
+        name: &CStr,
+        ino: u64,
+    ) -> io::Result<Found> {
+        let key = Key { ino, ..parent.key };
+        if parent.mount.immutable || self.tables().by_key.contains_key(&key) {
+            return self.look_up(parent, dir, name);
+        }
+        self.found_open(parent, name, sys::open_at(dir, name, libc::O_PATH, 0)?)
+    }
+
+    /// Files the guest knows.
+    pub(super) fn count(&self) -> usize {
+        self.tables().by_id.len()
+    }
+
+    /// A file seen in `parent` that is held open, and so is the one with its number: it need not be opened to be
+    /// known again.
+    fn held(&self, parent: &Inode, stat: Stat) -> Option<Found> {
+        let mount = &parent.mount;
+        let kind = stat.attr.st_mode & libc::S_IFMT;
+        // Whether it is a device the guest has made has to be read.
+        if stat.mount != mount.id || mount.is_followed() || kind == libc::S_IFCHR {
+            return None;
+        }
+        let mut tables = self.tables();
+        let id = *tables.by_key.get(&key(mount, &stat))?;
+        let known = tables.by_id.get_mut(&id)?;
+        if known.inode.kind != kind || !matches!(known.inode.place, Place::Fd(_)) {
+            return None;
+        }
+        known.lookups = known.lookups.saturating_add(1);
+        Some(Found { id, stat, immutable: false, is_alone: false, is_submount: false })
     }
 
     /// The same of the file `name` of `parent` that is open already, with `O_PATH`.
@@ -429,9 +477,10 @@ impl Mount {
         let held = anchor(file, stat)?;
         let readonly = policy.readonly || sys::is_readonly(file)?;
         let immutable = policy.constant && readonly || sys::is_layers(file, stat.mount);
+        let local = sys::is_local(file);
         let anchor = again.unwrap_or(Anchor::Held(held));
         let dirs = Recent::new(RECENT_DIRS);
-        Ok(Self { id: stat.mount, number, dev: stat.attr.st_dev, anchor, immutable, dirs })
+        Ok(Self { id: stat.mount, number, dev: stat.attr.st_dev, anchor, immutable, local, dirs })
     }
 
     /// Whether its files are known by the names they were seen under last.

@@ -53,6 +53,11 @@ const RECENT_DIRS: usize = 16;
 const MAX_OPEN_FILES: usize = 32 << 10;
 /// Bytes of directory entries in one answer.
 const MAX_DIR_BYTES: u32 = 1 << 20;
+/// Our guest kernel's `FOPEN_RELEASE_UNANSWERED`: a file is closed without an answer, which nobody waits for. Others
+/// know nothing of it and wait.
+// SAFETY: the type stands for 32 bits, all of which the guest is sent.
+const UNANSWERED: OpenOptions = unsafe { OpenOptions::from_bits_unchecked(1 << 31) };
+
 /// How a share is served.
 #[derive(Clone, Copy, Debug)]
 pub struct Policy {
@@ -120,7 +125,6 @@ impl Passthrough {
             | FsOptions::ATOMIC_O_TRUNC
             | FsOptions::PARALLEL_DIROPS
             | FsOptions::DO_READDIRPLUS
-            | FsOptions::READDIRPLUS_AUTO
             | FsOptions::CACHE_SYMLINKS
             | FsOptions::DONT_MASK
             | FsOptions::POSIX_ACL
@@ -189,17 +193,29 @@ impl Passthrough {
         self.inodes.look_up(parent, dir, name).map(|found| self.entry(parent, &found))
     }
 
+    /// The same of an entry of the directory.
+    fn find_entry(
+        &self,
+        parent: &Arc<Inode>,
+        dir: BorrowedFd<'_>,
+        name: &CStr,
+        ino: u64,
+    ) -> io::Result<Entry> {
+        self.inodes.look_up_entry(parent, dir, name, ino).map(|found| self.entry(parent, &found))
+    }
+
+    /// What of the guest's flags concerns the host: the guest has resolved, created and locked
+    /// already, and direct I/O is between it and its own page cache.
+    const OPEN_FLAGS: i32 = libc::O_ACCMODE | libc::O_TRUNC | libc::O_APPEND | libc::O_SYNC | libc::O_DSYNC;
+
     /// Opens a file for the guest's `flags`, as far as they concern the host.
     fn open_for(&self, inode: &Inode, flags: u32) -> io::Result<OpenFile> {
         let flags = flags.cast_signed();
         if flags & libc::O_ACCMODE != libc::O_RDONLY || flags & libc::O_TRUNC != 0 {
             self.change()?;
         }
-        // The guest has resolved, created and locked already, and direct I/O
-        // is between it and its own page cache.
-        const KEPT: i32 = libc::O_ACCMODE | libc::O_TRUNC | libc::O_APPEND | libc::O_SYNC | libc::O_DSYNC;
         // Opening never waits, e.g. for a lease to be broken.
-        let fd = inode.open(flags & KEPT | libc::O_NONBLOCK)?;
+        let fd = inode.open(flags & Self::OPEN_FLAGS | libc::O_NONBLOCK)?;
         Ok(OpenFile::new(fd, flags & libc::O_APPEND != 0))
     }
 
@@ -214,6 +230,11 @@ impl Passthrough {
         let file = Arc::new(self.open_for(&*self.inodes.get(id)?, libc::O_RDONLY.cast_unsigned())?);
         self.recent_files.put(id, Arc::clone(&file));
         Ok(file)
+    }
+
+    /// Closes what the guest has open as `handle` of a node.
+    pub fn close(&self, id: u64, handle: u64) -> io::Result<()> {
+        self.handles.release(id, handle)
     }
 
     /// Writes what the host's file system of a node holds to its disk.
@@ -255,12 +276,17 @@ impl Passthrough {
         result
     }
 
-    /// What the guest's page cache may do with a file it opens.
-    fn open_options(&self, inode: &Inode, dir: bool) -> OpenOptions {
-        match (self.policy.constant || inode.is_immutable(), dir) {
+    /// What the guest's page cache may do with a file or directory it opens, and whether it waits for it to be
+    /// closed. `flags` are those it is opened with.
+    fn open_options(&self, inode: &Inode, flags: i32) -> OpenOptions {
+        let cache = match (self.policy.constant || inode.is_immutable(), flags & libc::O_DIRECTORY != 0) {
             (true, true) => OpenOptions::KEEP_CACHE | OpenOptions::CACHE_DIR,
             (true, false) => OpenOptions::KEEP_CACHE,
             (false, _) => OpenOptions::empty(),
+        };
+        match flags & libc::O_ACCMODE == libc::O_RDONLY || inode.is_local() {
+            true => cache | UNANSWERED,
+            false => cache,
         }
     }
 }

@@ -95,7 +95,7 @@ impl Passthrough {
         let found = self.inodes.found_open(&parent, c"", sys::reopen(file.as_fd(), libc::O_PATH)?)?;
         let opened = self.inodes.get(found.id).and_then(|inode| {
             let handle = self.handles.add_file(found.id, OpenFile::new(file, flags & libc::O_APPEND != 0))?;
-            Ok((handle, self.open_options(&inode, false)))
+            Ok((handle, self.open_options(&inode, flags & !libc::O_DIRECTORY)))
         });
         match opened {
             Ok((handle, options)) => Ok((self.entry(&parent, &found), handle, options)),
@@ -308,7 +308,8 @@ impl FileSystem for Passthrough {
         }
         let file = self.open_for(&inode, flags)?;
         let handle = self.handles.add_file(id, file)?;
-        Ok((Some(handle), self.open_options(&inode, false), None))
+        let flags = flags.cast_signed() & !libc::O_DIRECTORY;
+        Ok((Some(handle), self.open_options(&inode, flags), None))
     }
 
     fn create(
@@ -320,23 +321,39 @@ impl FileSystem for Passthrough {
     ) -> io::Result<(Entry, Option<u64>, OpenOptions, Option<u32>)> {
         self.change()?;
         let name = component(name)?;
-        let exclusive = args.flags.cast_signed() & libc::O_EXCL != 0;
-        let entry = self.make(ctx, parent, name, args.umask, |dir| {
-            let flags = libc::O_CREAT | libc::O_EXCL | libc::O_WRONLY;
-            match sys::open_at(dir, name, flags, args.mode & 0o7777) {
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists && !exclusive => Ok(()),
-                made => made.map(drop),
+        let flags = args.flags.cast_signed();
+        let parent = self.inodes.get(parent)?;
+        let dir = parent.path_fd()?;
+        let made = {
+            let _acting = ActingFor::new(ctx.uid, ctx.gid, args.umask)?;
+            let flags = flags & Self::OPEN_FLAGS | libc::O_CREAT | libc::O_EXCL;
+            sys::open_at(dir.as_fd(), name, flags, args.mode & 0o7777)
+        };
+        let (found, file) = match made {
+            Ok(file) => {
+                let path = sys::reopen(file.as_fd(), libc::O_PATH)?;
+                let found = self.inodes.found_open(&parent, name, path)?;
+                (found, Ok(OpenFile::new(file, flags & libc::O_APPEND != 0)))
             }
-        })?;
-        let opened = self.inodes.get(entry.inode).and_then(|inode| {
-            let file = self.open_for(&inode, args.flags)?;
-            Ok((self.handles.add_file(entry.inode, file)?, self.open_options(&inode, false)))
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && flags & libc::O_EXCL == 0 => {
+                let found = self.inodes.look_up(&parent, dir.as_fd(), name)?;
+                let file = self.inodes.get(found.id).and_then(|inode| self.open_for(&inode, args.flags));
+                (found, file)
+            }
+            Err(error) => return Err(error),
+        };
+        let opened = file.and_then(|file| {
+            let inode = self.inodes.get(found.id)?;
+            Ok((
+                self.handles.add_file(found.id, file)?,
+                self.open_options(&inode, flags & !libc::O_DIRECTORY),
+            ))
         });
         match opened {
-            Ok((handle, options)) => Ok((entry, Some(handle), options, None)),
+            Ok((handle, options)) => Ok((self.entry(&parent, &found), Some(handle), options, None)),
             Err(error) => {
                 // The guest is not told of the entry.
-                self.inodes.forget([(entry.inode, 1)]);
+                self.inodes.forget([(found.id, 1)]);
                 Err(error)
             }
         }
@@ -379,19 +396,6 @@ impl FileSystem for Passthrough {
         }
         let size = size.min(MAX_IO_BYTES) as usize;
         r.read_to(Lent::new(file.fd()).file(), size, signed(offset)?.cast_unsigned())
-    }
-
-    fn release(
-        &self,
-        _ctx: &Context,
-        inode: u64,
-        _flags: u32,
-        handle: u64,
-        _flush: bool,
-        _flock_release: bool,
-        _lock_owner: Option<u64>,
-    ) -> io::Result<()> {
-        self.handles.release(inode, handle)
     }
 
     fn fsync(&self, _ctx: &Context, inode: u64, datasync: bool, handle: u64) -> io::Result<()> {
@@ -448,11 +452,7 @@ impl FileSystem for Passthrough {
         }
         let inode = self.inodes.get(id)?;
         let handle = self.handles.add_dir(id, self.open_dir(&inode)?)?;
-        Ok((Some(handle), self.open_options(&inode, true)))
-    }
-
-    fn releasedir(&self, _ctx: &Context, inode: u64, _flags: u32, handle: u64) -> io::Result<()> {
-        self.handles.release(inode, handle)
+        Ok((Some(handle), self.open_options(&inode, libc::O_RDONLY | libc::O_DIRECTORY)))
     }
 
     fn readdir(
@@ -491,11 +491,17 @@ impl FileSystem for Passthrough {
             return errno(libc::EINVAL);
         }
         let parent = self.inodes.get(id)?;
+        // Each file that can change is held open as long as the guest knows it: who only lists a
+        // large directory is not to use up what there is of that.
+        let names_alone = !parent.is_immutable() && self.inodes.count() >= self.policy.max_open_files;
         self.read_dir(id, handle, offset, &mut |dir, entry| {
             // Node id 0: the name alone. The guest knows `.` and `..`, and what
             // has vanished meanwhile it finds out itself.
-            let found =
-                component(entry.name).and_then(|name| self.find(&parent, dir, name)).unwrap_or_default();
+            let found = component(entry.name)
+                .ok()
+                .filter(|_| !names_alone)
+                .and_then(|name| self.find_entry(&parent, dir, name, entry.ino).ok())
+                .unwrap_or_default();
             let mut added = dir_entry(&entry);
             if found.inode != 0 {
                 added.type_ = (found.attr.st_mode & libc::S_IFMT) >> 12;

@@ -5,6 +5,7 @@
 //! `/proc/self/fd`, which every thread of the server has as its working
 //! directory (see [`enter_server_thread`]).
 
+use std::cell::Cell;
 use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io;
@@ -305,20 +306,49 @@ pub(super) fn raise_descriptor_limit() -> io::Result<u64> {
     }
 }
 
+/// Whether what is written to a file system stays on this host: closing a file of one that is elsewhere may have it
+/// sent there first, and who closes it waits for that.
+pub(super) fn is_local(fd: BorrowedFd<'_>) -> bool {
+    const LOCAL: [i64; 9] = [
+        libc::EXT4_SUPER_MAGIC,
+        libc::XFS_SUPER_MAGIC,
+        libc::BTRFS_SUPER_MAGIC,
+        libc::F2FS_SUPER_MAGIC,
+        libc::TMPFS_MAGIC,
+        libc::OVERLAYFS_SUPER_MAGIC,
+        // ramfs, bcachefs, ZFS
+        0x8584_58f6,
+        0xca45_1a4e,
+        0x2fc1_2fc1,
+    ];
+    let mut kind = MaybeUninit::<libc::statfs>::zeroed();
+    // SAFETY: `kind` has room for a statfs.
+    let known = unsafe { libc::fstatfs(fd.as_raw_fd(), kind.as_mut_ptr()) } == 0;
+    // SAFETY: it was zeroed and then filled; any bytes are valid.
+    known && LOCAL.contains(&unsafe { kind.assume_init() }.f_type)
+}
+
+thread_local! {
+    /// The calling thread's umask, where it is known.
+    static UMASK: Cell<Option<u32>> = const { Cell::new(None) };
+}
+
 /// The calling thread acts for another user while this lives: what it makes is
 /// his. Its capabilities stay (see [`enter_server_thread`]).
 pub(super) struct ActingFor {
-    umask: u32,
     uid: u32,
     gid: u32,
 }
 
 impl ActingFor {
-    /// Acts for `uid` and `gid`, with his umask.
+    /// Acts for `uid` and `gid`, with his umask, which stays the thread's: the next one's is nearly always the same.
     pub(super) fn new(uid: u32, gid: u32, umask: u32) -> io::Result<Self> {
-        // SAFETY: touches no memory; the thread's umask is its own.
-        let umask = unsafe { libc::umask(umask & 0o777) };
-        let acting = Self { umask, uid, gid };
+        let umask = umask & 0o777;
+        if UMASK.replace(Some(umask)) != Some(umask) {
+            // SAFETY: touches no memory; the thread's umask is its own.
+            unsafe { libc::umask(umask) };
+        }
+        let acting = Self { uid, gid };
         acting.become_user(gid, uid)?;
         Ok(acting)
     }
@@ -337,8 +367,6 @@ impl ActingFor {
 
 impl Drop for ActingFor {
     fn drop(&mut self) {
-        // SAFETY: touches no memory.
-        unsafe { libc::umask(self.umask) };
         if let Err(error) = self.become_user(0, 0) {
             // Never go on as somebody else.
             log::error!("fs: cannot act for root again: {error}");
