@@ -17,6 +17,7 @@ use rvm_vmm::devices::virtio::blk::Blk;
 use rvm_vmm::devices::virtio::fs::Fs;
 use rvm_vmm::devices::virtio::mem::Mem;
 use rvm_vmm::devices::virtio::net::Net;
+use rvm_vmm::devices::virtio::pmem::Pmem;
 use rvm_vmm::devices::virtio::vsock::Vsock;
 use rvm_vmm::kvm::{Host, Vm};
 use rvm_vmm::memory;
@@ -308,6 +309,17 @@ pub fn mem(data: &[u8]) {
     let Ok(memory) = memory::create_shaped(shape) else { return };
     let mut device = Mem::new(&memory, memory::Room::Memory);
     drive(&mut device, &[0], blocks, data);
+}
+
+fn flush(input: &mut Input<'_>) -> Vec<u8> {
+    let kind = if input.u8() % 4 == 0 { input.u32() } else { 0 };
+    let count = usize::from(input.u8() % 8);
+    [&kind.to_le_bytes()[..], input.bytes(count)].concat()
+}
+
+/// Requests to a file that is memory.
+pub fn pmem(data: &[u8]) {
+    drive(&mut Pmem::new(4 << 30..(4 << 30) + (2 << 20)), &[0], flush, data);
 }
 
 /// A VM, made once.

@@ -26,6 +26,8 @@ const SIZE: u16 = 16;
 const QUEUE: u64 = 0x1000;
 /// Where buffers are.
 const DATA: u64 = 0x1_0000;
+/// Where a file is lent that has become shorter since, so that whoever touches it dies.
+const WINDOW: u64 = 4 << 30;
 /// What of memory is as it was for the next input.
 const CLEARED: usize = 0x4_0000;
 /// Threads, of which no device has more.
@@ -65,7 +67,14 @@ thread_local! {
 fn ground() -> Option<(GuestRam, Threads)> {
     GROUND.with_borrow_mut(|ground| {
         if ground.is_none() {
-            let memory = memory::create(MEMORY).ok()?;
+            let shape = memory::Shape { boot: MEMORY, window: 128 << 20, ..memory::Shape::default() };
+            let memory = memory::create_shaped(shape).ok()?;
+            let file = tempfile::tempfile().ok()?;
+            file.set_len(0x8000).ok()?;
+            let (window, bytes) = memory.map(&file).ok()?;
+            memory.lend(window, bytes);
+            assert_eq!(memory.windows().first()?.start(), GuestAddress(WINDOW));
+            file.set_len(0x1000).ok()?;
             let threads = Threads::new("fuzz", THREADS, Duty::Files).ok()?;
             *ground = Some(Ground { memory, threads });
         }
@@ -235,10 +244,11 @@ impl Driver {
     }
 
     fn address(input: &mut Input<'_>) -> u64 {
-        match input.u8() % 4 {
+        match input.u8() % 5 {
             0 => DATA + u64::from(input.u16()),
             1 => MEMORY - u64::from(input.u8()),
             2 => u64::MAX - u64::from(input.u8()),
+            3 => WINDOW + u64::from(input.u16()),
             _ => input.u64(),
         }
     }

@@ -13,12 +13,13 @@ mod input;
 pub type Run = fn(&[u8]);
 
 /// All there are, by name.
-pub const TARGETS: [(&str, Run); 18] = [
+pub const TARGETS: [(&str, Run); 19] = [
     ("fs", devices::fs),
     ("blk", devices::blk),
     ("net", devices::net),
     ("vsock", devices::vsock),
     ("mem", devices::mem),
+    ("pmem", devices::pmem),
     ("buses", devices::buses),
     ("image", hosts::image),
     ("saved", hosts::saved),

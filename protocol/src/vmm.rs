@@ -41,6 +41,10 @@ pub struct VmConfig {
     /// ([`Request::SetHugetlbMemory`]).
     #[serde(default)]
     pub hugetlb_memory_mib: u64,
+    /// Largest file that can be plugged in as memory ([`Request::AddPmem`]), in MiB, a multiple of 128: so
+    /// many of the guest's addresses are kept for each, and nothing else. 0 for none.
+    #[serde(default)]
+    pub pmem_mib: u64,
     /// Whether the host may put pages of 2 MiB behind guest memory, where it has
     /// some: fewer exits and faster translations, but the guest's first byte in
     /// each takes all of it.
@@ -219,6 +223,8 @@ pub const MAX_QUEUE_PAIRS: u8 = 32;
 /// Most vCPUs of one machine: APIC ids in its MP table are bytes, and 255 is
 /// broadcast. The guest's kernel is built for as many (`CONFIG_NR_CPUS`).
 pub const MAX_VCPUS: u8 = 255;
+/// What [`VmConfig::pmem_mib`] is a multiple of.
+pub const PMEM_STEP_MIB: u64 = 128;
 /// Longest [`Call`] or [`Reply`], in bytes.
 pub const MAX_MESSAGE_LEN: usize = 64 << 10;
 
@@ -273,6 +279,16 @@ pub enum Request {
         /// The disk's serial.
         serial: String,
     },
+    /// Plugs a virtio-pmem device into the running machine: the regular file whose descriptor
+    /// is attached, open for reading, as memory that the guest can read. Answered with
+    /// [`Response::Plugged`]. The file must not shrink: a guest that reads what is gone ends.
+    AddPmem,
+    /// Takes a virtio-pmem device out of the running machine and lets go of its file; the
+    /// guest has been told to let go of it before. One that has not finds nothing there.
+    RemovePmem {
+        /// The device's.
+        slot: u8,
+    },
     /// Plugs a virtio-net device into the running machine. Attached are the tap's
     /// descriptors, one for each queue pair, and after them none, or one of
     /// `/dev/vhost-net` for each. The guest finds it when it scans its PCI bus again.
@@ -322,6 +338,11 @@ pub enum Request {
 pub enum Response {
     /// Done.
     Ok,
+    /// Done: the device is in the PCI slot of this number.
+    Plugged {
+        /// By which it is known from now on.
+        slot: u8,
+    },
     /// Counters since the monitor started.
     Metrics(Metrics),
     /// Refused or failed.
@@ -353,6 +374,10 @@ pub struct Metrics {
     /// The shares, as they were configured.
     #[serde(default)]
     pub shares: Vec<ShareMetrics>,
+    /// Files that are the guest's to read as memory, in bytes, which are no part of
+    /// [`memory_bytes`](Self::memory_bytes).
+    #[serde(default)]
+    pub pmem_bytes: u64,
 }
 
 /// What the server of a share has done since its driver began.

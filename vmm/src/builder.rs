@@ -32,7 +32,7 @@ use crate::kvm::{Host, KvmError, Vm};
 use crate::machine::Machine;
 use crate::memory::{self, GuestRam, MemoryError, Resident, Shape};
 use crate::pci::virtio::function::{self, FunctionError};
-use crate::pci::{BusFull, CONFIG_ADDRESS_PORT, PciBus};
+use crate::pci::{BusFull, CONFIG_ADDRESS_PORT, PciBus, TABLE_MAGIC};
 use crate::snapshot::{self, MachineState, SnapshotError};
 use crate::timeline::Timeline;
 use crate::vcpu::{BootEntry, Vcpu, VcpuError, VcpuFactory};
@@ -142,6 +142,7 @@ pub fn open(
         boot: vm.memory_mib << 20,
         more: vm.hotplug_memory_mib << 20,
         hugetlb: vm.hugetlb_memory_mib << 20,
+        window: vm.pmem_mib << 20,
         huge_pages: vm.huge_pages,
     })?;
     Ok(Opened { config, snapshot, host, memory, vsock, shares, disks, console, socket })
@@ -174,9 +175,8 @@ pub fn build(opened: Opened, timeline: Arc<Timeline>) -> Result<Machine, BuildEr
         timeline.reached("memory_taken");
         let Built { buses, vcpus, more_vcpus, shares, disks, nets } = built?;
         if snapshot.is_none() {
-            let table = buses.pci.table();
             memory
-                .write_slice(&table, GuestAddress(layout::PCI_TABLE_START))
+                .write_slice(TABLE_MAGIC, GuestAddress(layout::PCI_TABLE_START))
                 .map_err(BuildError::PciTable)?;
         }
         let (vm, memory) = (Arc::clone(&vm), memory.clone());

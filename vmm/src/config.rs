@@ -16,6 +16,7 @@ use crate::arch::layout::{self, CMDLINE_MAX_SIZE, MEMORY_BLOCK};
 use crate::arch::vendor::Vendor;
 use crate::boot::params;
 use crate::jail::{Jail, JailError};
+use crate::memory::windows::WINDOWS;
 use crate::process;
 
 /// Smallest guest memory, in MiB: kernel, initramfs and a little.
@@ -147,8 +148,17 @@ pub fn check(mut vm: VmConfig) -> Result<CheckedConfig, ConfigError> {
         }
         most -= hotplug;
     }
-    if let Some(problem) = beyond_reach(&vm, Vendor::address_bits()) {
+    if vm.pmem_mib > MAX_MEMORY_MIB || !vm.pmem_mib.is_multiple_of(block) {
+        let problem = format!("{} given; must be a multiple of {block} up to {MAX_MEMORY_MIB}", vm.pmem_mib);
+        return wrong("pmem_mib", problem);
+    }
+    let bits = Vendor::address_bits();
+    if let Some(problem) = beyond_reach(&vm, bits) {
         return wrong("memory_mib", problem);
+    }
+    if windows_beyond_reach(&vm, bits) {
+        log::info!("pmem_mib: this CPU's addresses of {bits} bits leave no room behind memory");
+        vm.pmem_mib = 0;
     }
     let cmdline = params::full_cmdline(&vm.cmdline, (vm.max_vcpus > vm.vcpus).then_some(vm.vcpus));
     if !cmdline.bytes().all(|b| b.is_ascii_graphic() || b == b' ') {
@@ -189,13 +199,8 @@ pub fn check(mut vm: VmConfig) -> Result<CheckedConfig, ConfigError> {
 
 /// What is wrong with memory that addresses of `bits` do not reach.
 fn beyond_reach(vm: &VmConfig, bits: u32) -> Option<String> {
-    let end = layout::end_of_addresses(
-        vm.memory_mib << 20,
-        vm.hotplug_memory_mib << 20,
-        vm.hugetlb_memory_mib << 20,
-    );
-    let reach = 1u64.checked_shl(bits).unwrap_or(u64::MAX);
-    (end > reach).then(|| {
+    let reach = reach(bits);
+    (end_of_addresses(vm) > reach).then(|| {
         format!(
             "{}, hotplug_memory_mib {} and hugetlb_memory_mib {} given; this CPU's addresses have {bits} bits, so \
              all and the room between them must end below {} MiB",
@@ -205,6 +210,22 @@ fn beyond_reach(vm: &VmConfig, bits: u32) -> Option<String> {
             reach >> 20
         )
     })
+}
+
+/// Whether windows for files lie where addresses of `bits` do not reach.
+fn windows_beyond_reach(vm: &VmConfig, bits: u32) -> bool {
+    let first = layout::windows(end_of_addresses(vm));
+    let end = first.saturating_add((WINDOWS as u64).saturating_mul(vm.pmem_mib << 20));
+    vm.pmem_mib > 0 && end > reach(bits)
+}
+
+fn end_of_addresses(vm: &VmConfig) -> u64 {
+    layout::end_of_addresses(vm.memory_mib << 20, vm.hotplug_memory_mib << 20, vm.hugetlb_memory_mib << 20)
+}
+
+/// The first address that one of `bits` cannot be.
+fn reach(bits: u32) -> u64 {
+    1u64.checked_shl(bits).unwrap_or(u64::MAX)
 }
 
 fn first_repeated<T: Copy + Eq + Hash>(mut names: impl Iterator<Item = T>) -> Option<T> {
@@ -301,6 +322,22 @@ mod tests {
     }
 
     #[test]
+    fn windows_end_where_the_cpus_addresses_do() {
+        let beyond = |boot: u64, window: u64, bits| {
+            let config = text(|c| {
+                c["memory_mib"] = boot.into();
+                c["pmem_mib"] = window.into();
+            });
+            windows_beyond_reach(&serde_json::from_str(&config).unwrap(), bits)
+        };
+        assert!(!beyond(1024, 1024, 39));
+        assert!(!beyond(1024, (508 << 10) / 4, 39));
+        assert!(beyond(1024, (508 << 10) / 4 + 128, 39));
+        assert!(beyond((511 << 10) - 128, 128, 39), "a machine without windows");
+        assert!(!beyond((511 << 10) - 128, 0, 39));
+    }
+
+    #[test]
     fn every_error_names_its_field() {
         let with = |field: &str, value: serde_json::Value| error(&text(|c| c[field] = value));
         for (field, value, says) in [
@@ -313,6 +350,8 @@ mod tests {
             ("hotplug_memory_mib", 2.into(), "multiple of 128"),
             ("hotplug_memory_mib", (1 << 20).into(), "up to 1048448"),
             ("hotplug_memory_mib", u64::MAX.into(), "up to"),
+            ("pmem_mib", 1.into(), "multiple of 128"),
+            ("pmem_mib", u64::MAX.into(), "up to 1048576"),
             ("kernel", "/nonexistent".into(), "No such file"),
             ("kernel", "/dev/null".into(), "regular file"),
             ("initramfs", "/nonexistent".into(), "No such file"),

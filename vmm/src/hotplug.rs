@@ -1,4 +1,4 @@
-//! Disks, network interfaces and memory for the running machine.
+//! Disks, network interfaces, memory and files as memory for the running machine.
 //!
 //! What the machine can grow by is reserved from the start and belongs to nobody
 //! ([`memory::ram`](crate::memory::ram)). When its owner first asks for more,
@@ -9,6 +9,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
 use rvm_protocol::vmm::{NetConfig, NetMetrics};
@@ -19,15 +20,21 @@ use crate::arch::layout;
 use crate::devices::virtio::blk::{Blk, BlkError};
 use crate::devices::virtio::mem::{BLOCK_BYTES, Mem, MemControl};
 use crate::devices::virtio::net::{Net, NetControl, NetError};
+use crate::devices::virtio::pmem::Pmem;
 use crate::kvm::{KvmError, Vm};
+use crate::memory::windows::{WINDOWS, Window, WindowError};
 use crate::memory::{GuestRam, Room};
 use crate::pci::PciBus;
 use crate::pci::virtio::function::{self, FunctionError};
 
 /// Pieces in which KVM gets a region, at most: each is a slot of its own, since
 /// one that the guest uses cannot be made larger, and KVM had 509 of them in all
-/// before Linux 5.12: for two regions, and what the machine starts with.
-const MAX_SLOTS: u64 = 252;
+/// before Linux 5.12: for two regions, what the machine starts with, and windows.
+const MAX_SLOTS: u64 = 250;
+/// The slot of KVM's of the first window, behind those of memory.
+const WINDOW_SLOT: u32 = 2 + 2 * MAX_SLOTS as u32;
+
+const _: () = assert!(WINDOW_SLOT as usize + WINDOWS <= 509);
 
 /// Why something was not plugged in.
 #[derive(Debug, Error)]
@@ -64,6 +71,15 @@ pub enum HotplugError {
     /// There is no disk of that serial.
     #[error("there is no disk {0}")]
     NoDisk(String),
+    /// The file cannot be a guest's memory.
+    #[error("pmem")]
+    Pmem(#[from] WindowError),
+    /// The request came without the file's descriptor.
+    #[error("pmem: no descriptor is attached to the request")]
+    NoPmemFile,
+    /// There is no file in that slot.
+    #[error("there is no pmem {0}")]
+    NoPmem(u8),
     /// The network interface cannot be used.
     #[error("net {slot}")]
     Net {
@@ -98,6 +114,8 @@ pub struct Hotplug {
     disks: HashMap<String, usize>,
     /// The network interfaces on the bus, by slot.
     nets: BTreeMap<u8, NetControl>,
+    /// Windows of the files on the bus, by slot.
+    pmems: BTreeMap<u8, usize>,
     /// The memory devices, once they were needed.
     devices: HashMap<Room, MemControl>,
     /// Slots of KVM's given to them.
@@ -113,7 +131,7 @@ impl Hotplug {
         disks: HashMap<String, usize>,
         nets: BTreeMap<u8, NetControl>,
     ) -> Self {
-        Self { memory, vm, disks, nets, devices: HashMap::new(), slots: 0 }
+        Self { memory, vm, disks, nets, pmems: BTreeMap::new(), devices: HashMap::new(), slots: 0 }
     }
 
     /// Plugs a disk into `bus`: the open file the request brought.
@@ -143,6 +161,51 @@ impl Hotplug {
         drop(bus.remove(slot));
         log::info!("disk {serial} taken out of slot {slot}");
         Ok(())
+    }
+
+    /// Plugs the open file the request brought into `bus`, as memory that the guest can read; the slot.
+    pub fn add_pmem(&mut self, bus: &PciBus, file: Option<File>) -> Result<u8, HotplugError> {
+        let (window, bytes) = self.memory.map(&file.ok_or(HotplugError::NoPmemFile)?)?;
+        let plugged = self.plug_window(bus, window, bytes);
+        if plugged.is_err() {
+            self.memory.take_back(window);
+        }
+        plugged
+    }
+
+    fn plug_window(&mut self, bus: &PciBus, window: usize, bytes: u64) -> Result<u8, HotplugError> {
+        // It is from a moment ago.
+        let place = self.memory.windows().get(window).ok_or(WindowError::Full)?;
+        self.vm.add_window(window_slot(window), place, bytes)?;
+        self.memory.lend(window, bytes);
+        let start = place.start().0;
+        let device = Box::new(Pmem::new(Range { start, end: start + bytes }));
+        let slot = match function::attach(bus, device, &self.memory, &self.vm) {
+            Ok(slot) => slot as u8,
+            Err(error) => {
+                self.vm.remove_window(window_slot(window), place)?;
+                return Err(error.into());
+            }
+        };
+        self.pmems.insert(slot, window);
+        log::info!("pmem of {bytes} bytes plugged into slot {slot}");
+        Ok(slot)
+    }
+
+    /// Takes a file off `bus`. A guest that still reads it reads what belongs to no device.
+    pub fn remove_pmem(&mut self, bus: &PciBus, slot: u8) -> Result<(), HotplugError> {
+        let window = self.pmems.remove(&slot).ok_or(HotplugError::NoPmem(slot))?;
+        drop(bus.remove(slot.into()));
+        let place = self.memory.windows().get(window).ok_or(HotplugError::NoPmem(slot))?;
+        self.vm.remove_window(window_slot(window), place)?;
+        self.memory.take_back(window);
+        log::info!("pmem taken out of slot {slot}");
+        Ok(())
+    }
+
+    /// Bytes of the files that the guest can read as memory.
+    pub fn pmem_bytes(&self) -> u64 {
+        self.memory.windows().iter().map(Window::len).sum()
     }
 
     /// Plugs a network interface into `bus`: the tap's descriptors, and vhost-net's
@@ -233,6 +296,11 @@ impl Hotplug {
     }
 }
 
+/// The slot of KVM's that belongs to a window.
+fn window_slot(window: usize) -> u32 {
+    WINDOW_SLOT + window as u32
+}
+
 /// What a grant is a multiple of: a block of the guest's, and so much that there
 /// are [`MAX_SLOTS`] at most.
 fn step(boot: u64, region: u64) -> u64 {
@@ -254,8 +322,8 @@ mod tests {
 
     fn hotplug(region: u64) -> (Hotplug, GuestRam) {
         let vm = Arc::new(Host::open().unwrap().create_vm(1).unwrap());
-        let memory =
-            memory::create_shaped(Shape { boot: 64 << 20, more: region, ..Shape::default() }).unwrap();
+        let shape = Shape { boot: 64 << 20, more: region, window: 128 << 20, ..Shape::default() };
+        let memory = memory::create_shaped(shape).unwrap();
         vm.set_memory(&memory).unwrap();
         (Hotplug::new(memory.clone(), vm, HashMap::new(), BTreeMap::new()), memory)
     }
@@ -320,9 +388,39 @@ mod tests {
     }
 
     #[test]
+    fn files_come_and_go_without_a_trace() {
+        let (mut hotplug, memory) = hotplug(0);
+        let bus = PciBus::default();
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(3 << 20).unwrap();
+        let copy = || Some(file.try_clone().unwrap());
+        let start = GuestAddress(4 * GIB);
+        for _ in 0..500 {
+            assert_eq!((0..WINDOWS).map(|_| hotplug.add_pmem(&bus, copy()).unwrap()).max(), Some(3));
+            assert_eq!(hotplug.pmem_bytes(), WINDOWS as u64 * (4 << 20));
+            assert!(matches!(hotplug.add_pmem(&bus, copy()), Err(HotplugError::Pmem(WindowError::Full))));
+            assert!(memory.lent(start, 4 << 20).is_some());
+            (0..WINDOWS as u8).for_each(|slot| hotplug.remove_pmem(&bus, slot).unwrap());
+            assert!(hotplug.pmem_bytes() == 0 && memory.lent(start, 1).is_none());
+        }
+        assert_eq!(hotplug.remove_pmem(&bus, 0).unwrap_err().to_string(), "there is no pmem 0");
+        assert!(hotplug.add_pmem(&bus, None).unwrap_err().to_string().contains("no descriptor"));
+        // The bus is full: nothing stays mapped.
+        let disk = tempfile::tempfile().unwrap();
+        disk.set_len(8192).unwrap();
+        for name in 0..24 {
+            hotplug.add_disk(&bus, &format!("{name}"), Some(disk.try_clone().unwrap()), true).unwrap();
+        }
+        assert!(matches!(hotplug.add_pmem(&bus, copy()), Err(HotplugError::Pci(_))));
+        assert_eq!(hotplug.pmem_bytes(), 0);
+        hotplug.remove_disk(&bus, "7").unwrap();
+        assert_eq!(hotplug.add_pmem(&bus, copy()).unwrap(), 7);
+    }
+
+    #[test]
     fn slots_are_few_however_large_the_region() {
         assert_eq!(step(GIB, 4 * GIB), MEMORY_BLOCK);
-        assert_eq!(step(GIB, 63 * GIB), 2 * MEMORY_BLOCK);
+        assert_eq!(step(GIB, 62 * GIB), 2 * MEMORY_BLOCK);
         assert_eq!(step(64 * GIB, 4 * GIB), 2 * GIB);
         assert!((1024 * GIB).div_ceil(step(GIB, 1024 * GIB)) <= MAX_SLOTS);
     }

@@ -150,6 +150,11 @@ impl Owned {
                 answer(self.hotplug.add_disk(pci, &serial, files.pop(), readonly))
             }
             Request::RemoveDisk { serial } => answer(self.hotplug.remove_disk(pci, &serial)),
+            Request::AddPmem => match self.hotplug.add_pmem(pci, files.pop()) {
+                Ok(slot) => Response::Plugged { slot },
+                Err(error) => answer(Err(error)),
+            },
+            Request::RemovePmem { slot } => answer(self.hotplug.remove_pmem(pci, slot)),
             Request::AddNet(net) => answer(self.hotplug.add_net(pci, &net, files)),
             Request::RemoveNet { slot } => answer(self.hotplug.remove_net(pci, slot)),
             Request::SetLink { slot, up } => answer(self.hotplug.set_link(slot, up)),
@@ -257,6 +262,7 @@ impl Owned {
             memory_resident_bytes,
             nets: self.hotplug.nets(),
             shares: self.shares.iter().map(FsMeter::metrics).collect(),
+            pmem_bytes: self.hotplug.pmem_bytes(),
         })
     }
 
@@ -281,8 +287,11 @@ enum SetVcpusError {
 /// What is wrong with so many descriptors attached to a request.
 fn wrong_number(request: &Request, files: usize) -> Option<&'static str> {
     match (request, files) {
-        (_, 0) | (Request::AddNet(_), _) | (Request::AddDisk { .. } | Request::Save, 1) => None,
-        (Request::AddDisk { .. } | Request::Save, _) => Some("this request takes one descriptor"),
+        (_, 0) | (Request::AddNet(_), _) => None,
+        (Request::AddDisk { .. } | Request::AddPmem | Request::Save, 1) => None,
+        (Request::AddDisk { .. } | Request::AddPmem | Request::Save, _) => {
+            Some("this request takes one descriptor")
+        }
         _ => Some("this request takes no descriptor"),
     }
 }

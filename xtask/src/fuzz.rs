@@ -65,7 +65,7 @@ pub struct Rounds {
 }
 
 impl Rounds {
-    /// `findings 0 in 18 targets`.
+    /// `findings 0 in 19 targets`.
     pub fn text(&self) -> String {
         format!("findings {} in {} targets", self.found.len(), self.targets)
     }

@@ -64,6 +64,20 @@ impl Control {
         self.done("remove_disk", Request::RemoveDisk { serial: serial.to_owned() }, &[]).await
     }
 
+    /// Plugs a file into the machine as memory that the guest can read; the slot it is in.
+    /// `limit` is as for [`add_disk`](Self::add_disk).
+    pub async fn add_pmem(&self, fd: BorrowedFd<'_>, limit: Duration) -> Result<u8, MonitorError> {
+        match self.call(limit, "add_pmem", Request::AddPmem, &[fd]).await? {
+            Response::Plugged { slot } => Ok(slot),
+            other => Err(MonitorError::Refused(format!("answers add_pmem with {other:?}"))),
+        }
+    }
+
+    /// Takes such a file out of the running machine. The guest has let go of it.
+    pub async fn remove_pmem(&self, slot: u8) -> Result<(), MonitorError> {
+        self.done("remove_pmem", Request::RemovePmem { slot }, &[]).await
+    }
+
     /// Plugs a network interface into the running machine: a tap, opened once per queue
     /// pair, and `/dev/vhost-net` as often, or not at all.
     pub async fn add_net(

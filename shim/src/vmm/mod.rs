@@ -381,7 +381,9 @@ pub async fn metrics(dir: &File) -> Result<Metrics, MonitorError> {
     match asked.await.map_err(|source| MonitorError::Control { request: "metrics", source })? {
         Response::Metrics(metrics) => Ok(metrics),
         Response::Error { message } => Err(MonitorError::Refused(message)),
-        Response::Ok => Err(MonitorError::Refused("answers metrics without any".into())),
+        Response::Ok | Response::Plugged { .. } => {
+            Err(MonitorError::Refused("answers metrics without any".into()))
+        }
     }
 }
 

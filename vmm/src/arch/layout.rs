@@ -18,6 +18,7 @@
 //! 0x1_0000_0000  the rest of memory
 //!         ...    memory that is plugged in while the machine runs
 //!         ...    the same of the host's huge pages
+//!         ...    windows for files of the host's
 //! ```
 
 /// Size of a page.
@@ -112,11 +113,17 @@ pub fn hotplug_regions(boot: u64, more: u64, hugetlb: u64) -> [Option<(u64, u64)
     [growing, hugetlb]
 }
 
-/// The address after the last that a machine uses which starts with `boot` bytes and
+/// The address after the last of the memory of a machine which starts with `boot` bytes and
 /// can have `more`, and `hugetlb`.
 pub fn end_of_addresses(boot: u64, more: u64, hugetlb: u64) -> u64 {
     let last = hotplug_regions(boot, more, hugetlb).into_iter().flatten().last();
     last.map_or_else(|| end_of_memory(boot), |(start, len)| start.saturating_add(len))
+}
+
+/// Where the first of the windows for files of the host's begins, behind what
+/// [`end_of_addresses`] is the end of.
+pub fn windows(end: u64) -> u64 {
+    end.max(HOLE_END).next_multiple_of(MEMORY_BLOCK)
 }
 
 fn end_of_memory(boot: u64) -> u64 {

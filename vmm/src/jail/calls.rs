@@ -21,12 +21,22 @@ pub enum Duty {
     Vsock,
     /// Plugs memory and takes it back.
     Memory,
+    /// Answers for a file that the guest sees as memory.
+    Pmem,
 }
 
 impl Duty {
     /// All of them.
-    pub(super) const ALL: [Self; 7] =
-        [Self::Control, Self::Vcpu, Self::Files, Self::Disk, Self::Net, Self::Vsock, Self::Memory];
+    pub(super) const ALL: [Self; 8] = [
+        Self::Control,
+        Self::Vcpu,
+        Self::Files,
+        Self::Disk,
+        Self::Net,
+        Self::Vsock,
+        Self::Memory,
+        Self::Pmem,
+    ];
 
     /// What its threads' names begin with.
     fn threads(self) -> &'static str {
@@ -38,6 +48,7 @@ impl Duty {
             Self::Net => "net",
             Self::Vsock => "vsock",
             Self::Memory => "mem",
+            Self::Pmem => "pmem",
         }
     }
 
@@ -51,6 +62,7 @@ impl Duty {
             Self::Net => &[&EVERY, &QUEUE, &NET],
             Self::Vsock => &[&EVERY, &QUEUE, &VSOCK],
             Self::Memory => &[&EVERY, &QUEUE, &MEMORY],
+            Self::Pmem => &[&EVERY, &QUEUE],
         };
         self::calls(groups)
     }
@@ -370,7 +382,7 @@ const CONTROL: [Group; 7] = [
         ],
     ),
     (
-        "a vCPU or memory is plugged in",
+        "a vCPU, memory or a file as memory is plugged in",
         &[
             // KVM_CHECK_EXTENSION, KVM_CREATE_VCPU, KVM_SET_USER_MEMORY_REGION, KVM_X86_SET_MSR_FILTER
             ioctl(&[0xae03, 0xae41, 0xae46, 0xaec6]),

@@ -9,8 +9,8 @@ use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 use kvm_bindings::{
-    CpuId, KVM_API_VERSION, KVM_CAP_PMU_CAPABILITY, KVM_MAX_CPUID_ENTRIES, KVM_PMU_CAP_DISABLE,
-    kvm_enable_cap, kvm_userspace_memory_region,
+    CpuId, KVM_API_VERSION, KVM_CAP_PMU_CAPABILITY, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY,
+    KVM_PMU_CAP_DISABLE, kvm_enable_cap, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{
     Cap, IoEventAddress, Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuFd, VmFd,
@@ -23,6 +23,7 @@ use crate::arch::layout::{KVM_IDENTITY_MAP_START, KVM_TSS_START};
 use crate::arch::vendor::Vendor;
 use crate::memory::GuestRam;
 use crate::memory::ram::Region;
+use crate::memory::windows::Window;
 use coalesced::PostedWrites;
 use irq::IrqRoutes;
 
@@ -68,9 +69,10 @@ impl KvmError {
 }
 
 /// What the monitor cannot do without; all of it is older than Linux 5.10.
-const REQUIRED: [(Cap, &str); 13] = [
+const REQUIRED: [(Cap, &str); 14] = [
     (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+    (Cap::ReadonlyMem, "KVM_CAP_READONLY_MEM"),
     (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
     (Cap::SetIdentityMapAddr, "KVM_CAP_SET_IDENTITY_MAP_ADDR"),
     (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
@@ -275,6 +277,31 @@ impl Vm {
         // pages through that mapping, so a region that were unmapped too early
         // would give the guest EFAULT, not someone else's memory; the monitor
         // keeps the memory until the vCPUs have stopped.
+        unsafe { self.fd.set_user_memory_region(memory) }
+            .map_err(KvmError::request("KVM_SET_USER_MEMORY_REGION"))
+    }
+
+    /// Lets the guest read the first `bytes` of `window`, whole pages, as slot number `slot`,
+    /// which must be free. Its writes are accesses to device memory.
+    pub fn add_window(&self, slot: u32, window: &Window, bytes: u64) -> Result<(), KvmError> {
+        assert!(bytes > 0, "a slot of no bytes is none");
+        self.set_window(slot, window, bytes)
+    }
+
+    /// Undoes [`add_window`](Self::add_window): when it returns, no vCPU reads there any more.
+    pub fn remove_window(&self, slot: u32, window: &Window) -> Result<(), KvmError> {
+        self.set_window(slot, window, 0)
+    }
+
+    fn set_window(&self, slot: u32, window: &Window, bytes: u64) -> Result<(), KvmError> {
+        let memory = kvm_userspace_memory_region {
+            slot,
+            flags: KVM_MEM_READONLY,
+            guest_phys_addr: window.start().0,
+            memory_size: bytes,
+            userspace_addr: window.as_ptr() as u64,
+        };
+        // SAFETY: what is in a window is its own mapping's, for good; KVM writes nothing there.
         unsafe { self.fd.set_user_memory_region(memory) }
             .map_err(KvmError::request("KVM_SET_USER_MEMORY_REGION"))
     }

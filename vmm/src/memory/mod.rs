@@ -8,6 +8,7 @@
 
 mod backing;
 pub mod ram;
+pub mod windows;
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
@@ -24,6 +25,7 @@ use vm_memory::{
 use crate::arch::layout::{self, PAGE_SIZE, ranges};
 use crate::procfs;
 pub use ram::{GuestRam, Room};
+use windows::{WINDOWS, Window};
 
 /// Why guest memory could not be made or filled.
 #[derive(Debug, Error)]
@@ -75,6 +77,8 @@ pub struct Shape {
     pub more: u64,
     /// The same of the host's huge pages (hugetlbfs).
     pub hugetlb: u64,
+    /// Bytes of each window for a file of the host's, a multiple of 128 MiB; 0 for no windows.
+    pub window: u64,
     /// Whether the host may put pages of 2 MiB behind it.
     pub huge_pages: bool,
 }
@@ -115,7 +119,14 @@ pub fn create_shaped(shape: Shape) -> Result<GuestRam, MemoryError> {
     let boot = boot.into_iter().map(&mut map).collect::<Result<_, _>>()?;
     let growing = growing.map(&mut map).transpose()?;
     let hugetlb = hugetlb.map(map_hugetlb).transpose()?;
-    Ok(GuestRam::new(boot, growing, hugetlb))
+    Ok(GuestRam::new(boot, growing, hugetlb, windows(&shape)?))
+}
+
+/// Windows behind all memory there can be.
+fn windows(shape: &Shape) -> Result<Vec<Window>, MemoryError> {
+    let first = layout::windows(layout::end_of_addresses(shape.boot, shape.more, shape.hugetlb));
+    let window = |index| Window::new(first + index * shape.window, shape.window);
+    if shape.window == 0 { Ok(Vec::new()) } else { (0..WINDOWS as u64).map(window).collect() }
 }
 
 /// A region of the host's huge pages: each is allocated when the guest is given it, so that
@@ -311,7 +322,7 @@ mod tests {
     fn what_is_plugged_in_can_have_huge_pages_however_odd_the_rest() {
         for boot in [65 << 20, (3 << 30) + (1 << 20), (64 << 20) + 4096] {
             let memory =
-                create_shaped(Shape { boot, more: 256 << 20, huge_pages: true, hugetlb: 0 }).unwrap();
+                create_shaped(Shape { boot, more: 256 << 20, huge_pages: true, ..Shape::default() }).unwrap();
             for region in memory.iter() {
                 let offset = region.file_offset().unwrap().start();
                 let start = region.start_addr().0;
@@ -335,7 +346,7 @@ mod tests {
     #[test]
     fn huge_pages_come_where_the_host_has_them() {
         const HUGE: u64 = 2 << 20;
-        let shape = Shape { boot: 64 << 20, more: 1 << 30, huge_pages: true, hugetlb: 0 };
+        let shape = Shape { boot: 64 << 20, more: 1 << 30, huge_pages: true, ..Shape::default() };
         let memory = create_shaped(shape).unwrap();
         memory.grant(Room::Memory, shape.more);
         for start in [SPARSE.end, HOLE_END] {

@@ -8,6 +8,7 @@
 //! while the machine runs: what was found inside once stays inside.
 
 use std::fmt;
+use std::fs::File;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -19,6 +20,7 @@ use vm_memory::{
 };
 
 use super::backing;
+use super::windows::{Window, WindowError};
 
 /// One mapping, of which the first bytes are guest memory.
 #[derive(Debug)]
@@ -35,6 +37,8 @@ pub struct GuestRam {
     boot_regions: usize,
     /// Which of them grows, by [`Room`].
     growing: [Option<usize>; 2],
+    /// What is beside guest memory.
+    windows: Arc<[Window]>,
     listeners: Arc<Mutex<Vec<Weak<dyn MemoryListener>>>>,
 }
 
@@ -60,8 +64,9 @@ impl Room {
 
 /// Whoever has others look into guest memory, who have to know what it is (vhost).
 pub trait MemoryListener: Send + Sync {
-    /// More has become guest memory; the guest has not been told yet.
-    fn granted(&self);
+    /// More has become guest memory, or a file has come that the guest can read, which it has not
+    /// been told yet; or such a file has gone.
+    fn changed(&self);
 }
 
 impl Region {
@@ -140,11 +145,13 @@ impl GuestMemory for GuestRam {
 }
 
 impl GuestRam {
-    /// Memory of `boot` and, behind it, `growing` and `hugetlb`, of which nothing is granted.
+    /// Memory of `boot` and, behind it, `growing` and `hugetlb`, of which nothing is granted,
+    /// and `windows`, which are free.
     pub(super) fn new(
         boot: Vec<GuestRegionMmap>,
         growing: Option<GuestRegionMmap>,
         hugetlb: Option<GuestRegionMmap>,
+        windows: Vec<Window>,
     ) -> Self {
         let boot_regions = boot.len();
         let places = [
@@ -158,7 +165,7 @@ impl GuestRam {
         let none = |mapping| Region { mapping, granted: AtomicU64::new(0) };
         let more = growing.into_iter().chain(hugetlb).map(none);
         let regions = boot.into_iter().map(whole).chain(more).collect();
-        Self { regions, boot_regions, growing: places, listeners: Arc::default() }
+        Self { regions, boot_regions, growing: places, windows: windows.into(), listeners: Arc::default() }
     }
 
     /// What the machine starts with.
@@ -182,11 +189,49 @@ impl GuestRam {
         if let Some(region) = self.growing(room) {
             region.granted.fetch_max(bytes.min(region.mapped()), Ordering::AcqRel);
         }
-        let listeners = self.listeners().clone();
-        listeners.iter().filter_map(Weak::upgrade).for_each(|listener| listener.granted());
+        self.tell();
     }
 
-    /// Has `listener` hear of what is granted from now on, as long as it is there.
+    /// Maps `file` into a window that is free; which one. The guest can't see it there before
+    /// KVM is told of [`GuestRam::windows`], and drivers can't before [`GuestRam::lend`].
+    pub fn map(&self, file: &File) -> Result<(usize, u64), WindowError> {
+        let free = self.windows.iter().position(Window::is_empty).ok_or(WindowError::Full)?;
+        let bytes = self.windows.get(free).ok_or(WindowError::Full)?.map(file)?;
+        Ok((free, bytes))
+    }
+
+    /// Lets drivers have the first `bytes` of a window read, where a file was mapped.
+    pub fn lend(&self, window: usize, bytes: u64) {
+        if let Some(window) = self.windows.get(window) {
+            window.lend(bytes);
+        }
+        self.tell();
+    }
+
+    /// Lets go of the file behind a window, which the guest does not see any more.
+    pub fn take_back(&self, window: usize) {
+        let Some(window) = self.windows.get(window) else { return };
+        window.take_back();
+        self.tell();
+    }
+
+    /// The windows.
+    pub fn windows(&self) -> &[Window] {
+        &self.windows
+    }
+
+    /// What a driver can have read at `address` that is no guest memory. For the host's kernel
+    /// alone, which may not be able to either.
+    pub fn lent(&self, address: GuestAddress, bytes: usize) -> Option<VolatileSlice<'_>> {
+        self.windows.iter().find_map(|window| window.slice(address, bytes))
+    }
+
+    fn tell(&self) {
+        let listeners = self.listeners().clone();
+        listeners.iter().filter_map(Weak::upgrade).for_each(|listener| listener.changed());
+    }
+
+    /// Has `listener` hear of what changes from now on, as long as it is there.
     pub fn listen(&self, listener: Weak<dyn MemoryListener>) {
         let mut listeners = self.listeners();
         listeners.retain(|listener| listener.strong_count() > 0);
@@ -197,11 +242,18 @@ impl GuestRam {
         self.listeners.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The same with a window, for tests.
+    #[cfg(test)]
+    pub fn with_window(mut self, start: u64, bytes: u64) -> Self {
+        self.windows = [Window::new(start, bytes).unwrap()].into();
+        self
+    }
+
     /// Anonymous memory at these addresses, for tests.
     #[cfg(test)]
     pub fn from_ranges(ranges: &[(GuestAddress, usize)]) -> Self {
         let region = |&(start, len)| GuestRegionMmap::from_range(start, len, None).unwrap();
-        Self::new(ranges.iter().map(region).collect(), None, None)
+        Self::new(ranges.iter().map(region).collect(), None, None, Vec::new())
     }
 }
 
@@ -219,6 +271,7 @@ mod tests {
             vec![region(0, 0x1_0000), region(GROWING - 0x1000, 0x1000)],
             Some(region(GROWING, 0x4000)),
             None,
+            vec![Window::new(1 << 30, 4 << 20).unwrap()],
         )
     }
 
@@ -249,7 +302,7 @@ mod tests {
     fn listeners_hear_of_a_grant_when_it_holds_as_long_as_they_are_there() {
         struct Listener(GuestRam, AtomicU64);
         impl MemoryListener for Listener {
-            fn granted(&self) {
+            fn changed(&self) {
                 self.1.store(self.0.growing(Room::Memory).unwrap().len(), Ordering::Relaxed);
             }
         }
@@ -266,6 +319,26 @@ mod tests {
         assert_eq!(listener.1.load(Ordering::Relaxed), 0x2000);
         drop(listener);
         ram.grant(Room::Memory, 0x3000);
+    }
+
+    #[test]
+    fn a_window_is_no_memory_but_can_be_read_by_the_hosts_kernel() {
+        let ram = ram();
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(3 << 20).unwrap();
+        let start = GuestAddress(1 << 30);
+        let (window, bytes) = ram.map(&file).unwrap();
+        assert_eq!((window, bytes), (0, 4 << 20));
+        assert!(ram.lent(start, 1).is_none());
+        ram.lend(window, bytes);
+        assert!(matches!(ram.map(&file), Err(WindowError::Full)));
+        assert_eq!(ram.lent(start, 4 << 20).unwrap().len(), 4 << 20);
+        assert!(ram.lent(start, (4 << 20) + 1).is_none());
+        // Neither a ring nor an answer can lie there.
+        assert!(!ram.check_range(start, 1) && ram.write_obj(1u8, start).is_err());
+        assert!(ram.iter().all(|region| region.start_addr() != start));
+        ram.take_back(window);
+        assert!(ram.lent(start, 1).is_none());
     }
 
     #[test]

@@ -35,8 +35,8 @@ pub const CONFIG_DATA_PORT: u16 = 0xcfc;
 /// Last configuration port.
 pub const CONFIG_LAST_PORT: u16 = 0xcff;
 
-/// How [`PciBus::table`] begins.
-const TABLE_MAGIC: &[u8; 16] = b"rvm PCI devices.";
+/// How what a guest is told of the bus begins, at [`PCI_TABLE_START`].
+pub const TABLE_MAGIC: &[u8; 16] = b"rvm PCI devices.";
 
 /// Devices a bus has room for.
 pub const SLOTS: usize = 32;
@@ -48,6 +48,14 @@ const _: () = assert!(PCI_WINDOW_START + SLOTS as u64 * BAR_SPACING <= PCI_WINDO
 /// Where the BAR of the device in `slot` lies before the guest moves it.
 pub fn bar_address(slot: usize) -> u64 {
     PCI_WINDOW_START + slot as u64 * BAR_SPACING
+}
+
+/// Where a guest is told of the function in `slot`: what
+/// [`ConfigSpace::told`](config::ConfigSpace::told) says, before the function is there.
+/// Our guest kernel believes it of the first it finds in a slot, and spares the accesses; others do
+/// not look.
+pub fn table_entry(slot: usize) -> u64 {
+    PCI_TABLE_START + (TABLE_MAGIC.len() + slot * TOLD_SIZE) as u64
 }
 
 const _: () = assert!(NET_SLOTS.end as usize <= SLOTS);
@@ -74,12 +82,6 @@ pub trait PciFunction: Send {
 
     /// Writes configuration space; `offset + data.len()` is at most 256.
     fn write_config(&mut self, offset: usize, data: &[u8]);
-
-    /// What [`ConfigSpace::told`](config::ConfigSpace::told) says of its configuration space;
-    /// nothing of a function whose registers are more than memory.
-    fn told(&self) -> Option<Vec<u8>> {
-        None
-    }
 
     /// The addresses its memory BAR answers to at present.
     fn memory(&self) -> Option<Range<u64>> {
@@ -179,19 +181,6 @@ impl PciBus {
         // In the way of no other that the guest puts there.
         windows.sort_by_key(|(_, other)| *other == slot);
         place.take()
-    }
-
-    /// What is on the bus, for [`PCI_TABLE_START`](crate::arch::layout::PCI_TABLE_START): of
-    /// each slot what [`ConfigSpace::told`](config::ConfigSpace::told) says, zeroes where
-    /// nobody does. Our guest kernel believes it of what it then finds there, and spares the
-    /// accesses; others do not look.
-    pub fn table(&self) -> Vec<u8> {
-        let mut table = TABLE_MAGIC.to_vec();
-        for index in 0..SLOTS {
-            let told = self.lock(index).as_ref().and_then(|function| function.told());
-            table.extend(told.unwrap_or_else(|| vec![0; TOLD_SIZE]));
-        }
-        table
     }
 
     /// The bus and what is on it; the slot of what cannot be saved, and why.

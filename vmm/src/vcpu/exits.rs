@@ -130,7 +130,9 @@ fn describe(exit: &VcpuExit<'_>) -> String {
 fn describe_errno(e: errno::Error) -> String {
     match e.errno() {
         libc::EFAULT => {
-            "guest memory cannot be accessed (has the kernel or initramfs file shrunk?)".to_owned()
+            "guest memory cannot be accessed (has the kernel's file, the initramfs's or an image's shrunk, or does the \
+             host fail to read it?)"
+                .to_owned()
         }
         libc::ENOMEM => "the host has no memory left for the guest".to_owned(),
         _ => format!("KVM_RUN: {e}"),
@@ -148,4 +150,100 @@ fn internal_error(vcpu: &mut VcpuFd) -> String {
         _ => "of an unknown kind",
     };
     format!("{INTERNAL_ERROR} {suberror}: {meaning}")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
+    use std::sync::{Arc, Mutex};
+
+    use kvm_bindings::{kvm_regs, kvm_segment};
+    use vm_memory::{Bytes, GuestAddress};
+    use vmm_sys_util::eventfd::EventFd;
+
+    use super::*;
+    use crate::devices::legacy::serial::Serial;
+    use crate::kvm::Host;
+    use crate::memory::GuestRam;
+    use crate::pci::PciBus;
+    use crate::vcpu::Vcpu;
+
+    const CODE: u64 = 0x1000;
+    const SEEN: u32 = 0x2000;
+    const WINDOW: u32 = 2 << 30;
+
+    /// Runs `code` in 32 bits, ring 0, to its end, in a machine that has `file` in a window; what it left at
+    /// `SEEN`, and its accesses to device memory.
+    fn run(file: &File, code: &[&[u8]]) -> (End, [u8; 4], u64) {
+        let vm = Arc::new(Host::open().unwrap().create_vm(1).unwrap());
+        let memory = GuestRam::from_ranges(&[(GuestAddress(0), 1 << 20)]).with_window(WINDOW.into(), 4 << 20);
+        vm.set_memory(&memory).unwrap();
+        let (window, bytes) = memory.map(file).unwrap();
+        vm.add_window(9, &memory.windows()[window], bytes).unwrap();
+        // The end: the reset line.
+        let code = [&code.concat()[..], &[0xb0, 0xfe, 0xe6, 0x64]].concat();
+        memory.write_slice(&code, GuestAddress(CODE)).unwrap();
+        let mut vcpu = Vcpu::create(&vm, 0).unwrap();
+        let mut sregs = vcpu.fd.get_sregs().unwrap();
+        let flat = |type_| kvm_segment {
+            limit: u32::MAX,
+            selector: 8,
+            type_,
+            s: 1,
+            present: 1,
+            db: 1,
+            g: 1,
+            ..Default::default()
+        };
+        sregs.cs = flat(0xb);
+        (sregs.ds, sregs.es, sregs.ss) = (flat(0x3), flat(0x3), flat(0x3));
+        sregs.cr0 |= 1;
+        vcpu.fd.set_sregs(&sregs).unwrap();
+        vcpu.fd.set_regs(&kvm_regs { rip: CODE, rflags: 2, ..Default::default() }).unwrap();
+        let serial = Serial::new(None, EventFd::new(0).unwrap());
+        let buses = Buses { pci: PciBus::default(), serial: Mutex::new(serial), vm: Arc::clone(&vm) };
+        let counters = ExitCounters::default();
+        let end = loop {
+            match run_once(&mut vcpu.fd, &buses, &counters) {
+                Next::Run | Next::Check => {}
+                Next::End(end) => break end,
+            }
+        };
+        let mut counts = ExitCounts::default();
+        counters.add_to(&mut counts);
+        let mut seen = [0; 4];
+        memory.read_slice(&mut seen, GuestAddress(SEEN.into())).unwrap();
+        (end, seen, counts.mmio)
+    }
+
+    /// `mov al, [from]; mov [SEEN + index], al`.
+    fn look(from: u32, index: u32) -> Vec<u8> {
+        [&[0xa0][..], &from.to_le_bytes(), &[0xa2], &(SEEN + index).to_le_bytes()].concat()
+    }
+
+    fn file() -> File {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&[7; 8192], 0).unwrap();
+        file
+    }
+
+    #[test]
+    fn what_a_guest_writes_to_a_file_is_written_nowhere() {
+        let file = file();
+        // mov byte [WINDOW + 4096], 0x55
+        let write = [&[0xc6, 0x05][..], &(WINDOW + 4096).to_le_bytes(), &[0x55]].concat();
+        // mov edi, WINDOW; mov ecx, 16; rep stosb
+        let many = [&[0xbf][..], &WINDOW.to_le_bytes(), &[0xb9, 16, 0, 0, 0, 0xf3, 0xaa]].concat();
+        let zeroes = look(WINDOW + (2 << 20) - 1, 2);
+        let (end, seen, exits) = run(
+            &file,
+            &[&look(WINDOW, 0), &write, &many, &look(WINDOW + 4096, 1), &zeroes, &look(WINDOW + 15, 3)],
+        );
+        assert_eq!((end, seen), (End::PoweredOff, [7, 7, 0, 7]));
+        assert!((2..=17).contains(&exits), "{exits}");
+        let mut bytes = [0; 8192];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        assert_eq!(bytes, [7; 8192]);
+    }
 }

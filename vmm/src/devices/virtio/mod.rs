@@ -16,6 +16,7 @@ pub mod blk;
 pub mod fs;
 pub mod mem;
 pub mod net;
+pub mod pmem;
 pub mod ring;
 pub mod vsock;
 pub mod worker;

@@ -260,8 +260,32 @@ impl Ring {
 /// A sequence of guest buffers, consumed from the front.
 #[derive(Default)]
 pub struct GuestBuffers<'m> {
-    pieces: Vec<VolatileSlice<'m>>,
+    pieces: Vec<Piece<'m>>,
     len: usize,
+}
+
+#[derive(Clone, Copy)]
+struct Piece<'m> {
+    memory: VolatileSlice<'m>,
+    /// Of a file's ([`GuestRam::lent`]): for the host's kernel alone to read.
+    lent: bool,
+}
+
+impl<'m> Piece<'m> {
+    fn own(memory: VolatileSlice<'m>) -> Self {
+        Self { memory, lent: false }
+    }
+
+    fn len(&self) -> usize {
+        self.memory.len()
+    }
+
+    fn split_at(&self, offset: usize) -> Option<(Self, Self)> {
+        let head = self.memory.subslice(0, offset).ok()?;
+        let tail = self.memory.offset(offset).ok()?;
+        let piece = |memory| Self { memory, lent: self.lent };
+        Some((piece(head), piece(tail)))
+    }
 }
 
 impl<'m> GuestBuffers<'m> {
@@ -269,6 +293,24 @@ impl<'m> GuestBuffers<'m> {
     pub fn from_chain(
         memory: &'m GuestRam,
         chain: DescriptorChain<&'m GuestRam>,
+    ) -> Result<(Self, Self), ChainError> {
+        Self::of_chain(memory, chain, false)
+    }
+
+    /// The same where the readable ones may also be of a file that the guest has mapped
+    /// ([`GuestRam::lent`]), for a device that has the kernel read them: [`iovecs`](Self::iovecs)
+    /// has these, and nothing else that reads does.
+    pub fn with_lent(
+        memory: &'m GuestRam,
+        chain: DescriptorChain<&'m GuestRam>,
+    ) -> Result<(Self, Self), ChainError> {
+        Self::of_chain(memory, chain, true)
+    }
+
+    fn of_chain(
+        memory: &'m GuestRam,
+        chain: DescriptorChain<&'m GuestRam>,
+        with_lent: bool,
     ) -> Result<(Self, Self), ChainError> {
         let (mut readable, mut writable) = (Self::default(), Self::default());
         let mut unfinished = true;
@@ -279,17 +321,29 @@ impl<'m> GuestBuffers<'m> {
                 (false, true) => &mut readable,
                 (false, false) => return Err(ChainError::Order),
             };
-            for piece in memory.get_slices(descriptor.addr(), descriptor.len() as usize) {
-                let piece = piece.map_err(|_| ChainError::OutsideMemory)?;
-                if side.pieces.len() == MAX_PIECES {
-                    return Err(ChainError::Malformed);
-                }
-                side.len += piece.len();
-                side.pieces.push(piece);
+            let length = descriptor.len() as usize;
+            let lent = (with_lent && !descriptor.is_write_only())
+                .then(|| memory.lent(descriptor.addr(), length))
+                .flatten();
+            if let Some(memory) = lent {
+                side.add(Piece { memory, lent: true })?;
+                continue;
+            }
+            for piece in memory.get_slices(descriptor.addr(), length) {
+                side.add(Piece::own(piece.map_err(|_| ChainError::OutsideMemory)?))?;
             }
         }
         // The iterator ends early where the chain is broken or loops.
         if unfinished { Err(ChainError::Malformed) } else { Ok((readable, writable)) }
+    }
+
+    fn add(&mut self, piece: Piece<'m>) -> Result<(), ChainError> {
+        if self.pieces.len() == MAX_PIECES {
+            return Err(ChainError::Malformed);
+        }
+        self.len += piece.len();
+        self.pieces.push(piece);
+        Ok(())
     }
 
     /// Bytes left.
@@ -309,7 +363,7 @@ impl<'m> GuestBuffers<'m> {
         for piece in &self.pieces {
             let missing = count - front.len;
             if missing < piece.len() {
-                if let (Ok(head), Ok(tail)) = (piece.subslice(0, missing), piece.offset(missing)) {
+                if let Some((head, tail)) = piece.split_at(missing) {
                     if missing > 0 {
                         front.len += missing;
                         front.pieces.push(head);
@@ -329,7 +383,8 @@ impl<'m> GuestBuffers<'m> {
         front
     }
 
-    /// Reads and consumes exactly `N` bytes; `None` if there are fewer.
+    /// Reads and consumes exactly `N` bytes; `None` if there are fewer, or one that is not the
+    /// guest's own.
     pub fn read<const N: usize>(&mut self) -> Option<[u8; N]> {
         if self.len < N {
             return None;
@@ -337,34 +392,39 @@ impl<'m> GuestBuffers<'m> {
         let mut bytes = [0; N];
         let mut rest = bytes.as_mut_slice();
         for piece in &self.take(N).pieces {
+            if piece.lent {
+                return None;
+            }
             let (now, later) = rest.split_at_mut(piece.len().min(rest.len()));
-            piece.copy_to(now);
+            piece.memory.copy_to(now);
             rest = later;
         }
         Some(bytes)
     }
 
-    /// Appends everything to `bytes` and consumes it.
+    /// Appends everything up to what is not the guest's own to `bytes`, and consumes it.
     pub fn read_to_end(&mut self, bytes: &mut Vec<u8>) {
-        for piece in self.pieces.drain(..) {
+        for piece in self.pieces.drain(..).take_while(|piece| !piece.lent) {
             let start = bytes.len();
             bytes.resize(start + piece.len(), 0);
             if let Some(target) = bytes.get_mut(start..) {
-                piece.copy_to(target);
+                piece.memory.copy_to(target);
             }
         }
         self.len = 0;
     }
 
-    /// Copies the bytes from `offset` on, as many as fit and there are; how many.
+    /// Copies the bytes from `offset` on up to what is not the guest's own, as many as fit and there are; how many.
     pub fn read_at(&self, mut offset: usize, bytes: &mut [u8]) -> usize {
         let mut read = 0;
-        for piece in &self.pieces {
+        for piece in self.pieces.iter().take_while(|piece| !piece.lent) {
             if offset >= piece.len() {
                 offset -= piece.len();
                 continue;
             }
-            let (Ok(rest), Some(target)) = (piece.offset(offset), bytes.get_mut(read..)) else { break };
+            let (Ok(rest), Some(target)) = (piece.memory.offset(offset), bytes.get_mut(read..)) else {
+                break;
+            };
             read += rest.copy_to(target);
             offset = 0;
         }
@@ -382,7 +442,7 @@ impl<'m> GuestBuffers<'m> {
             let Some(rest) = bytes.get(written..).filter(|rest| !rest.is_empty()) else { break };
             let now = rest.get(..piece.len() - offset).unwrap_or(rest);
             // In range: it was just cut to fit.
-            let _ = piece.write_slice(now, offset);
+            let _ = piece.memory.write_slice(now, offset);
             written += now.len();
             offset = 0;
         }
@@ -397,7 +457,7 @@ impl<'m> GuestBuffers<'m> {
         for piece in &target.pieces {
             let (now, later) = rest.split_at(piece.len().min(rest.len()));
             // In range: the piece is at least as long as `now`.
-            let _ = piece.write_slice(now, 0);
+            let _ = piece.memory.write_slice(now, 0);
             rest = later;
         }
         target.len
@@ -414,7 +474,7 @@ impl<'m> GuestBuffers<'m> {
         self.pieces
             .iter()
             .map(|piece| libc::iovec {
-                iov_base: piece.ptr_guard_mut().as_ptr().cast(),
+                iov_base: piece.memory.ptr_guard_mut().as_ptr().cast(),
                 iov_len: piece.len(),
             })
             .collect()
@@ -498,6 +558,48 @@ mod tests {
             parse(&memory, &[(0x1000, 1, NEXT | WRITE, 1), (0x1000, 1, 0, 0)]).err(),
             Some(ChainError::Order)
         );
+    }
+
+    #[test]
+    fn of_a_file_the_guest_has_mapped_only_the_kernel_reads() {
+        const FILE: u64 = 4 << 30;
+        let shape = crate::memory::Shape { boot: 1 << 20, window: 128 << 20, ..Default::default() };
+        let memory = crate::memory::create_shaped(shape).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(8192).unwrap();
+        let (window, bytes) = memory.map(&file).unwrap();
+        memory.lend(window, bytes);
+        let chain = |with_lent: bool, descriptors: &[(u64, u32, u16, u16)]| {
+            let mock = MockSplitQueue::new(&memory, 16);
+            let raw: Vec<RawDescriptor> = descriptors
+                .iter()
+                .map(|&(addr, len, flags, next)| Descriptor::new(addr, len, flags, next).into())
+                .collect();
+            mock.add_desc_chains(&raw, 0).unwrap();
+            let mut queue: Queue = mock.create_queue().unwrap();
+            let chain = queue.iter(&memory).unwrap().next().unwrap();
+            match with_lent {
+                true => GuestBuffers::with_lent(&memory, chain),
+                false => GuestBuffers::from_chain(&memory, chain),
+            }
+        };
+        let both = [(0x8000, 4, NEXT, 1), (FILE + 4096, 4096, 0, 0)];
+        assert_eq!(chain(false, &both).err(), Some(ChainError::OutsideMemory));
+        let (mut readable, _) = chain(true, &both).unwrap();
+        assert_eq!((readable.len(), readable.pieces()), (4100, 2));
+        let mut bytes = [0xee; 8];
+        assert_eq!(readable.read_at(0, &mut bytes), 4);
+        assert_eq!(readable.read::<4>(), Some([0; 4]));
+        let front = readable.take(512).iovecs();
+        assert_eq!((front.len(), front[0].iov_len), (1, 512));
+        let mut rest = Vec::new();
+        assert_eq!((readable.len(), readable.read::<1>()), (3584, None));
+        readable.read_to_end(&mut rest);
+        assert!(rest.is_empty());
+        // Nothing is written there, and what is not lent is nothing.
+        for descriptors in [(FILE, 4, WRITE, 0), (FILE + (2 << 20) - 1, 2, 0, 0), (FILE - 1, 2, 0, 0)] {
+            assert_eq!(chain(true, &[descriptors]).err(), Some(ChainError::OutsideMemory), "{descriptors:?}");
+        }
     }
 
     #[test]

@@ -12,7 +12,7 @@ use thiserror::Error;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{GuestAddress, GuestMemory};
+use vm_memory::{Bytes, GuestAddress, GuestMemory};
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -30,7 +30,7 @@ use crate::kvm::irq::IrqError;
 use crate::memory::GuestRam;
 use crate::pci::config::{ConfigSpace, Identity};
 use crate::pci::msix::{self, Msix, MsixState};
-use crate::pci::{BusFull, PciBus, PciFunction, bar_address};
+use crate::pci::{BusFull, PciBus, PciFunction, bar_address, table_entry};
 
 /// Why a device cannot be put on the bus.
 #[derive(Debug, Error)]
@@ -94,7 +94,7 @@ pub fn attach(
     memory: &GuestRam,
     vm: &Arc<Vm>,
 ) -> Result<usize, FunctionError> {
-    bus.add(|slot| Ok(Box::new(VirtioFunction::new(device, memory.clone(), Arc::clone(vm), slot)?)))
+    bus.add(|slot| make(device, memory, vm, slot))
 }
 
 /// Puts `device` into the bus's slot number `slot`, which no other is in.
@@ -105,7 +105,20 @@ pub fn attach_at(
     memory: &GuestRam,
     vm: &Arc<Vm>,
 ) -> Result<(), FunctionError> {
-    bus.add_at(slot, |slot| Ok(Box::new(VirtioFunction::new(device, memory.clone(), Arc::clone(vm), slot)?)))
+    bus.add_at(slot, |slot| make(device, memory, vm, slot))
+}
+
+/// The function, of which the guest has been told.
+fn make(
+    device: Box<dyn VirtioDevice>,
+    memory: &GuestRam,
+    vm: &Arc<Vm>,
+    slot: usize,
+) -> Result<Box<dyn PciFunction>, FunctionError> {
+    let function = VirtioFunction::new(device, memory.clone(), Arc::clone(vm), slot)?;
+    // A guest that has no memory there looks for itself.
+    let _ = memory.write_slice(&function.told(), GuestAddress(table_entry(slot)));
+    Ok(Box::new(function))
 }
 
 /// What a function needs to be as it was.
@@ -217,6 +230,10 @@ impl VirtioFunction {
             watched: None,
             posted: None,
         })
+    }
+
+    fn told(&self) -> Vec<u8> {
+        self.config.told(self.pci_access + PCI_DATA)
     }
 
     fn start(&mut self) {
@@ -423,10 +440,6 @@ impl PciFunction for VirtioFunction {
             self.stop();
             self.common.set_needs_reset();
         }
-    }
-
-    fn told(&self) -> Option<Vec<u8>> {
-        Some(self.config.told(self.pci_access + PCI_DATA))
     }
 
     fn memory(&self) -> Option<Range<u64>> {

@@ -30,7 +30,7 @@ impl Handler for BlkWorker {
         let Self { memory, ring, disk, serial } = self;
         let asked = ring.asked();
         let go_on = || !asked.to_stop();
-        ring.serve(memory, |chain| match GuestBuffers::from_chain(memory, chain) {
+        ring.serve(memory, |chain| match GuestBuffers::with_lent(memory, chain) {
             Ok((readable, writable)) => execute(disk, serial, readable, writable, &go_on),
             Err(_) => 0,
         })?;

@@ -151,7 +151,7 @@ mod tests {
     const NACK: u16 = 1;
     const ERROR: u16 = 3;
     const MIB: u64 = 1 << 20;
-    const SHAPE: Shape = Shape { boot: 32 * MIB, more: 1 << 30, hugetlb: 0, huge_pages: false };
+    const SHAPE: Shape = Shape { boot: 32 * MIB, more: 1 << 30, hugetlb: 0, window: 0, huge_pages: false };
 
     struct Rig {
         queue: TestQueue,

@@ -62,7 +62,7 @@ impl Transmitter {
             }
             let Some(chain) = self.ring.pop(memory)? else { return Ok(Waits::Guest) };
             let head = chain.head_index();
-            let sent = GuestBuffers::from_chain(memory, chain).ok().and_then(|(frame, _)| self.send(&frame));
+            let sent = GuestBuffers::with_lent(memory, chain).ok().and_then(|(frame, _)| self.send(&frame));
             match sent {
                 Some(bytes) => {
                     counts.frames += 1;

@@ -27,6 +27,7 @@ use super::tap::Tap;
 use crate::devices::virtio::ring::{Layout, Ring};
 use crate::memory::GuestRam;
 use crate::memory::ram::MemoryListener;
+use crate::memory::windows::WINDOWS;
 
 /// The features that concern the rings, which vhost must know of; the others are
 /// between the guest and the tap.
@@ -36,8 +37,8 @@ const RING_FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
     | 1 << VIRTIO_NET_F_MRG_RXBUF;
 /// "None" where a descriptor is expected.
 const UNBIND: RawFd = -1;
-/// Regions of memory: two that the machine starts with and the one it grows into.
-const MAX_REGIONS: usize = 8;
+/// Regions of memory: two that the machine starts with, two it grows into, and files it can read.
+const MAX_REGIONS: usize = 4 + WINDOWS;
 
 const VHOST: libc::c_uint = 0xaf;
 
@@ -170,20 +171,19 @@ impl Vhost {
     /// Gives the kernel all memory there is for the guest, and none other.
     fn tell(&self, memory: &GuestRam) -> Result<(), VhostError> {
         let mut table = MemoryTable { count: 0, padding: 0, regions: [MemoryRegion::default(); MAX_REGIONS] };
-        for region in memory.iter() {
-            let bytes = region.len();
+        let granted =
+            memory.iter().map(|region| (region.start_addr().0, region.len(), region.as_ptr() as u64));
+        // What the guest can only read the kernel cannot write to either.
+        let windows = memory.windows().iter();
+        let lent = windows.map(|window| (window.start().0, window.len(), window.as_ptr() as u64));
+        for (guest, bytes, user) in granted.chain(lent) {
             if bytes == 0 {
                 continue;
             }
             let place = table.regions.get_mut(table.count as usize).ok_or_else(|| {
                 failed("VHOST_SET_MEM_TABLE")(io::Error::other("there are too many regions of memory"))
             })?;
-            *place = MemoryRegion {
-                guest: region.start_addr().0,
-                bytes,
-                user: region.as_ptr() as u64,
-                padding: 0,
-            };
+            *place = MemoryRegion { guest, bytes, user, padding: 0 };
             table.count += 1;
         }
         for pair in &self.pairs {
@@ -263,7 +263,7 @@ impl Vhost {
 impl MemoryListener for Vhost {
     /// The guest may name it from now on: one that the kernel cannot be told of is one
     /// it cannot serve.
-    fn granted(&self) {
+    fn changed(&self) {
         let known = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(Err(error)) = known.as_ref().map(|memory| self.tell(memory)) {
             log::error!("vhost-net: {error}");
