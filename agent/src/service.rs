@@ -8,15 +8,15 @@ use rvm_protocol::agent::{
     Agent, ContainerRef, ContainerStats, CreateContainerRequest, CreateContainerResponse, CreateExecRequest,
     Empty, ExitStatus, HugePages, ListProcessesResponse, OnlineCpusRequest, OnlinedCpus, OomKills,
     PluggedMemory, ProcessRef, RemoveDisksRequest, ResizePtyRequest, SetClockRequest, SetUpSandboxRequest,
-    SignalProcessRequest, StartProcessResponse, SyncNetworkRequest, UpdateResourcesRequest,
-    WaitMemoryRequest, WaitOomRequest, create_agent,
+    SetUpSandboxResponse, SignalProcessRequest, StartProcessResponse, SyncNetworkRequest,
+    UpdateResourcesRequest, WaitMemoryRequest, WaitOomRequest, create_agent,
 };
 use ttrpc::{
     Code,
     r#async::{Server, TtrpcContext, transport::Listener},
 };
 
-use crate::{error::Error, fault, init, sandbox::Sandbox, vsock::HostListener};
+use crate::{error::Error, fault, init, sandbox::Sandbox, storage::BlockDevice, vsock::HostListener};
 
 struct Service {
     sandbox: Arc<Sandbox>,
@@ -69,8 +69,13 @@ async fn to_the_end<T: Send + 'static>(
 
 #[async_trait]
 impl Agent for Service {
-    async fn set_up_sandbox(&self, _: &TtrpcContext, request: SetUpSandboxRequest) -> ttrpc::Result<Empty> {
-        answer("SetUpSandbox", self.sandbox.set_up(&request).map(|()| Empty::new()))
+    async fn set_up_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: SetUpSandboxRequest,
+    ) -> ttrpc::Result<SetUpSandboxResponse> {
+        let response = || SetUpSandboxResponse { pmem: BlockDevice::has_pmem(), ..Default::default() };
+        answer("SetUpSandbox", self.sandbox.set_up(&request).map(|()| response()))
     }
 
     async fn create_container(
@@ -230,19 +235,21 @@ mod tests {
             server.start().await.unwrap();
             let stream = tokio::net::UnixStream::connect(&path).await.unwrap();
             let client = AgentClient::new(Client::new(Socket::from(stream)));
-            let status = |result: ttrpc::Result<Empty>| match result {
+            let status = |result: ttrpc::Result<()>| match result {
                 Err(ttrpc::Error::RpcStatus(status)) => (status.code(), status.message),
                 other => panic!("{other:?}"),
             };
 
             let request =
                 SetUpSandboxRequest { layers_tag: "../x".into(), wall_clock_ns: 1, ..Default::default() };
-            let (code, message) = status(client.set_up_sandbox(context::with_timeout(0), &request).await);
+            let (code, message) =
+                status(client.set_up_sandbox(context::with_timeout(0), &request).await.map(drop));
             assert_eq!(code, Code::INVALID_ARGUMENT);
             assert!(message.starts_with("layers_tag: \"../x\" must"), "{message}");
 
             let process = ProcessRef { container_id: "c1".into(), ..Default::default() };
-            let (code, message) = status(client.delete_process(context::with_timeout(0), &process).await);
+            let (code, message) =
+                status(client.delete_process(context::with_timeout(0), &process).await.map(drop));
             assert_eq!((code, message.as_str()), (Code::NOT_FOUND, "no such container: \"c1\""));
         });
     }

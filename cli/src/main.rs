@@ -140,7 +140,7 @@ fn execute(command: Command, config_file: Option<&Path>) -> Result<ExitCode> {
             if json { print_json(&rows)? } else { print!("{}", ps::table(&rows)) }
         }
         Command::Images { json } => {
-            let images = images::rows(&Config::load(config_file)?.host.cache_dir);
+            let images = images::rows(&Config::load(config_file)?);
             if json { print_json(&images)? } else { print!("{}", images::table(&images)) }
         }
         Command::Logs { id, follow } => {

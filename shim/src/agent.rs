@@ -10,7 +10,8 @@ use rvm_protocol::{
         AgentClient, ConsoleSize, ContainerRef, ContainerStats, CreateContainerRequest, CreateExecRequest,
         Empty, ExitStatus, HugePages, OnlineCpusRequest, Process, ProcessInfo, ProcessRef,
         RemoveDisksRequest, ResizePtyRequest, Resources, SetClockRequest, SetUpSandboxRequest,
-        SignalProcessRequest, SyncNetworkRequest, UpdateResourcesRequest, WaitMemoryRequest, WaitOomRequest,
+        SetUpSandboxResponse, SignalProcessRequest, SyncNetworkRequest, UpdateResourcesRequest,
+        WaitMemoryRequest, WaitOomRequest,
     },
     guest::AGENT_PORT,
 };
@@ -186,11 +187,13 @@ impl Agent {
         }
     }
 
-    /// Sets the sandbox up; see the protocol.
-    pub async fn set_up_sandbox(&self, mut request: SetUpSandboxRequest) -> Result<(), AgentError> {
+    /// Sets the sandbox up, and says what the guest can do; see the protocol.
+    pub async fn set_up_sandbox(
+        &self,
+        mut request: SetUpSandboxRequest,
+    ) -> Result<SetUpSandboxResponse, AgentError> {
         request.wall_clock_ns = nanoseconds(clock::wall_clock());
-        ask!(self, Some(ANSWER_TIMEOUT), set_up_sandbox, &request)?;
-        Ok(())
+        ask!(self, Some(ANSWER_TIMEOUT), set_up_sandbox, &request)
     }
 
     /// Tells the guest the time.
@@ -314,9 +317,9 @@ impl Agent {
         Ok(())
     }
 
-    /// Lets go of the disks with these serials.
-    pub async fn remove_disks(&self, serials: Vec<String>) -> Result<(), AgentError> {
-        let request = RemoveDisksRequest { serials, ..Default::default() };
+    /// Lets go of the disks with these serials, and of files that are memory in these slots.
+    pub async fn remove_disks(&self, serials: Vec<String>, pmem_slots: Vec<u32>) -> Result<(), AgentError> {
+        let request = RemoveDisksRequest { serials, pmem_slots, ..Default::default() };
         ask!(self, Some(ANSWER_TIMEOUT), remove_disks, &request)?;
         Ok(())
     }
@@ -427,7 +430,7 @@ mod tests {
             agent.stats("c") => "get_stats within 60 s",
             agent.sync_network(&SyncNetworkRequest::default()) => "sync_network within 60 s",
             agent.delete(&process) => "delete_process within 60 s",
-            agent.remove_disks(vec![]) => "remove_disks within 60 s",
+            agent.remove_disks(vec![], vec![]) => "remove_disks within 60 s",
             agent.online_cpus(1) => "online_cpus within 60 s",
             agent.shut_down() => "shutdown within 60 s",
         }

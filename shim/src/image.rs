@@ -18,7 +18,7 @@ use std::{
 use sha2::{Digest, Sha256};
 
 use crate::{
-    config::{Config, Images},
+    config::Images,
     own_file,
     rootfs::{Access, Layer, Step, plan, unescape},
     scratch::search_path,
@@ -55,7 +55,7 @@ pub struct Place {
 impl Place {
     /// That of containerd's `layers`; none where they are no chain of snapshots that nobody
     /// changes, or where owners are mapped, which an image is not. Looks at the host's files.
-    fn of(layers: &[Layer], config: &Config) -> Option<Self> {
+    fn of(layers: &[Layer], images: Images, cache_dir: &Path) -> Option<Self> {
         let [layer] = layers else { return None };
         if layer.kind != "overlay" {
             return None;
@@ -85,7 +85,7 @@ impl Place {
             hash.update([0]);
         }
         let hash = hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect();
-        Some(Self { dir, lower, hash, images: config.images, cache_dir: config.host.cache_dir.clone() })
+        Some(Self { dir, lower, hash, images, cache_dir: cache_dir.to_owned() })
     }
 
     fn file(&self) -> PathBuf {
@@ -98,8 +98,16 @@ impl Place {
 pub struct Image {
     /// The file.
     pub path: PathBuf,
-    /// Of its disk: at most the 20 bytes of a virtio-blk serial, and of no other disk's.
+    /// Its name in a guest: at most the 20 bytes of a virtio-blk serial, and of no disk of others.
     pub serial: String,
+    /// Whether guests that can have it as memory (virtio-pmem); it is a disk of theirs else.
+    pub as_memory: bool,
+}
+
+impl Image {
+    fn new(path: PathBuf, serial: String, bytes: u64, images: &Images) -> Self {
+        Self { path, serial, as_memory: bytes <= images.memory_limit_bytes }
+    }
 }
 
 /// What there is for a container's layers.
@@ -116,35 +124,36 @@ pub enum Found {
 
 /// Looks for the image of containerd's `layers`. What is there and is not an image, as after
 /// a crash of the host, is removed. May take as long as a file system of the host does.
-pub fn find(layers: &[Layer], config: &Config) -> Found {
-    let Some(place) = Place::of(layers, config) else { return Found::Never };
+pub fn find(layers: &[Layer], images: Images, cache_dir: &Path) -> Found {
+    let Some(place) = Place::of(layers, images, cache_dir) else { return Found::Never };
     let path = place.file();
-    match is_whole(&path) {
-        Ok(true) => return Found::Ready(Image { serial: serial(&place.hash), path }),
-        Ok(false) => discard(&path, "it is no whole file system"),
+    match whole(&path) {
+        Ok(Some(bytes)) => return Found::Ready(Image::new(path, serial(&place.hash), bytes, &images)),
+        Ok(None) => discard(&path, "it is no whole file system"),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => {
             log::warn!("{}: {error}", path.display());
             return Found::Never;
         }
     }
-    match config.images.make && !path.with_added_extension(REFUSED).exists() {
+    match images.make && !path.with_added_extension(REFUSED).exists() {
         true => Found::Missing(place),
         false => Found::Never,
     }
 }
 
 /// The images this host has, by the links to them in the cache.
-pub fn list(cache_dir: &Path) -> Vec<Image> {
+pub fn list(images: &Images, cache_dir: &Path) -> Vec<Image> {
     let entries = fs::read_dir(cache_dir.join(INDEX)).into_iter().flatten().flatten();
     let image = |entry: fs::DirEntry| {
         let path = fs::read_link(entry.path()).ok()?;
         let serial = entry.file_name().into_string().ok()?;
-        path.exists().then_some(Image { path, serial })
+        let bytes = fs::metadata(&path).ok()?.len();
+        Some(Image::new(path, serial, bytes, images))
     };
-    let mut images: Vec<Image> = entries.filter_map(image).collect();
-    images.sort_by(|a, b| a.serial.cmp(&b.serial));
-    images
+    let mut list: Vec<Image> = entries.filter_map(image).collect();
+    list.sort_by(|a, b| a.serial.cmp(&b.serial));
+    list
 }
 
 /// Whether an option of an overlay says nothing of what is seen in it.
@@ -152,7 +161,7 @@ fn is_no_matter(option: &str) -> bool {
     matches!(option, "index=off" | "nfs_export=off" | "xino=off" | "xino=auto" | "redirect_dir=off")
 }
 
-/// What the disk of the image of this hash is called.
+/// What the image of this hash is called.
 fn serial(hash: &str) -> String {
     format!("img-{hash}")
 }
@@ -176,13 +185,13 @@ fn discard(path: &Path, reason: &str) {
     }
 }
 
-/// Whether it begins as EROFS does and is as long as it says. What is wrong inside, the
+/// How long it is, where it begins as EROFS does and is as long as that says. What is wrong inside, the
 /// guest's kernel finds.
-fn is_whole(path: &Path) -> io::Result<bool> {
+fn whole(path: &Path) -> io::Result<Option<u64>> {
     let file = own_file::open(path)?;
     let mut superblock = [0; 40];
     match file.read_exact_at(&mut superblock, SUPERBLOCK_AT) {
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(false),
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
         read => read?,
     }
     // `blkszbits` and `blocks` of the superblock.
@@ -190,7 +199,8 @@ fn is_whole(path: &Path) -> io::Result<bool> {
     let blocks = u64::from(u32::from_le_bytes(blocks.try_into().unwrap_or_default()));
     let bytes = blocks.checked_shl(bits).filter(|_| (9..=16).contains(&bits));
     let length = file.metadata()?.len();
-    Ok(superblock.starts_with(&MAGIC) && bytes.is_some_and(|bytes| bytes > 0 && bytes <= length))
+    let is_whole = superblock.starts_with(&MAGIC) && bytes.is_some_and(|bytes| bytes > 0 && bytes <= length);
+    Ok(is_whole.then_some(length))
 }
 
 impl Place {

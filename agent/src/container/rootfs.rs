@@ -27,7 +27,10 @@ use crate::{
     error::{Error, Step, StepResult, check_relative},
     init::mounts::MOUNT_POINT,
     storage::{Layer, Scratch, images, share},
-    sys::mount::{Attributes, FsContext, attach, clone_tree, open_path, set_attributes},
+    sys::{
+        mount::{Attributes, FsContext, attach, clone_tree, open_path, set_attributes},
+        pci,
+    },
 };
 
 /// A root file system to be mounted.
@@ -53,7 +56,7 @@ enum Base {
 pub fn check(request: &agent::CreateContainerRequest) -> Result<(), Error> {
     check_relative("rootfs.share_path", &request.rootfs.share_path)?;
     if !request.rootfs.image_serial.is_empty() {
-        check_image(&request.rootfs.image_serial)?;
+        check_image(&request.rootfs)?;
         if request.rootfs.on_volumes {
             return Err(Error::invalid("rootfs.image_serial", "is of a root that is not on volumes"));
         }
@@ -78,15 +81,20 @@ pub fn check(request: &agent::CreateContainerRequest) -> Result<(), Error> {
     Ok(())
 }
 
-/// Checks the serial of an image, which names the place where it is mounted.
-pub fn check_image(serial: &str) -> Result<(), Error> {
+/// Checks what is said of an image: its serial names the place where it is mounted.
+pub fn check_image(rootfs: &agent::Rootfs) -> Result<(), Error> {
     let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
-    match serial.bytes().all(plain) {
-        true => Ok(()),
-        false => {
-            Err(Error::invalid("rootfs.image_serial", format!("{serial:?}: must be of a-z, 0-9 and '-'")))
-        }
+    let (serial, slot) = (&rootfs.image_serial, rootfs.image_slot.unwrap_or_default());
+    if !serial.bytes().all(plain) {
+        return Err(Error::invalid(
+            "rootfs.image_serial",
+            format!("{serial:?}: must be of a-z, 0-9 and '-'"),
+        ));
     }
+    if slot >= pci::SLOTS {
+        return Err(Error::invalid("rootfs.image_slot", format!("{slot}: must be below {}", pci::SLOTS)));
+    }
+    Ok(())
 }
 
 fn propagation(name: &str) -> Result<(u64, bool), Error> {

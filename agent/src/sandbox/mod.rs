@@ -33,7 +33,7 @@ use crate::{
     io::Attachment,
     reaper::{Exit, Reaper},
     storage::{self, BlockDevice, Images, Scratch, share},
-    sys::process::SIGNALS,
+    sys::{pci, process::SIGNALS},
 };
 
 /// Everything the agent knows.
@@ -216,10 +216,9 @@ impl Sandbox {
             false => None,
         };
         self.find_disks(&request).await?;
-        let image = &request.rootfs.image_serial;
-        if !image.is_empty() {
-            rootfs::check_image(image)?;
-            self.images.mount(image, id, &self.reaper).await.map_err(Error::Image)?;
+        if !request.rootfs.image_serial.is_empty() {
+            rootfs::check_image(&request.rootfs)?;
+            self.images.mount(&request.rootfs, id, &self.reaper).await.map_err(Error::Image)?;
         }
         let mut plan = Plan::new(request, scratch, shared)?;
         plan.open_mounts(&self.reaper).await?;
@@ -356,13 +355,14 @@ impl Sandbox {
 
     /// Lets go of disks that are about to be unplugged.
     pub async fn remove_disks(&self, request: &agent::RemoveDisksRequest) -> Result<(), Error> {
-        let serials = request.serials.clone();
+        let agent::RemoveDisksRequest { serials, pmem_slots, .. } = request.clone();
         let remove = move || {
             for serial in &serials {
                 if let Some(disk) = BlockDevice::known(serial)? {
                     disk.remove()?;
                 }
             }
+            pmem_slots.iter().try_for_each(|slot| pci::remove(*slot))?;
             Ok(Outcome::default())
         };
         Ok(helper::run(&self.reaper, "remove disks", remove).await.map(drop)?)

@@ -1,7 +1,8 @@
-//! Block devices of the guest, known to the host by the serials it gave them.
+//! Block devices of the guest, known to the host by the serials it gave them; memory that is a file
+//! of the host's by its PCI slot.
 
 use std::{
-    fs,
+    fs, io,
     path::{Path, PathBuf},
 };
 
@@ -11,8 +12,10 @@ use crate::{
 };
 
 const SYS_BLOCK: &str = "/sys/block";
+/// The drivers that make a block device of memory, one above the other.
+const PMEM_DRIVERS: [&str; 2] = ["/sys/bus/virtio/drivers/virtio_pmem", "/sys/bus/nd/drivers/nd_pmem"];
 
-/// A virtio-blk device.
+/// A virtio-blk or virtio-pmem device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BlockDevice {
     /// Its node in the agent's `/dev`.
@@ -56,6 +59,43 @@ impl BlockDevice {
         Self::find(Path::new(SYS_BLOCK), serial)
     }
 
+    /// Whether this kernel has block devices that are memory.
+    pub fn has_pmem() -> bool {
+        PMEM_DRIVERS.iter().all(|driver| Path::new(driver).exists())
+    }
+
+    /// The memory in a PCI slot, which nobody can write to from now on: who tries is told so
+    /// by this kernel. One that was plugged in while the guest ran is looked for.
+    pub fn in_slot(slot: u32) -> StepResult<Self> {
+        let function = pci::function(slot);
+        if !function.exists() {
+            pci::rescan()?;
+        }
+        Self::of_function(&function)
+    }
+
+    /// The block device of a virtio-pmem function: `virtioN/ndbusN/regionN/namespaceN.0/block/pmemN`.
+    fn of_function(function: &Path) -> StepResult<Self> {
+        let step = || format!("find the memory at {function:?}");
+        let bus = entry(&entry(function, "virtio").step(step)?, "ndbus").step(step)?;
+        // It is answered when the drivers are at work.
+        fs::read(bus.join("wait_probe")).step(step)?;
+        let region = entry(&bus, "region").step(step)?;
+        let block = entry(&region, "namespace").and_then(|namespace| entry(&namespace.join("block"), "pmem"));
+        let block = block.step(step)?;
+        fs::write(region.join("read_only"), "1").step(step)?;
+        let number = fs::read_to_string(block.join("dev")).step(step)?;
+        let name = block.file_name().unwrap_or_default();
+        Self::numbered(name.as_ref(), &number)
+            .ok_or_else(|| StepError::Refused(format!("{block:?} has the number {number:?}")))
+    }
+
+    fn numbered(name: &Path, number: &str) -> Option<Self> {
+        let (major, minor) = number.trim_end().split_once(':')?;
+        let (major, minor) = (major.parse().ok()?, minor.parse().ok()?);
+        Some(Self { path: Path::new("/dev").join(name), major, minor })
+    }
+
     fn find(sys_block: &Path, serial: &str) -> StepResult<Option<Self>> {
         let entries = fs::read_dir(sys_block).step(|| format!("list {sys_block:?}"))?;
         for entry in entries.flatten() {
@@ -66,13 +106,26 @@ impl BlockDevice {
             }
             let number = fs::read_to_string(entry.path().join("dev"))
                 .step(|| format!("read the number of block device {serial:?}"))?;
-            let number = number.trim_end().split_once(':');
-            if let Some((Ok(major), Ok(minor))) = number.map(|(a, b)| (a.parse(), b.parse())) {
-                return Ok(Some(Self { path: Path::new("/dev").join(entry.file_name()), major, minor }));
+            if let Some(found) = Self::numbered(entry.file_name().as_ref(), &number) {
+                return Ok(Some(found));
             }
         }
         Ok(None)
     }
+}
+
+/// The entry of `dir` whose name is `kind` and a number.
+fn entry(dir: &Path, kind: &str) -> io::Result<PathBuf> {
+    let is_of_kind = |name: &str| {
+        name.strip_prefix(kind).is_some_and(|rest| rest.starts_with(|first: char| first.is_ascii_digit()))
+    };
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        if entry.file_name().to_str().is_some_and(is_of_kind) {
+            return Ok(entry.path());
+        }
+    }
+    Err(io::Error::new(io::ErrorKind::NotFound, format!("there is no {kind} in {}", dir.display())))
 }
 
 #[cfg(test)]
@@ -93,5 +146,28 @@ mod tests {
         let found = BlockDevice::find(sys.path(), "rvm-scratch").unwrap();
         assert_eq!(found, Some(BlockDevice { path: "/dev/vdb".into(), major: 254, minor: 16 }));
         assert_eq!(BlockDevice::find(sys.path(), "rvm").unwrap(), None);
+    }
+
+    #[test]
+    fn memory_is_found_by_its_function_and_made_read_only() {
+        let sys = tempfile::tempdir().unwrap();
+        let function = sys.path().join("0000:00:05.0");
+        let bus = function.join("virtio3/ndbus0");
+        fs::create_dir_all(bus.join("power")).unwrap();
+        let refused = |what: &str| {
+            let error = BlockDevice::of_function(&function).unwrap_err();
+            let said = format!("{error} {:?}", std::error::Error::source(&error));
+            assert!(said.contains(what), "{said}");
+        };
+        refused("NotFound");
+        fs::write(bus.join("wait_probe"), "1\n").unwrap();
+        refused("no region");
+        let block = bus.join("region2/namespace2.0/block/pmem2");
+        fs::create_dir_all(&block).unwrap();
+        fs::create_dir(bus.join("region2/namespaces")).unwrap();
+        fs::write(block.join("dev"), "259:3\n").unwrap();
+        let found = BlockDevice::of_function(&function).unwrap();
+        assert_eq!(found, BlockDevice { path: "/dev/pmem2".into(), major: 259, minor: 3 });
+        assert_eq!(fs::read(bus.join("region2/read_only")).unwrap(), b"1");
     }
 }

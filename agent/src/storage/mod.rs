@@ -4,7 +4,7 @@
 use std::{os::fd::AsFd, path::Path};
 
 use nix::{fcntl::AT_FDCWD, mount::MsFlags};
-use rvm_protocol::guest::{IMAGES_DIR, SCRATCH_DIR};
+use rvm_protocol::guest::SCRATCH_DIR;
 
 use crate::{
     error::{Step, StepResult},
@@ -21,17 +21,19 @@ pub use block::BlockDevice;
 pub use images::Images;
 pub use scratch::{Layer, Scratch};
 
-/// Makes the places where disks are mounted. They are shared mounts: where a
+/// Makes the place where scratches are mounted.
+pub fn prepare() -> StepResult<()> {
+    place(Path::new(SCRATCH_DIR))
+}
+
+/// Makes a place where disks are mounted. It is a shared mount: where a
 /// container that is being made has a copy of what is mounted here, that goes as
 /// soon as it is unmounted here, and the device is free.
-pub fn prepare() -> StepResult<()> {
-    for place in [IMAGES_DIR, SCRATCH_DIR].map(Path::new) {
-        let step = || format!("prepare {place:?}");
-        make_dir(place)?;
-        let mount = clone_tree(AT_FDCWD, place, false).step(step)?;
-        attach(&mount, open_path(place).step(step)?).step(step)?;
-        let shared = Attributes { propagation: MsFlags::MS_SHARED.bits(), ..Attributes::default() };
-        set_attributes(mount.as_fd(), shared, false).step(step)?;
-    }
-    Ok(())
+fn place(place: &Path) -> StepResult<()> {
+    let step = || format!("prepare {place:?}");
+    make_dir(place)?;
+    let mount = clone_tree(AT_FDCWD, place, false).step(step)?;
+    attach(&mount, open_path(place).step(step)?).step(step)?;
+    let shared = Attributes { propagation: MsFlags::MS_SHARED.bits(), ..Attributes::default() };
+    set_attributes(mount.as_fd(), shared, false).step(step)
 }

@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-use rvm_protocol::guest::DEFAULT_CMDLINE;
+use rvm_protocol::{guest::DEFAULT_CMDLINE, vmm::PMEM_STEP_MIB};
 
 pub use network::{Network, Vhost};
 use table::Table;
@@ -40,6 +40,8 @@ const MIN_BLOCK_MIB: u64 = 64;
 const DEFAULT_BLOCK_MIB: u64 = 10 << 10;
 /// 16 TiB, far above what a host has and far below where sizes in bytes overflow.
 const MAX_MIB: u64 = 16 << 20;
+/// Largest image file as memory: a machine keeps four times as much of its addresses.
+const MAX_MEMORY_IMAGE_MIB: u64 = 64 << 10;
 
 /// What a sandbox is started with.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -119,6 +121,16 @@ pub struct Images {
     pub size_limit_bytes: u64,
     /// What is left free on the disk they are on.
     pub free_bytes: u64,
+    /// The largest that guests have as memory.
+    pub memory_limit_bytes: u64,
+}
+
+impl Images {
+    /// How much of its addresses a machine keeps for each that it has as memory, in MiB; 0 for none.
+    pub fn window_mib(&self) -> u64 {
+        let limit = if self.enabled { self.memory_limit_bytes >> 20 } else { 0 };
+        limit.next_multiple_of(PMEM_STEP_MIB)
+    }
 }
 
 /// Where what a container writes to its root file system goes.
@@ -369,6 +381,7 @@ fn images(table: &Table) -> Result<Images, ConfigError> {
         make: enabled && table.boolean("images", "make")?,
         size_limit_bytes: table.integer("images", "size_limit_mib", 1, MAX_MIB)? << 20,
         free_bytes: table.integer("images", "free_mib", 0, MAX_MIB)? << 20,
+        memory_limit_bytes: table.integer("images", "memory_limit_mib", 0, MAX_MEMORY_IMAGE_MIB)? << 20,
     })
 }
 

@@ -64,6 +64,7 @@ fn every_key_and_section_is_documented_above_it() {
         "images.enabled",
         "images.free_mib",
         "images.make",
+        "images.memory_limit_mib",
         "images.size_limit_mib",
         "log.level",
         "network.receive_bytes_per_s",

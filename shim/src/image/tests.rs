@@ -19,8 +19,12 @@ fn write_image(path: &Path, blocks: u32, length: u64) {
     file.write_all_at(&superblock(blocks), SUPERBLOCK_AT).unwrap();
 }
 
-fn config() -> Config {
-    Config::parse("", "none").unwrap()
+fn images() -> Images {
+    crate::config::Config::parse("", "none").unwrap().images
+}
+
+fn found(layers: &[Layer]) -> Found {
+    find(layers, images(), Path::new("/var/cache"))
 }
 
 /// A container's layers on snapshots 2 and 1 of `root`, with a writable one of its own.
@@ -42,18 +46,21 @@ fn layers(root: &Path, more: &[&str]) -> Vec<Layer> {
 fn lies_beside_the_top_layer_and_is_found_when_whole() {
     let root = tempfile::tempdir().unwrap();
     let layers = layers(root.path(), &[]);
-    let Found::Missing(place) = find(&layers, &config()) else { panic!("no place") };
+    let Found::Missing(place) = found(&layers) else { panic!("no place") };
     let path = place.file();
     assert_eq!(path.parent(), Some(root.path().join("2").as_path()));
 
     write_image(&path, 4, 4 * 4096);
-    let Found::Ready(image) = find(&layers, &config()) else { panic!("no image") };
-    assert_eq!((image.path.as_path(), image.serial.len()), (path.as_path(), 20));
+    let Found::Ready(image) = found(&layers) else { panic!("no image") };
+    assert_eq!((image.path.as_path(), image.serial.len(), image.as_memory), (path.as_path(), 20, true));
+    let small = Images { memory_limit_bytes: 4 * 4096 - 1, ..images() };
+    let Found::Ready(image) = find(&layers, small, Path::new("/")) else { panic!("no image") };
+    assert!(!image.as_memory);
 
     // What is no image goes.
     for (blocks, length) in [(4, 3 * 4096), (0, 4096), (4, 1000)] {
         write_image(&path, blocks, length);
-        assert!(matches!(find(&layers, &config()), Found::Missing(_)), "{blocks} {length}");
+        assert!(matches!(found(&layers), Found::Missing(_)), "{blocks} {length}");
         assert!(!path.exists());
     }
 
@@ -61,18 +68,18 @@ fn lies_beside_the_top_layer_and_is_found_when_whole() {
     let elsewhere = root.path().join("elsewhere");
     write_image(&elsewhere, 4, 4 * 4096);
     symlink(&elsewhere, &path).unwrap();
-    assert_eq!(find(&layers, &config()), Found::Never);
+    assert_eq!(found(&layers), Found::Never);
     assert!(elsewhere.exists());
     fs::remove_file(&path).unwrap();
 
     fs::write(path.with_added_extension(REFUSED), "too large").unwrap();
-    assert_eq!(find(&layers, &config()), Found::Never);
+    assert_eq!(found(&layers), Found::Never);
 }
 
 #[test]
 fn other_layers_have_another_or_none() {
     let root = tempfile::tempdir().unwrap();
-    let of = |layers: &[Layer]| Place::of(layers, &config());
+    let of = |layers: &[Layer]| Place::of(layers, images(), Path::new("/var/cache"));
     let place = of(&layers(root.path(), &[])).unwrap();
     assert_eq!(place.lower.len(), 2);
 
@@ -104,11 +111,11 @@ fn other_layers_have_another_or_none() {
 fn broken_once_is_made_again_and_twice_is_not() {
     let root = tempfile::tempdir().unwrap();
     let layers = layers(root.path(), &[]);
-    let Found::Missing(place) = find(&layers, &config()) else { panic!("no place") };
+    let Found::Missing(place) = found(&layers) else { panic!("no place") };
     for time in 1..=2 {
         write_image(&place.file(), 4, 4 * 4096);
         refuse(&place.file(), "no file system");
         assert!(!place.file().exists());
-        assert_eq!(matches!(find(&layers, &config()), Found::Missing(_)), time == 1);
+        assert_eq!(matches!(found(&layers), Found::Missing(_)), time == 1);
     }
 }

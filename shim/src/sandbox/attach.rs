@@ -25,14 +25,15 @@ use tokio::{
 use super::{Claim, Sandbox, SandboxError, machine::Boot, network::Network};
 use crate::{
     agent::process_ref,
-    config::{self, Config},
+    config::{self, Config, Images},
     holder::{Holder, Starting},
-    image::{self, Found},
+    image::{self, Found, Image},
     rootfs::Layer,
     scratch::Preparation,
     share::{Share, ShareError, Sources},
     spec::{Bundle, HostDisk},
     timeline::Timeline,
+    vmm::MonitorError,
 };
 
 /// How long a sandbox that is being closed waits for mounts that are being made.
@@ -151,11 +152,11 @@ impl HostSide {
 
     /// Looks for an image in place of `layers`. A machine has slots for some twenty disks, and
     /// containers need theirs for their scratches: beyond a few images the others' layers are shared.
-    fn image(&self, config: &Config, bundle: &Bundle, layers: &[Layer]) -> Found {
-        if !config.images.enabled || bundle.container.rootfs.on_volumes {
+    fn image(&self, (configured, cache_dir): (Images, &Path), bundle: &Bundle, layers: &[Layer]) -> Found {
+        if !configured.enabled || bundle.container.rootfs.on_volumes {
             return Found::Never;
         }
-        let found = image::find(layers, config);
+        let found = image::find(layers, configured, cache_dir);
         if let Found::Ready(image) = &found {
             let images = &mut self.sharing().images;
             let others: BTreeSet<&String> = images.values().filter(|other| **other != image.serial).collect();
@@ -197,8 +198,8 @@ pub struct Preparing {
     /// What there is in place of the layers; told before the mounts are made.
     looking: Option<oneshot::Receiver<Found>>,
     image: Found,
-    /// It is in the machine that boots.
-    image_plugged_in: bool,
+    /// What it is to the machine that boots, once it is plugged in.
+    image_plugged_in: Option<PluggedIn>,
     scratch: Option<ScratchDisk>,
     tmpfs_bytes: u64,
     disks: Vec<HostDisk>,
@@ -269,9 +270,9 @@ impl Preparing {
         let mounts = spawn_blocking({
             let (host, bundle, layers) = (host.clone(), bundle.clone(), layers.to_vec());
             let timeline = timeline.clone();
-            let config = config.clone();
+            let (images, cache_dir) = (config.images, config.host.cache_dir.clone());
             move || {
-                let found = host.image(&config, &bundle, &layers);
+                let found = host.image((images, &cache_dir), &bundle, &layers);
                 let has_image = matches!(found, Found::Ready(_));
                 // Nobody waits for it any more.
                 let _ = tell.send(found);
@@ -287,7 +288,7 @@ impl Preparing {
             sources: Sources::new(),
             looking: Some(looking),
             image: Found::Never,
-            image_plugged_in: false,
+            image_plugged_in: None,
             tmpfs_bytes,
             disks: bundle.disks.clone(),
             claim: Claim::of(bundle),
@@ -300,9 +301,19 @@ impl Preparing {
     pub(super) async fn made(&mut self, boot: &Boot) -> Result<(), SandboxError> {
         self.look().await;
         if let Found::Ready(image) = &self.image {
-            let added = boot.add_disk(&image.serial, &image.path, true).await;
-            added.map_err(|source| SandboxError::Disk { field: IMAGE_FIELD.to_owned(), source })?;
-            self.image_plugged_in = true;
+            // A machine without room among its addresses has it as a disk.
+            let memory = match image.as_memory {
+                true => boot.add_pmem(&image.path).await.ok(),
+                false => None,
+            };
+            self.image_plugged_in = Some(match memory {
+                Some(slot) => PluggedIn::Memory(slot),
+                None => {
+                    let added = boot.add_disk(&image.serial, &image.path, true).await;
+                    added.map_err(|source| SandboxError::Disk { field: IMAGE_FIELD.to_owned(), source })?;
+                    PluggedIn::Disk
+                }
+            });
         }
         if let Some(ScratchDisk::Preparing(preparation)) = &mut self.scratch {
             let path = preparation.finished().await?;
@@ -342,6 +353,25 @@ pub(super) struct Disk {
     readonly: bool,
     /// The containers that use it.
     users: usize,
+    plugged_in: PluggedIn,
+}
+
+/// What a file is to a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum PluggedIn {
+    /// A disk (virtio-blk).
+    Disk,
+    /// Memory it can read (virtio-pmem), in this slot.
+    Memory(u8),
+}
+
+impl PluggedIn {
+    fn slot(self) -> Option<u32> {
+        match self {
+            Self::Disk => None,
+            Self::Memory(slot) => Some(slot.into()),
+        }
+    }
 }
 
 /// A container's place in the machine, until [`Sandbox::detach`]. Dropping it, as
@@ -354,6 +384,8 @@ pub struct Attached {
     scratch: Scratch,
     sources: Sources,
     image: Found,
+    /// Where that is, if it is memory of the guest's.
+    image_slot: Option<u32>,
     left: bool,
 }
 
@@ -373,6 +405,7 @@ impl Drop for Attached {
             scratch: Scratch::default(),
             sources: Sources::new(),
             image: Found::Never,
+            image_slot: None,
             left: true,
         };
         tokio::spawn(async move { sandbox.withdraw(attached).await });
@@ -383,7 +416,9 @@ impl Attached {
     /// Says in `request` where the container's writes go, and where its image and its volumes are.
     pub fn settle(&self, request: &mut CreateContainerRequest) {
         if let Found::Ready(image) = &self.image {
-            request.rootfs.mut_or_insert_default().image_serial.clone_from(&image.serial);
+            let rootfs = request.rootfs.mut_or_insert_default();
+            rootfs.image_serial.clone_from(&image.serial);
+            rootfs.image_slot = self.image_slot;
         }
         request.scratch = Some(self.scratch.clone()).into();
         for (mount, source) in &self.sources {
@@ -455,15 +490,14 @@ impl Sandbox {
             scratch: Scratch::default(),
             sources,
             image: image.clone(),
+            image_slot: None,
             left: false,
         };
         let admitted = async {
             self.admit(&attached.part.container, claim).await?;
             if let Found::Ready(image) = image {
-                match image_plugged_in {
-                    true => self.plugged_in(&image.serial, true).await,
-                    false => self.plug(IMAGE_FIELD, &image.serial, &image.path, true).await?,
-                }
+                let plugged_in = self.plug_image(&image, image_plugged_in).await?;
+                attached.image_slot = plugged_in.slot();
                 attached.serials.push(image.serial);
             }
             attached.scratch.backing = Some(match scratch {
@@ -475,7 +509,10 @@ impl Sandbox {
                             let path = preparation.finished().await?;
                             self.plug(SCRATCH_FIELD, &serial, &path, false).await?;
                         }
-                        ScratchDisk::PluggedIn => self.plugged_in(&serial, false).await,
+                        ScratchDisk::PluggedIn => {
+                            let disk = Disk { readonly: false, users: 1, plugged_in: PluggedIn::Disk };
+                            self.disks.lock().await.insert(serial.clone(), disk);
+                        }
                     }
                     attached.serials.push(serial.clone());
                     Backing::BlockSerial(serial)
@@ -496,9 +533,39 @@ impl Sandbox {
         }
     }
 
-    /// Takes note of a disk that has been in the machine since it booted.
-    async fn plugged_in(&self, serial: &str, readonly: bool) {
-        self.disks.lock().await.insert(serial.to_owned(), Disk { readonly, users: 1 });
+    /// Plugs an image in that may have been in the machine since it booted (`already`), as
+    /// memory where it is to be that and the guest can have it.
+    async fn plug_image(&self, image: &Image, already: Option<PluggedIn>) -> Result<PluggedIn, SandboxError> {
+        let mut disks = self.disks.lock().await;
+        if let Some(disk) = disks.get_mut(&image.serial) {
+            disk.users += 1;
+            return Ok(disk.plugged_in);
+        }
+        let failed = |source| SandboxError::Disk { field: IMAGE_FIELD.to_owned(), source };
+        let already = match already {
+            Some(PluggedIn::Memory(slot)) if !self.machine.has_pmem() => {
+                self.machine.remove_pmem(slot).await.map_err(failed)?;
+                None
+            }
+            already => already,
+        };
+        let plugged_in = match already {
+            Some(plugged_in) => plugged_in,
+            None => self.plug_file(image).await.map_err(failed)?,
+        };
+        disks.insert(image.serial.clone(), Disk { readonly: true, users: 1, plugged_in });
+        Ok(plugged_in)
+    }
+
+    async fn plug_file(&self, image: &Image) -> Result<PluggedIn, MonitorError> {
+        if image.as_memory && self.machine.has_pmem()
+            // A machine without room among its addresses has it as a disk.
+            && let Ok(slot) = self.machine.add_pmem(&image.path).await
+        {
+            return Ok(PluggedIn::Memory(slot));
+        }
+        self.machine.add_disk(&image.serial, &image.path, true).await?;
+        Ok(PluggedIn::Disk)
     }
 
     async fn plug(&self, field: &str, serial: &str, path: &Path, readonly: bool) -> Result<(), SandboxError> {
@@ -512,7 +579,7 @@ impl Sandbox {
         }
         let plugged = self.machine.add_disk(serial, path, readonly).await;
         plugged.map_err(|source| SandboxError::Disk { field: field.to_owned(), source })?;
-        disks.insert(serial.to_owned(), Disk { readonly, users: 1 });
+        disks.insert(serial.to_owned(), Disk { readonly, users: 1, plugged_in: PluggedIn::Disk });
         Ok(())
     }
 
@@ -550,23 +617,34 @@ impl Sandbox {
     /// Takes out the disks nobody uses any more.
     async fn unplug(&self, serials: &[String]) {
         let mut disks = self.disks.lock().await;
-        let mut unused = Vec::new();
+        let mut unused = BTreeMap::new();
         for serial in serials {
             let Some(disk) = disks.get_mut(serial) else { continue };
             disk.users -= 1;
-            if disk.users == 0 {
-                disks.remove(serial);
-                unused.push(serial.clone());
+            if disk.users == 0
+                && let Some(disk) = disks.remove(serial)
+            {
+                unused.insert(serial.clone(), disk.plugged_in);
             }
         }
         if unused.is_empty() {
             return;
         }
-        if let Err(error) = self.agent().remove_disks(unused.clone()).await {
-            log::warn!("the guest does not let go of {}: {error}", unused.join(", "));
+        let slots = unused.values().filter_map(|plugged_in| plugged_in.slot()).collect();
+        let is_disk = |(serial, plugged_in): (&String, &PluggedIn)| {
+            (*plugged_in == PluggedIn::Disk).then(|| serial.clone())
+        };
+        let removed = self.agent().remove_disks(unused.iter().filter_map(is_disk).collect(), slots);
+        if let Err(error) = removed.await {
+            let serials: Vec<_> = unused.keys().map(String::as_str).collect();
+            log::warn!("the guest does not let go of {}: {error}", serials.join(", "));
         }
-        for serial in unused {
-            if let Err(error) = self.machine.remove_disk(&serial).await {
+        for (serial, plugged_in) in unused {
+            let removed = match plugged_in {
+                PluggedIn::Disk => self.machine.remove_disk(&serial).await,
+                PluggedIn::Memory(slot) => self.machine.remove_pmem(slot).await,
+            };
+            if let Err(error) = removed {
                 log::warn!("{serial} stays plugged in: {error}");
             }
         }

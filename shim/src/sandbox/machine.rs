@@ -64,6 +64,8 @@ pub(super) struct Machine {
     vsock: Vsock,
     console: PathBuf,
     spawned: Duration,
+    /// The guest can have files as memory.
+    has_pmem: bool,
 }
 
 impl Boot {
@@ -122,16 +124,17 @@ impl Boot {
         &self.vsock
     }
 
-    /// Waits until the agent has set the sandbox up.
-    pub(super) async fn agent(&self) -> Result<Agent, SandboxError> {
+    /// Waits until the agent has set the sandbox up; it, and whether the guest can have files as
+    /// memory.
+    pub(super) async fn agent(&self) -> Result<(Agent, bool), SandboxError> {
         let Self { monitor, vsock, ready, console, set_up, limit, timeline, .. } = self;
         let boot = async {
             wait_ready(ready).await?;
             timeline.mark("agent ready");
             let agent = Agent::connect(vsock).await?;
-            agent.set_up_sandbox(set_up.clone()).await?;
+            let can = agent.set_up_sandbox(set_up.clone()).await?;
             timeline.mark("sandbox set up");
-            Ok(agent)
+            Ok((agent, can.pmem))
         };
         tokio::select! {
             // An end of the monitor explains a lost connection, not the other way round.
@@ -156,7 +159,16 @@ impl Boot {
         path: &Path,
         readonly: bool,
     ) -> Result<(), MonitorError> {
-        match add_disk(&self.monitor, serial, path, readonly, self.limit).await {
+        self.added(add_disk(&self.monitor, serial, path, readonly, self.limit).await).await
+    }
+
+    /// The same of a file that is to be memory; the slot it is in.
+    pub(super) async fn add_pmem(&self, path: &Path) -> Result<u8, MonitorError> {
+        self.added(add_pmem(&self.monitor, path, self.limit).await).await
+    }
+
+    async fn added<T>(&self, added: Result<T, MonitorError>) -> Result<T, MonitorError> {
+        match added {
             Err(MonitorError::Control { .. }) if timeout(MOMENT, self.monitor.exited()).await.is_ok() => {
                 std::future::pending().await
             }
@@ -164,11 +176,11 @@ impl Boot {
         }
     }
 
-    /// The machine, whose agent this is.
-    pub(super) fn machine(self, agent: Agent) -> Machine {
+    /// The machine, whose agent this is, and what [`agent`](Self::agent) says of it.
+    pub(super) fn machine(self, (agent, has_pmem): (Agent, bool)) -> Machine {
         let Self { monitor, vsock, console, spawned, .. } = self;
         let clock = Keeper::start(agent.clone());
-        Machine { monitor, agent, clock, vsock, console, spawned }
+        Machine { monitor, agent, clock, vsock, console, spawned, has_pmem }
     }
 }
 
@@ -248,6 +260,21 @@ impl Machine {
         add_disk(&self.monitor, serial, path, readonly, vmm::LIMIT).await
     }
 
+    /// Whether the guest can have files as memory.
+    pub(super) fn has_pmem(&self) -> bool {
+        self.has_pmem
+    }
+
+    /// Plugs the file at `path` in as memory that the guest can read; the slot it is in.
+    pub(super) async fn add_pmem(&self, path: &Path) -> Result<u8, MonitorError> {
+        add_pmem(&self.monitor, path, vmm::LIMIT).await
+    }
+
+    /// Takes such a file out that the guest has let go of.
+    pub(super) async fn remove_pmem(&self, slot: u8) -> Result<(), MonitorError> {
+        self.monitor.control().remove_pmem(slot).await
+    }
+
     /// Takes a disk out that the guest has let go of.
     pub(super) async fn remove_disk(&self, serial: &str) -> Result<(), MonitorError> {
         self.monitor.control().remove_disk(serial).await
@@ -309,14 +336,23 @@ async fn add_disk(
     readonly: bool,
     limit: Duration,
 ) -> Result<(), MonitorError> {
+    let file = open(path, readonly).await?;
+    monitor.control().add_disk(serial, readonly, file.as_fd(), limit).await
+}
+
+async fn add_pmem(monitor: &Monitor, path: &Path, limit: Duration) -> Result<u8, MonitorError> {
+    let file = open(path, true).await?;
+    monitor.control().add_pmem(file.as_fd(), limit).await
+}
+
+async fn open(path: &Path, readonly: bool) -> Result<File, MonitorError> {
     let open = {
         let path = path.to_owned();
         // Opening a device may wait for it.
         move || File::options().read(true).write(!readonly).open(path)
     };
     let opened = spawn_blocking(open).await.map_err(io::Error::other).flatten();
-    let file = opened.map_err(|source| MonitorError::Disk { path: path.to_owned(), source })?;
-    monitor.control().add_disk(serial, readonly, file.as_fd(), limit).await
+    opened.map_err(|source| MonitorError::Disk { path: path.to_owned(), source })
 }
 
 fn vm_config(config: &Config, plan: &Plan, nets: Vec<InheritedNet>, jail: JailConfig) -> VmConfig {
@@ -327,6 +363,7 @@ fn vm_config(config: &Config, plan: &Plan, nets: Vec<InheritedNet>, jail: JailCo
         memory_mib: plan.room.boot_mib,
         hotplug_memory_mib: plan.room.hotplug_mib,
         hugetlb_memory_mib: plan.room.hugetlb_mib,
+        pmem_mib: config.images.window_mib(),
         huge_pages: config.guest.huge_pages,
         kernel: config.guest.kernel.clone(),
         cmdline: config.guest.cmdline(),
