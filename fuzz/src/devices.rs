@@ -312,7 +312,7 @@ pub fn mem(data: &[u8]) {
 }
 
 fn flush(input: &mut Input<'_>) -> Vec<u8> {
-    let kind = if input.u8() % 4 == 0 { input.u32() } else { 0 };
+    let kind = if input.u8().is_multiple_of(4) { input.u32() } else { 0 };
     let count = usize::from(input.u8() % 8);
     [&kind.to_le_bytes()[..], input.bytes(count)].concat()
 }

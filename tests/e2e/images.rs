@@ -1,5 +1,7 @@
 //! Image files in place of layers: what is in them, who has them, and their end.
 
+mod memory;
+
 use std::{
     ffi::OsStr,
     os::unix::{ffi::OsStrExt, fs::FileExt, net::UnixListener, process::ExitStatusExt},
@@ -180,11 +182,20 @@ fn an_image_has_all_that_its_layers_have() {
     });
 }
 
+/// Bytes of a file in the image that is worth reading, whole pages.
+const LARGE: usize = 12 << 20;
+
+/// No two pages of it are the same.
+fn large() -> Vec<u8> {
+    (0..LARGE as u32 / 4).flat_map(|word| word.wrapping_mul(2_654_435_761).to_le_bytes()).collect()
+}
+
 /// An image of two layers, for a case.
 fn import(world: &World) -> Result<()> {
     let busybox = world.rootfs()?.join("bin/busybox");
     let mut upper = Layer::new();
     upper.file("top", 0o640, "top\n").owner(70000, 8);
+    upper.file("large", 0o644, large());
     upper.whiteout("etc/group");
     let layers = vec![layer::busybox(&busybox)?, upper];
     let archive = world.write_file("images.tar", Image::new(NAME, layers)?.archive()?)?;
@@ -216,7 +227,7 @@ fn with_image(test: impl FnOnce(&World) -> Result<()>) {
 const WALK: &str = "cd /; sha256sum bin/busybox; \
                     for f in $(find bin etc home root sbin tmp top usr var 2>/dev/null | sort); do \
                     [ -d $f ] && [ ! -L $f ] && stat -c '%n %f %u %g %y' $f || stat -c '%n %f %h %u %g %s %t:%T %y' $f; \
-                    [ -f $f ] && [ $(stat -c %h $f) = 1 ] && sha256sum $f; done; cat /top";
+                    [ -f $f ] && [ $(stat -c %h $f) = 1 ] && sha256sum $f; done; sha256sum /large; cat /top";
 
 fn run(world: &World) -> Run {
     world.ctr().container("images").with_image(NAME)

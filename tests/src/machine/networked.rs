@@ -86,6 +86,7 @@ impl Machine {
             memory_mib: shape.memory,
             hotplug_memory_mib: shape.more,
             hugetlb_memory_mib: 0,
+            pmem_mib: 0,
             huge_pages: false,
             kernel: world.stage().kernel(),
             cmdline: DEFAULT_CMDLINE.into(),

@@ -70,6 +70,7 @@ impl Monitor {
             memory_mib: MEMORY_MIB,
             hotplug_memory_mib: 0,
             hugetlb_memory_mib: 0,
+            pmem_mib: 0,
             huge_pages: true,
             kernel: stage.kernel(),
             cmdline: DEFAULT_CMDLINE.into(),

@@ -27,6 +27,7 @@ impl Handler for PmemWorker {
             Ok((readable, writable)) => answer(readable, writable),
             Err(_) => 0,
         })
+        .map(drop)
     }
 }
 

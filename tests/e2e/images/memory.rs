@@ -1,0 +1,274 @@
+//! Image files that guests have as memory (virtio-pmem, DAX): read where they lie, once for all, and
+//! by nobody written to.
+
+use std::{fs::File, os::fd::AsRawFd, path::Path};
+
+use anyhow::{Context, Result, ensure};
+use rvm_tests::{
+    ctr::Run,
+    images,
+    job::{Input, Job},
+    sandbox::Sandbox,
+    scale,
+    world::{World, shell},
+};
+
+use super::{LARGE, LOWER, NAME, run, with_image};
+
+/// Sandboxes of one image.
+const SANDBOXES: usize = 3;
+/// What a guest keeps of files, and what of the image's block device.
+const CACHED: &str =
+    "sed -n 's/^\\(Cached\\|Buffers\\): *\\([0-9]*\\) kB/\\2/p' /proc/meminfo | tr '\\n' ' '";
+
+/// A container that does what it is told, line by line.
+struct Told {
+    job: Job,
+    sandbox: Sandbox,
+    seen: usize,
+}
+
+impl Told {
+    fn start(world: &World, run: &Run) -> Result<Self> {
+        let script = "echo ready; while read -r line; do eval \"$line\"; echo \"done $?\"; done";
+        let job = run.start(&["sh", "-c", script], Input::Open)?;
+        job.wait_for("ready\n", scale::container())?;
+        let sandbox = Sandbox::find(world.stage(), &run.id)?;
+        Ok(Self { job, sandbox, seen: "ready\n".len() })
+    }
+
+    /// What a line of shell says, and how it ends.
+    fn tell(&mut self, line: &str) -> Result<(String, i32)> {
+        self.job.write(format!("{line}\n").as_bytes())?;
+        loop {
+            let said = self.job.stdout();
+            let new = said.get(self.seen..).unwrap_or_default();
+            if let Some((text, code)) = new.trim_end().rsplit_once("done ")
+                && new.ends_with('\n')
+            {
+                let code = code.parse().with_context(|| format!("{line}: {new}"))?;
+                let text = text.to_owned();
+                self.seen = said.len();
+                return Ok((text, code));
+            }
+            ensure!(!self.job.has_ended(), "{line}: ended with {said} {}", self.job.stderr());
+            self.job.wait_for_more(said.len(), scale::container());
+        }
+    }
+
+    fn does(&mut self, line: &str) -> Result<String> {
+        let (said, code) = self.tell(line)?;
+        ensure!(code == 0, "{line}: {code}: {said} {}", self.job.stderr());
+        Ok(said)
+    }
+
+    /// KiB of caches: files' and the block device's.
+    fn cached(&mut self) -> Result<(i64, i64)> {
+        let said = self.does(CACHED)?;
+        let kib: Vec<i64> = said.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
+        let [buffers, cached] = kib[..] else { anyhow::bail!("{said}") };
+        Ok((cached, buffers))
+    }
+
+    fn end(mut self) -> Result<()> {
+        self.job.close_input();
+        self.job.finish(scale::container())?.success()?;
+        Ok(())
+    }
+}
+
+/// What a monitor's mapping of a file is charged with, in KiB: of it in memory, its share of that, and what
+/// it has alone.
+fn mapping(monitor: i32, file: &Path) -> Result<[u64; 3]> {
+    let smaps = std::fs::read_to_string(format!("/proc/{monitor}/smaps"))?;
+    let name = file.file_name().context("a name")?.to_string_lossy().into_owned();
+    let mut lines = smaps.lines().skip_while(|line| !line.contains(&name)).skip(1);
+    let mut number = |field: &str| -> Result<u64> {
+        let line = lines.find(|line| line.starts_with(field)).with_context(|| format!("no {field}"))?;
+        Ok(line.split_whitespace().nth(1).context("a number")?.parse()?)
+    };
+    let [rss, pss] = [number("Rss:")?, number("Pss:")?];
+    Ok([rss, pss, number("Private_Dirty:")?])
+}
+
+/// KiB of a file that are in the host's page cache.
+fn in_page_cache(path: &Path) -> Result<u64> {
+    let file = File::open(path)?;
+    let length = usize::try_from(file.metadata()?.len())?;
+    let mut pages = vec![0u8; length.div_ceil(4096)];
+    // SAFETY: a new mapping of an open file.
+    let mapped = unsafe {
+        libc::mmap(std::ptr::null_mut(), length, libc::PROT_READ, libc::MAP_SHARED, file.as_raw_fd(), 0)
+    };
+    ensure!(mapped != libc::MAP_FAILED, "mmap: {}", std::io::Error::last_os_error());
+    // SAFETY: the mapping is as long, and there is a byte for each of its pages.
+    let looked = unsafe { libc::mincore(mapped, length, pages.as_mut_ptr()) };
+    // SAFETY: it was made above, and nobody uses it.
+    unsafe { libc::munmap(mapped, length) };
+    ensure!(looked == 0, "mincore: {}", std::io::Error::last_os_error());
+    Ok(4 * pages.iter().filter(|page| **page & 1 != 0).count() as u64)
+}
+
+#[test]
+fn the_hosts_pages_are_the_only_ones() {
+    with_image(|world| {
+        run(world).shell("true")?.success()?;
+        let file = images::wait_for(world, 1)?.remove(0);
+        let listed = world.rvmctl(&["images"]).output()?;
+        let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
+        ensure!(listed.contains(" memory "), "{listed}");
+
+        let mut sandboxes =
+            (0..SANDBOXES).map(|_| Told::start(world, &run(world))).collect::<Result<Vec<_>>>()?;
+        let sum = shell(&format!("sha256sum {}", file.display()))?;
+        for told in &mut sandboxes {
+            let lower = told.does(LOWER)?;
+            ensure!(lower.starts_with("/run/rvm/images/img-"), "{lower}");
+            let disks =
+                told.does("cd /sys/block; for disk in pmem*; do cat $disk/queue/dax $disk/ro; done; cd /")?;
+            ensure!(disks == "1\n1\n", "{disks}");
+            // The programs it takes are in the image, too.
+            told.does("cat /top > /dev/null")?;
+            let (cached, buffers) = told.cached()?;
+            told.does("cat /large > /dev/null; cat /large | md5sum")?;
+            let (more_cached, more_buffers) = told.cached()?;
+            let (cached, buffers) = (more_cached - cached, more_buffers - buffers);
+            println!(
+                "after {} KiB were read: {cached} KiB in the guest's cache, {buffers} of its disk",
+                LARGE >> 10
+            );
+            ensure!(cached.max(buffers) < LARGE as i64 / 1024 / 8, "{cached} and {buffers} KiB");
+        }
+        let charged = sandboxes
+            .iter()
+            .map(|told| mapping(told.sandbox.monitor.pid, &file))
+            .collect::<Result<Vec<_>>>()?;
+        let cached = in_page_cache(&file)?;
+        println!("mapped, share, alone, in KiB: {charged:?}; {cached} in the host's page cache");
+        let least = LARGE as u64 / 1024;
+        ensure!(charged.iter().all(|[rss, _, dirty]| *rss >= least && *dirty == 0), "{charged:?}");
+        let shares: u64 = charged.iter().map(|[_, pss, _]| pss).sum();
+        ensure!(
+            shares <= cached && cached <= std::fs::metadata(&file)?.len().div_ceil(1024),
+            "{shares} of {cached}"
+        );
+        ensure!(sum == shell(&format!("sha256sum {}", file.display()))?, "the image has changed");
+        sandboxes.into_iter().try_for_each(Told::end)
+    });
+}
+
+/// A guest's root, with every capability and every device, writes to the memory an image is.
+#[test]
+fn nobody_writes_to_an_image() {
+    with_image(|world| {
+        run(world).shell("true")?.success()?;
+        let file = images::wait_for(world, 1)?.remove(0);
+        let sum = || shell(&format!("sha256sum {}", file.display()));
+        let before = sum()?;
+        let mut told = Told::start(world, &run(world).with(&["--privileged"]))?;
+        let device = "mknod /memory b $(tr : ' ' < /sys/class/block/pmem0/dev)";
+        told.does(device)?;
+        let write = "dd if=/dev/zero of=/memory bs=4096 seek=256 count=4 conv=fsync 2>&1";
+        // The guest's kernel refuses it ...
+        let (said, code) = told.tell(write)?;
+        ensure!(code != 0 && said.contains("not permitted"), "{code}: {said}");
+        // ... until it is told not to, and then it is written nowhere.
+        let at = told.does("readlink -f /sys/class/block/pmem0/device")?;
+        let region = Path::new(at.trim()).parent().context("a region")?.display().to_string();
+        told.does(&format!("mount -o remount,rw /sys 2>/dev/null; echo 0 > {region}/read_only"))?;
+        let (said, code) = told.tell(write)?;
+        println!("written: {code}: {said}");
+        told.does("cat /large | md5sum; cat /top")?;
+        ensure!(sum()? == before, "the image has changed");
+        told.end()?;
+        run(world).shell("cat /large | md5sum")?.success()?;
+        ensure!(sum()? == before, "the image has changed");
+        Ok(())
+    });
+}
+
+/// A file that somebody cuts off under a guest ends that guest, which says why, and nobody else.
+#[test]
+fn an_image_that_is_cut_off_ends_who_reads_it() {
+    with_image(|world| {
+        run(world).shell("true")?.success()?;
+        let file = images::wait_for(world, 1)?.remove(0);
+        let log = world.log_length();
+        let mut told = Told::start(world, &run(world))?;
+        File::options().write(true).open(&file)?.set_len(8192)?;
+        told.job.write(b"cat /large | md5sum\n")?;
+        let sandbox = told.sandbox.clone();
+        let finished = told.job.finish(scale::container())?;
+        ensure!(finished.code() == 137, "{finished}");
+        sandbox.wait_until_gone(scale::container())?;
+        let said = world.log_tail(log, 1000);
+        let lines: Vec<_> = said.lines().filter(|line| line.contains("an image's shrunk")).collect();
+        ensure!(!lines.is_empty(), "{said}");
+        println!("{}", lines[0]);
+        // What is left of it is not taken for one.
+        let finished = run(world).shell(LOWER)?.success()?;
+        ensure!(finished.text().starts_with("/run/rvm/layers/"), "{finished}");
+        images::wait_for(world, 1).map(drop)
+    });
+}
+
+/// Above the limit an image is a disk.
+#[test]
+fn a_larger_image_is_a_disk() {
+    with_image(|world| {
+        world.set_config(&world.config().with_images().set("images", "memory_limit_mib", "4"))?;
+        run(world).shell("true")?.success()?;
+        images::wait_for(world, 1)?;
+        let script =
+            format!("{LOWER}; ls /sys/block | grep -c pmem; cat /sys/block/vd*/serial; cat /large | md5sum");
+        let finished = run(world).shell(&script)?.success()?;
+        let text = finished.text();
+        ensure!(text.starts_with("/run/rvm/images/img-") && text.contains("\n0\n"), "{finished}");
+        ensure!(text.lines().any(|line| line.starts_with("img-")), "{finished}");
+        Ok(())
+    });
+}
+
+/// One that joins a machine brings its image, which goes with the last that has it.
+#[test]
+fn an_image_comes_and_goes_with_its_containers() {
+    with_image(|world| {
+        run(world).shell("true")?.success()?;
+        let file = images::wait_for(world, 1)?.remove(0);
+        world.set_config(&world.config().with_images().set("images", "make", "false"))?;
+        let ctr = world.ctr();
+        let annotated = |run: Run, kind: &str, pod: &str| {
+            let kind = format!("io.kubernetes.cri.container-type={kind}");
+            let pod = format!("io.kubernetes.cri.sandbox-id={pod}");
+            run.with(&["--annotation", &kind, "--annotation", &pod])
+        };
+        let pod = ctr.container("pod").detached();
+        let pod = annotated(pod.clone(), "sandbox", &pod.id);
+        pod.run(&["sleep", "100000"])?.success()?;
+        let sandbox = Sandbox::find(world.stage(), &pod.id)?;
+        let maps = || std::fs::read_to_string(format!("/proc/{}/maps", sandbox.monitor.pid));
+        let name = file.file_name().context("a name")?.to_string_lossy().into_owned();
+        let exec = |id: &str, script: &str| -> Result<String> {
+            let job = ctr.exec(id, &[], &["sh", "-c", script], Input::Nothing)?;
+            Ok(job.finish(scale::container())?.success()?.text())
+        };
+        const MEMORIES: &str = "ls /sys/block | grep -c pmem || true";
+        for _ in 0..3 {
+            let members = ["one", "two"]
+                .map(|name| annotated(ctr.container(name).with_image(NAME), "container", &pod.id).detached());
+            for member in &members {
+                member.run(&["sleep", "100000"])?.success()?;
+                ensure!(exec(&member.id, LOWER)?.starts_with("/run/rvm/images/img-"));
+                exec(&member.id, "md5sum /large")?;
+            }
+            ensure!(exec(&pod.id, MEMORIES)? == "1\n" && maps()?.contains(&name), "not one of both");
+            for member in &members {
+                ensure!(maps()?.contains(&name), "gone with the first");
+                ctr.remove(&member.id)?;
+            }
+            ensure!(exec(&pod.id, MEMORIES)? == "0\n" && !maps()?.contains(&name), "still there");
+        }
+        world.end(&pod.id)?;
+        sandbox.wait_until_gone(scale::container())
+    });
+}
