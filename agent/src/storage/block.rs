@@ -159,7 +159,7 @@ mod tests {
             let said = format!("{error} {:?}", std::error::Error::source(&error));
             assert!(said.contains(what), "{said}");
         };
-        refused("NotFound");
+        refused("ENOENT");
         fs::write(bus.join("wait_probe"), "1\n").unwrap();
         refused("no region");
         let block = bus.join("region2/namespace2.0/block/pmem2");

@@ -16,7 +16,7 @@ mod capabilities;
 mod landlock;
 mod seccomp;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::ffi::CStr;
 use std::io;

@@ -169,6 +169,28 @@ fn try_all(place: &Place) -> String {
     attempts().map(line).collect()
 }
 
+/// Does `work` in a process that is shut in, without the filter of system calls, with the directory `share` as its root.
+pub(crate) fn inside(share: &Path, users: bool, work: impl FnOnce() -> String + Send) -> String {
+    let (mount_namespace, root) = nothing_but(share);
+    let jail = Jail { mount_namespace, root, user_namespace: users.then(all_users) };
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            // For this thread's children alone.
+            unshare(libc::CLONE_NEWPID).unwrap();
+            apart(move || match jail.close() {
+                Ok(()) => work(),
+                Err(error) => format!("{error}: {:?}", std::error::Error::source(&error)),
+            })
+        });
+        thread.join().unwrap()
+    })
+}
+
+/// Begins the filter of system calls for the calling thread and those it starts.
+pub(crate) fn filter() -> io::Result<()> {
+    seccomp::begin()
+}
+
 /// Makes a jail, without the filter of system calls, which would end the attempts; `work` is done
 /// inside and outside.
 fn in_and_out(users: bool, work: fn(&Place) -> String) -> (String, String) {
@@ -185,20 +207,7 @@ fn in_and_out(users: bool, work: fn(&Place) -> String) -> (String, String) {
     };
     let outside = place(share.clone());
     let inside = place("/".into());
-    let (mount_namespace, root) = nothing_but(&share);
-    let jail = Jail { mount_namespace, root, user_namespace: users.then(all_users) };
-    let in_it = std::thread::scope(|scope| {
-        let thread = scope.spawn(|| {
-            // For this thread's children alone.
-            // SAFETY: takes flags.
-            ok(unsafe { libc::unshare(libc::CLONE_NEWPID) }).unwrap();
-            apart(move || match jail.close() {
-                Ok(()) => work(&inside),
-                Err(error) => format!("{error}: {:?}", std::error::Error::source(&error)),
-            })
-        });
-        thread.join().unwrap()
-    });
+    let in_it = self::inside(&share, users, || work(&inside));
     let out_of_it = apart(|| {
         // What succeeds changes nothing of the host's.
         // SAFETY: takes flags.
