@@ -64,7 +64,8 @@ fn shown(finished: &Result<Finished>) -> String {
 }
 
 /// A volume's file system stops answering under a container that reads it, like one of a network whose server has gone:
-/// others of its processes go on; kill and delete come to their ends, and nothing stays once it answers.
+/// others of its processes go on, also those that read another volume; kill and delete come to their ends, and nothing
+/// stays once it answers.
 #[test]
 fn a_volume_that_hangs() {
     case(|world| {
@@ -72,8 +73,10 @@ fn a_volume_that_hangs() {
         let limit = Duration::from_secs(30 + 10) + scale::container();
         let ctr = world.ctr();
         let hanging = Hanging::mount(world)?;
-        let run =
-            ctr.container("hangs").with(&["--mount", &bind(hanging.dir(), "/v", "rbind:rw")]).detached();
+        let other = Volume::new(world, "answers")?;
+        std::fs::write(other.path("file"), "another")?;
+        let mounts = [bind(hanging.dir(), "/v", "rbind:rw"), bind(&other.0, "/other", "rbind:rw")];
+        let run = ctr.container("hangs").with(&["--mount", &mounts[0], "--mount", &mounts[1]]).detached();
         run.run(&["sleep", "100000"])?.success()?;
         let sandbox = Sandbox::find(world.stage(), &run.id)?;
         let exec_id = unique_id("reader");
@@ -84,6 +87,8 @@ fn a_volume_that_hangs() {
         let reader = read()?;
         hanging.wait_until_asked(scale::command())?;
         ctr.exec(&run.id, &[], &["true"], Input::Nothing)?.finish(scale::command())?.success()?;
+        let beside = ctr.exec(&run.id, &[], &["cat", "/other/file"], Input::Nothing)?;
+        ensure!(beside.finish(scale::command())?.success()?.text() == "another", "of another volume");
 
         let began = Instant::now();
         ctr.run(&["task", "kill", "-s", "SIGKILL", &run.id], scale::command())?.success()?;

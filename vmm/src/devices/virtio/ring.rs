@@ -6,8 +6,8 @@
 
 use std::io;
 use std::num::Wrapping;
-use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use thiserror::Error;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VRING_AVAIL_F_NO_INTERRUPT};
@@ -123,6 +123,12 @@ impl Ring {
     /// per round; every kick is an edge, also while the counter is not zero.
     pub fn register(&self, epoll: &Epoll, token: u64) -> io::Result<()> {
         worker::add(epoll, &self.kick, EventSet::IN | EventSet::EDGE_TRIGGERED, token)
+    }
+
+    /// The same for one of several workers that serve the ring: a kick is one's, of those that wait.
+    pub fn register_among(&self, epoll: &Epoll, token: u64) -> io::Result<()> {
+        let events = EventSet::IN | EventSet::EDGE_TRIGGERED | EventSet::EXCLUSIVE;
+        worker::add(epoll, &self.kick, events, token)
     }
 
     /// Makes the worker look at this ring again in its next round.
@@ -242,6 +248,63 @@ impl Ring {
         }
         if self.arm(memory)? {
             self.kick_again();
+        }
+        Ok(interrupts)
+    }
+
+    /// The same of a ring that several workers serve: what follows a request that one of them is at is for the
+    /// others, so that one the host takes its time for holds nothing up.
+    pub fn serve_among<'m>(
+        ring: &Mutex<Self>,
+        memory: &'m GuestRam,
+        mut answer: impl FnMut(DescriptorChain<&'m GuestRam>) -> u32,
+    ) -> Result<u64, RingError> {
+        let lock = || ring.lock().unwrap_or_else(PoisonError::into_inner);
+        let (size, mut interrupts) = (lock().size(), 0);
+        for _ in 0..size {
+            let chain = {
+                let mut ring = lock();
+                if ring.asked.to_leave() {
+                    ring.kick_again();
+                    break;
+                }
+                let chain = ring.pop(memory)?;
+                let more = ring.arm(memory)?;
+                match chain {
+                    Some(chain) => {
+                        if more {
+                            ring.kick_again();
+                        }
+                        chain
+                    }
+                    None if more => continue,
+                    None => break,
+                }
+            };
+            let head = chain.head_index();
+            let written = answer(chain);
+            let mut ring = lock();
+            ring.push(memory, head, written)?;
+            interrupts += u64::from(ring.notify(memory)?);
+        }
+        Ok(interrupts)
+    }
+
+    /// Does what waits in a ring that others serve, without asking for a notification of more.
+    pub fn serve_waiting<'m>(
+        ring: &Mutex<Self>,
+        memory: &'m GuestRam,
+        mut answer: impl FnMut(DescriptorChain<&'m GuestRam>) -> u32,
+    ) -> Result<u64, RingError> {
+        let lock = || ring.lock().unwrap_or_else(PoisonError::into_inner);
+        let (size, mut interrupts) = (lock().size(), 0);
+        for _ in 0..size {
+            let Some(chain) = lock().pop(memory)? else { break };
+            let head = chain.head_index();
+            let written = answer(chain);
+            let mut ring = lock();
+            ring.push(memory, head, written)?;
+            interrupts += u64::from(ring.notify(memory)?);
         }
         Ok(interrupts)
     }

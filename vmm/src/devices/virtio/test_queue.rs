@@ -121,6 +121,13 @@ impl TestQueue {
 
     /// Makes one request available and kicks; returns its head.
     pub fn send(&mut self, queue: usize, buffers: &[(u64, u32, u16)]) -> u16 {
+        let head = self.send_quietly(queue, buffers);
+        self.sides[queue].kick.write(1).unwrap();
+        head
+    }
+
+    /// Makes one request available that the device is not told of; returns its head.
+    pub fn send_quietly(&mut self, queue: usize, buffers: &[(u64, u32, u16)]) -> u16 {
         let head = self.sides[queue].next_descriptor;
         for (position, &(addr, len, flags)) in buffers.iter().enumerate() {
             let index = (head + position as u16) % SIZE;
@@ -141,6 +148,7 @@ impl TestQueue {
         self.descriptor(queue, second, addr, 16, flags | NEXT, head);
         self.sides[queue].next_descriptor = (head + 2) % SIZE;
         self.offer(queue, head);
+        self.sides[queue].kick.write(1).unwrap();
     }
 
     /// Makes a chain of `buffers` available through an indirect table at `table`.
@@ -165,7 +173,6 @@ impl TestQueue {
         self.memory.write_obj(head, slot).unwrap();
         side.avail = side.avail.wrapping_add(1);
         self.memory.store(side.avail, GuestAddress(avail(queue) + 2), Ordering::Release).unwrap();
-        side.kick.write(1).unwrap();
     }
 
     /// Writes nonsense into the index of available requests and kicks.

@@ -3,7 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::iter;
 use std::os::unix::fs::OpenOptionsExt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use rvm_protocol::vmm::{CachePolicy, ShareConfig};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -15,6 +15,10 @@ use super::{DEVICE_TYPE, FsError, HIPRIO_QUEUE_SIZE, MAX_REQUEST_QUEUES, QUEUE_S
 use crate::devices::virtio::ring::Ring;
 use crate::devices::virtio::{ActivateError, Activation, VirtioDevice, read_config_bytes};
 use crate::jail::Duty;
+
+/// Threads beyond one for each queue, for a share of volumes: so many requests the host may keep
+/// for as long as it likes without those to other volumes waiting for them.
+const SPARE_THREADS: usize = 2;
 
 /// A share.
 #[derive(Debug)]
@@ -61,8 +65,8 @@ impl Fs {
         self.queue_sizes.len() as u16 - 1
     }
 
-    /// The same with `count` request queues (1 to [`MAX_REQUEST_QUEUES`]), each
-    /// served by a thread: one per vCPU lets them wait for the host's disk
+    /// The same with `count` request queues (1 to [`MAX_REQUEST_QUEUES`]), and a
+    /// thread for each: one per vCPU lets them wait for the host's disk
     /// independently.
     pub fn with_request_queues(mut self, count: u16) -> Self {
         self.queue_sizes = queue_sizes(count.clamp(1, MAX_REQUEST_QUEUES));
@@ -100,7 +104,8 @@ impl VirtioDevice for Fs {
     }
 
     fn threads(&self) -> usize {
-        self.queue_sizes.len()
+        let spare = if self.policy.readonly && self.policy.constant { 0 } else { SPARE_THREADS };
+        self.queue_sizes.len() + spare
     }
 
     fn duty(&self) -> Duty {
@@ -112,7 +117,7 @@ impl VirtioDevice for Fs {
         let mut rings = Vec::with_capacity(queues.len());
         for (index, queue) in queues.into_iter().enumerate() {
             match queue {
-                Some(queue) => rings.push(Ring::new(queue, features)),
+                Some(queue) => rings.push(Arc::new(Mutex::new(Ring::new(queue, features)))),
                 // A driver needs the high-priority queue and one for requests.
                 None if index < 2 => return Err(ActivateError::MissingQueue(index)),
                 None => {}
@@ -120,9 +125,15 @@ impl VirtioDevice for Fs {
         }
         let root = self.root.try_clone().map_err(ActivateError::Worker)?;
         let share = Arc::new(Share::new(root.into(), self.policy, self.meter.clone()));
-        for ring in rings {
-            let worker = FsWorker { memory: memory.clone(), ring, share: Arc::clone(&share) };
-            threads.start(worker).map_err(ActivateError::Worker)?;
+        let start = |rings: &[Arc<Mutex<Ring>>], hiprio: Option<&Arc<Mutex<Ring>>>| {
+            let (memory, rings, hiprio) = (memory.clone(), rings.to_vec(), hiprio.cloned());
+            let worker = FsWorker { memory, rings, hiprio, share: Arc::clone(&share) };
+            threads.start(worker).map_err(ActivateError::Worker)
+        };
+        let (hiprio, requests) = rings.split_at(1);
+        start(hiprio, None)?;
+        for _ in 1..self.threads() {
+            start(requests, hiprio.first())?;
         }
         Ok(())
     }

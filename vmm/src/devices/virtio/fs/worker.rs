@@ -1,9 +1,9 @@
 //! The share's threads: one for the high-priority queue, which carries what must
-//! not wait behind data, and one per queue of requests.
+//! not wait behind data, and some for the queues of requests, each for all of them.
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use vmm_sys_util::epoll::{Epoll, EpollEvent};
 
@@ -17,7 +17,12 @@ use crate::memory::GuestRam;
 
 pub(super) struct FsWorker {
     pub(super) memory: GuestRam,
-    pub(super) ring: Ring,
+    /// Those it serves, with others.
+    pub(super) rings: Vec<Arc<Mutex<Ring>>>,
+    /// The high-priority queue, where that is not it: of what it carries, our guest kernel notifies the device
+    /// later, and it belongs before what the guest asks next. A file that was removed takes room until it is
+    /// forgotten.
+    pub(super) hiprio: Option<Arc<Mutex<Ring>>>,
     pub(super) share: Arc<Share>,
 }
 
@@ -49,7 +54,10 @@ impl Handler for FsWorker {
     type Error = FsError;
 
     fn register(&mut self, epoll: &Epoll) -> io::Result<()> {
-        self.ring.register(epoll, 0)
+        for (token, ring) in (0..).zip(&self.rings) {
+            ring.lock().unwrap_or_else(PoisonError::into_inner).register_among(epoll, token)?;
+        }
+        Ok(())
     }
 
     fn start(&mut self, _epoll: &Epoll) -> io::Result<()> {
@@ -57,11 +65,19 @@ impl Handler for FsWorker {
     }
 
     fn handle(&mut self, _epoll: &Epoll, ready: &[EpollEvent]) -> Result<(), FsError> {
-        let Self { memory, ring, share } = self;
-        if !ready.is_empty() {
+        let Self { memory, rings, hiprio, share } = self;
+        let ready = ready.iter().filter_map(|event| rings.get(usize::try_from(event.data()).ok()?));
+        for ring in ready {
             let server = share.server().map_err(FsError::Share)?;
-            let interrupts = ring.serve(memory, |chain| server.answer(memory, chain))?;
-            share.meter.round(interrupts);
+            let mut first = Ok(0);
+            let interrupts = Ring::serve_among(ring, memory, |chain| {
+                if let (Some(hiprio), Ok(interrupts)) = (hiprio.as_ref(), &mut first) {
+                    let done = Ring::serve_waiting(hiprio, memory, |chain| server.answer(memory, chain));
+                    first = done.map(|more| *interrupts + more);
+                }
+                server.answer(memory, chain)
+            })?;
+            share.meter.round(interrupts + first?);
         }
         Ok(())
     }
