@@ -1,5 +1,6 @@
 //! The device driven with FUSE messages made by hand.
 
+mod client;
 mod native;
 
 use std::collections::BTreeSet;
@@ -8,208 +9,12 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 
 use rvm_protocol::vmm::{CachePolicy, ShareConfig};
-use tempfile::TempDir;
 
 use super::{Fs, FsError};
 use crate::devices::virtio::VirtioDevice;
-use crate::devices::virtio::test_queue::{DATA, TestQueue, WRITE};
+use crate::devices::virtio::test_queue::{DATA, WRITE};
 
-const LOOKUP: u32 = 1;
-const FORGET: u32 = 2;
-const GETATTR: u32 = 3;
-const SETATTR: u32 = 4;
-const READLINK: u32 = 5;
-const SYMLINK: u32 = 6;
-const MKNOD: u32 = 8;
-const MKDIR: u32 = 9;
-const UNLINK: u32 = 10;
-const RMDIR: u32 = 11;
-const RENAME: u32 = 12;
-const LINK: u32 = 13;
-const OPEN: u32 = 14;
-const READ: u32 = 15;
-const WRITE_OP: u32 = 16;
-const STATFS: u32 = 17;
-const RELEASE: u32 = 18;
-const FSYNC: u32 = 20;
-const SETXATTR: u32 = 21;
-const GETXATTR: u32 = 22;
-const LISTXATTR: u32 = 23;
-const REMOVEXATTR: u32 = 24;
-const INIT: u32 = 26;
-const OPENDIR: u32 = 27;
-const READDIR: u32 = 28;
-const CREATE: u32 = 35;
-const DESTROY: u32 = 38;
-const BATCH_FORGET: u32 = 42;
-const FALLOCATE: u32 = 43;
-const READDIRPLUS: u32 = 44;
-const RENAME2: u32 = 45;
-const LSEEK: u32 = 46;
-const IOCTL: u32 = 39;
-const SYNCFS: u32 = 50;
-const TMPFILE: u32 = 51;
-
-const ROOT: u64 = 1;
-const IN_HEADER: usize = 40;
-const OUT_HEADER: usize = 16;
-const ENTRY_BYTES: usize = 128;
-const ANSWER: u64 = DATA + 0x20_0000;
-const ANSWER_BYTES: u32 = 0x20_0000;
-const NO_OPEN: u32 = 1 << 17;
-const NO_OPENDIR: u32 = 1 << 24;
-
-/// Every feature but the extension of the message itself.
-const OFFERED: u32 = !(1 << 30);
-
-/// A guest's FUSE client.
-struct Client {
-    queue: TestQueue,
-    dir: TempDir,
-    uid: u32,
-    gid: u32,
-}
-
-fn share(dir: &Path, readonly: bool, cache: CachePolicy) -> ShareConfig {
-    ShareConfig { tag: "rvm".to_owned(), dir: dir.to_owned(), readonly, cache }
-}
-
-/// Concatenates little-endian words.
-fn words(words: &[u32]) -> Vec<u8> {
-    words.iter().flat_map(|word| word.to_le_bytes()).collect()
-}
-
-fn name(name: &str) -> Vec<u8> {
-    [name.as_bytes(), b"\0"].concat()
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
-}
-
-/// Where a `fuse_entry_out` has the mode and the device number.
-const ENTRY_MODE: usize = 100;
-const ENTRY_RDEV: usize = 116;
-
-fn read_body(handle: u64, offset: u64, size: u32) -> Vec<u8> {
-    [handle.to_le_bytes().as_slice(), &offset.to_le_bytes(), &words(&[size, 0, 0, 0, 0, 0])].concat()
-}
-
-fn write_body(handle: u64, offset: u64, flags: i32, data: &[u8]) -> Vec<u8> {
-    let tail = words(&[data.len() as u32, 0, 0, 0, flags as u32, 0]);
-    [handle.to_le_bytes().as_slice(), &offset.to_le_bytes(), &tail, data].concat()
-}
-
-impl Client {
-    fn new(readonly: bool, cache: CachePolicy) -> Self {
-        Self::over(tempfile::tempdir().unwrap(), readonly, cache)
-    }
-
-    fn over(dir: TempDir, readonly: bool, cache: CachePolicy) -> Self {
-        let device = Fs::new(&share(dir.path(), readonly, cache)).unwrap().with_request_queues(2);
-        Self::with(device, dir)
-    }
-
-    fn with(mut device: Fs, dir: TempDir) -> Self {
-        let mut queue = TestQueue::new();
-        let features = device.features();
-        device.activate(queue.activation(device.queue_sizes().len(), features)).unwrap();
-        // Files are made for whoever runs the tests.
-        let (uid, gid) = (fs::metadata(dir.path()).unwrap().uid(), fs::metadata(dir.path()).unwrap().gid());
-        let mut client = Self { queue, dir, uid, gid };
-        let (error, _) = client.call(INIT, 0, &words(&[7, 38, 1 << 17, OFFERED]));
-        assert_eq!(error, 0);
-        client
-    }
-
-    fn path(&self, name: &str) -> std::path::PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn header(&self, op: u32, node: u64, body: usize) -> Vec<u8> {
-        let mut bytes = words(&[(IN_HEADER + body) as u32, op]);
-        bytes.extend(0x1234_u64.to_le_bytes());
-        bytes.extend(node.to_le_bytes());
-        bytes.extend(words(&[self.uid, self.gid, 1, 0]));
-        bytes
-    }
-
-    /// Sends a request; returns the error number and what follows the header.
-    fn call(&mut self, op: u32, node: u64, body: &[u8]) -> (i32, Vec<u8>) {
-        self.call_on(1, op, node, body)
-    }
-
-    fn call_on(&mut self, queue: usize, op: u32, node: u64, body: &[u8]) -> (i32, Vec<u8>) {
-        let message = [self.header(op, node, body.len()).as_slice(), body].concat();
-        self.queue.write(DATA, &message);
-        self.queue.write(ANSWER, &[0; OUT_HEADER]);
-        // Header and body apart, as Linux sends them.
-        let mut chain = vec![(DATA, IN_HEADER as u32, 0)];
-        if !body.is_empty() {
-            chain.push((DATA + IN_HEADER as u64, body.len() as u32, 0));
-        }
-        chain.push((ANSWER, ANSWER_BYTES, WRITE));
-        self.queue.send(queue, &chain);
-        let len = self.queue.wait_used(queue) as usize;
-        self.answer(len)
-    }
-
-    fn answer(&self, len: usize) -> (i32, Vec<u8>) {
-        let bytes = self.queue.read(ANSWER, len.max(OUT_HEADER));
-        if len >= OUT_HEADER {
-            assert_eq!(u32_at(&bytes, 0) as usize, len);
-            assert_eq!(u64_at(&bytes, 8), 0x1234);
-        }
-        (-(u32_at(&bytes, 4) as i32), bytes[OUT_HEADER..].to_vec())
-    }
-
-    fn lookup(&mut self, parent: u64, file: &str) -> Result<u64, i32> {
-        match self.call(LOOKUP, parent, &name(file)) {
-            (0, entry) => Ok(u64_at(&entry, 0)),
-            (error, _) => Err(error),
-        }
-    }
-
-    fn open(&mut self, node: u64, flags: i32) -> Result<u64, i32> {
-        match self.call(OPEN, node, &words(&[flags as u32, 0])) {
-            (0, open) => Ok(u64_at(&open, 0)),
-            (error, _) => Err(error),
-        }
-    }
-
-    fn create(&mut self, file: &str, mode: u32, umask: u32) -> (u64, u64) {
-        let body = [words(&[libc::O_RDWR as u32, mode, umask, 0]), name(file)].concat();
-        let (error, answer) = self.call(CREATE, ROOT, &body);
-        assert_eq!(error, 0);
-        (u64_at(&answer, 0), u64_at(&answer, ENTRY_BYTES))
-    }
-
-    /// The names in a directory, asked for in pieces of `size` bytes.
-    fn names(&mut self, op: u32, node: u64, handle: u64, size: u32) -> Vec<(String, u64)> {
-        let (mut found, mut offset) = (Vec::new(), 0);
-        loop {
-            let (error, bytes) = self.call(op, node, &read_body(handle, offset, size));
-            assert_eq!(error, 0);
-            if bytes.is_empty() {
-                return found;
-            }
-            let mut rest = bytes.as_slice();
-            while !rest.is_empty() {
-                let plus = if op == READDIRPLUS { ENTRY_BYTES } else { 0 };
-                let node = if plus > 0 { u64_at(rest, 0) } else { 0 };
-                let dirent = &rest[plus..];
-                offset = u64_at(dirent, 8);
-                let len = u32_at(dirent, 16) as usize;
-                found.push((String::from_utf8(dirent[24..24 + len].to_vec()).unwrap(), node));
-                rest = &dirent[(24 + len).next_multiple_of(8)..];
-            }
-        }
-    }
-}
+use client::*;
 
 #[test]
 fn files_are_found_and_read_with_their_owner_and_mode() {
@@ -626,18 +431,12 @@ fn a_name_stands_for_what_is_there_now() {
     assert!(third != one && third != two, "the number of a file that the guest knows is given to no other");
     let handle = client.open(two, libc::O_RDONLY).unwrap();
     assert_eq!(client.call(READ, two, &read_body(handle, 0, 9)).1, b"2");
-    let dir = root_dir(&mut client);
+    let dir = client.root_dir();
     let known = client.names(READDIRPLUS, ROOT, dir, 4096);
     assert!(
         known.contains(&("link".to_owned(), one)) && known.contains(&("one".to_owned(), third)),
         "{known:?}"
     );
-}
-
-fn root_dir(client: &mut Client) -> u64 {
-    let (error, dir) = client.call(OPENDIR, ROOT, &words(&[0, 0]));
-    assert_eq!(error, 0);
-    u64_at(&dir, 0)
 }
 
 /// A chain may name one buffer over and over: nothing is allocated for that.

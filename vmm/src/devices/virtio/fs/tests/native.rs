@@ -101,7 +101,7 @@ fn costs(mut client: Client) -> Vec<(&'static str, f64, f64)> {
         assert_eq!(client.call(READ, nodes[index], &read_body(handle, 0, 4096)).0, 0);
         close(client, nodes[index], handle);
     }));
-    let mut listed = Some(root_dir(&mut client));
+    let mut listed = Some(client.root_dir());
     all.push(measure(&mut client, "a directory entry with attributes, 100 in a request", 1, |client, _| {
         if let Some(dir) = listed.take() {
             assert_eq!(client.names(READDIRPLUS, ROOT, dir, 16 << 10).len(), FILES + 2);
