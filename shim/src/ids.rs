@@ -22,6 +22,7 @@ use nix::{
 use crate::{
     mount::Tree,
     rootfs::{self, Layer},
+    rootless::is_rootless,
     spec::{Bundle, Role, Volume},
     user_namespace::{IdMap, IdRange, user_namespace},
 };
@@ -98,6 +99,9 @@ impl Own {
         }
         if bundle.container.rootfs.on_volumes {
             return Err("its root file system is one that the client has mounted".into());
+        }
+        if is_rootless() {
+            return Err("a containerd of a user's own has none to give away".into());
         }
         let own = Self::claim(cache_dir, id).map_err(|error| format!("none of its own are free: {error}"))?;
         rootfs::can_be_mapped(layers, &bundle.root, own.users.as_fd())?;

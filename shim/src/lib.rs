@@ -42,6 +42,7 @@ pub mod process_id;
 pub mod relay;
 pub mod remains;
 pub mod rootfs;
+pub mod rootless;
 pub mod sandbox;
 pub mod sandbox_service;
 pub mod scratch;

@@ -46,10 +46,10 @@ impl IdRange {
 }
 
 impl IdMap {
-    /// Every id is what it is outside.
-    pub fn identity() -> Self {
-        let all = vec![IdRange { inside: 0, outside: 0, count: u32::MAX }];
-        Self { uids: all.clone(), gids: all }
+    /// Every id there is in this process's user namespace is the same in the other one.
+    pub fn identity() -> io::Result<Self> {
+        let mapped = |file| Ok::<_, io::Error>(same(&fs::read_to_string(file)?));
+        Ok(Self { uids: mapped("/proc/self/uid_map")?, gids: mapped("/proc/self/gid_map")? })
     }
 
     /// The user and group outside that these are inside; none where one is not mapped.
@@ -62,6 +62,16 @@ impl IdMap {
         };
         Some((find(&self.uids, uid)?, find(&self.gids, gid)?))
     }
+}
+
+/// The ranges that exist by a `/proc/PID/uid_map`, each of which is itself.
+fn same(map: &str) -> Vec<IdRange> {
+    let range = |line: &str| {
+        let mut numbers = line.split_whitespace().map(|number| number.parse().ok());
+        let (inside, _outside, count) = (numbers.next()??, numbers.next()??, numbers.next()??);
+        Some(IdRange { inside, outside: inside, count })
+    };
+    map.lines().filter_map(range).collect()
 }
 
 /// A user namespace with this mapping. It is made by a child that lives until
@@ -112,6 +122,15 @@ fn map_and_open(child: Pid, mut ready: fs::File, map: &IdMap) -> io::Result<Owne
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_mapped_stays_itself() {
+        let range = |inside, count| IdRange { inside, outside: inside, count };
+        assert_eq!(same("         0          0 4294967295\n"), [range(0, u32::MAX)]);
+        // As newuidmap(1) makes it for an ordinary user.
+        let map = "         0       1000          1\n         1     100000      65536\n";
+        assert_eq!(same(map), [range(0, 1), range(1, 65536)]);
+    }
 
     #[test]
     fn ids_inside_are_others_outside() {

@@ -40,6 +40,7 @@ mod process;
 mod processors;
 mod ring0;
 mod rootfs;
+mod rootless;
 mod run;
 mod rvmctl;
 mod sandbox_api;

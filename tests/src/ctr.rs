@@ -18,6 +18,8 @@ use crate::{
 /// `ctr` against one containerd.
 #[derive(Clone)]
 pub struct Ctr {
+    /// What is executed to get where containerd is; empty where it is here.
+    enter: Vec<String>,
     program: std::path::PathBuf,
     address: String,
     runtime: String,
@@ -65,6 +67,7 @@ pub fn unique_id(prefix: &str) -> String {
 impl Ctr {
     pub(crate) fn new(stage: &Stage, address: &str) -> Self {
         Self {
+            enter: Vec::new(),
             program: stage.containerd_program("ctr"),
             address: address.to_owned(),
             runtime: stage.runtime.clone(),
@@ -77,6 +80,12 @@ impl Ctr {
         Self { runtime: runtime.to_owned(), ..self.clone() }
     }
 
+    /// The same by way of a program that enters other namespaces.
+    #[must_use]
+    pub fn inside(&self, enter: &[String]) -> Self {
+        Self { enter: enter.to_vec(), ..self.clone() }
+    }
+
     /// Where containerd listens.
     pub fn address(&self) -> &str {
         &self.address
@@ -84,7 +93,14 @@ impl Ctr {
 
     /// The command line up to `args`.
     pub fn command<S: AsRef<str>>(&self, args: &[S]) -> Command {
-        let mut command = Command::new(&self.program);
+        let mut command = match self.enter.split_first() {
+            None => Command::new(&self.program),
+            Some((program, args)) => {
+                let mut command = Command::new(program);
+                command.args(args).arg(&self.program);
+                command
+            }
+        };
         command.args(["--address", &self.address]).args(args.iter().map(AsRef::as_ref));
         command
     }

@@ -41,6 +41,7 @@ pub mod machine;
 pub mod parity;
 pub mod pod_shim;
 pub mod programs;
+pub mod rootless;
 pub mod sandbox;
 pub mod scale;
 pub mod script;

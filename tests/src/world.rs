@@ -14,7 +14,7 @@ use std::{
     collections::BTreeMap,
     ffi::OsString,
     fs::File,
-    os::unix::{net::UnixDatagram, process::CommandExt},
+    os::unix::{fs::PermissionsExt, net::UnixDatagram, process::CommandExt},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{
@@ -294,12 +294,16 @@ impl World {
             std::fs::remove_file(&notify_path)?;
         }
         let notify = UnixDatagram::bind(&notify_path).context("binding the notification socket")?;
+        // It may be another user.
+        std::fs::set_permissions(&notify_path, std::fs::Permissions::from_mode(0o666))?;
         notify.set_read_timeout(Some(scale::seconds(30.0)))?;
 
         let log = File::options().create(true).append(true).open(self.service_log(name))?;
+        if !command.get_envs().any(|(name, _)| name == "RVM_CONFIG") {
+            command.env("RVM_CONFIG", self.config_path());
+        }
         command
             .env("NOTIFY_SOCKET", &notify_path)
-            .env("RVM_CONFIG", self.config_path())
             .env("RVM_FAULT", self.fault_path())
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
@@ -333,6 +337,16 @@ impl World {
     /// Where a service logs.
     pub fn service_log(&self, name: &str) -> PathBuf {
         self.dir().join(format!("{name}.log"))
+    }
+
+    /// Takes away what [`World::start_service`] left for one that has ended.
+    ///
+    /// # Errors
+    /// When it cannot be removed.
+    pub fn forget_service(&self, name: &str) -> Result<()> {
+        self.services.lock().unwrap_or_else(PoisonError::into_inner).remove(name);
+        std::fs::remove_file(self.service_log(name))?;
+        Ok(std::fs::remove_file(self.dir().join(format!("{name}.notify")))?)
     }
 
     fn spawn(&self, command: Command) -> Result<Child> {
@@ -401,7 +415,7 @@ impl World {
 }
 
 /// At most `lines` last lines of a log, from a length on, without what containerd says when it starts.
-pub(crate) fn last_lines(path: &Path, from: usize, lines: usize) -> String {
+pub fn last_lines(path: &Path, from: usize, lines: usize) -> String {
     let text = std::fs::read(path).unwrap_or_default();
     let text = String::from_utf8_lossy(text.get(from..).unwrap_or_default());
     let starts = [

@@ -125,7 +125,7 @@ pub(super) fn loopback() -> Check {
 pub(super) fn user_namespaces() -> Check {
     tried(
         "user-namespaces",
-        user_namespace(&IdMap::identity()).map(drop),
+        IdMap::identity().and_then(|map| user_namespace(&map)).map(drop),
         "the monitor gets one without power over the host",
         "sysctl user.max_user_namespaces, or run this as root: without them the monitor keeps some of the host's capabilities",
     )

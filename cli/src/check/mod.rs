@@ -10,6 +10,7 @@ mod idmap;
 mod kvm;
 mod neighbours;
 mod path;
+mod rootless;
 
 use std::{
     fmt,
@@ -75,7 +76,7 @@ impl Report {
 
     /// Checks this host against the configuration in effect.
     pub fn of_this_host(config_file: Option<&Path>) -> Self {
-        let mut checks = vec![host::linux()];
+        let mut checks = vec![host::linux(), rootless::check()];
         checks.extend(kvm::checks());
         checks.extend([
             host::overlayfs(),

@@ -19,13 +19,10 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::huge_pages;
+use crate::{huge_pages, rootless::is_rootless};
 pub use hierarchy::Hierarchies;
 pub use limits::{Ceiling, DEFAULT_PERIOD_US};
 
-/// Extended attribute of the directories made here: whoever removes the last
-/// sandbox below one may remove it, and no other.
-const MADE_BY_US: &CStr = c"trusted.rvm";
 /// How often a directory is made again that somebody removes meanwhile.
 const ATTEMPTS: usize = 100;
 /// What version 1 says where there is no limit is a number, and not below this one.
@@ -98,7 +95,8 @@ pub struct Paths(Vec<PathBuf>);
 
 impl HostCgroup {
     /// Makes the cgroup `path` (absolute, without "..") of the sandbox `id` in
-    /// each of `hierarchies`, with `ceiling` set. On an error nothing is left.
+    /// each of `hierarchies`, with `ceiling` set. On an error nothing is left. Where
+    /// a rootless user may make none, there is none, and the log says so.
     pub fn create(
         hierarchies: Hierarchies,
         path: &str,
@@ -109,15 +107,31 @@ impl HostCgroup {
         if hierarchies.v2().is_some_and(|hierarchy| is_inner(&hierarchy.root.join(&relative))) {
             relative.push(id);
         }
-        let mut made = Self { paths: Paths::default(), hierarchies, relative, procs: Vec::new() };
-        for hierarchy in &made.hierarchies.all {
+        let none = Hierarchies::default();
+        let mut made = Self { paths: Paths::default(), hierarchies: none, relative, procs: Vec::new() };
+        let mut refused = None;
+        for hierarchy in hierarchies.all {
             let dir = hierarchy.root.join(&made.relative);
             // First, so that a half-made one goes as well.
             made.paths.0.push(dir.clone());
-            make(hierarchy, &made.relative)
-                .map_err(|(path, source)| CgroupError::Directory { path, source })?;
+            match make(&hierarchy, &made.relative) {
+                Ok(()) => {}
+                Err((path, source)) if is_refusal(&source) && is_rootless() => {
+                    made.paths.0.pop();
+                    refused.get_or_insert((path, source));
+                    continue;
+                }
+                Err((path, source)) => return Err(CgroupError::Directory { path, source }),
+            }
             let procs = CString::new(dir.join("cgroup.procs").as_os_str().as_bytes());
             made.procs.extend(procs);
+            made.hierarchies.all.push(hierarchy);
+        }
+        if let Some((path, source)) = refused {
+            log::warn!(
+                "{}: {source}: the sandbox has no cgroup on the host, and its guest alone holds containers to limits",
+                path.display()
+            );
         }
         made.update(ceiling)?;
         Ok(made)
@@ -291,9 +305,20 @@ fn is_inner(dir: &Path) -> bool {
     fs::read_to_string(dir.join("cgroup.subtree_control")).is_ok_and(|list| !list.trim().is_empty())
 }
 
+/// Extended attribute of the directories made here: whoever removes the last
+/// sandbox below one may remove it, and no other.
+fn made_by_us() -> &'static CStr {
+    if is_rootless() { c"user.rvm" } else { c"trusted.rvm" }
+}
+
+/// Whether it says whose the directory is.
+fn is_refusal(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem)
+}
+
 fn mark(dir: &Path) {
     let Ok(path) = CString::new(dir.as_os_str().as_bytes()) else { return };
-    let (value, name) = (b"1", MADE_BY_US.as_ptr());
+    let (value, name) = (b"1", made_by_us().as_ptr());
     // SAFETY: both strings are C strings, and the value has the length given.
     let result = unsafe { libc::setxattr(path.as_ptr(), name, value.as_ptr().cast(), value.len(), 0) };
     if result != 0 {
@@ -304,7 +329,7 @@ fn mark(dir: &Path) {
 fn is_made_by_us(dir: &Path) -> bool {
     let Ok(path) = CString::new(dir.as_os_str().as_bytes()) else { return false };
     // SAFETY: both are C strings; with a length of 0 nothing is written.
-    unsafe { libc::getxattr(path.as_ptr(), MADE_BY_US.as_ptr(), std::ptr::null_mut(), 0) >= 0 }
+    unsafe { libc::getxattr(path.as_ptr(), made_by_us().as_ptr(), std::ptr::null_mut(), 0) >= 0 }
 }
 
 #[cfg(test)]

@@ -20,7 +20,7 @@ use rvm_protocol::{guest::DEFAULT_CMDLINE, vmm::PMEM_STEP_MIB};
 pub use network::{Network, Vhost};
 use table::Table;
 
-use crate::sysctl;
+use crate::{rootless, sysctl};
 
 /// The file that is installed: every key, its meaning and its default.
 pub const DOCUMENTED: &str = include_str!("config.toml");
@@ -287,14 +287,25 @@ impl Config {
             network: Network::of(table)?,
             host: Host {
                 monitor: table.path("host", "monitor")?,
-                state_dir: table.path("host", "state_dir")?,
-                cache_dir: table.path("host", "cache_dir")?,
+                state_dir: own_dir(table, "state_dir", rootless::runtime_dir)?,
+                cache_dir: own_dir(table, "cache_dir", rootless::cache_dir)?,
                 own_ids: table.boolean("host", "own_ids")?,
             },
             compat: Compat { ignore_labels: table.boolean("compat", "ignore_labels")? },
             log_level: log_level(table)?,
         })
     }
+}
+
+/// A directory of the host's root, in whose place a user has one of its own unless the configuration names another.
+fn own_dir(
+    table: &Table,
+    key: &str,
+    users: impl FnOnce() -> Option<PathBuf>,
+) -> Result<PathBuf, ConfigError> {
+    let dir = table.path("host", key)?;
+    let is_hosts = rootless::is_rootless() && table.is_documented("host", key);
+    Ok(if is_hosts { users().unwrap_or(dir) } else { dir })
 }
 
 fn read(path: &Path) -> Result<String, ConfigError> {

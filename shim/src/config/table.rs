@@ -116,6 +116,12 @@ impl Table {
         Ok(path)
     }
 
+    /// Whether a key has the value of the documented file.
+    pub(super) fn is_documented(&self, section: &str, key: &str) -> bool {
+        let documented = parse_toml(DOCUMENTED, "the documented configuration").unwrap_or_default();
+        documented.get(section).and_then(|keys| keys.get(key)) == self.value(section, key)
+    }
+
     /// One of a few strings.
     pub(super) fn one_of(
         &self,

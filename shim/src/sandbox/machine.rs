@@ -70,7 +70,7 @@ pub(super) struct Machine {
 
 impl Boot {
     /// Starts the monitor in the sandbox's directory `path`, which is open as
-    /// `dir`. Has to be called on the process's main thread.
+    /// `dir`.
     pub(super) fn begin(
         config: &Config,
         plan: &Plan,
@@ -392,11 +392,12 @@ fn vm_config(config: &Config, plan: &Plan, nets: Vec<InheritedNet>, jail: JailCo
     }
 }
 
-/// A user namespace with every id of the host, for the monitor: its root is the host's where
+/// A user namespace with every id that its shim has, for the monitor: its root is the shim's where
 /// a file's owner is asked for, and has no power over anything else. A host that makes none
 /// leaves the monitor fewer capabilities in its own.
 fn powerless_users() -> Option<OwnedFd> {
-    user_namespace(&IdMap::identity())
+    IdMap::identity()
+        .and_then(|map| user_namespace(&map))
         .inspect_err(|error| log::warn!("the monitor gets no user namespace of its own: {error}"))
         .ok()
 }

@@ -125,8 +125,6 @@ impl Drop for OwnedShare {
 
 impl Base {
     /// Makes it, and starts a microVM.
-    ///
-    /// Has to be called on the process's main thread.
     fn begin(
         config: &Config,
         mut plan: Plan,

@@ -11,7 +11,7 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, mpsc},
     time::Duration,
 };
 
@@ -49,6 +49,8 @@ const END_LIMIT: Duration = Duration::from_secs(2);
 /// How long after its end was asked for a monitor is waited for: what the host keeps for longer waits for something else of
 /// the host's, as a file system that does not answer.
 const KEPT_AFTER: Duration = Duration::from_secs(10);
+/// Of the thread that starts a monitor and waits, in bytes.
+const PARENT_STACK: usize = 64 << 10;
 /// How much of what the monitor said last is kept for error messages.
 const KEPT_LINES: usize = 8;
 /// Longest line of the monitor's that is taken as one.
@@ -130,13 +132,14 @@ pub struct Monitor {
     words: Words,
     /// When it was first killed.
     killed: watch::Sender<Option<Instant>>,
+    /// Keeps the thread that started it, with which it would die.
+    _parent: mpsc::Sender<()>,
 }
 
 impl Monitor {
     /// Starts `program` in the sandbox's directory `dir`, where `config` has
     /// been written. It is in `cgroup` before it has any memory, has no environment,
-    /// is in the network namespace `network` and dies with the calling thread, which
-    /// therefore must be the process's main thread. `oom_score_adj` is how soon the
+    /// is in the network namespace `network` and dies with this process. `oom_score_adj` is how soon the
     /// host's kernel takes it when memory runs out. It is the first process of a pid namespace
     /// of its own. It has the descriptors `inherited` under the numbers they have here, which
     /// its configuration names.
@@ -167,8 +170,7 @@ impl Monitor {
         // SAFETY: the closure makes system calls only and allocates nothing, as
         // is required between fork and exec.
         unsafe { command.pre_exec(move || prepare_child(&procs, network, &inherited)) };
-        let mut child = in_a_pid_namespace(|| command.spawn()).map_err(spawn)?;
-        drop(command);
+        let (mut child, parent) = in_a_pid_namespace(command).map_err(spawn)?;
         drop(monitors_end);
         set_oom_score_adj(child.id(), oom_score_adj);
         let watched = || -> io::Result<_> {
@@ -185,6 +187,7 @@ impl Monitor {
                 control,
                 words,
                 killed: watch::Sender::default(),
+                _parent: parent,
             }),
             Err(error) => {
                 let _ = child.kill();
@@ -267,15 +270,23 @@ impl Drop for Monitor {
     }
 }
 
-/// Does `make`, whose child becomes the first process of a new pid namespace. Only the calling
-/// thread is concerned.
-fn in_a_pid_namespace<T>(make: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-    let own = File::open("/proc/thread-self/ns/pid")?;
-    unshare(CloneFlags::CLONE_NEWPID)?;
-    let made = make();
-    // No child could be made after that one has ended.
-    setns(own, CloneFlags::CLONE_NEWPID)?;
-    made
+/// Starts the first process of a new pid namespace, on a thread of its own: the namespace for a thread's children is
+/// its own, and only root of the host could go back to that which was before. The thread is there until the sender is
+/// dropped.
+fn in_a_pid_namespace(mut command: Command) -> io::Result<(Child, mpsc::Sender<()>)> {
+    let (started, starting) = mpsc::channel();
+    let (parent, over) = mpsc::channel::<()>();
+    let run = move || {
+        let child = unshare(CloneFlags::CLONE_NEWPID).map_err(io::Error::from).and_then(|()| command.spawn());
+        // It holds the pipe's other end.
+        drop(command);
+        if started.send(child).is_ok() {
+            let _ = over.recv();
+        }
+    };
+    std::thread::Builder::new().name("monitor".into()).stack_size(PARENT_STACK).spawn(run)?;
+    let child = starting.recv().map_err(io::Error::other)??;
+    Ok((child, parent))
 }
 
 fn prepare_child(procs: &[CString], network: RawFd, inherited: &[RawFd]) -> io::Result<()> {

@@ -138,7 +138,7 @@ impl Jail {
     fn new() -> Result<Self> {
         let stage = tempfile::tempdir()?;
         let mounts = Namespace::create(stage.path(), Path::new("/share"), &["share"])?;
-        Ok(Self { mounts, users: user_namespace(&IdMap::identity())? })
+        Ok(Self { mounts, users: user_namespace(&IdMap::identity()?)? })
     }
 
     fn config(&self) -> JailConfig {

@@ -1,0 +1,162 @@
+//! A containerd without power over its host (rootlesskit): what works there, beside runc.
+
+use std::{os::unix::fs::MetadataExt, path::Path};
+
+use anyhow::{Context, Result, ensure};
+use rvm_tests::{
+    case,
+    ctr::Ctr,
+    job::{self, Input},
+    rootless::{FIRST_SUB_ID, Options, Rootless, USER},
+    scale,
+    world::World,
+};
+
+const RUNC: &str = "io.containerd.runc.v2";
+
+/// Does `test` with a rootless containerd, and ends that.
+fn rootless(options: Options, test: impl FnOnce(&World, &Rootless) -> Result<()>) {
+    case(|world| {
+        let rootless = Rootless::start(world, options)?;
+        let tested = test(world, &rootless)
+            .with_context(|| format!("its log ends with:\n{}", rootless.log_tail(world)));
+        let left = rootless.processes();
+        let ended = rootless.end(world);
+        tested?;
+        ensure!(left.is_empty(), "left: {left:?}");
+        ended
+    });
+}
+
+/// What a container and its volume look like, in lines that do not depend on the runtime.
+fn session(rootless: &Rootless, ctr: &Ctr) -> Result<String> {
+    let volume = rootless.home().join("volume");
+    let outside = rootless.home_from_outside().join("volume");
+    std::fs::create_dir(&outside)?;
+    std::os::unix::fs::chown(&outside, Some(USER), Some(USER))?;
+    let mount = format!("type=bind,src={},dst=/v,options=rbind:rw", volume.display());
+    let mut seen = String::new();
+
+    let script = "id; stat -c '%u %g %a' /etc/passwd; touch /v/of-root; touch /v/of-other && chown 70:71 /v/of-other; \
+                  stat -c '%u %g' /v/of-other; chown 100000 /v/of-root 2>&1 || echo refused; \
+                  echo x >/tmp/f && chown 100000 /tmp/f 2>/dev/null; ip -o link | wc -l; exit 42";
+    let run = ctr.container("once").with(&["--mount", &mount]);
+    let finished = run.run(&["sh", "-c", script])?;
+    seen += &format!("{}\n{}{}", finished.code(), finished.text(), finished.errors());
+    for name in ["of-root", "of-other"] {
+        let found = outside.join(name).metadata().with_context(|| finished.to_string())?;
+        seen += &format!("{name} {} {}\n", found.uid(), found.gid());
+    }
+
+    let run = ctr.container("stays").with(&["--mount", &mount]).detached();
+    run.run(&["sleep", "100000"])?.success()?;
+    for command in [&["sh", "-c", "ls /v; exit 7"][..], &["id", "-u"]] {
+        let finished = ctr.exec(&run.id, &[], command, Input::Nothing)?.finish(scale::command())?;
+        seen += &format!("{} {}", finished.code(), finished.text());
+    }
+    seen += &format!("{:?}\n", ctr.task_state(&run.id));
+    end(ctr, &run.id)?;
+    std::fs::remove_dir_all(&outside)?;
+    Ok(seen)
+}
+
+/// A container in a network namespace that the user has made and named.
+fn networked(rootless: &Rootless, ctr: &Ctr) -> Result<String> {
+    let sh = |script: &str| {
+        let command = rootless.command(Path::new("/bin/sh"), &["-ec", script]);
+        job::run(command, Input::Nothing, scale::command())?.success()
+    };
+    sh("ip netns add rl; ip -n rl link set lo up; ip link add rl0 type veth peer name eth0 netns rl; \
+        ip -n rl addr add 10.77.0.2/24 dev eth0; ip -n rl link set eth0 up; ip addr add 10.77.0.1/24 dev rl0; ip link set rl0 up")?;
+    let script = "ip -o -4 addr show eth0 | tr -s ' ' | cut -d' ' -f2-6; ping -c 1 -w 30 10.77.0.1 >/dev/null && echo reached";
+    let finished =
+        ctr.container("net").with(&["--with-ns", "network:/run/netns/rl"]).run(&["sh", "-c", script])?;
+    sh("ip netns delete rl")?;
+    Ok(format!("{}\n{}", finished.text(), finished.errors()))
+}
+
+/// Where the user has no cgroup of its own. runc takes a container there whose specification names no cgroup and no limit.
+#[test]
+fn a_container_of_an_ordinary_user() {
+    rootless(Options::default(), |world, rootless| {
+        let ctr = rootless.ctr();
+        let seen = session(rootless, &ctr)?;
+        println!("{seen}");
+        ensure!(seen.starts_with("42\n"), "{seen}");
+        ensure!(seen.contains(&format!("of-root {USER} {USER}\n")), "{seen}");
+        ensure!(seen.contains(&format!("of-other {} {}\n", FIRST_SUB_ID + 69, FIRST_SUB_ID + 70)), "{seen}");
+
+        let run = ctr.container("seen").detached();
+        run.run(&["sleep", "100000"])?.success()?;
+        let processes = rootless.processes();
+        let named = |name: &str| processes.iter().filter(|process| process.name.starts_with(name)).count();
+        let all = ["containerd-shim", "rvm-vmm", "rvm-container"];
+        ensure!(all.map(named) == [1; 3], "{processes:?}");
+        // The user's, and the monitor one of its own inside that.
+        let users = |name: &str| {
+            let process = processes.iter().find(|process| process.name.starts_with(name)).context("gone")?;
+            Ok::<_, anyhow::Error>(std::fs::read_link(format!("/proc/{}/ns/user", process.pid))?)
+        };
+        let [shim, monitor, holder] = [users(all[0])?, users(all[1])?, users(all[2])?];
+        let own = std::fs::read_link("/proc/self/ns/user")?;
+        ensure!(shim == holder && shim != own && ![&shim, &own].contains(&&monitor), "{shim:?} {monitor:?}");
+        let input = Input::Bytes(b"from the input\n".to_vec());
+        let copied = ctr.exec(&run.id, &[], &["cat"], input)?.finish(scale::command())?.success()?;
+        ensure!(copied.text() == "from the input\n", "{copied}");
+        let ps = job::run(rootless.rvmctl(&["ps"]), Input::Nothing, scale::command())?.success()?;
+        ensure!(ps.text().contains(&run.id) && ps.text().contains("running"), "{ps}");
+        ensure!(rootless.state_dir().join("default").join(&run.id).is_dir(), "{ps}");
+        end(&ctr, &run.id)?;
+        ensure!(!rootless.state_dir().exists(), "{} stays", rootless.state_dir().display());
+        let warnings = rootless.log_tail(world);
+        ensure!(warnings.matches("the sandbox has no cgroup on the host").count() == 3, "{warnings}");
+
+        let refused = ctr.container("net").with(&["--net-host"]).run(&["true"])?;
+        ensure!(refused.code() != 0 && refused.errors().contains("the host's network"), "{refused}");
+        let check = job::run(rootless.rvmctl(&["check"]), Input::Nothing, scale::command())?.success()?;
+        println!("{check}");
+        ensure!(check.text().contains("root of a user namespace with 65537 ids; without cgroups"), "{check}");
+        Ok(())
+    });
+}
+
+/// Where the user has one, as from systemd: limits hold on the host too, as under root.
+#[test]
+fn beside_runc_in_a_delegated_cgroup() {
+    rootless(Options { delegated: true }, |_, rootless| {
+        let (ours, runcs) = (rootless.ctr(), rootless.ctr().under(RUNC));
+        for look in [session, networked] {
+            let (ours, runcs) = (look(rootless, &ours)?, look(rootless, &runcs)?);
+            println!("{ours}");
+            ensure!(ours == runcs, "rvm:\n{ours}\nrunc:\n{runcs}");
+        }
+        let cgroup = rootless.cgroup().context("none is delegated")?.join("default");
+        // runc leaves it, and what was there before is not rvm's to remove.
+        std::fs::remove_dir(&cgroup)?;
+        for (ctr, is_rvm) in [(ours, true), (runcs, false)] {
+            let run = ctr.container("limited").with(&["--memory-limit", "67108864"]).detached();
+            run.run(&["sleep", "100000"])?.success()?;
+            let of = |file: &str| {
+                std::fs::read_to_string(cgroup.join(&run.id).join(file)).with_context(|| file.to_owned())
+            };
+            let limit: u64 = of("memory.max")?.trim().parse().context("no limit on the host")?;
+            ensure!(if is_rvm { limit > 67_108_864 } else { limit == 67_108_864 }, "memory.max is {limit}");
+            let members = of("cgroup.procs")?;
+            let monitor = rootless.processes().into_iter().find(|process| process.name == "rvm-vmm");
+            let is_member = |pid: i32| members.lines().any(|member| member == pid.to_string());
+            ensure!(monitor.is_some_and(|monitor| is_member(monitor.pid)) == is_rvm, "{members}");
+            end(&ctr, &run.id)?;
+            ensure!(!cgroup.join(&run.id).exists(), "the container's cgroup stays");
+            ensure!(cgroup.exists() != is_rvm, "{} after {id}", cgroup.display(), id = run.id);
+        }
+        Ok(std::fs::remove_dir(cgroup)?)
+    });
+}
+
+/// Ends a detached container.
+fn end(ctr: &Ctr, id: &str) -> Result<()> {
+    ctr.run(&["task", "kill", "-s", "SIGKILL", id], scale::command())?.success()?;
+    ctr.run(&["task", "rm", "-f", id], scale::container())?.success()?;
+    ctr.run(&["containers", "rm", id], scale::command())?.success()?;
+    Ok(())
+}
