@@ -290,7 +290,7 @@ impl Ring {
         Ok(interrupts)
     }
 
-    /// Does what waits in a ring that others serve, without asking for a notification of more.
+    /// Does what waits in a ring that others serve, a queue full at most, without asking for a notification of more.
     pub fn serve_waiting<'m>(
         ring: &Mutex<Self>,
         memory: &'m GuestRam,
@@ -299,7 +299,14 @@ impl Ring {
         let lock = || ring.lock().unwrap_or_else(PoisonError::into_inner);
         let (size, mut interrupts) = (lock().size(), 0);
         for _ in 0..size {
-            let Some(chain) = lock().pop(memory)? else { break };
+            let chain = {
+                let mut ring = lock();
+                if ring.asked.to_leave() {
+                    break;
+                }
+                ring.pop(memory)?
+            };
+            let Some(chain) = chain else { break };
             let head = chain.head_index();
             let written = answer(chain);
             let mut ring = lock();
