@@ -60,19 +60,18 @@ fn session(rootless: &Rootless, ctr: &Ctr) -> Result<String> {
     Ok(seen)
 }
 
-/// A container in a network namespace that the user has made and named.
-fn networked(rootless: &Rootless, ctr: &Ctr) -> Result<String> {
+/// Makes a network namespace of the user's, with one end of a wire to it, and takes both away again.
+fn with_network<T>(rootless: &Rootless, act: impl FnOnce(&str) -> Result<T>) -> Result<T> {
     let sh = |script: &str| {
         let command = rootless.command(Path::new("/bin/sh"), &["-ec", script]);
         job::run(command, Input::Nothing, scale::command())?.success()
     };
-    sh("ip netns add rl; ip -n rl link set lo up; ip link add rl0 type veth peer name eth0 netns rl; \
-        ip -n rl addr add 10.77.0.2/24 dev eth0; ip -n rl link set eth0 up; ip addr add 10.77.0.1/24 dev rl0; ip link set rl0 up")?;
-    let script = "ip -o -4 addr show eth0 | tr -s ' ' | cut -d' ' -f2-6; ping -c 1 -w 30 10.77.0.1 >/dev/null && echo reached";
-    let finished =
-        ctr.container("net").with(&["--with-ns", "network:/run/netns/rl"]).run(&["sh", "-c", script])?;
+    sh("ip netns add rl; ip -n rl link set lo up; ip link add rl0 type veth peer name eth0 netns rl
+        ip -n rl addr add 10.77.0.2/24 dev eth0; ip -n rl link set eth0 up
+        ip addr add 10.77.0.1/24 dev rl0; ip link set rl0 up")?;
+    let result = act("network:/run/netns/rl");
     sh("ip netns delete rl")?;
-    Ok(format!("{}\n{}", finished.text(), finished.errors()))
+    result
 }
 
 /// Where the user has no cgroup of its own. runc takes a container there whose specification names no cgroup and no limit.
@@ -125,32 +124,44 @@ fn a_container_of_an_ordinary_user() {
 fn beside_runc_in_a_delegated_cgroup() {
     rootless(Options { delegated: true }, |_, rootless| {
         let (ours, runcs) = (rootless.ctr(), rootless.ctr().under(RUNC));
-        for look in [session, networked] {
-            let (ours, runcs) = (look(rootless, &ours)?, look(rootless, &runcs)?);
-            println!("{ours}");
-            ensure!(ours == runcs, "rvm:\n{ours}\nrunc:\n{runcs}");
-        }
+        let seen = [session(rootless, &ours)?, session(rootless, &runcs)?];
+        ensure!(seen[0] == seen[1], "rvm:\n{}\nrunc:\n{}", seen[0], seen[1]);
         let cgroup = rootless.cgroup().context("none is delegated")?.join("default");
         // runc leaves it, and what was there before is not rvm's to remove.
         std::fs::remove_dir(&cgroup)?;
+        let mut seen = Vec::new();
         for (ctr, is_rvm) in [(ours, true), (runcs, false)] {
             let run = ctr.container("limited").with(&["--memory-limit", "67108864"]).detached();
-            run.run(&["sleep", "100000"])?.success()?;
-            let of = |file: &str| {
-                std::fs::read_to_string(cgroup.join(&run.id).join(file)).with_context(|| file.to_owned())
-            };
-            let limit: u64 = of("memory.max")?.trim().parse().context("no limit on the host")?;
-            ensure!(if is_rvm { limit > 67_108_864 } else { limit == 67_108_864 }, "memory.max is {limit}");
-            let members = of("cgroup.procs")?;
-            let monitor = rootless.processes().into_iter().find(|process| process.name == "rvm-vmm");
-            let is_member = |pid: i32| members.lines().any(|member| member == pid.to_string());
-            ensure!(monitor.is_some_and(|monitor| is_member(monitor.pid)) == is_rvm, "{members}");
-            end(&ctr, &run.id)?;
+            let reached = with_network(rootless, |namespace| {
+                run.clone().with(&["--with-ns", namespace]).run(&["sleep", "100000"])?.success()?;
+                let script = "ip -o -4 addr show eth0 | tr -s ' ' | cut -d' ' -f2-6; \
+                              ping -c 1 -w 30 10.77.0.1 >/dev/null && echo reached";
+                let reached = ctr.exec(&run.id, &[], &["sh", "-c", script], Input::Nothing)?;
+                let reached = reached.finish(scale::command())?.success()?.text();
+                check_cgroup(rootless, &cgroup.join(&run.id), is_rvm)?;
+                end(&ctr, &run.id)?;
+                Ok(reached)
+            })?;
             ensure!(!cgroup.join(&run.id).exists(), "the container's cgroup stays");
-            ensure!(cgroup.exists() != is_rvm, "{} after {id}", cgroup.display(), id = run.id);
+            ensure!(cgroup.exists() != is_rvm, "{} after {}", cgroup.display(), run.id);
+            seen.push(reached);
         }
+        println!("{}", seen[0]);
+        ensure!(seen[0] == seen[1] && seen[0].contains("reached"), "{seen:?}");
         Ok(std::fs::remove_dir(cgroup)?)
     });
+}
+
+/// A container of 64 MiB: runc holds it to that on the host, rvm the machine to what that takes in all.
+fn check_cgroup(rootless: &Rootless, dir: &Path, is_rvm: bool) -> Result<()> {
+    let of = |file: &str| std::fs::read_to_string(dir.join(file)).with_context(|| file.to_owned());
+    let limit: u64 = of("memory.max")?.trim().parse().context("no limit on the host")?;
+    ensure!(if is_rvm { limit > 64 << 20 } else { limit == 64 << 20 }, "memory.max is {limit}");
+    let members = of("cgroup.procs")?;
+    let monitor = rootless.processes().into_iter().find(|process| process.name == "rvm-vmm");
+    let is_member = |pid: i32| members.lines().any(|member| member == pid.to_string());
+    ensure!(monitor.is_some_and(|monitor| is_member(monitor.pid)) == is_rvm, "{members}");
+    Ok(())
 }
 
 /// Ends a detached container.

@@ -19,7 +19,7 @@ use crate::{
     host::Process,
     scale,
     stage::Stage,
-    world::{ADDRESS, IMAGE, World},
+    world::{ADDRESS, IMAGE, World, last_lines, shell},
 };
 
 /// The user and its group on the host.
@@ -30,12 +30,15 @@ const SUB_IDS: u32 = 65_536;
 /// What the service is called.
 const NAME: &str = "rootless";
 
-/// What becomes the user, its home, and rootlesskit. Arguments: the directory, the stage, then what is executed.
+/// What becomes the user, its home, and rootlesskit. Arguments: the directory, the stage, the
+/// directory of containerd's programs where it is not on `PATH`, then what is executed.
 const SET_UP: &str = r#"
-dir=$1 stage=$2; shift 2
+dir=$1 stage=$2 programs=$3; shift 3
 mount -o loop $dir/home.ext4 $dir/home
 chown $USER_ID:$USER_ID $dir/home $dir/run
+# They may lie where a user may not look.
 mount --bind $stage $dir/stage
+[ -z "$programs" ] || mount --bind $programs $dir/programs
 for file in passwd group subuid subgid; do
     mount --bind $dir/etc/$file /etc/$file
 done
@@ -46,6 +49,7 @@ chown $USER_ID $dir/kvm
 mount --bind $dir/kvm /dev/kvm
 mount --bind $dir/tun /dev/net/tun
 [ -z "$CGROUP" ] || echo 0 >$CGROUP/cgroup.procs
+# As on a host under systemd.
 mount --make-rshared /
 cd /
 exec setpriv --reuid $USER_ID --regid $USER_ID --clear-groups --pdeathsig KILL "$@"
@@ -74,53 +78,9 @@ impl Rootless {
     /// When it does not come up.
     pub fn start(world: &World, options: Options) -> Result<Self> {
         let dir = world.dir().join(NAME);
-        for sub in ["home", "run", "stage", "etc"] {
-            std::fs::create_dir_all(dir.join(sub))?;
-        }
-        // Layers need user.* attributes, which a tmpfs has since Linux 6.6.
-        crate::world::shell(&format!(
-            "truncate -s 4G {0}/home.ext4; /sbin/mkfs.ext4 -q -F {0}/home.ext4",
-            dir.display()
-        ))?;
-        write_accounts(&dir)?;
-        std::fs::copy(&world.stage().image, dir.join("image.tar"))?;
-        let stage = Stage { prefix: dir.join("stage"), ..world.stage().clone() };
-        std::fs::write(dir.join("config.toml"), ConfigFile::of(&stage).to_string())?;
-        std::fs::write(
-            dir.join("containerd.toml"),
-            format!(
-                "version = 2\nroot = \"{}/home/containerd\"\nstate = \"/run/containerd\"\n\
-                 disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n[grpc]\naddress = \"{ADDRESS}\"\n",
-                dir.display()
-            ),
-        )?;
+        let stage = write_files(&dir, world.stage())?;
         let cgroup = options.delegated.then(|| delegate(NAME)).transpose()?;
-
-        let mut command = Command::new("unshare");
-        command.args(["--mount", "--propagation", "slave", "sh", "-euc", SET_UP, "sh"]);
-        command
-            .arg(&dir)
-            .arg(&world.stage().prefix)
-            .arg("rootlesskit")
-            .arg("--state-dir")
-            .arg(dir.join("run/rootlesskit"));
-        command.args(["--net=slirp4netns", "--disable-host-loopback", "--copy-up=/etc", "--copy-up=/run"]);
-        command.arg("--propagation=rslave");
-        if options.delegated {
-            command.args(["--pidns", "--cgroupns", "--evacuate-cgroup2=rootlesskit"]);
-        }
-        // Links to what root of the host has there.
-        command.args(["sh", "-euc", "rm -f /run/containerd; exec \"$@\"", "sh"]);
-        command.arg(stage.containerd_program("containerd")).arg("--config").arg(dir.join("containerd.toml"));
-        let mut path = stage.path_variable();
-        path.push(":/usr/local/sbin:/usr/sbin:/sbin");
-        command
-            .env("PATH", path)
-            .env("RVM_CONFIG", dir.join("config.toml"))
-            .env("USER_ID", USER.to_string())
-            .env("CGROUP", cgroup.as_deref().unwrap_or(Path::new("")))
-            .env("HOME", dir.join("home"))
-            .env("XDG_RUNTIME_DIR", dir.join("run"));
+        let command = service(&dir, world.stage(), &stage, cgroup.as_deref());
         let service = world.start_service(NAME, command)?;
         let child =
             std::fs::read_to_string(dir.join("run/rootlesskit/child_pid")).context("rootlesskit's child")?;
@@ -207,7 +167,7 @@ impl Rootless {
 
     /// The end of what it and its shims have logged.
     pub fn log_tail(&self, world: &World) -> String {
-        crate::world::last_lines(&world.service_log(NAME), 0, 60)
+        last_lines(&world.service_log(NAME), 0, 60)
     }
 
     fn stop(&mut self) -> Result<()> {
@@ -227,6 +187,56 @@ impl Drop for Rootless {
         let _ = self.service.kill();
         let _ = self.service.wait();
     }
+}
+
+/// What is in the user's directory; returns where the programs are for it.
+fn write_files(dir: &Path, programs: &Stage) -> Result<Stage> {
+    for sub in ["home", "run", "stage", "programs", "etc"] {
+        std::fs::create_dir_all(dir.join(sub))?;
+    }
+    // Layers need user.* attributes, which a tmpfs has since Linux 6.6.
+    shell(&format!("truncate -s 4G {0}/home.ext4; /sbin/mkfs.ext4 -q -F {0}/home.ext4", dir.display()))?;
+    write_accounts(dir)?;
+    std::fs::copy(&programs.image, dir.join("image.tar"))?;
+    let stage = Stage {
+        prefix: dir.join("stage"),
+        containerd_dir: programs.containerd_dir.as_ref().map(|_| dir.join("programs")),
+        ..programs.clone()
+    };
+    std::fs::write(dir.join("config.toml"), ConfigFile::of(&stage).to_string())?;
+    let containerd = format!(
+        "version = 2\nroot = \"{}/home/containerd\"\nstate = \"/run/containerd\"\n\
+         disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n[grpc]\naddress = \"{ADDRESS}\"\n",
+        dir.display()
+    );
+    std::fs::write(dir.join("containerd.toml"), containerd)?;
+    Ok(stage)
+}
+
+/// rootlesskit with containerd in it.
+fn service(dir: &Path, programs: &Stage, stage: &Stage, cgroup: Option<&Path>) -> Command {
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "--propagation", "slave", "sh", "-euc", SET_UP, "sh"]);
+    command.arg(dir).arg(&programs.prefix).arg(programs.containerd_dir.as_deref().unwrap_or(Path::new("")));
+    command.arg("rootlesskit").arg("--state-dir").arg(dir.join("run/rootlesskit"));
+    command.args(["--net=slirp4netns", "--disable-host-loopback", "--copy-up=/etc", "--copy-up=/run"]);
+    command.arg("--propagation=rslave");
+    if cgroup.is_some() {
+        command.args(["--pidns", "--cgroupns", "--evacuate-cgroup2=rootlesskit"]);
+    }
+    // What is copied up of it is a link to what root of the host has there.
+    command.args(["sh", "-euc", "rm -f /run/containerd; exec \"$@\"", "sh"]);
+    command.arg(stage.containerd_program("containerd")).arg("--config").arg(dir.join("containerd.toml"));
+    let mut path = stage.path_variable();
+    path.push(":/usr/local/sbin:/usr/sbin:/sbin");
+    command
+        .env("PATH", path)
+        .env("RVM_CONFIG", dir.join("config.toml"))
+        .env("USER_ID", USER.to_string())
+        .env("CGROUP", cgroup.unwrap_or(Path::new("")))
+        .env("HOME", dir.join("home"))
+        .env("XDG_RUNTIME_DIR", dir.join("run"));
+    command
 }
 
 /// The machine's accounts, with the user's.
