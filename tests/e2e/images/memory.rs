@@ -253,7 +253,7 @@ fn an_image_comes_and_goes_with_its_containers() {
             Ok(job.finish(scale::container())?.success()?.text())
         };
         const MEMORIES: &str = "ls /sys/block | grep -c pmem || true";
-        for _ in 0..3 {
+        for _ in 0..2 {
             let members = ["one", "two"]
                 .map(|name| annotated(ctr.container(name).with_image(NAME), "container", &pod.id).detached());
             for member in &members {
