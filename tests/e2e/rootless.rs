@@ -1,6 +1,6 @@
 //! A containerd without power over its host (rootlesskit): what works there, beside runc.
 
-use std::{os::unix::fs::MetadataExt, path::Path};
+use std::{os::unix::fs::MetadataExt, path::Path, time::Instant};
 
 use anyhow::{Context, Result, ensure};
 use rvm_tests::{
@@ -17,11 +17,15 @@ const RUNC: &str = "io.containerd.runc.v2";
 /// Does `test` with a rootless containerd, and ends that.
 fn rootless(options: Options, test: impl FnOnce(&World, &Rootless) -> Result<()>) {
     case(|world| {
+        let begun = Instant::now();
         let rootless = Rootless::start(world, options)?;
+        println!("up after {} ms", begun.elapsed().as_millis());
         let tested = test(world, &rootless)
             .with_context(|| format!("its log ends with:\n{}", rootless.log_tail(world)));
         let left = rootless.processes();
+        let ending = Instant::now();
         let ended = rootless.end(world);
+        println!("and gone within {} ms", ending.elapsed().as_millis());
         tested?;
         ensure!(left.is_empty(), "left: {left:?}");
         ended
