@@ -77,12 +77,11 @@ impl BlockDevice {
     /// The block device of a virtio-pmem function: `virtioN/ndbusN/regionN/namespaceN.0/block/pmemN`.
     fn of_function(function: &Path) -> StepResult<Self> {
         let step = || format!("find the memory at {function:?}");
-        let bus = entry(&entry(function, "virtio").step(step)?, "ndbus").step(step)?;
+        let bus = entry(&entry(function, "virtio")?, "ndbus")?;
         // It is answered when the drivers are at work.
         fs::read(bus.join("wait_probe")).step(step)?;
-        let region = entry(&bus, "region").step(step)?;
-        let block = entry(&region, "namespace").and_then(|namespace| entry(&namespace.join("block"), "pmem"));
-        let block = block.step(step)?;
+        let region = entry(&bus, "region")?;
+        let block = entry(&entry(&region, "namespace")?.join("block"), "pmem")?;
         fs::write(region.join("read_only"), "1").step(step)?;
         let number = fs::read_to_string(block.join("dev")).step(step)?;
         let name = block.file_name().unwrap_or_default();
@@ -115,17 +114,18 @@ impl BlockDevice {
 }
 
 /// The entry of `dir` whose name is `kind` and a number.
-fn entry(dir: &Path, kind: &str) -> io::Result<PathBuf> {
+fn entry(dir: &Path, kind: &str) -> StepResult<PathBuf> {
+    let step = || format!("find {kind} in {dir:?}");
     let is_of_kind = |name: &str| {
         name.strip_prefix(kind).is_some_and(|rest| rest.starts_with(|first: char| first.is_ascii_digit()))
     };
-    for entry in fs::read_dir(dir)? {
-        let entry = entry?;
+    for entry in fs::read_dir(dir).step(step)? {
+        let entry = entry.step(step)?;
         if entry.file_name().to_str().is_some_and(is_of_kind) {
             return Ok(entry.path());
         }
     }
-    Err(io::Error::new(io::ErrorKind::NotFound, format!("there is no {kind} in {}", dir.display())))
+    Err(io::Error::from(io::ErrorKind::NotFound)).step(step)
 }
 
 #[cfg(test)]
@@ -155,13 +155,12 @@ mod tests {
         let bus = function.join("virtio3/ndbus0");
         fs::create_dir_all(bus.join("power")).unwrap();
         let refused = |what: &str| {
-            let error = BlockDevice::of_function(&function).unwrap_err();
-            let said = format!("{error} {:?}", std::error::Error::source(&error));
+            let said = BlockDevice::of_function(&function).unwrap_err().to_string();
             assert!(said.contains(what), "{said}");
         };
-        refused("ENOENT");
+        refused("find the memory at");
         fs::write(bus.join("wait_probe"), "1\n").unwrap();
-        refused("no region");
+        refused("find region in");
         let block = bus.join("region2/namespace2.0/block/pmem2");
         fs::create_dir_all(&block).unwrap();
         fs::create_dir(bus.join("region2/namespaces")).unwrap();
