@@ -30,13 +30,23 @@ use crate::{
 /// Where the tests' containerd takes events.
 pub(crate) const EVENTS: &str = "/run/containerd/containerd.sock.ttrpc";
 
+/// A bundle, which goes with its value; the directory of all goes with the last.
+struct Bundle(PathBuf);
+
+impl Drop for Bundle {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+        let _ = self.0.parent().map(std::fs::remove_dir);
+    }
+}
+
 /// A shim with one bundle.
 pub struct Bare {
     program: PathBuf,
     arguments: Vec<String>,
     config: PathBuf,
     id: String,
-    bundle: PathBuf,
+    bundle: Bundle,
     address: String,
     client: Client,
 }
@@ -48,9 +58,10 @@ impl Bare {
     /// # Errors
     /// When it does not come up.
     pub fn start(world: &World, address: &str, id: &str, spec: &Value) -> Result<Self> {
-        let bundle = world.dir().join(format!("bare-{}", address.replace('/', "_"))).join(id);
-        std::fs::DirBuilder::new().recursive(true).mode(0o711).create(&bundle)?;
-        std::fs::write(bundle.join("config.json"), serde_json::to_vec(spec)?)?;
+        let dir = world.dir().join(format!("bare-{}", address.replace('/', "_"))).join(id);
+        std::fs::DirBuilder::new().recursive(true).mode(0o711).create(&dir)?;
+        let bundle = Bundle(dir.clone());
+        std::fs::write(dir.join("config.json"), serde_json::to_vec(spec)?)?;
         let arguments = ["-namespace", "default", "-address", address, "-id", id];
         let arguments: Vec<String> = arguments.iter().map(|&argument| argument.to_owned()).collect();
         let program = world.stage().shim();
@@ -58,7 +69,7 @@ impl Bare {
         // Whatever dumps its core does so into the bundle, unless it sees to that.
         let mut command = Command::new("sh");
         command.args(["-c", "ulimit -c unlimited; exec \"$0\" \"$@\""]).arg(&program);
-        command.args(&arguments).arg("start").current_dir(&bundle).stdin(Stdio::null());
+        command.args(&arguments).arg("start").current_dir(&dir).stdin(Stdio::null());
         // CRI-O has no address of its own, and takes no events.
         let events = if address.is_empty() { "" } else { EVENTS };
         command.env("TTRPC_ADDRESS", events).env("RVM_CONFIG", &config);
@@ -70,7 +81,7 @@ impl Bare {
 
     /// Its bundle.
     pub fn bundle(&self) -> &Path {
-        &self.bundle
+        &self.bundle.0
     }
 
     /// What `start` answered.
@@ -98,7 +109,7 @@ impl Bare {
         };
         let request = CreateTaskRequest {
             id: self.id.clone(),
-            bundle: self.bundle.to_string_lossy().into_owned(),
+            bundle: self.bundle.0.to_string_lossy().into_owned(),
             rootfs,
             options: options.map(any).into(),
             ..Default::default()
@@ -168,8 +179,8 @@ impl Bare {
     /// When it cannot be started or does not end.
     pub fn delete(&self) -> Result<Finished> {
         let mut command = Command::new(&self.program);
-        command.args(&self.arguments).arg("-bundle").arg(&self.bundle).arg("delete");
-        command.current_dir(&self.bundle).env("RVM_CONFIG", &self.config);
+        command.args(&self.arguments).arg("-bundle").arg(&self.bundle.0).arg("delete");
+        command.current_dir(&self.bundle.0).env("RVM_CONFIG", &self.config);
         job::run(command, Input::Nothing, scale::command())
     }
 
@@ -184,9 +195,6 @@ impl Bare {
         let _ = self.call("Shutdown", &ShutdownRequest { id: self.id.clone(), ..Default::default() });
         drop(self.client);
         until_gone(&ended)?;
-        std::fs::remove_dir_all(&self.bundle)?;
-        // Goes with the last one in it.
-        let _ = std::fs::remove_dir(self.bundle.parent().context("a bundle has a parent")?);
         Ok(())
     }
 
