@@ -111,10 +111,20 @@ impl Client {
         Self::with(device, dir)
     }
 
-    pub(super) fn with(mut device: Fs, dir: TempDir) -> Self {
+    pub(super) fn with(device: Fs, dir: TempDir) -> Self {
+        Self::with_threads(device, dir, || ())
+    }
+
+    /// The same, whose server's threads are started by one that has done `before`.
+    pub(super) fn with_threads(mut device: Fs, dir: TempDir, before: impl FnOnce() + Send) -> Self {
         let mut queue = TestQueue::new();
         let features = device.features();
-        device.activate(queue.activation(device.queue_sizes().len(), features)).unwrap();
+        let activation = queue.activation(device.queue_sizes().len(), features);
+        let start = || {
+            before();
+            device.activate(activation).unwrap();
+        };
+        std::thread::scope(|scope| scope.spawn(start).join()).unwrap();
         // Files are made for whoever runs the tests.
         let (uid, gid) = (fs::metadata(dir.path()).unwrap().uid(), fs::metadata(dir.path()).unwrap().gid());
         let mut client = Self { queue, dir, uid, gid };
