@@ -15,6 +15,12 @@ const BURST: u32 = 200;
 /// Time in which the budget grows by a line.
 const PER_LINE: Duration = Duration::from_secs(10);
 
+/// Says a line on stderr, also before there is a log. Whoever would hear it may be gone, which is no reason to end otherwise.
+pub fn say(line: &str) {
+    let line = format!("rvm-vmm: {}\n", line.replace('\n', " "));
+    let _ = std::io::stderr().write_all(line.as_bytes());
+}
+
 struct StderrLogger {
     id: String,
     budget: Mutex<Budget>,

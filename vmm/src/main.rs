@@ -59,7 +59,7 @@ fn main() -> ExitCode {
     };
     if let Some(error) = error {
         // One line, whatever the causes contain.
-        eprintln!("rvm-vmm: {}", format!("{error:#}").replace('\n', " "));
+        logging::say(&format!("{error:#}"));
     }
     ExitCode::from(code as u8)
 }

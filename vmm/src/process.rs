@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
 
-use crate::jail;
+use crate::{jail, logging};
 
 /// Descriptors it takes where it may: what Linux allows where nobody has said otherwise
 /// (`fs.nr_open`). A guest knows more files than a shell opens.
@@ -25,7 +25,7 @@ pub fn prepare() {
     ];
     for (what, result) in done {
         if let Err(error) = result {
-            eprintln!("rvm-vmm: {what}: {error}");
+            logging::say(&format!("{what}: {error}"));
         }
     }
 }

@@ -646,6 +646,15 @@ fn a_control_descriptor_that_is_none_is_refused() {
 }
 
 #[test]
+fn who_has_nobody_to_tell_ends_as_ever() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let sandbox = Sandbox::new(HANG).set("memory_mib", 1.into());
+    let output = finish(sandbox.command().stderr(writer).spawn().unwrap());
+    assert_eq!(output.status.code(), Some(exit_code::BAD_CONFIG), "{}", output.status);
+}
+
+#[test]
 fn mistakes_give_one_line_and_leave_nothing() {
     let hang = || Sandbox::new(HANG);
     let initramfs = |bytes: &[u8]| {
