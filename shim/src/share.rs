@@ -218,7 +218,7 @@ impl Skeleton {
     /// Makes a directory that is a mount of itself, as read-only as the tree.
     fn make_mount(&self, name: &str) -> Result<PathBuf, ShareError> {
         let path = self.make_dir(name)?;
-        match self.namespace.within(|| mount::bind(&path, &path, false)) {
+        match self.namespace.within(|| Tree::of(&path, false)?.attach(&path)) {
             Ok(()) => Ok(path),
             Err(source) => Err(ShareError::Directory { path, source }),
         }

@@ -164,13 +164,6 @@ pub fn from<T: Send>(dir: &Path, work: impl FnOnce() -> io::Result<T> + Send) ->
     })
 }
 
-/// Binds `source` (what a symlink there points to) to `target`, which must
-/// exist and be of the same kind.
-pub fn bind(source: &Path, target: &Path, recursive: bool) -> io::Result<()> {
-    let flags = if recursive { MsFlags::MS_BIND | MsFlags::MS_REC } else { MsFlags::MS_BIND };
-    Ok(mount(Some(source), target, None::<&str>, flags, None::<&str>)?)
-}
-
 /// Mounts a file system.
 pub fn mount_fs(
     kind: &str,
@@ -251,9 +244,7 @@ impl Identity {
             mount: found.stx_mnt_id,
         })
     }
-}
 
-impl Identity {
     /// Whether both are seen by one mount.
     pub fn is_on_the_mount_of(&self, other: &Self) -> bool {
         self.mount == other.mount

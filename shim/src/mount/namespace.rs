@@ -16,7 +16,7 @@ use nix::{
 use super::{Tree, make_readonly, mount_fs};
 
 /// A mount namespace of which nothing is mounted in any other one, and in which nothing of any other one is mounted but
-/// what is [attached](Namespace::attach). It goes, with all its mounts, when nobody has it open and no process is in it.
+/// what is [attached](Tree::attach) [within](Namespace::within) it. It goes, with all its mounts, when nobody has it open and no process is in it.
 #[derive(Debug)]
 pub struct Namespace {
     namespace: File,
@@ -62,11 +62,6 @@ impl Namespace {
             setns(&self.namespace, CloneFlags::CLONE_NEWNS)?;
             work()
         })
-    }
-
-    /// Puts a mount to `target` in it, where it stays.
-    pub fn attach(&self, tree: &Tree, target: &Path) -> io::Result<()> {
-        self.within(|| tree.attach(target))
     }
 }
 

@@ -281,11 +281,7 @@ impl Ring {
                     None => break,
                 }
             };
-            let head = chain.head_index();
-            let written = answer(chain);
-            let mut ring = lock();
-            ring.push(memory, head, written)?;
-            interrupts += u64::from(ring.notify(memory)?);
+            interrupts += Self::answer(ring, memory, chain, &mut answer)?;
         }
         Ok(interrupts)
     }
@@ -307,13 +303,23 @@ impl Ring {
                 ring.pop(memory)?
             };
             let Some(chain) = chain else { break };
-            let head = chain.head_index();
-            let written = answer(chain);
-            let mut ring = lock();
-            ring.push(memory, head, written)?;
-            interrupts += u64::from(ring.notify(memory)?);
+            interrupts += Self::answer(ring, memory, chain, &mut answer)?;
         }
         Ok(interrupts)
+    }
+
+    /// Answers a request that was taken from a ring which others serve meanwhile; how often the driver was interrupted.
+    fn answer<'m>(
+        ring: &Mutex<Self>,
+        memory: &'m GuestRam,
+        chain: DescriptorChain<&'m GuestRam>,
+        answer: &mut impl FnMut(DescriptorChain<&'m GuestRam>) -> u32,
+    ) -> Result<u64, RingError> {
+        let head = chain.head_index();
+        let written = answer(chain);
+        let mut ring = ring.lock().unwrap_or_else(PoisonError::into_inner);
+        ring.push(memory, head, written)?;
+        Ok(ring.notify(memory)?.into())
     }
 
     /// What is asked of the thread that serves it.
