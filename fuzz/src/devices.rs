@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use rvm_protocol::vmm::{CachePolicy, NetConfig, ShareConfig, VsockConfig};
 use rvm_vmm::buses::Buses;
 use rvm_vmm::devices::legacy::serial::Serial;
+use rvm_vmm::devices::virtio::balloon::Balloon;
 use rvm_vmm::devices::virtio::blk::Blk;
 use rvm_vmm::devices::virtio::fs::Fs;
 use rvm_vmm::devices::virtio::mem::Mem;
@@ -309,6 +310,11 @@ pub fn mem(data: &[u8]) {
     let Ok(memory) = memory::create_shaped(shape) else { return };
     let mut device = Mem::new(&memory, memory::Room::Memory);
     drive(&mut device, &[0], blocks, data);
+}
+
+/// Ranges that are told to be free, the rings' own among them.
+pub fn balloon(data: &[u8]) {
+    drive(&mut Balloon, &[], |input| input.bytes(16).to_vec(), data);
 }
 
 fn flush(input: &mut Input<'_>) -> Vec<u8> {

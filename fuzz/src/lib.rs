@@ -13,12 +13,13 @@ mod input;
 pub type Run = fn(&[u8]);
 
 /// All there are, by name.
-pub const TARGETS: [(&str, Run); 19] = [
+pub const TARGETS: [(&str, Run); 20] = [
     ("fs", devices::fs),
     ("blk", devices::blk),
     ("net", devices::net),
     ("vsock", devices::vsock),
     ("mem", devices::mem),
+    ("balloon", devices::balloon),
     ("pmem", devices::pmem),
     ("buses", devices::buses),
     ("image", hosts::image),

@@ -9,7 +9,7 @@ use crate::{Error, Flavour, command, io_error};
 /// A patch: its name, and a unified diff.
 type Patch = (&'static str, &'static str);
 
-const PATCHES: [Patch; 22] = [
+const PATCHES: [Patch; 23] = [
     ("pci-remember-configuration", include_str!("../patches/pci-remember-configuration.patch")),
     ("virtiofs-tag-in-words", include_str!("../patches/virtiofs-tag-in-words.patch")),
     ("initramfs-keep-pages", include_str!("../patches/initramfs-keep-pages.patch")),
@@ -32,6 +32,7 @@ const PATCHES: [Patch; 22] = [
     ("msix-same-message", include_str!("../patches/msix-same-message.patch")),
     ("cpu-features-by-test", include_str!("../patches/cpu-features-by-test.patch")),
     ("pmem-without-claims", include_str!("../patches/pmem-without-claims.patch")),
+    ("free-pages-told-at-once", include_str!("../patches/free-pages-told-at-once.patch")),
 ];
 
 /// The flavour's, in the order in which they are applied. The baseline of benchmarks is Linux as it is.

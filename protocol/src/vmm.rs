@@ -50,6 +50,10 @@ pub struct VmConfig {
     /// each takes all of it.
     #[serde(default)]
     pub huge_pages: bool,
+    /// Whether the guest can tell which of its pages are free, so that the host has them back until they are used
+    /// again (virtio-balloon's free page reporting).
+    #[serde(default)]
+    pub free_page_reporting: bool,
     /// Uncompressed ELF kernel (`vmlinux`).
     pub kernel: PathBuf,
     /// Kernel command line as given to the kernel, except what the monitor

@@ -1,8 +1,13 @@
 //! Block devices of the host in a container.
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Result, ensure};
 use rvm_tests::{
-    case, scale,
+    case,
+    job::Input,
+    sandbox::Sandbox,
+    scale,
     world::{World, shell},
 };
 
@@ -123,6 +128,64 @@ fn a_privileged_container() {
                       mkdir /m && mount -t tmpfs none /m && echo mounted; test -e /dev/kvm || echo apart";
         let finished = run.shell(script)?.success()?;
         ensure!(finished.text() == "1\nmounted\napart\n", "{finished}");
+        Ok(())
+    });
+}
+
+/// A file system of the host's that keeps what is written to it, until the value is dropped.
+struct Frozen(String);
+
+impl Frozen {
+    fn new(at: &str) -> Result<Self> {
+        shell(&format!("/sbin/fsfreeze --freeze {at}"))?;
+        Ok(Self(at.to_owned()))
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        let _ = shell(&format!("/sbin/fsfreeze --unfreeze {}", self.0));
+    }
+}
+
+/// Threads of a monitor that serve a disk and that the host keeps.
+fn kept_disk_threads(monitor: libc::pid_t) -> Result<usize> {
+    let stat = |task: std::io::Result<std::fs::DirEntry>| std::fs::read_to_string(task?.path().join("stat"));
+    let tasks = std::fs::read_dir(format!("/proc/{monitor}/task"))?.filter_map(|task| stat(task).ok());
+    Ok(tasks.filter(|stat| stat.contains("(blk) D ")).count())
+}
+
+#[test]
+fn a_read_does_not_wait_for_a_flush() {
+    case(|world| {
+        let at = world.dir().join("frozen").display().to_string();
+        shell(&format!(
+            "mkdir {at}; truncate -s 64M {at}.image; /sbin/mkfs.ext4 -q -F {at}.image; \
+             mount -o loop {at}.image {at}; truncate -s 16M {at}/disk"
+        ))?;
+        let device = shell(&format!("/sbin/losetup --find --show {at}/disk"))?.trim().to_owned();
+        let run = world.ctr().container("frozen").with(&["--device", &device]).detached();
+        run.run(&["sleep", "100000"])?.success()?;
+        let monitor = Sandbox::find(world.stage(), &run.id)?.monitor.pid;
+        let inside = |script: String| world.ctr().exec(&run.id, &[], &["sh", "-c", &script], Input::Nothing);
+
+        // A loop device does one thing at a time itself; what is in the host's cache it is not asked for.
+        shell(&format!("cat {device} >/dev/null"))?;
+        let frozen = Frozen::new(&at)?;
+        let flush = inside(format!("dd if=/dev/zero of={device} bs=4k count=1 conv=notrunc,fsync 2>&1"))?;
+        let until = Instant::now() + scale::container();
+        while kept_disk_threads(monitor)? == 0 {
+            ensure!(Instant::now() < until, "nothing is kept");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let read = inside(format!("dd if={device} bs=4k skip=2000 count=100 2>/dev/null | wc -c"))?;
+        let read = read.finish(scale::command())?.success()?;
+        ensure!(read.text().trim() == "409600", "{read}");
+        ensure!(!flush.has_ended(), "the flush was not kept");
+        drop(frozen);
+        flush.finish(scale::command())?.success()?;
+        world.end(&run.id)?;
+        shell(&format!("/sbin/losetup --detach {device}; umount {at}; rmdir {at}; rm {at}.image"))?;
         Ok(())
     });
 }

@@ -26,6 +26,8 @@ use rvm_tests::{
 const POINTS: usize = 50;
 /// More than any has; a case that has come here would never end.
 const FAR: usize = 200;
+/// How long a shim waits for its monitor or its guest, at most.
+const PATIENCE: Duration = Duration::from_secs(60);
 /// What the container ends with when it is told to.
 const EXIT: i32 = 9;
 
@@ -52,6 +54,16 @@ impl Fault {
     /// A stop within what everybody waits.
     fn short_stop() -> Self {
         Self::Stop(scale::seconds(0.05))
+    }
+
+    /// A stop for longer than a shim waits for anybody.
+    fn long_stop() -> Self {
+        Self::Stop(PATIENCE + Duration::from_secs(20))
+    }
+
+    /// Whether nobody gives up meanwhile.
+    fn is_short(self) -> bool {
+        matches!(self, Self::Stop(pause) if pause < PATIENCE)
     }
 
     fn signal(self) -> Signal {
@@ -231,7 +243,7 @@ fn with_fault(world: &World, at: usize, fault: Fault, victim: Victim, seen: &mut
     if let Ok(sandbox) = Sandbox::find(world.stage(), &id) {
         sandbox.wait_until_gone(scale::container())?;
     }
-    if let Fault::Stop(_) = fault {
+    if fault.is_short() {
         // Nothing was lost: it took longer, and that is all.
         ensure!(all_done, "a step was not done");
         let code = world.events(|events| events.exit_once(&id))?;
@@ -355,6 +367,23 @@ fn some_stops_and_an_agent() {
     ] {
         let Tried { seen, is_right } = at_point(victim, fault, at);
         assert!(is_right && seen.done, "{:#?}", seen.passed);
+    }
+}
+
+/// What is asked meanwhile may be refused, and what is stopped may be given up: in order, and nothing is left of it.
+#[test]
+fn every_long_stop() {
+    for (victim, at) in [
+        (Victim::Shim, 11),
+        (Victim::Shim, 41),
+        (Victim::Monitor, 17),
+        (Victim::Monitor, 30),
+        (Victim::Monitor, 42),
+        (Victim::Containerd, 20),
+        (Victim::Containerd, 45),
+    ] {
+        let Tried { seen, is_right } = at_point(victim, Fault::long_stop(), at);
+        assert!(is_right && seen.done, "{victim:?}, {at}: {:#?}", seen.passed);
     }
 }
 

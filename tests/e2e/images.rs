@@ -1,6 +1,6 @@
 //! Image files in place of layers: what is in them, who has them, and their end.
 
-mod memory;
+pub mod memory;
 
 use std::{
     ffi::OsStr,

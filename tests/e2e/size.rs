@@ -1,9 +1,14 @@
 //! The machine around a container: its size and its cgroup on the host.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, ensure};
-use rvm_tests::{case, host::Process, sandbox::Sandbox};
+use rvm_tests::{case, ctr::Run, host::Process, job::Input, sandbox::Sandbox, scale};
+
+use crate::volumes::{Volume, bind};
 
 /// Where the host's hierarchies are that sandboxes get a cgroup in: the first
 /// field of `/proc/PID/cgroup` is 0 for v2.
@@ -65,9 +70,8 @@ fn limits_make_the_machine_and_its_cgroup() {
         let charged: u64 = first_of(&["memory.current", "memory.usage_in_bytes"], &wanted)?.parse()?;
         ensure!(charged > 16 * mib, "the guest's memory is charged elsewhere: {charged} bytes");
 
-        let inside =
-            world.ctr().exec(&run.id, &[], &["cat", "/proc/meminfo"], rvm_tests::job::Input::Nothing)?;
-        let inside = inside.finish(rvm_tests::scale::container())?.success()?;
+        let inside = world.ctr().exec(&run.id, &[], &["cat", "/proc/meminfo"], Input::Nothing)?;
+        let inside = inside.finish(scale::container())?.success()?;
         let total = inside.text();
         let total = total.lines().find_map(|line| line.strip_prefix("MemTotal:")).context("no MemTotal")?;
         let total: u64 = total.trim().trim_end_matches(" kB").parse()?;
@@ -109,6 +113,77 @@ fn guest_memory_is_in_huge_pages_unless_the_configuration_says_no() {
             world.ctr().remove(&run.id)?;
         }
         Ok(())
+    });
+}
+
+/// KiB of its guest's memory that a monitor has from the host.
+fn guest_kib(monitor: libc::pid_t) -> Result<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{monitor}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("RssShmem:")).context("no RssShmem")?;
+    Ok(line.trim().trim_end_matches(" kB").parse()?)
+}
+
+#[test]
+fn what_a_guest_has_freed_is_the_hosts_again() {
+    const MIB: u64 = 160;
+    case(|world| {
+        let volume = Volume::new(world, "much")?;
+        std::fs::File::create(volume.path("file"))?.set_len(MIB << 20)?;
+        let mount = bind(&volume.0, "/much", "rbind:ro");
+        let run = || world.ctr().container("freed").with(&["--privileged", "--mount", &mount]).detached();
+        let started = |run: &Run| -> Result<Sandbox> {
+            run.run(&["sleep", "100000"])?.success()?;
+            Sandbox::find(world.stage(), &run.id)
+        };
+        let inside = |run: &Run, script: &str| -> Result<String> {
+            let job = world.ctr().exec(&run.id, &[], &["sh", "-c", script], Input::Nothing)?;
+            Ok(job.finish(scale::container())?.success()?.text())
+        };
+        let one = run();
+        let monitor = started(&one)?.monitor.pid;
+        inside(&one, "mkdir /kept; mount -t tmpfs -o size=80% kept /kept")?;
+        // What was read, and what was made there.
+        for (what, taken, use_it, drop_it) in [
+            ("read", MIB << 10, "cat /much/file >/dev/null", "echo 3 >/proc/sys/vm/drop_caches"),
+            (
+                "written",
+                MIB << 10,
+                "cat /much/file >/kept/file",
+                "rm /kept/file; echo 3 >/proc/sys/vm/drop_caches",
+            ),
+        ] {
+            let before = guest_kib(monitor)?;
+            inside(&one, use_it)?;
+            let used = guest_kib(monitor)?;
+            ensure!(used > before + taken / 10 * 9, "{what}: {before} KiB before, {used} after");
+            inside(&one, drop_it)?;
+            let (dropped, limit) = (Instant::now(), scale::seconds(5.0));
+            let missing = || Ok::<_, anyhow::Error>(guest_kib(monitor)?.saturating_sub(before));
+            while missing()? > (used - before) / 20 && dropped.elapsed() < limit {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            let (after, took) = (guest_kib(monitor)?, dropped.elapsed());
+            println!("{what}: {before} KiB, {used} KiB, {after} KiB after {} ms", took.as_millis());
+            ensure!(
+                missing()? <= (used - before) / 20,
+                "{what}: {before} KiB before, {used}, {after} at last"
+            );
+        }
+        // What was the host's for a while is the guest's as ever.
+        let sum = inside(
+            &one,
+            "cd /kept; dd if=/dev/urandom of=file bs=1M count=64 2>/dev/null; md5sum file; md5sum file",
+        )?;
+        let sums: Vec<&str> = sum.lines().collect();
+        ensure!(sums.len() == 2 && sums[0] == sums[1], "{sum}");
+        world.ctr().remove(&one.id)?;
+
+        world.set_config(&world.config().set("guest", "free_page_reporting", "false"))?;
+        let other = run();
+        started(&other)?;
+        let devices = inside(&other, "cat /sys/bus/virtio/devices/*/device")?;
+        ensure!(!devices.contains("0x0005"), "there is a balloon: {devices}");
+        world.ctr().remove(&other.id)
     });
 }
 

@@ -23,7 +23,7 @@ use rvm_tests::{
 use serde_json::json;
 
 use crate::{
-    clock,
+    clock, images,
     network::{TIDY, chain},
     pods::{limited, memory, plain},
 };
@@ -263,6 +263,13 @@ fn added_processes_one_after_another() {
         ensure!(after.2 == before.2, "something is left inside: {before:?}, {after:?}");
         world.end(&run.id)
     });
+}
+
+/// What they read of it is in the host's memory once, and each takes what it has for itself.
+#[test]
+fn twenty_sandboxes_of_one_image() {
+    images::memory::share_one(20);
+    images::memory::each_of(20);
 }
 
 /// Every pod of a node at once, as after a drain; removed in no order.

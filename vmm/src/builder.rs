@@ -21,6 +21,7 @@ use crate::control::socket::ReadOnlySocket;
 use crate::devices::legacy::console_log::ConsoleLog;
 use crate::devices::legacy::serial::Serial;
 use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::blk::{Blk, BlkError};
 use crate::devices::virtio::fs::{Fs, FsError, FsMeter};
 use crate::devices::virtio::net::{Net, NetControl, NetError};
@@ -244,8 +245,13 @@ fn build_on(
         // A vCPU waiting for the host's disk does not hold up the others.
         attach(Box::new(share.with_request_queues(config.vm.vcpus.into())))?;
     }
+    if config.vm.free_page_reporting {
+        attach(Box::new(Balloon))?;
+    }
     // Slots, by serial.
-    let disk = |(serial, disk)| Ok((serial, attach(Box::new(disk))?));
+    let disk = |(serial, disk): (String, Blk)| {
+        Ok((serial, attach(Box::new(disk.with_queues(config.vm.vcpus.into())))?))
+    };
     let disks = disks.into_iter().map(disk).collect::<Result<_, FunctionError>>()?;
     let nets = attach_nets(nets, &pci, memory, vm)?;
     let interrupt = vm.routes.connect_line(layout::SERIAL_GSI).map_err(BuildError::Serial)?;

@@ -112,6 +112,8 @@ pub struct Hotplug {
     vm: Arc<Vm>,
     /// Slots of the disks on the bus, by serial.
     disks: HashMap<String, usize>,
+    /// Queues of a disk: a vCPU's each, of those the machine was built with.
+    disk_queues: u16,
     /// The network interfaces on the bus, by slot.
     nets: BTreeMap<u8, NetControl>,
     /// Windows of the files on the bus, by slot.
@@ -123,15 +125,26 @@ pub struct Hotplug {
 }
 
 impl Hotplug {
-    /// `disks` and `nets` are those the machine was built with: the slots of the ones by
-    /// serial, the others by slot.
+    /// `vcpus`, `disks` and `nets` are those the machine was built with: the slots of disks by
+    /// serial, interfaces by slot.
     pub fn new(
         memory: GuestRam,
         vm: Arc<Vm>,
+        vcpus: usize,
         disks: HashMap<String, usize>,
         nets: BTreeMap<u8, NetControl>,
     ) -> Self {
-        Self { memory, vm, disks, nets, pmems: BTreeMap::new(), devices: HashMap::new(), slots: 0 }
+        let disk_queues = u16::try_from(vcpus).unwrap_or(u16::MAX);
+        Self {
+            memory,
+            vm,
+            disks,
+            disk_queues,
+            nets,
+            pmems: BTreeMap::new(),
+            devices: HashMap::new(),
+            slots: 0,
+        }
     }
 
     /// Plugs a disk into `bus`: the open file the request brought.
@@ -147,7 +160,8 @@ impl Hotplug {
         }
         let file = file.ok_or_else(|| HotplugError::NoFile(serial.to_owned()))?;
         let disk = Blk::new(serial, file, readonly)
-            .map_err(|source| HotplugError::Disk { serial: serial.to_owned(), source })?;
+            .map_err(|source| HotplugError::Disk { serial: serial.to_owned(), source })?
+            .with_queues(self.disk_queues);
         let slot = function::attach(bus, Box::new(disk), &self.memory, &self.vm)?;
         self.disks.insert(serial.to_owned(), slot);
         log::info!("disk {serial} plugged into slot {slot}");
@@ -325,7 +339,7 @@ mod tests {
         let shape = Shape { boot: 64 << 20, more: region, window: 128 << 20, ..Shape::default() };
         let memory = memory::create_shaped(shape).unwrap();
         vm.set_memory(&memory).unwrap();
-        (Hotplug::new(memory.clone(), vm, HashMap::new(), BTreeMap::new()), memory)
+        (Hotplug::new(memory.clone(), vm, 1, HashMap::new(), BTreeMap::new()), memory)
     }
 
     #[test]

@@ -86,7 +86,7 @@ impl Machine {
         let report = Arc::new(EndReport::new().map_err(RunError::Events)?);
         let events =
             Events::new(&report, channel.as_ref(), socket.as_ref(), signals).map_err(RunError::Events)?;
-        let hotplug = Hotplug::new(memory.clone(), Arc::clone(&vm), disks, nets);
+        let hotplug = Hotplug::new(memory.clone(), Arc::clone(&vm), vcpus.len(), disks, nets);
         let mut owned = Owned {
             threads: Vec::new(),
             paused: false,

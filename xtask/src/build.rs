@@ -35,6 +35,8 @@ pub const BUSYBOX_NAME: &str = "docker.io/library/busybox:latest";
 /// What [`debian_image`] is called once imported.
 pub const DEBIAN_NAME: &str = "docker.io/library/debian-services:latest";
 
+/// What [`workloads_image`] is called once imported.
+const WORKLOADS_NAME: &str = "docker.io/library/debian-workloads:latest";
 /// Tag of [`debian_image_of_layers`].
 const LAYERED_TAG: &str = "five";
 
@@ -172,6 +174,21 @@ pub fn debian_image() -> Result<PathBuf> {
     };
     let step = Step::start("Debian image");
     let image = bootstrap.image(DEBIAN_NAME, &cache_dir()?.join("images"))?;
+    step.done("");
+    Ok(image)
+}
+
+/// A Debian for `cargo xtask bench workloads`, as an OCI archive. Made once, which takes minutes and the network.
+pub fn workloads_image() -> Result<PathBuf> {
+    packages::ensure(&[Purpose::DebianImage])?;
+    let text = |items: &[&str]| items.iter().map(|&item| item.to_owned()).collect();
+    let bootstrap = Bootstrap {
+        release: "bookworm".into(),
+        packages: text(&["apt", "git", "npm", "cargo", "python3-pip", "postgresql", "postgresql-contrib"]),
+        excluded: text(&["/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*"]),
+    };
+    let step = Step::start("Debian image for workloads");
+    let image = bootstrap.image(WORKLOADS_NAME, &cache_dir()?.join("images"))?;
     step.done("");
     Ok(image)
 }

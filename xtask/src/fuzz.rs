@@ -28,7 +28,10 @@ pub struct Args {
     list: bool,
 }
 
-const TRIPLE: &str = "x86_64-unknown-linux-gnu";
+/// What the fuzzers are built for.
+pub const TRIPLE: &str = "x86_64-unknown-linux-gnu";
+/// Their workspace, in this one's directory.
+pub const MANIFEST: &str = "fuzz/libfuzzer/Cargo.toml";
 /// What cargo-fuzz gives the compiler, without a sanitizer, which this toolchain has none of.
 const FLAGS: &str = "-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
@@ -105,7 +108,7 @@ fn work(target: &str) -> PathBuf {
 fn program() -> Result<PathBuf> {
     packages::ensure(&[Purpose::Build, Purpose::Fuzz])?;
     let dir = build::target_dir().join("fuzz");
-    let manifest = build::workspace_dir().join("fuzz/libfuzzer/Cargo.toml");
+    let manifest = build::workspace_dir().join(MANIFEST);
     let status = Command::new(env!("CARGO"))
         .args(["build", "--quiet", "--locked", "--release", "--target", TRIPLE, "--manifest-path"])
         .arg(manifest)

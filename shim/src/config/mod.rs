@@ -79,6 +79,8 @@ pub struct Guest {
     pub memory_mib: u64,
     /// Whether the host may put pages of 2 MiB behind it.
     pub huge_pages: bool,
+    /// Whether the host has back what the guest has freed.
+    pub free_page_reporting: bool,
     /// Kernel parameters that are as on the host, see [`crate::sysctl`].
     pub host_sysctls: Vec<String>,
     /// From the start of the monitor until the agent has to answer.
@@ -278,6 +280,7 @@ impl Config {
                 vcpus: table.integer("guest", "vcpus", 1, 255)? as u8,
                 memory_mib: table.integer("guest", "memory_mib", MIN_MEMORY_MIB, MAX_MIB)?,
                 huge_pages: table.boolean("guest", "huge_pages")?,
+                free_page_reporting: table.boolean("guest", "free_page_reporting")?,
                 host_sysctls: host_sysctls(table)?,
                 boot_timeout: Duration::from_secs(table.integer("guest", "boot_timeout_s", 1, 3600)?),
             },

@@ -50,6 +50,7 @@ fn every_key_and_section_is_documented_above_it() {
     let read = [
         "compat.ignore_labels",
         "guest.boot_timeout_s",
+        "guest.free_page_reporting",
         "guest.host_sysctls",
         "guest.huge_pages",
         "guest.initramfs",
@@ -141,7 +142,7 @@ fn wrong_keys_are_refused_by_name() {
         ),
         (
             "[guest]\nvcpu = 2",
-            "config.toml: guest.vcpu: unknown; [guest] has boot_timeout_s, host_sysctls, huge_pages, initramfs, kernel, kernel_params, memory_mib, vcpus",
+            "config.toml: guest.vcpu: unknown; [guest] has boot_timeout_s, free_page_reporting, host_sysctls, huge_pages, initramfs, kernel, kernel_params, memory_mib, vcpus",
         ),
         ("vcpus = 2", "config.toml: vcpus: unknown; vcpus belongs below [guest]"),
         (

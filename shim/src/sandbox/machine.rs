@@ -365,6 +365,7 @@ fn vm_config(config: &Config, plan: &Plan, nets: Vec<InheritedNet>, jail: JailCo
         hugetlb_memory_mib: plan.room.hugetlb_mib,
         pmem_mib: config.images.window_mib(),
         huge_pages: config.guest.huge_pages,
+        free_page_reporting: config.guest.free_page_reporting,
         kernel: config.guest.kernel.clone(),
         cmdline: config.guest.cmdline(),
         initramfs: Some(config.guest.initramfs.clone()),

@@ -15,8 +15,6 @@ use rvm_tests::{
 
 use super::{LARGE, LOWER, NAME, run, with_image};
 
-/// Sandboxes of one image.
-const SANDBOXES: usize = 3;
 /// What a guest keeps of files, and what of the image's block device.
 const CACHED: &str =
     "sed -n 's/^\\(Cached\\|Buffers\\): *\\([0-9]*\\) kB/\\2/p' /proc/meminfo | tr '\\n' ' '";
@@ -109,8 +107,45 @@ fn in_page_cache(path: &Path) -> Result<u64> {
     Ok(4 * pages.iter().filter(|page| **page & 1 != 0).count() as u64)
 }
 
-#[test]
-fn the_hosts_pages_are_the_only_ones() {
+/// KiB of the host's memory that a process is charged with: what it has alone, and its share of the rest.
+fn share_kib(pid: libc::pid_t) -> Result<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix("Pss:")).context("no Pss")?;
+    Ok(line.trim().trim_end_matches(" kB").parse()?)
+}
+
+/// What each of so many sandboxes takes that have read the same file of an image, on average, in KiB; where it is memory
+/// and where it is a disk.
+pub fn each_of(count: usize) {
+    with_image(|world| {
+        run(world).shell("true")?.success()?;
+        images::wait_for(world, 1)?;
+        let mut takes = Vec::new();
+        for (kind, limit) in [("memory", "1024"), ("disk", "0")] {
+            world.set_config(&world.config().set("images", "memory_limit_mib", limit))?;
+            let mut sandboxes =
+                (0..count).map(|_| Told::start(world, &run(world))).collect::<Result<Vec<_>>>()?;
+            let (mut idle, mut read) = (0, 0);
+            for told in &mut sandboxes {
+                idle += share_kib(told.sandbox.monitor.pid)?;
+                told.does("cat /large | md5sum")?;
+            }
+            for told in &sandboxes {
+                read += share_kib(told.sandbox.monitor.pid)?;
+            }
+            let each = [idle, read].map(|kib| kib / count as u64);
+            println!("{count} sandboxes, the image as {kind}: {each:?} KiB each, before and after reading");
+            takes.push(each);
+            sandboxes.into_iter().try_for_each(Told::end)?;
+        }
+        let grown = |[idle, read]: [u64; 2]| read.saturating_sub(idle);
+        ensure!(grown(takes[0]) * 2 < grown(takes[1]), "{takes:?}");
+        Ok(())
+    });
+}
+
+/// So many sandboxes of one image: the host has what they read of it once.
+pub fn share_one(count: usize) {
     with_image(|world| {
         run(world).shell("true")?.success()?;
         let file = images::wait_for(world, 1)?.remove(0);
@@ -119,7 +154,7 @@ fn the_hosts_pages_are_the_only_ones() {
         ensure!(listed.contains(" memory "), "{listed}");
 
         let mut sandboxes =
-            (0..SANDBOXES).map(|_| Told::start(world, &run(world))).collect::<Result<Vec<_>>>()?;
+            (0..count).map(|_| Told::start(world, &run(world))).collect::<Result<Vec<_>>>()?;
         let sum = shell(&format!("sha256sum {}", file.display()))?;
         for told in &mut sandboxes {
             let lower = told.does(LOWER)?;
@@ -155,6 +190,11 @@ fn the_hosts_pages_are_the_only_ones() {
         ensure!(sum == shell(&format!("sha256sum {}", file.display()))?, "the image has changed");
         sandboxes.into_iter().try_for_each(Told::end)
     });
+}
+
+#[test]
+fn the_hosts_pages_are_the_only_ones() {
+    share_one(3);
 }
 
 /// A guest's root, with every capability and every device, writes to the memory an image is.

@@ -67,6 +67,7 @@ impl Machine {
             "id": attack,
             "vcpus": 1,
             "memory_mib": MEMORY_MIB,
+            "free_page_reporting": true,
             "kernel": world.stage().kernel(),
             "cmdline": format!("{DEFAULT_CMDLINE} attack={attack}"),
             "initramfs": PathBuf::from(initramfs),

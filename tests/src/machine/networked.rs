@@ -88,6 +88,7 @@ impl Machine {
             hugetlb_memory_mib: 0,
             pmem_mib: 0,
             huge_pages: false,
+            free_page_reporting: false,
             kernel: world.stage().kernel(),
             cmdline: DEFAULT_CMDLINE.into(),
             initramfs: Some("initramfs".into()),

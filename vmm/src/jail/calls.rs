@@ -21,13 +21,15 @@ pub enum Duty {
     Vsock,
     /// Plugs memory and takes it back.
     Memory,
+    /// Gives back what the guest has free.
+    Balloon,
     /// Answers for a file that the guest sees as memory.
     Pmem,
 }
 
 impl Duty {
     /// All of them.
-    pub(super) const ALL: [Self; 8] = [
+    pub(super) const ALL: [Self; 9] = [
         Self::Control,
         Self::Vcpu,
         Self::Files,
@@ -35,6 +37,7 @@ impl Duty {
         Self::Net,
         Self::Vsock,
         Self::Memory,
+        Self::Balloon,
         Self::Pmem,
     ];
 
@@ -48,6 +51,7 @@ impl Duty {
             Self::Net => "net",
             Self::Vsock => "vsock",
             Self::Memory => "mem",
+            Self::Balloon => "balloon",
             Self::Pmem => "pmem",
         }
     }
@@ -61,7 +65,7 @@ impl Duty {
             Self::Disk => &[&EVERY, &QUEUE, &DISK],
             Self::Net => &[&EVERY, &QUEUE, &NET],
             Self::Vsock => &[&EVERY, &QUEUE, &VSOCK],
-            Self::Memory => &[&EVERY, &QUEUE, &MEMORY],
+            Self::Memory | Self::Balloon => &[&EVERY, &QUEUE, &MEMORY],
             Self::Pmem => &[&EVERY, &QUEUE],
         };
         self::calls(groups)
@@ -311,7 +315,7 @@ const NET: [Group; 4] = [
     ),
 ];
 
-const MEMORY: [Group; 1] = [("blocks go back to the host", &[any(libc::SYS_fallocate)])];
+const MEMORY: [Group; 1] = [("pages go back to the host", &[any(libc::SYS_fallocate)])];
 
 const VSOCK: [Group; 2] = [
     (

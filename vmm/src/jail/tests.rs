@@ -322,6 +322,7 @@ fn calls_are_as_few_as_they_are_said_to_be() {
             (Duty::Net, 30),
             (Duty::Vsock, 35),
             (Duty::Memory, 26),
+            (Duty::Balloon, 26),
             (Duty::Pmem, 25),
         ]
     );

@@ -13,7 +13,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 
-use vm_memory::MmapRegion;
+use vm_memory::{FileOffset, MmapRegion};
 
 use crate::mounts;
 use crate::process::owned;
@@ -61,6 +61,43 @@ pub fn leave_out_of_dumps(mapping: &MmapRegion) {
 /// are taken from its pool, nor reserved there.
 pub fn create_hugetlb(size: u64) -> io::Result<File> {
     sealed_memfd(c"rvm-guest-hugetlb", libc::MFD_HUGETLB | libc::MFD_HUGE_2MB, size)
+}
+
+/// What [`change`] does to a range of a file.
+#[derive(Clone, Copy, Debug)]
+pub enum Change {
+    /// Its pages are there.
+    Allocate,
+    /// Its pages are the host's; it reads as zeroes.
+    Discard,
+}
+
+/// Changes what is behind `range` of a region whose file is `backing`; the file's seals allow that, and it stays
+/// as long as it is.
+pub fn change(backing: &FileOffset, range: Range<u64>, change: Change) -> io::Result<()> {
+    let mode = match change {
+        Change::Allocate => libc::FALLOC_FL_KEEP_SIZE,
+        Change::Discard => libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
+    };
+    let as_offset = |bytes: Option<u64>| {
+        let bytes = bytes.and_then(|bytes| libc::off_t::try_from(bytes).ok());
+        bytes.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))
+    };
+    let start = as_offset(backing.start().checked_add(range.start))?;
+    let length = as_offset(range.end.checked_sub(range.start))?;
+    if length == 0 {
+        return Ok(());
+    }
+    loop {
+        // SAFETY: plain fallocate(2) on a descriptor we own.
+        if unsafe { libc::fallocate(backing.file().as_raw_fd(), mode, start, length) } == 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
 }
 
 fn memfd(size: u64) -> io::Result<File> {

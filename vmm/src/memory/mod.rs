@@ -24,6 +24,7 @@ use vm_memory::{
 
 use crate::arch::layout::{self, PAGE_SIZE, ranges};
 use crate::procfs;
+pub use backing::Change;
 pub use ram::{GuestRam, Room};
 use windows::{WINDOWS, Window};
 

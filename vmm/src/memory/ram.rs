@@ -9,6 +9,7 @@
 
 use std::fmt;
 use std::fs::File;
+use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -19,8 +20,9 @@ use vm_memory::{
     GuestRegionMmap, MemoryRegionAddress, VolatileSlice,
 };
 
-use super::backing;
+use super::backing::{self, Change};
 use super::windows::{Window, WindowError};
+use crate::arch::layout::PAGE_SIZE;
 
 /// One mapping, of which the first bytes are guest memory.
 #[derive(Debug)]
@@ -78,6 +80,12 @@ impl Region {
     /// Bytes of the mapping, granted or not.
     pub fn mapped(&self) -> u64 {
         self.mapping.len()
+    }
+
+    /// Allocates or discards the pages behind a range of it.
+    pub fn change(&self, range: Range<u64>, change: Change) -> io::Result<()> {
+        let backing = self.mapping.file_offset().ok_or(io::ErrorKind::NotFound)?;
+        backing::change(backing, range, change)
     }
 
     /// Asks for huge pages, or for none, behind a range of it.
@@ -192,6 +200,24 @@ impl GuestRam {
         self.tell();
     }
 
+    /// Gives the whole pages of a range that its driver does not use back to the host; they are zeroes when they are
+    /// used again. Those that came from the host's huge pages stay, as there might be no more of them then; so
+    /// does what a file is mapped over.
+    pub fn discard(&self, start: GuestAddress, bytes: u64) -> io::Result<()> {
+        let inside = |region: &&Region| {
+            let end = start.0.checked_add(bytes);
+            let end_of_region = region.start_addr().0 + region.len();
+            region.start_addr() <= start && end.is_some_and(|end| end <= end_of_region)
+        };
+        let hugetlb = self.growing(Room::Hugetlb).map(GuestMemoryRegion::start_addr);
+        let region = self.regions.iter().find(inside).ok_or(io::ErrorKind::InvalidInput)?;
+        if Some(region.start_addr()) == hugetlb || !(start.0 | bytes).is_multiple_of(PAGE_SIZE) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let first = start.0 - region.start_addr().0;
+        region.change(first..first + bytes, Change::Discard)
+    }
+
     /// Maps `file` into a window that is free; which one. The guest can't see it there before
     /// KVM is told of [`GuestRam::windows`], and drivers can't before [`GuestRam::lend`].
     pub fn map(&self, file: &File) -> Result<(usize, u64), WindowError> {
@@ -296,6 +322,19 @@ mod tests {
         ram.grant(Room::Memory, u64::MAX);
         assert!(ram.check_range(GuestAddress(GROWING), 0x4000));
         assert!(!ram.check_range(GuestAddress(GROWING), 0x4001));
+    }
+
+    #[test]
+    fn the_hosts_huge_pages_are_not_discarded() {
+        let region = |start, len| GuestRegionMmap::from_range(GuestAddress(start), len, None).unwrap();
+        let hugetlb = Some(region(GROWING, 0x4000));
+        let ram = GuestRam::new(vec![region(0, 0x1_0000)], None, hugetlb, Vec::new());
+        ram.grant(Room::Hugetlb, 0x4000);
+        let kind = |start, bytes| ram.discard(GuestAddress(start), bytes).unwrap_err().kind();
+        // There is no file behind this one, which is found out last.
+        assert_eq!(kind(0x1000, 0x1000), io::ErrorKind::NotFound);
+        assert_eq!(kind(GROWING, 0x1000), io::ErrorKind::InvalidInput);
+        assert_eq!(kind(0xf000, 0x2000), io::ErrorKind::InvalidInput, "over the end");
     }
 
     #[test]

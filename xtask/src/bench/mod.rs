@@ -10,6 +10,7 @@ mod pod;
 mod report;
 mod requests;
 mod tiny_init;
+mod workloads;
 
 use std::fmt::Write;
 use std::path::PathBuf;
@@ -39,6 +40,8 @@ enum What {
     Files(files::Args),
     /// What operations on files cost of round trips, exits and system calls, and their time against runc's.
     Requests(requests::Args),
+    /// What developers and services do with files (git, npm, cargo, pip, apt, PostgreSQL, SQLite), against runc.
+    Workloads(workloads::Args),
     /// The monitor's file server without a guest: requests a second, and processor time of each.
     FsServer(fs_server::Args),
     /// A container's network, against runc's and QEMU's: throughput, loss, latency and what they cost.
@@ -55,6 +58,7 @@ pub fn run(args: Args) -> Result<()> {
         What::Many(args) => many::run(args),
         What::Files(args) => files::run(args),
         What::Requests(args) => requests::run(args),
+        What::Workloads(args) => workloads::run(args),
         What::FsServer(args) => fs_server::run(args),
         What::Net(args) => net::run(args),
         What::Pod(args) => pod::run(args),

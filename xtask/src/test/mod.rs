@@ -16,6 +16,7 @@ use crate::devhost;
 use crate::docker;
 use crate::e2e::{self, Output, Prepared};
 use crate::fstest;
+use crate::fuzz;
 use crate::host::Host;
 use crate::kernel;
 use crate::packages::{self, Purpose};
@@ -246,6 +247,13 @@ pub fn run(args: Args) -> Result<()> {
     let whole = args.filter.is_empty() && args.docker.is_none();
     if whole {
         parts.act("formatting", || cargo(&["fmt", "--all", "--check"]).into());
+        // A workspace of its own, which nothing else of this looks at.
+        parts.act("lock file of the fuzzers", || {
+            let manifest = build::workspace_dir().join(fuzz::MANIFEST);
+            let manifest = manifest.to_string_lossy();
+            cargo(&["fetch", "--locked", "--quiet", "--target", fuzz::TRIPLE, "--manifest-path", &manifest])
+                .into()
+        });
         // What compiling the tests takes, and so linting them.
         parts.act("packages", || packages::ensure(&[Purpose::Build]).map(|()| String::new()).into());
         let lints = [

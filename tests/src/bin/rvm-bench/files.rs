@@ -174,6 +174,12 @@ fn compared(world: &World, runs: usize) -> Result<Value> {
 
 /// Runs a script in a container of its own; what it timed.
 fn container(world: &World, ctr: &Ctr, image: &str, volume: bool, script: &str) -> Result<Times> {
+    times(&said(world, ctr, image, volume, script)?)
+}
+
+/// Runs a script that may use `run` in a container of its own, with a directory of the host's at `/volume` where that is
+/// wanted; what it said.
+pub fn said(world: &World, ctr: &Ctr, image: &str, volume: bool, script: &str) -> Result<String> {
     let dir = world.dir().join("volume");
     std::fs::create_dir_all(&dir)?;
     let mount = format!("type=bind,src={},dst=/volume,options=rbind:rw", dir.display());
@@ -187,12 +193,13 @@ fn container(world: &World, ctr: &Ctr, image: &str, volume: bool, script: &str) 
     if finished.code() != 0 {
         bail!("{finished}");
     }
-    let times = times(&finished.text()).with_context(|| finished.to_string())?;
-    ensure!(!times.is_empty(), "{finished}");
-    Ok(times)
+    let said = finished.text();
+    ensure!(!times(&said).with_context(|| finished.to_string())?.is_empty(), "{finished}");
+    Ok(said)
 }
 
-fn times(text: &str) -> Result<Times> {
+/// What was timed, of what a script said.
+pub fn times(text: &str) -> Result<Times> {
     let lines = text.lines().filter_map(|line| line.strip_prefix("@ "));
     lines
         .map(|line| {

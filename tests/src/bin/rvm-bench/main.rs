@@ -9,6 +9,7 @@
 //! * `rvm-bench many`: many containers started at once, and removed at once.
 //! * `rvm-bench files`: what programs do with files, in an image and on a volume.
 //! * `rvm-bench requests`: what operations on files cost of round trips, exits and calls.
+//! * `rvm-bench workloads`: what developers and services do, and whether it comes to the same.
 //! * `rvm-bench net`: a container's network, beside runc's and QEMU's.
 //! * `rvm-bench pod`: a pod by containerd's CRI plugin, beside runc's.
 //! * `rvm-bench first-run`: the monitor's exec to its first `KVM_RUN`. Any KVM.
@@ -27,6 +28,7 @@ mod pod;
 mod processor;
 mod ready;
 mod requests;
+mod workloads;
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -82,13 +84,16 @@ fn run() -> Result<Value> {
             files::measure(stage, runs, &images)
         }
         Some("requests") => requests::measure(stage, runs, &variable("RVM_BENCH_IMAGE_ONE")?),
+        Some("workloads") => workloads::measure(stage, runs, &variable("RVM_BENCH_IMAGE_WORKLOADS")?),
         Some("net") => {
             let short = std::env::var_os("RVM_BENCH_SHORT").is_some();
             net::measure(stage, runs, variable("RVM_BENCH_KERNEL_PEER")?, short)
         }
         Some("pod") => pod::measure(stage, runs),
         Some("first-run") => monitor::first_run(&stage, runs),
-        other => bail!("boot, container, many, files, requests, net, pod or first-run, not {other:?}"),
+        other => {
+            bail!("boot, container, many, files, requests, workloads, net, pod or first-run, not {other:?}")
+        }
     }
 }
 

@@ -72,6 +72,7 @@ impl Monitor {
             hugetlb_memory_mib: 0,
             pmem_mib: 0,
             huge_pages: true,
+            free_page_reporting: true,
             kernel: stage.kernel(),
             cmdline: DEFAULT_CMDLINE.into(),
             initramfs: Some(stage.initramfs()),

@@ -12,6 +12,7 @@
 //! bounded, and a malformed chain is completed with length 0 or the device
 //! stops serving; it never panics.
 
+pub mod balloon;
 pub mod blk;
 pub mod fs;
 pub mod mem;

@@ -70,7 +70,11 @@ pub struct TestQueue {
 
 impl TestQueue {
     pub fn new() -> Self {
-        let memory = GuestRam::from_ranges(&[(GuestAddress(0), MEMORY)]);
+        Self::in_memory(GuestRam::from_ranges(&[(GuestAddress(0), MEMORY)]))
+    }
+
+    /// Rings in the first [`DATA`] bytes of `memory`.
+    pub fn in_memory(memory: GuestRam) -> Self {
         let config = Arc::new(Bell(EventFd::new(EFD_NONBLOCK).unwrap()));
         Self { memory, sides: Vec::new(), config, threads: Threads::new("test", 8, Duty::Files).unwrap() }
     }

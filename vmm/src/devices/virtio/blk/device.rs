@@ -1,21 +1,21 @@
 //! The disk as the transport sees it.
 
 use std::fs::File;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use rvm_protocol::vmm::DiskConfig;
 use serde_json::Value;
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
-    VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
+    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::disk::Disk;
 use super::worker::BlkWorker;
 use super::{
-    BlkError, BlkState, DEVICE_TYPE, MAX_DISCARD_SECTORS, MAX_RANGES, MAX_WRITE_ZEROES_SECTORS, QUEUE_SIZE,
-    SECTOR_BYTES, SEG_MAX, SERIAL_BYTES, SIZE_MAX,
+    BlkError, BlkState, DEVICE_TYPE, MAX_DISCARD_SECTORS, MAX_QUEUES, MAX_RANGES, MAX_WRITE_ZEROES_SECTORS,
+    QUEUE_SIZE, SECTOR_BYTES, SEG_MAX, SERIAL_BYTES, SIZE_MAX, THREADS,
 };
 use crate::devices::virtio::ring::Ring;
 use crate::devices::virtio::{ActivateError, Activation, StateError, VirtioDevice, read_config_bytes};
@@ -29,7 +29,7 @@ const CONFIG_BYTES: usize = 57;
 pub struct Blk {
     disk: Arc<Disk>,
     serial: [u8; SERIAL_BYTES],
-    config: [u8; CONFIG_BYTES],
+    queue_sizes: Vec<u16>,
 }
 
 impl Blk {
@@ -52,14 +52,18 @@ impl Blk {
             }
             _ => return Err(BlkError::Serial(name.to_owned())),
         }
-        let disk = disk()?;
-        let config = config_space(&disk);
-        Ok(Self { disk: Arc::new(disk), serial, config })
+        Ok(Self { disk: Arc::new(disk()?), serial, queue_sizes: vec![QUEUE_SIZE] })
+    }
+
+    /// The same with `count` queues, 1 to [`MAX_QUEUES`].
+    pub fn with_queues(mut self, count: u16) -> Self {
+        self.queue_sizes = vec![QUEUE_SIZE; count.clamp(1, MAX_QUEUES).into()];
+        self
     }
 }
 
 /// `struct virtio_blk_config` (section 5.2.4).
-fn config_space(disk: &Disk) -> [u8; CONFIG_BYTES] {
+fn config_space(disk: &Disk, queues: u16) -> [u8; CONFIG_BYTES] {
     let mut config = [0; CONFIG_BYTES];
     let mut put = |offset: usize, value: u32| {
         if let Some(place) = config.get_mut(offset..offset + 4) {
@@ -71,6 +75,7 @@ fn config_space(disk: &Disk) -> [u8; CONFIG_BYTES] {
     put(8, SIZE_MAX);
     put(12, SEG_MAX);
     put(20, SECTOR_BYTES as u32);
+    put(32, u32::from(queues) << 16); // num_queues, behind writeback
     put(36, MAX_DISCARD_SECTORS);
     put(40, MAX_RANGES);
     put(44, 1); // discard_sector_alignment
@@ -90,7 +95,7 @@ impl VirtioDevice for Blk {
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &[QUEUE_SIZE]
+        &self.queue_sizes
     }
 
     fn features(&self) -> u64 {
@@ -99,7 +104,8 @@ impl VirtioDevice for Blk {
             | 1 << VIRTIO_BLK_F_SIZE_MAX
             | 1 << VIRTIO_BLK_F_SEG_MAX
             | 1 << VIRTIO_BLK_F_BLK_SIZE
-            | 1 << VIRTIO_BLK_F_FLUSH;
+            | 1 << VIRTIO_BLK_F_FLUSH
+            | if self.queue_sizes.len() > 1 { 1 << VIRTIO_BLK_F_MQ } else { 0 };
         if self.disk.readonly() {
             always | 1 << VIRTIO_BLK_F_RO
         } else {
@@ -121,7 +127,12 @@ impl VirtioDevice for Blk {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        read_config_bytes(&self.config, offset, data);
+        let config = config_space(&self.disk, self.queue_sizes.len() as u16);
+        read_config_bytes(&config, offset, data);
+    }
+
+    fn threads(&self) -> usize {
+        THREADS
     }
 
     fn duty(&self) -> Duty {
@@ -130,10 +141,18 @@ impl VirtioDevice for Blk {
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let Activation { memory, queues, features, threads, .. } = activation;
-        let queue = queues.into_iter().next().flatten().ok_or(ActivateError::MissingQueue(0))?;
-        let ring = Ring::new(queue, features);
-        let worker = BlkWorker { memory, ring, disk: Arc::clone(&self.disk), serial: self.serial };
-        threads.start(worker).map_err(ActivateError::Worker)
+        // A driver may do with fewer than it is offered.
+        let ring = |queue| Arc::new(Mutex::new(Ring::new(queue, features)));
+        let rings: Vec<_> = queues.into_iter().flatten().map(ring).collect();
+        if rings.is_empty() {
+            return Err(ActivateError::MissingQueue(0));
+        }
+        for _ in 0..THREADS {
+            let (memory, rings, disk) = (memory.clone(), rings.clone(), Arc::clone(&self.disk));
+            let worker = BlkWorker { memory, rings, disk, serial: self.serial };
+            threads.start(worker).map_err(ActivateError::Worker)?;
+        }
+        Ok(())
     }
 }
 
@@ -248,6 +267,32 @@ mod tests {
         let huge = MAX_REQUEST_BYTES as u32 + 512;
         assert_eq!(rig.request(VIRTIO_BLK_T_IN, 0, &[(BUFFER, huge, WRITE)]).0, IOERR);
         assert_eq!(rig.request(0x7777, 0, &[]).0, UNSUPP);
+    }
+
+    #[test]
+    fn each_vcpu_has_a_queue_and_each_queue_is_served() {
+        let mut rig = Rig::new(false);
+        let queues = |blk: &Blk| {
+            let mut bytes = [0; 2];
+            blk.read_config(34, &mut bytes);
+            (blk.queue_sizes().len(), u16::from_le_bytes(bytes), blk.features() & 1 << VIRTIO_BLK_F_MQ != 0)
+        };
+        assert_eq!(queues(&rig.blk), (1, 1, false));
+        rig.queue.stop();
+        rig.blk = rig.blk.with_queues(u16::MAX);
+        assert_eq!(queues(&rig.blk), (4, 4, true));
+        rig.queue.reset();
+        let features = rig.blk.features();
+        rig.blk.activate(rig.queue.activation(4, features)).unwrap();
+        for (queue, sector) in [(3, 5), (0, 6), (2, 7), (1, 8), (3, 9)] {
+            rig.queue.write(HEADER, &[0; 16]);
+            rig.queue.write(HEADER + 8, &[sector]);
+            rig.queue.send(queue, &[(HEADER, 16, 0), (BUFFER, 512, WRITE), (STATUS, 1, WRITE)]);
+            assert_eq!(rig.queue.wait_used(queue), 513);
+            assert_eq!(rig.queue.read(BUFFER, 512), [sector; 512]);
+        }
+        let none = Activation { queues: vec![None, None], ..rig.queue.activation(1, features) };
+        assert!(matches!(rig.blk.activate(none), Err(ActivateError::MissingQueue(0))));
     }
 
     #[test]

@@ -1,10 +1,12 @@
 //! virtio-blk, the block device (virtio 1.2, section 5.2).
 //!
-//! One disk is a raw file or a block device of the host. One queue, served in
-//! order on the device's thread; data goes between the file and guest memory
-//! with `preadv`/`pwritev`, without a copy in the monitor. Writes are in the
-//! host's page cache when answered; FLUSH is `fdatasync`, so the guest's file
-//! system keeps its promises across a crash of the host.
+//! One disk is a raw file or a block device of the host. A queue for each vCPU,
+//! up to [`MAX_QUEUES`], and [`THREADS`] threads that each serve all of them: so many
+//! requests are with the host at once, and what is written durably (FLUSH is
+//! `fdatasync`, so the guest's file system keeps its promises across a crash of the
+//! host) or waits for a slow disk holds up no other. Data goes between the file and
+//! guest memory with `preadv`/`pwritev`, without a copy in the monitor. Writes are in the
+//! host's page cache when answered.
 //!
 //! Everything in a request is the guest's word: sector arithmetic is checked
 //! against the capacity, lengths are whole sectors and at most
@@ -31,6 +33,10 @@ pub use state::BlkState;
 pub const DEVICE_TYPE: u32 = virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 /// Requests in flight.
 pub const QUEUE_SIZE: u16 = 256;
+/// Queues, at most; one for each vCPU.
+pub const MAX_QUEUES: u16 = 4;
+/// Requests of a disk that are with the host at once.
+pub const THREADS: usize = 4;
 /// Unit of all addresses and lengths on the wire (section 5.2.2).
 pub const SECTOR_BYTES: u64 = 512;
 /// Pieces of data in one request: what fits a chain beside header and status.

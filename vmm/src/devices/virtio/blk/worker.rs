@@ -1,7 +1,7 @@
-//! The disk's thread.
+//! The disk's threads.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use vmm_sys_util::epoll::{Epoll, EpollEvent};
 
@@ -14,7 +14,8 @@ use crate::memory::GuestRam;
 
 pub(super) struct BlkWorker {
     pub(super) memory: GuestRam,
-    pub(super) ring: Ring,
+    /// Those it serves, with others.
+    pub(super) rings: Vec<Arc<Mutex<Ring>>>,
     pub(super) disk: Arc<Disk>,
     pub(super) serial: [u8; SERIAL_BYTES],
 }
@@ -23,17 +24,22 @@ impl Handler for BlkWorker {
     type Error = BlkError;
 
     fn register(&mut self, epoll: &Epoll) -> io::Result<()> {
-        self.ring.register(epoll, 0)
+        for (token, ring) in (0..).zip(&self.rings) {
+            ring.lock().unwrap_or_else(PoisonError::into_inner).register_among(epoll, token)?;
+        }
+        Ok(())
     }
 
-    fn handle(&mut self, _epoll: &Epoll, _ready: &[EpollEvent]) -> Result<(), BlkError> {
-        let Self { memory, ring, disk, serial } = self;
-        let asked = ring.asked();
-        let go_on = || !asked.to_stop();
-        ring.serve(memory, |chain| match GuestBuffers::with_lent(memory, chain) {
-            Ok((readable, writable)) => execute(disk, serial, readable, writable, &go_on),
-            Err(_) => 0,
-        })?;
+    fn handle(&mut self, _epoll: &Epoll, ready: &[EpollEvent]) -> Result<(), BlkError> {
+        let Self { memory, rings, disk, serial } = self;
+        for ring in ready.iter().filter_map(|event| rings.get(usize::try_from(event.data()).ok()?)) {
+            let asked = ring.lock().unwrap_or_else(PoisonError::into_inner).asked();
+            let go_on = || !asked.to_stop();
+            Ring::serve_among(ring, memory, |chain| match GuestBuffers::with_lent(memory, chain) {
+                Ok((readable, writable)) => execute(disk, serial, readable, writable, &go_on),
+                Err(_) => 0,
+            })?;
+        }
         Ok(())
     }
 }

@@ -2,10 +2,8 @@
 
 use std::io;
 use std::ops::Range;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-use vm_memory::GuestMemoryRegion;
 use vmm_sys_util::epoll::{Epoll, EpollEvent};
 
 use super::device::Shared;
@@ -13,11 +11,7 @@ use super::request::{Answer, Named, Request};
 use super::{BLOCK_BYTES, MemError};
 use crate::devices::virtio::ring::{GuestBuffers, Ring};
 use crate::devices::virtio::worker::Handler;
-use crate::memory::{GuestRam, Room};
-
-/// Modes of fallocate(2); the file stays as long as it is.
-const ALLOCATE: libc::c_int = libc::FALLOC_FL_KEEP_SIZE;
-const DISCARD: libc::c_int = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+use crate::memory::{Change, GuestRam, Room};
 
 pub(super) struct MemWorker {
     pub(super) memory: GuestRam,
@@ -82,11 +76,11 @@ fn plug(shared: &Shared, blocks: Range<u64>) -> Answer {
         return Answer::Nack;
     }
     if shared.room == Room::Hugetlb
-        && let Err(e) = change_backing(shared, &blocks, ALLOCATE)
+        && let Err(e) = change_backing(shared, &blocks, Change::Allocate)
     {
         log::error!("mem: the host gives no more huge pages: {e}");
         // Those that came go back.
-        if let Err(e) = change_backing(shared, &blocks, DISCARD) {
+        if let Err(e) = change_backing(shared, &blocks, Change::Discard) {
             log::error!("mem: pages were not given back: {e}");
         }
         return Answer::Nack;
@@ -98,7 +92,7 @@ fn plug(shared: &Shared, blocks: Range<u64>) -> Answer {
 
 /// Gives the pages of `blocks` back to the host.
 fn unplug(shared: &Shared, blocks: Range<u64>) -> Answer {
-    if let Err(e) = change_backing(shared, &blocks, DISCARD) {
+    if let Err(e) = change_backing(shared, &blocks, Change::Discard) {
         log::error!("mem: pages were not given back: {e}");
         return Answer::Busy;
     }
@@ -109,28 +103,8 @@ fn unplug(shared: &Shared, blocks: Range<u64>) -> Answer {
     Answer::Ack
 }
 
-/// Allocates what is in the file behind `blocks`, or punches a hole there; its seals allow both.
-fn change_backing(shared: &Shared, blocks: &Range<u64>, mode: libc::c_int) -> io::Result<()> {
-    let region = shared.memory.growing(shared.room);
-    let Some(backing) = region.and_then(GuestMemoryRegion::file_offset) else {
-        return Err(io::ErrorKind::NotFound.into());
-    };
-    if blocks.is_empty() {
-        return Ok(());
-    }
-    let start = backing.start() + blocks.start * BLOCK_BYTES;
-    let length = (blocks.end - blocks.start) * BLOCK_BYTES;
-    let as_offset =
-        |bytes| libc::off_t::try_from(bytes).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput));
-    let (start, length) = (as_offset(start)?, as_offset(length)?);
-    loop {
-        // SAFETY: plain fallocate(2) on a descriptor we own.
-        if unsafe { libc::fallocate(backing.file().as_raw_fd(), mode, start, length) } == 0 {
-            return Ok(());
-        }
-        let error = io::Error::last_os_error();
-        if error.kind() != io::ErrorKind::Interrupted {
-            return Err(error);
-        }
-    }
+/// Allocates or discards what is behind `blocks`.
+fn change_backing(shared: &Shared, blocks: &Range<u64>, change: Change) -> io::Result<()> {
+    let region = shared.memory.growing(shared.room).ok_or(io::ErrorKind::NotFound)?;
+    region.change(blocks.start * BLOCK_BYTES..blocks.end * BLOCK_BYTES, change)
 }

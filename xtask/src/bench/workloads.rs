@@ -1,0 +1,70 @@
+//! `cargo xtask bench workloads`.
+
+use std::fmt::Write;
+
+use anyhow::Result;
+use serde_json::Value;
+
+use super::{Bench, aims};
+use crate::build;
+
+/// Arguments of `cargo xtask bench workloads`.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Print one JSON object on standard output, and nothing else there.
+    #[arg(long)]
+    json: bool,
+    /// Rounds; medians are reported.
+    #[arg(long, default_value_t = 1)]
+    runs: u32,
+    /// Measure what tests run instead of what is installed: builds in a fraction of the time.
+    #[arg(long)]
+    fast: bool,
+}
+
+/// Of the devhost, in MiB: it holds the image, packed and unpacked.
+const MEMORY_MIB: u32 = 8192;
+
+/// Runs `cargo xtask bench workloads`.
+pub fn run(args: Args) -> Result<()> {
+    let mut bench = Bench::new("workloads", args.fast, args.runs)?;
+    bench.prepared.set("RVM_BENCH_IMAGE_WORKLOADS", build::workloads_image()?);
+    bench.prepared.memory_mib = MEMORY_MIB;
+    bench.report(args.json, text)
+}
+
+/// The result for people.
+fn text(result: &Value) -> String {
+    let mut text = aims(result, &[]);
+    let _ = writeln!(text, "   {:<40} {:>9} {:>9} {:>8}", "ms", "rvm", "runc", "rvm/runc");
+    for row in result["medians_ms, rvm and runc"].as_array().into_iter().flatten() {
+        let name = row[0].as_str().unwrap_or_default();
+        let [rvm, runc] = [&row[1], &row[2]].map(|value| value.as_f64().unwrap_or(f64::NAN));
+        let _ = writeln!(text, "   {name:<40} {rvm:>9.1} {runc:>9.1} {:>8.2}", rvm / runc);
+    }
+    let wrong = result["results"]["wrong"].as_array().map_or(&[][..], Vec::as_slice);
+    let _ = writeln!(text, "\nresults: {} the same, {} wrong", result["results"]["same"], wrong.len());
+    for line in wrong {
+        let _ = writeln!(text, "   {}", line.as_str().unwrap_or_default());
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn what_differs_is_told() {
+        let text = text(&json!({
+            "medians_ms, rvm and runc": [["tar x", 300.0, 100.0]],
+            "results": { "same": 3, "wrong": ["npm ci: 1 under runc, 2 under rvm"] },
+        }));
+        assert!(
+            text.contains("3.00") && text.contains("results: 3 the same, 1 wrong\n   npm ci: 1"),
+            "{text}"
+        );
+    }
+}
