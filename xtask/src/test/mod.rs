@@ -324,7 +324,9 @@ fn end_to_end(selection: &Selection, parts: &mut Parts) {
     let mut called = selection.calls.then(calls::Seen::new);
     parts.several(&selection.name, || {
         let most = if prepared.host == Host::Hardware { 1 } else { selection.shards };
-        shards::run(&prepared, &program, &shards::plan(&cases, most), called.as_mut())
+        let is_long = |case: &String| case.starts_with(SOAK) || case.starts_with(EVERY_FAULT);
+        let limit = if cases.iter().any(is_long) { shards::LONG_LIMIT } else { shards::LIMIT };
+        shards::run(&prepared, &program, &shards::plan(&cases, most), limit, called.as_mut())
     });
     if let Some(called) = called {
         parts.act("the monitor's calls", || calls::compare(&prepared.monitor(), &called).into());
