@@ -1,11 +1,13 @@
 //! `cargo xtask bench boot`.
 
+use std::fmt::Write;
+
 use anyhow::{Context, Result};
 use guest_kernel::Flavour;
 use rootfs_builder::initramfs;
 use serde_json::json;
 
-use super::{report, result, tiny_init};
+use super::{Bench, aims, report, result, tiny_init};
 use crate::build::{self, Profile};
 use crate::e2e::{self, Prepared};
 use crate::packages::{self, Purpose};
@@ -19,10 +21,22 @@ pub struct Args {
     /// Runs of each kind; medians are reported.
     #[arg(long, default_value_t = 10)]
     runs: u32,
+    /// Only what the jail adds to a start, without the peers and their kernels.
+    #[arg(long)]
+    jail: bool,
+    /// With `--jail`: measure what tests run instead of what is installed.
+    #[arg(long, requires = "jail")]
+    fast: bool,
 }
+
+/// At most this much of a start without it.
+const JAIL: f64 = 1.05;
 
 /// Runs `cargo xtask bench boot`.
 pub fn run(args: Args) -> Result<()> {
+    if args.jail {
+        return jail(&args);
+    }
     packages::ensure(&[Purpose::Bench])?;
     let mut prepared = Prepared::new(Profile::Release)?;
     let program = e2e::program("rvm-bench", Profile::Fast)?;
@@ -47,4 +61,16 @@ pub fn run(args: Args) -> Result<()> {
         println!("{}", report::text(&all));
     }
     Ok(())
+}
+
+/// Milliseconds of monitors that are shut in and of others, of their own time until the guest runs and until the agent answers.
+fn jail(args: &Args) -> Result<()> {
+    let mut bench = Bench::new("jail", args.fast, args.runs)?;
+    let Bench { prepared, program, .. } = &mut bench;
+    let native = result("first-run", |output| prepared.run_here(program, &["first-run".to_owned()], output))?;
+    bench.report(args.json, |all| {
+        let mut text = aims(all, &[("rvm/rvm without its jail", JAIL)]);
+        let _ = writeln!(text, "{}\nnative: {}", all["medians_ms"], native);
+        text
+    })
 }

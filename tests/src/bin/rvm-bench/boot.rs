@@ -99,6 +99,40 @@ pub fn measure(stage: &Stage, files: &PeerFiles, runs: usize) -> Result<Value> {
     }))
 }
 
+/// What the jail adds to a start: one in turn that is shut in, and one that is not.
+pub fn jail(stage: &Stage, runs: usize) -> Result<Value> {
+    let mut all: [Vec<f64>; 2] = Default::default();
+    // The first round fills caches and is not counted.
+    for round in 0..=runs {
+        let one = |start: fn(&Stage) -> Result<Monitor>| -> Result<f64> {
+            clean::free_memory()?;
+            let monitor = start(stage)?;
+            let ready = monitor.ready_ms()?;
+            monitor.stop()?;
+            Ok(ready)
+        };
+        let ms = [one(Monitor::start)?, one(Monitor::start_jailed)?];
+        eprintln!("round {round}: {:.0} ms, shut in {:.0} ms", ms[0], ms[1]);
+        if round > 0 {
+            all.iter_mut().zip(ms).for_each(|(all, ms)| all.push(ms));
+        }
+    }
+    let [open, shut] = all.each_ref().map(|ms| median(ms));
+    Ok(json!({
+        "ratios": { "rvm/rvm without its jail": shut / open },
+        "medians_ms": { "rvm": open, "rvm, shut in": shut },
+        "runs_ms": { "rvm": all[0], "rvm, shut in": all[1] },
+        "conditions": {
+            "runs": runs,
+            "vcpus": VCPUS,
+            "memory_mib": MEMORY_MIB,
+            "host_kernel": std::fs::read_to_string("/proc/sys/kernel/osrelease")?.trim(),
+            "devhost": std::env::var(rvm_tests::host::DEVHOST_ENV).ok(),
+            "ready": "rvm-agent's line on vsock port 1025",
+        },
+    }))
+}
+
 /// One more run of each, counted by KVM instead of timed.
 fn count_exits(
     stage: &Stage,

@@ -4,6 +4,7 @@
 //!
 //! * `rvm-bench boot`: start times side by side with QEMU's `microvm`, returns
 //!   to user space, memory. Needs a KVM that runs kernels.
+//! * `rvm-bench jail`: the same of two monitors, of which one is shut in.
 //! * `rvm-bench container`: a container's start and an added process, side by
 //!   side with runc. Needs the same.
 //! * `rvm-bench many`: many containers started at once, and removed at once.
@@ -74,6 +75,7 @@ fn run() -> Result<Value> {
             result["memory"] = memory::measure(stage)?;
             Ok(result)
         }
+        Some("jail") => boot::jail(&stage, runs),
         Some("container") => container::measure(stage, runs),
         Some("many") => {
             let count = std::env::var("RVM_BENCH_COUNT").context("RVM_BENCH_COUNT is not set")?;
@@ -92,7 +94,9 @@ fn run() -> Result<Value> {
         Some("pod") => pod::measure(stage, runs),
         Some("first-run") => monitor::first_run(&stage, runs),
         other => {
-            bail!("boot, container, many, files, requests, workloads, net, pod or first-run, not {other:?}")
+            bail!(
+                "boot, jail, container, many, files, requests, workloads, net, pod or first-run, not {other:?}"
+            )
         }
     }
 }

@@ -211,27 +211,40 @@ pub fn step_medians(runs: &[Metrics]) -> Vec<(String, f64)> {
     first.start_us.iter().map(|(name, _)| (name.clone(), median(&at(name)))).collect()
 }
 
-/// Exec to first `KVM_RUN`, on any `/dev/kvm`: what runs afterwards is not waited for.
+/// Exec to first `KVM_RUN`, on any `/dev/kvm`: what runs afterwards is not waited for. In turn shut in and not.
 pub fn first_run(stage: &Stage, runs: usize) -> Result<Value> {
-    let mut all = Vec::new();
+    let (mut open, mut shut) = (Vec::new(), Vec::new());
     for _ in 0..runs {
-        // A KVM that only interprets ring 0 is good enough to get there.
-        let monitor = Monitor::start_with(stage, &["--any-kvm"], None)?;
-        let until = Instant::now() + scale::command();
-        let metrics = loop {
-            // The monitor notes its times itself: asking may be late, and must not disturb.
-            std::thread::sleep(Duration::from_millis(20));
-            let ended = monitor.job.has_ended() || Instant::now() > until;
-            match monitor.metrics() {
-                Ok(metrics) if metrics.start_us.iter().any(|(name, _)| name == FIRST_RUN) => break metrics,
-                Err(error) if ended => return Err(error).with_context(|| monitor.job.stderr()),
-                result => ensure!(!ended, "no first KVM_RUN: {result:?}"),
-            }
-        };
-        monitor.stop()?;
-        all.push(metrics);
+        open.push(until_first_run(stage, None)?);
+        shut.push(until_first_run(stage, Some(&Jail::new()?))?);
     }
-    let steps = step_medians(&all);
-    let total = steps.iter().find(|(name, _)| name == FIRST_RUN).map(|step| step.1);
-    Ok(json!({ "runs": runs, "first_kvm_run_ms": total, "steps_ms": steps }))
+    let [open, shut] = [open, shut].map(|all| step_medians(&all));
+    let total = |steps: &[(String, f64)]| steps.iter().find(|(name, _)| name == FIRST_RUN).map(|step| step.1);
+    let ratio = total(&shut).zip(total(&open)).map(|(shut, open)| shut / open);
+    Ok(json!({
+        "runs": runs,
+        "ratios": { "rvm/rvm without its jail, to the first KVM_RUN": ratio },
+        "first_kvm_run_ms": total(&open),
+        "first_kvm_run_ms, shut in": total(&shut),
+        "steps_ms": open,
+        "steps_ms, shut in": shut,
+    }))
+}
+
+fn until_first_run(stage: &Stage, jail: Option<&Jail>) -> Result<Metrics> {
+    // A KVM that only interprets ring 0 is good enough to get there.
+    let monitor = Monitor::start_with(stage, &["--any-kvm"], jail)?;
+    let until = Instant::now() + scale::command();
+    let metrics = loop {
+        // The monitor notes its times itself: asking may be late, and must not disturb.
+        std::thread::sleep(Duration::from_millis(20));
+        let ended = monitor.job.has_ended() || Instant::now() > until;
+        match monitor.metrics() {
+            Ok(metrics) if metrics.start_us.iter().any(|(name, _)| name == FIRST_RUN) => break metrics,
+            Err(error) if ended => return Err(error).with_context(|| monitor.job.stderr()),
+            result => ensure!(!ended, "no first KVM_RUN: {result:?}"),
+        }
+    };
+    monitor.stop()?;
+    Ok(metrics)
 }
