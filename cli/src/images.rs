@@ -4,7 +4,7 @@ use std::{fs, os::unix::fs::MetadataExt, path::PathBuf};
 
 use rvm_shim::{
     config::Config,
-    image::{self, Image},
+    image::{self, Blob},
 };
 use serde::Serialize;
 
@@ -23,7 +23,7 @@ pub struct Row {
 
 /// The images that are there.
 pub fn rows(config: &Config) -> Vec<Row> {
-    let row = |Image { path, serial, as_memory }| {
+    let row = |Blob { path, serial, as_memory, .. }| {
         let found = fs::metadata(&path).ok()?;
         let seen_as = if as_memory { "memory" } else { "disk" };
         Some(Row { serial, seen_as, bytes: found.blocks() * 512, path })

@@ -20,6 +20,8 @@ use rvm_protocol::vmm::Response;
 use rvm_shim::config::{Compat, Config};
 use rvm_shim::mountinfo::MountTable;
 use rvm_shim::options::Options;
+use rvm_shim::rootfs::Layer;
+use rvm_shim::rootfs::stack::{self, Mounts, Upper};
 use rvm_shim::spec::{self, Bundle, PodConfig};
 use rvm_shim::user_namespace::IdRange;
 use rvm_shim::{metrics, seccomp};
@@ -81,6 +83,27 @@ pub fn control(data: &[u8]) {
 /// A container's specification.
 pub fn oci_spec(data: &[u8]) {
     let _ = Bundle::parse(Path::new("/nonexistent"), "fuzz", data, &Compat { ignore_labels: false });
+}
+
+/// A root file system's mounts as containerd sends them: types, sources and options, each a line, a mount a paragraph.
+pub fn mounts(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let layer = |paragraph: &str| {
+        let mut lines = paragraph.lines().map(str::to_owned);
+        let (kind, source) = (lines.next().unwrap_or_default(), lines.next().unwrap_or_default());
+        Layer { kind, source, target: String::new(), options: lines.collect() }
+    };
+    let layers: Vec<Layer> = text.split("\n\n").map(layer).collect();
+    let Ok(Mounts::Stack(stack)) = stack::read(&layers) else { return };
+    for file in stack.files() {
+        let text = file.to_str().unwrap_or_default();
+        assert!(file.is_absolute() && !text.contains('\0'), "{file:?} is a file of the host's");
+    }
+    if let Upper::Disk(disk) = &stack.upper {
+        assert!(disk.path.is_absolute() && disk.size_bytes.is_none_or(|bytes| bytes <= 16 << 40), "{disk:?}");
+    }
+    // Nothing that is written to is a layer of its own.
+    assert!(stack.lower.len() < layers.len().max(2), "{stack:?}");
 }
 
 /// A process that is added, and limits that are changed.

@@ -26,6 +26,7 @@ pub const TARGETS: [(&str, Run); 20] = [
     ("saved", hosts::saved),
     ("control", hosts::control),
     ("oci-spec", hosts::oci_spec),
+    ("mounts", hosts::mounts),
     ("exec", hosts::exec),
     ("profile", hosts::profile),
     ("options", hosts::options),

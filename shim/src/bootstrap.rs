@@ -30,7 +30,7 @@ use protobuf::Message;
 use sha2::{Digest, Sha256};
 
 use crate::{
-    fault,
+    fault, features,
     flags::Flags,
     own_file,
     spec::{Role, SpecError, role_in},
@@ -317,16 +317,23 @@ fn share_cores_with_nobody() -> io::Result<()> {
 
 fn answer(address: &str, protocol: Protocol) -> Result<(), BootstrapError> {
     const TASK_API_VERSION: i32 = 3;
+    /// The field `extensions` of the answer, which this version of the protocol's crate does not have.
+    const EXTENSIONS: u32 = 6;
     let text = match protocol {
         Protocol::Address => address.as_bytes().to_vec(),
-        Protocol::Message => BootstrapResult {
-            version: TASK_API_VERSION,
-            address: address.to_owned(),
-            protocol: "ttrpc".into(),
-            ..Default::default()
+        Protocol::Message => {
+            let mut result = BootstrapResult {
+                version: TASK_API_VERSION,
+                address: address.to_owned(),
+                protocol: "ttrpc".into(),
+                ..Default::default()
+            };
+            let encoded = features::mount_capabilities().and_then(|extension| {
+                result.special_fields.mut_unknown_fields().add_length_delimited(EXTENSIONS, extension);
+                result.write_to_bytes()
+            });
+            encoded.map_err(|error| BootstrapError::Input(error.into()))?
         }
-        .write_to_bytes()
-        .map_err(|error| BootstrapError::Input(error.into()))?,
     };
     let mut stdout = io::stdout();
     stdout.write_all(&text).and_then(|()| stdout.flush()).map_err(BootstrapError::Input)

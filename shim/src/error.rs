@@ -10,6 +10,7 @@ use crate::{
     name::NameError,
     rootfs::RootfsError,
     sandbox::{NetworkError, SandboxError},
+    scratch::ScratchError,
     share::ShareError,
     spec::SpecError,
 };
@@ -78,6 +79,7 @@ impl Error {
                     | NetworkError::UnsupportedRule { .. }
                     | NetworkError::TooMany { .. },
                 )
+                | SandboxError::Scratch(ScratchError::Disk { .. })
                 | SandboxError::Share(
                     ShareError::Volume { .. }
                     | ShareError::Useless { .. }

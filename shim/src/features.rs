@@ -1,8 +1,13 @@
 //! What `-info` says of the runtime: OCI's features document, from which
 //! containerd 2.x and CRI learn what they may ask for.
 
+use std::collections::HashMap;
+
 use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
-use protobuf::well_known_types::any::Any;
+use protobuf::{
+    Message, UnknownFields,
+    well_known_types::{any::Any, empty::Empty},
+};
 use serde_json::{Value, json};
 
 use crate::spec::{CAPABILITIES, MOUNT_OPTIONS};
@@ -10,11 +15,39 @@ use crate::spec::{CAPABILITIES, MOUNT_OPTIONS};
 /// How containerd's typeurl names the document's type.
 const FEATURES: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
 
+/// Types of mounts that are left to the guest where they are of files ([`crate::rootfs::stack`]).
+const MOUNT_TYPES: [&str; 1] = ["erofs"];
+/// What in front of a mount's type is done here, or by the guest.
+const MOUNT_TRANSFORMS: [&str; 3] = ["format", "mkdir", "mkfs"];
+/// How containerd 2.2 and 2.3 learn of both.
+const ALLOW_MOUNTS: &str = "containerd.io/runtime-allow-mounts";
+
+/// How containerd 2.4 learns of both: an extension of what `start` answers, as the encoded message
+/// `containerd.types.MountCapabilities`, in an Any, in a `runtime.bootstrap.v1.Extension`.
+pub fn mount_capabilities() -> protobuf::Result<Vec<u8>> {
+    let mut capabilities = UnknownFields::new();
+    for (number, names) in [(1, MOUNT_TYPES.as_slice()), (2, MOUNT_TRANSFORMS.as_slice())] {
+        for name in names {
+            capabilities.add_length_delimited(number, name.as_bytes().to_vec());
+        }
+    }
+    // Messages that this version of the protocol's crate does not have.
+    let encoded = |fields: UnknownFields| {
+        let mut message = Empty::new();
+        *message.special_fields.mut_unknown_fields() = fields;
+        message.write_to_bytes()
+    };
+    let any = Any {
+        type_url: "containerd.types.MountCapabilities".into(),
+        value: encoded(capabilities)?,
+        ..Default::default()
+    };
+    let mut extension = UnknownFields::new();
+    extension.add_length_delimited(1, any.write_to_bytes()?);
+    encoded(extension)
+}
+
 /// The answer to `-info`.
-///
-/// It has no `containerd.io/runtime-allow-mounts`: every mount of a root file
-/// system is one of the host's kernel, which containerd may prepare as it does
-/// for runc.
 pub fn info() -> RuntimeInfo {
     let version = RuntimeVersion { version: env!("CARGO_PKG_VERSION").into(), ..Default::default() };
     let features =
@@ -23,8 +56,15 @@ pub fn info() -> RuntimeInfo {
         name: "io.rvm.v2".into(),
         version: Some(version).into(),
         features: Some(features).into(),
+        annotations: HashMap::from([(ALLOW_MOUNTS.to_owned(), allowed_mounts())]),
         ..Default::default()
     }
+}
+
+fn allowed_mounts() -> String {
+    let transforms = MOUNT_TRANSFORMS.iter().map(|name| format!("{name}/*"));
+    let types = MOUNT_TYPES.iter().map(|name| (*name).to_owned());
+    transforms.chain(types).collect::<Vec<_>>().join(",")
 }
 
 /// The features document (runtime-spec, features.md).
@@ -72,6 +112,17 @@ fn document() -> Value {
 mod tests {
     use super::*;
     use oci_spec::runtime::Features;
+
+    /// As containerd 2.2 reads the annotation, and 2.4 the extension.
+    #[test]
+    fn containerd_learns_what_mounts_are_left_to_us() {
+        assert_eq!(info().annotations[ALLOW_MOUNTS], "format/*,mkdir/*,mkfs/*,erofs");
+        let extension = mount_capabilities().unwrap();
+        let any = Any::parse_from_bytes(&extension[2..]).unwrap();
+        assert_eq!((extension[0], usize::from(extension[1])), (0x0a, extension.len() - 2));
+        assert_eq!(any.type_url, "containerd.types.MountCapabilities");
+        assert_eq!(any.value, b"\x0a\x05erofs\x12\x06format\x12\x05mkdir\x12\x04mkfs");
+    }
 
     /// containerd 2.x: `supportsCRIUserns` wants user and idmap, CRI's recursive
     /// read-only mounts want rro.

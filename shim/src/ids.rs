@@ -20,6 +20,8 @@ use nix::{
 };
 
 use crate::{
+    config::Config,
+    image,
     mount::Tree,
     rootfs::{self, Layer},
     rootless::is_rootless,
@@ -58,8 +60,8 @@ pub struct Own {
 
 impl Ids {
     /// Ids for the sandbox `id` that is made for `bundle`, on a root file system of `layers`. Waits for file systems.
-    pub fn choose(cache_dir: &Path, id: &str, bundle: &Bundle, layers: &[Layer]) -> Self {
-        match Own::find(cache_dir, id, bundle, layers) {
+    pub fn choose(config: &Config, id: &str, bundle: &Bundle, layers: &[Layer]) -> Self {
+        match Own::find(config, id, bundle, layers) {
             Ok(own) => Self::Own(own),
             Err(reason) => Self::Host(reason),
         }
@@ -93,7 +95,7 @@ impl std::fmt::Display for Ids {
 }
 
 impl Own {
-    fn find(cache_dir: &Path, id: &str, bundle: &Bundle, layers: &[Layer]) -> Result<Self, String> {
+    fn find(config: &Config, id: &str, bundle: &Bundle, layers: &[Layer]) -> Result<Self, String> {
         if bundle.role != Role::Alone {
             return Err(OF_A_POD.into());
         }
@@ -103,8 +105,12 @@ impl Own {
         if is_rootless() {
             return Err("a containerd of a user's own has none to give away".into());
         }
-        let own = Self::claim(cache_dir, id).map_err(|error| format!("none of its own are free: {error}"))?;
-        rootfs::can_be_mapped(layers, &bundle.root, own.users.as_fd())?;
+        let own = Self::claim(&config.host.cache_dir, id)
+            .map_err(|error| format!("none of its own are free: {error}"))?;
+        // Where the guest reads layers by itself, they have the owners they have.
+        if !image::is_in_files(layers, &config.images) {
+            rootfs::can_be_mapped(layers, &bundle.root, own.users.as_fd())?;
+        }
         bundle.volumes.iter().try_for_each(|volume| can_be_mapped(volume, own.users.as_fd()))?;
         Ok(own)
     }

@@ -4,12 +4,15 @@
 //! One lies beside the top layer of its chain (`fs` and `work` of containerd's overlay
 //! snapshotter), so it goes when containerd removes the snapshot. It is made in the
 //! background after the first use ([`maker`]); a container that starts before shares the
-//! layers. See docs/decisions/0423.
+//! layers. See docs/decisions/0423. Those of containerd's EROFS snapshotter are there already, one for each
+//! layer ([`layers`], docs/decisions/0425).
 
+mod layers;
 pub mod maker;
 
 use std::{
-    fs, io,
+    fs::{self, File},
+    io,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -20,7 +23,7 @@ use sha2::{Digest, Sha256};
 use crate::{
     config::Images,
     own_file,
-    rootfs::{Access, Layer, Step, plan, unescape},
+    rootfs::{Access, Layer, RootfsError, Step, is_no_matter, plan, unescape},
     scratch::search_path,
 };
 
@@ -93,28 +96,67 @@ impl Place {
     }
 }
 
-/// An image file that a container can have in place of its layers.
+/// A file system that a container can have in place of its layers, or of one of them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Image {
+    /// What it is in, then the devices that it names, in its order.
+    pub blobs: Vec<Blob>,
+    /// Whose it is.
+    pub origin: Origin,
+    /// Its files are in the share, as a machine has places for so many devices only.
+    pub shared: bool,
+}
+
+/// Who has made an image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// This one, of all layers, for whoever has the same.
+    Maker,
+    /// A client: the mount of this number in its list, or its only one.
+    Mount(usize),
+}
+
+/// A file that a guest reads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Blob {
     /// The file.
     pub path: PathBuf,
     /// Its name in a guest: at most the 20 bytes of a virtio-blk serial, and of no disk of others.
     pub serial: String,
+    /// How long it is.
+    pub bytes: u64,
     /// Whether guests that can have it as memory (virtio-pmem); it is a disk of theirs else.
     pub as_memory: bool,
 }
 
-impl Image {
+impl Blob {
     fn new(path: PathBuf, serial: String, bytes: u64, images: &Images) -> Self {
-        Self { path, serial, as_memory: bytes <= images.memory_limit_bytes }
+        Self { path, serial, bytes, as_memory: bytes <= images.memory_limit_bytes }
+    }
+}
+
+impl Image {
+    /// One that [`maker`] has made.
+    fn made(blob: Blob) -> Self {
+        Self { blobs: vec![blob], origin: Origin::Maker, shared: false }
+    }
+
+    /// Its name in a guest.
+    pub fn name(&self) -> &str {
+        self.blobs.first().map_or("", |blob| &blob.serial)
+    }
+
+    /// How long its files are.
+    pub fn bytes(&self) -> u64 {
+        self.blobs.iter().map(|blob| blob.bytes).fold(0, u64::saturating_add)
     }
 }
 
 /// What there is for a container's layers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Found {
-    /// An image.
-    Ready(Image),
+    /// Images, topmost first: one of all layers, or one of each. None is an empty root.
+    Ready(Vec<Image>),
     /// None yet; it can be made once the container has started.
     Missing(Place),
     /// There is none to be.
@@ -122,13 +164,36 @@ pub enum Found {
     Never,
 }
 
-/// Looks for the image of containerd's `layers`. What is there and is not an image, as after
-/// a crash of the host, is removed. May take as long as a file system of the host does.
-pub fn find(layers: &[Layer], images: Images, cache_dir: &Path) -> Found {
+/// Looks for the images of containerd's `layers`. What is there and is not an image, as after
+/// a crash of the host, is removed where it was made here, and told where it is the client's. May take as long as a
+/// file system of the host does.
+pub fn find(layers: &[Layer], images: Images, cache_dir: &Path) -> Result<Found, RootfsError> {
+    if let Some(files) = layers::of_stack(layers, &images)? {
+        return Ok(Found::Ready(files));
+    }
+    if !images.enabled {
+        return Ok(Found::Never);
+    }
+    Ok(match layers::mounted(layers, &images) {
+        Some(files) => Found::Ready(files),
+        None => made(layers, images, cache_dir),
+    })
+}
+
+/// Whether the images of `layers` are in files of the client's, so that nothing else of them is shared.
+pub fn is_in_files(layers: &[Layer], images: &Images) -> bool {
+    images.enabled && layers::mounted(layers, images).is_some()
+}
+
+/// Looks for the one that [`maker`] makes.
+fn made(layers: &[Layer], images: Images, cache_dir: &Path) -> Found {
     let Some(place) = Place::of(layers, images, cache_dir) else { return Found::Never };
     let path = place.file();
-    match whole(&path) {
-        Ok(Some(bytes)) => return Found::Ready(Image::new(path, serial(&place.hash), bytes, &images)),
+    match own_file::open(&path).and_then(|file| whole(&file)) {
+        Ok(Some(bytes)) => {
+            let blob = Blob::new(path, serial(&place.hash), bytes, &images);
+            return Found::Ready(vec![Image::made(blob)]);
+        }
         Ok(None) => discard(&path, "it is no whole file system"),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => {
@@ -143,22 +208,17 @@ pub fn find(layers: &[Layer], images: Images, cache_dir: &Path) -> Found {
 }
 
 /// The images this host has, by the links to them in the cache.
-pub fn list(images: &Images, cache_dir: &Path) -> Vec<Image> {
+pub fn list(images: &Images, cache_dir: &Path) -> Vec<Blob> {
     let entries = fs::read_dir(cache_dir.join(INDEX)).into_iter().flatten().flatten();
     let image = |entry: fs::DirEntry| {
         let path = fs::read_link(entry.path()).ok()?;
         let serial = entry.file_name().into_string().ok()?;
         let bytes = fs::metadata(&path).ok()?.len();
-        Some(Image::new(path, serial, bytes, images))
+        Some(Blob::new(path, serial, bytes, images))
     };
-    let mut list: Vec<Image> = entries.filter_map(image).collect();
+    let mut list: Vec<Blob> = entries.filter_map(image).collect();
     list.sort_by(|a, b| a.serial.cmp(&b.serial));
     list
-}
-
-/// Whether an option of an overlay says nothing of what is seen in it.
-fn is_no_matter(option: &str) -> bool {
-    matches!(option, "index=off" | "nfs_export=off" | "xino=off" | "xino=auto" | "redirect_dir=off")
 }
 
 /// What the image of this hash is called.
@@ -187,8 +247,7 @@ fn discard(path: &Path, reason: &str) {
 
 /// How long it is, where it begins as EROFS does and is as long as that says. What is wrong inside, the
 /// guest's kernel finds.
-fn whole(path: &Path) -> io::Result<Option<u64>> {
-    let file = own_file::open(path)?;
+fn whole(file: &File) -> io::Result<Option<u64>> {
     let mut superblock = [0; 40];
     match file.read_exact_at(&mut superblock, SUPERBLOCK_AT) {
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),

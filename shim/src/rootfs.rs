@@ -6,6 +6,10 @@
 //! host's kernel, which resolves whiteouts and opaque directories once for
 //! everybody. Where it goes to the host, the mounts are made as they are.
 
+mod on_host;
+pub mod stack;
+mod template;
+
 use std::{
     env,
     ffi::OsStr,
@@ -16,6 +20,7 @@ use std::{
 
 use nix::mount::MsFlags;
 
+use self::stack::{Mounts, Stack, Upper};
 use crate::{
     mount::{self, Identity, Tree},
     scratch,
@@ -105,6 +110,13 @@ pub(crate) enum Step {
         /// Options that are not flags.
         data: String,
     },
+    /// File systems in files, which the host's kernel mounts where the guest's cannot.
+    Stack {
+        /// These.
+        stack: Stack,
+        /// There is something in the upper directory already, which is above the others.
+        written: bool,
+    },
 }
 
 /// Whether what a container writes goes to its mounts on the host.
@@ -127,6 +139,13 @@ pub(crate) fn plan(
     if layers.is_empty() {
         return Ok(vec![Step::Mounted(root.to_owned())]);
     }
+    let layers = match stack::read(layers)? {
+        Mounts::Plain(layers) => layers,
+        Mounts::Stack(stack) => {
+            let written = access == Access::ReadOnly && stack.is_written(is_empty);
+            return Ok(vec![Step::Stack { stack, written }]);
+        }
+    };
     layers.iter().enumerate().map(|(index, layer)| step(index, layer, access, &is_empty)).collect()
 }
 
@@ -234,13 +253,28 @@ pub(crate) fn snapshot_dir(layers: &[Layer]) -> Option<PathBuf> {
 
 /// The upper directory of containerd's overlay snapshot: what containerd takes for what the container has written.
 pub(crate) fn snapshot_upper(layers: &[Layer]) -> Option<PathBuf> {
-    let [layer] = layers else { return None };
+    let layers = match stack::read(layers).ok()? {
+        Mounts::Plain(layers) => layers,
+        Mounts::Stack(stack) => match stack.upper {
+            Upper::Dirs { upper, work } => return (work.parent()? == upper.parent()?).then_some(upper),
+            Upper::None | Upper::Disk(_) => return None,
+        },
+    };
+    let [layer] = layers.as_slice() else { return None };
     let dir_of = |key: &str| {
         let value = layer.options.iter().find_map(|option| option.strip_prefix(key)?.strip_prefix('='))?;
         Some(PathBuf::from(unescape(value)))
     };
     let (upper, work) = (dir_of("upperdir")?, dir_of("workdir")?);
     (layer.kind == "overlay" && upper.is_absolute() && work.parent()? == upper.parent()?).then_some(upper)
+}
+
+/// The disk that a client has for what a container writes.
+pub(crate) fn disk(layers: &[Layer]) -> Option<stack::Disk> {
+    match stack::read(layers).ok()? {
+        Mounts::Stack(Stack { upper: Upper::Disk(disk), .. }) => Some(disk),
+        Mounts::Stack(_) | Mounts::Plain(_) => None,
+    }
 }
 
 /// Splits at colons that no backslash escapes, and keeps the escapes.
@@ -271,6 +305,11 @@ pub(crate) fn unescape(path: &str) -> String {
         out.push(if c == '\\' { chars.next().unwrap_or(c) } else { c });
     }
     out
+}
+
+/// Whether an option of an overlay says nothing of what is seen in it.
+pub(crate) fn is_no_matter(option: &str) -> bool {
+    matches!(option, "index=off" | "nfs_export=off" | "xino=off" | "xino=auto" | "redirect_dir=off")
 }
 
 /// The flag a mount(8) option stands for; `ro` and `rw` are none of it, as
@@ -307,7 +346,10 @@ pub(crate) fn mounts(
     }
     let steps = plan(layers, root, access, is_empty_dir)?;
     let made = steps.iter().enumerate().map(|(index, step)| {
-        let asked = layers.get(index).is_some_and(|layer| layer.options.iter().any(|option| option == "ro"));
+        let asked = match step {
+            Step::Stack { stack, .. } => stack.readonly,
+            _ => layers.get(index).is_some_and(|layer| layer.options.iter().any(|option| option == "ro")),
+        };
         let settled = |tree: Tree| {
             match access {
                 Access::ReadOnly => tree.seal(false).and_then(|()| tree.make_readonly(false))?,
@@ -330,6 +372,7 @@ impl fmt::Display for Step {
                 write!(f, "an overlay of {} layers", lower.len() + usize::from(written.is_some()))
             }
             Self::FileSystem { kind, source, .. } => write!(f, "{source} ({kind})"),
+            Self::Stack { stack, .. } => write!(f, "a stack of {} EROFS files", stack.lower.len()),
         }
     }
 }
@@ -361,6 +404,7 @@ impl Step {
                 let flags = *flags | if readonly { MsFlags::MS_RDONLY } else { MsFlags::empty() };
                 mount::staged(stage, |stage| mount::mount_fs(kind, source, stage, flags, Some(data)))
             }
+            Self::Stack { stack, written } => on_host::mount(stack, *written, readonly, stage),
         }
     }
 }
@@ -368,6 +412,10 @@ impl Step {
 /// Whether owners of all these layers, of whom nobody has mapped any, can be mapped as in the user namespace `users`; why not.
 pub(crate) fn can_be_mapped(layers: &[Layer], root: &Path, users: BorrowedFd) -> Result<(), String> {
     let steps = plan(layers, root, Access::ReadOnly, is_empty_dir).map_err(|error| error.to_string())?;
+    let mapped = |path: &Path| {
+        let tried = Tree::of(path, false).and_then(|tree| tree.map_ids(users, false));
+        tried.map_err(|error| format!("{}: owners cannot be mapped: {error}", path.display()))
+    };
     let tried = |step: &Step| {
         let dir = match step {
             Step::Bind { source, idmap: None } | Step::Mounted(source) => source.clone(),
@@ -392,9 +440,12 @@ pub(crate) fn can_be_mapped(layers: &[Layer], root: &Path, users: BorrowedFd) ->
                 return Err("the owners in its layers are mapped already".into());
             }
             Step::FileSystem { kind, .. } => return Err(format!("its layers are on {kind}")),
+            Step::Stack { written: true, .. } => {
+                return Err("somebody has written to its own layer".into());
+            }
+            Step::Stack { stack, .. } => return stack.files().try_for_each(|file| mapped(file)),
         };
-        let tried = Tree::of(&dir, false).and_then(|tree| tree.map_ids(users, false));
-        tried.map_err(|error| format!("{}: owners cannot be mapped: {error}", dir.display()))
+        mapped(&dir)
     };
     steps.iter().try_for_each(tried)
 }

@@ -34,7 +34,7 @@ use tokio::sync::oneshot;
 
 use crate::{
     own_file,
-    rootfs::{Layer, snapshot_dir, snapshot_upper},
+    rootfs::{Layer, snapshot_dir, snapshot_upper, stack::Disk},
 };
 
 /// The program that makes file systems (e2fsprogs).
@@ -58,6 +58,23 @@ const MAGIC: [u8; 2] = [0x53, 0xef];
 const FEATURES: &str = "none,has_journal,ext_attr,dir_index,filetype,extent,64bit,flex_bg,sparse_super,\
                         large_file,huge_file,dir_nlink,extra_isize,metadata_csum";
 
+/// What a container's writable layer is to be on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Wanted {
+    /// Memory of the guest's.
+    Tmpfs {
+        /// At most so much; 0 leaves the kernel's default.
+        size_bytes: u64,
+    },
+    /// A file of ours.
+    Block {
+        /// Of its file system.
+        size_bytes: u64,
+    },
+    /// A file of the client's.
+    Disk(Disk),
+}
+
 /// Why there is no scratch.
 #[derive(Debug, thiserror::Error)]
 pub enum ScratchError {
@@ -80,6 +97,16 @@ pub enum ScratchError {
         path: PathBuf,
         /// What mkfs.ext4 says of it.
         said: String,
+    },
+    /// The client's file is none to write to.
+    #[error("rootfs[{index}].source: {}: {problem}", path.display())]
+    Disk {
+        /// Which of the client's mounts it is.
+        index: usize,
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        problem: String,
     },
     /// The thread that prepares it.
     #[error("scratch: its thread: {0}")]
@@ -113,11 +140,34 @@ impl Preparation {
     ) -> Result<Self, ScratchError> {
         let (cache_dir, sandbox_dir) = (cache_dir.to_owned(), sandbox_dir.to_owned());
         let snapshot = if is_counted { snapshot_upper(layers) } else { snapshot_dir(layers) };
-        let (sender, file) = oneshot::channel();
-        let prepare = move || {
+        Self::begin(move || {
             let dir = snapshot.unwrap_or(sandbox_dir);
             let prepared = prepare(size_bytes, &cache_dir, &dir);
             done();
+            prepared
+        })
+    }
+
+    /// Begins with a client's file: the one from before, or a new one.
+    pub fn of_disk(
+        disk: Disk,
+        cache_dir: &Path,
+        done: impl FnOnce() + Send + 'static,
+    ) -> Result<Self, ScratchError> {
+        let cache_dir = cache_dir.to_owned();
+        Self::begin(move || {
+            let prepared = prepare_disk(disk, &cache_dir);
+            done();
+            prepared
+        })
+    }
+
+    fn begin(
+        prepare: impl FnOnce() -> Result<PathBuf, ScratchError> + Send + 'static,
+    ) -> Result<Self, ScratchError> {
+        let (sender, file) = oneshot::channel();
+        let prepare = move || {
+            let prepared = prepare();
             // Nobody waits for it any more.
             let _ = sender.send(prepared);
         };
@@ -156,6 +206,36 @@ fn prepare(size_bytes: u64, cache_dir: &Path, dir: &Path) -> Result<PathBuf, Scr
     made.map(|()| path)
 }
 
+/// A client's file with a file system, which is as it was made, or made as the client says.
+fn prepare_disk(disk: Disk, cache_dir: &Path) -> Result<PathBuf, ScratchError> {
+    let Disk { index, path, size_bytes, uuid } = disk;
+    let refused = |path: &Path, problem: String| ScratchError::Disk { index, path: path.to_owned(), problem };
+    match own_file::open(&path) {
+        Ok(_) if is_file_system(&path) => return Ok(path),
+        Ok(_) => return Err(refused(&path, "is no ext4 file system".into())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(refused(&path, error.to_string())),
+    }
+    let Some(size_bytes) = size_bytes else {
+        return Err(refused(
+            &path,
+            "is not there, and the mount's type does not begin with \"mkfs/\"".into(),
+        ));
+    };
+    let new = path.with_added_extension("new");
+    let made = match uuid {
+        // A template is for whole MiB, and has a UUID of its own.
+        None if size_bytes.is_multiple_of(1 << 20) => create(&new, size_bytes, cache_dir),
+        uuid => make_file_system(&new, size_bytes, uuid.as_deref()),
+    };
+    let made = made.and_then(|()| fs::rename(&new, &path).map_err(failed(&path)));
+    if let Err(error) = made {
+        let _ = fs::remove_file(&new);
+        return Err(refused(&path, error.to_string()));
+    }
+    Ok(path)
+}
+
 /// Whether a file system has been made there. One whose beginning never reached
 /// the disk before the host crashed has nothing in it that did.
 fn is_file_system(path: &Path) -> bool {
@@ -169,7 +249,7 @@ fn create(path: &Path, size_bytes: u64, cache_dir: &Path) -> Result<(), ScratchE
         make_template(&template, size_bytes)?;
     }
     match copy_sparse(&template, path) {
-        Err(error) if error.kind() == io::ErrorKind::Unsupported => make_file_system(path, size_bytes),
+        Err(error) if error.kind() == io::ErrorKind::Unsupported => make_file_system(path, size_bytes, None),
         copied => copied.map_err(failed(path)),
     }
 }
@@ -180,7 +260,7 @@ fn make_template(path: &Path, size_bytes: u64) -> Result<(), ScratchError> {
         DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(failed(dir))?;
     }
     let new = path.with_added_extension(std::process::id().to_string());
-    let made = make_file_system(&new, size_bytes).and_then(|()| {
+    let made = make_file_system(&new, size_bytes, None).and_then(|()| {
         // A template that a crash of the host spoils would spoil all copies.
         let synced = File::open(&new).and_then(|file| file.sync_all());
         synced.and_then(|()| fs::rename(&new, path)).map_err(failed(path))
@@ -191,13 +271,14 @@ fn make_template(path: &Path, size_bytes: u64) -> Result<(), ScratchError> {
     made
 }
 
-fn make_file_system(path: &Path, size_bytes: u64) -> Result<(), ScratchError> {
+fn make_file_system(path: &Path, size_bytes: u64, uuid: Option<&str>) -> Result<(), ScratchError> {
     own_file::create(path).and_then(|file| file.set_len(size_bytes)).map_err(failed(path))?;
     let mut command = Command::new(MKFS);
     command
         .args(["-q", "-F", "-b", "4096", "-I", "256", "-i", "16384", "-m", "0", "-O", FEATURES])
         // The file is all zeroes: nothing has to be written to make it so.
         .args(["-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner=0:0"])
+        .args(uuid.into_iter().flat_map(|uuid| ["-U", uuid]))
         .arg(path)
         .env("PATH", search_path())
         .env("MKE2FS_CONFIG", "/dev/null")
@@ -329,6 +410,49 @@ mod tests {
         let path = prepare(10 << 30, &root.path().join("cache"), root.path()).unwrap();
         let checked = Command::new("/usr/sbin/e2fsck").args(["-f", "-n"]).arg(&path).output().unwrap();
         assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stdout));
+    }
+
+    #[test]
+    fn a_clients_disk_is_made_once_and_not_taken_for_one() {
+        let root = tempfile::tempdir().unwrap();
+        let cache = root.path().join("cache");
+        let disk = |name: &str, size_bytes, uuid: Option<&str>| {
+            let (path, uuid) = (root.path().join(name), uuid.map(str::to_owned));
+            prepare_disk(Disk { index: 2, path, size_bytes, uuid }, &cache)
+        };
+        let path = disk("one", Some(64 << 20), None).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().len(), 64 << 20);
+        File::options().write(true).open(&path).unwrap().write_all_at(b"kept", 1 << 20).unwrap();
+        assert_eq!(disk("one", None, None).unwrap(), path);
+        let mut kept = [0; 4];
+        File::open(&path).unwrap().read_exact_at(&mut kept, 1 << 20).unwrap();
+        assert_eq!(&kept, b"kept");
+
+        // No whole MiB, and a name of its own: that of no template.
+        let uuid = "550e8400-e29b-41d4-a716-446655440000";
+        let path = disk("two", Some((64 << 20) + 4096), Some(uuid)).unwrap();
+        let mut found = [0; 16];
+        File::open(&path).unwrap().read_exact_at(&mut found, 1024 + 0x68).unwrap();
+        let found: String = found.iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(found, uuid.replace('-', ""));
+
+        fs::write(root.path().join("other"), [1; 4096]).unwrap();
+        std::os::unix::fs::symlink(&path, root.path().join("link")).unwrap();
+        for (name, size, expected) in [
+            ("other", Some(64 << 20), "is no ext4 file system"),
+            ("link", Some(64 << 20), "Too many levels of symbolic links"),
+            ("gone", None, "is not there, and the mount's type does not begin with \"mkfs/\""),
+            ("gone/disk", Some(64 << 20), "scratch: "),
+        ] {
+            let said = disk(name, size, None).unwrap_err().to_string();
+            let path = root.path().join(name);
+            assert!(said.starts_with(&format!("rootfs[2].source: {}: {expected}", path.display())), "{said}");
+        }
+        assert_eq!(fs::read(root.path().join("other")).unwrap(), [1; 4096]);
+        let mut names: Vec<_> =
+            fs::read_dir(root.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        assert_eq!(names, ["cache", "link", "one", "other", "two"]);
     }
 
     #[test]

@@ -14,6 +14,7 @@
 mod volumes;
 
 use std::{
+    collections::BTreeMap,
     fs, io,
     os::fd::AsRawFd,
     path::{Path, PathBuf},
@@ -30,9 +31,10 @@ use volumes::Volumes;
 
 use crate::{
     ids::Ids,
+    image::{Blob, Image, Origin},
     mount::{self, Namespace, Tree},
     rootfs::{self, Access, Layer, RootfsError},
-    spec::Bundle,
+    spec::{Bundle, Volume},
 };
 
 /// The share's directory, which is the monitor's root directory: another one than the root of the mount namespace that it
@@ -121,9 +123,14 @@ impl Share {
         &self.namespace
     }
 
-    /// Adds a container: its layers, where it has no image of them, and what its spec binds.
-    /// On an error what was mounted so far stays until [`Share::remove`].
-    pub fn add(&self, bundle: &Bundle, layers: &[Layer], has_image: bool) -> Result<Sources, ShareError> {
+    /// Adds a container: its layers, where it has no images of them, and what its spec binds; of images those that
+    /// are to be shared. On an error what was mounted so far stays until [`Share::remove`].
+    pub fn add(
+        &self,
+        bundle: &Bundle,
+        layers: &[Layer],
+        images: Option<&[Image]>,
+    ) -> Result<Added, ShareError> {
         let (root, id) = (&bundle.container.rootfs, &bundle.container.container_id);
         let users = self.ids.users();
         if root.on_volumes {
@@ -133,12 +140,26 @@ impl Share {
             let target = skeleton.make_dir(&root.share_path)?;
             let mounts = rootfs::mounts(layers, &bundle.root, Access::Writable, &self.stage, users)?;
             skeleton.attach(&mounts, &target)?;
-        } else if !has_image {
+        } else if images.is_none_or(<[Image]>::is_empty) {
             let target = self.layers.make_dir(&root.share_path)?;
-            let mounts = rootfs::mounts(layers, &bundle.root, Access::ReadOnly, &self.stage, users)?;
-            self.layers.attach(&mounts, &target)?;
+            // No images are an empty root.
+            if images.is_none() {
+                let mounts = rootfs::mounts(layers, &bundle.root, Access::ReadOnly, &self.stage, users)?;
+                self.layers.attach(&mounts, &target)?;
+            }
         }
-        bundle.volumes.iter().map(|volume| Ok((volume.mount, self.volumes.add(id, volume, users)?))).collect()
+        let mut added = Added::default();
+        for image in images.into_iter().flatten().filter(|image| image.shared) {
+            for blob in &image.blobs {
+                added
+                    .files
+                    .insert(blob.serial.clone(), self.volumes.add(id, &volume_of(image, blob), users)?);
+            }
+        }
+        for volume in &bundle.volumes {
+            added.sources.push((volume.mount, self.volumes.add(id, volume, users)?));
+        }
+        Ok(added)
     }
 
     /// Takes a container's mounts off; nothing is left of it in either tree.
@@ -148,8 +169,33 @@ impl Share {
     }
 }
 
-/// What the agent finds a container's mounts at, below the volumes: the mounts' numbers, and their sources.
-pub type Sources = Vec<(usize, String)>;
+/// What the agent finds below the volumes.
+#[derive(Debug, Default)]
+pub struct Added {
+    /// A container's mounts: their numbers, and their sources.
+    pub sources: Vec<(usize, String)>,
+    /// Files of its images, by their serials.
+    pub files: BTreeMap<String, String>,
+}
+
+/// A file of an image, which the guest reads only.
+fn volume_of(image: &Image, blob: &Blob) -> Volume {
+    let field = match image.origin {
+        Origin::Maker => "image".to_owned(),
+        Origin::Mount(index) => format!("rootfs[{index}]"),
+    };
+    Volume {
+        field,
+        mount: usize::MAX,
+        source: blob.path.clone(),
+        submounts: Vec::new(),
+        recursive: false,
+        readonly: true,
+        readonly_below: false,
+        follows_host: false,
+        idmap: None,
+    }
+}
 
 /// A tree of mount points: a tmpfs of its own, mounted read-only.
 #[derive(Debug)]
@@ -307,7 +353,7 @@ mod tests {
         let compat = Compat::default();
         let mut bundle = Bundle::parse(dir, id, spec.to_string().as_bytes(), &compat).unwrap();
         bundle.writes = Some(writes);
-        bundle.settle_writes(writes, &[]);
+        bundle.settle_writes(writes, &[]).unwrap();
         bundle
     }
 
@@ -327,7 +373,7 @@ mod tests {
             let share = Share::create(dir, Ids::Host(String::new())).unwrap();
             let share_dir = seen(&share);
             for _ in 0..2 {
-                let sources = share.add(&bundle(dir, Writes::Guest), &[], false).unwrap();
+                let sources = share.add(&bundle(dir, Writes::Guest), &[], None).unwrap().sources;
                 let volumes = share_dir.join("volumes");
                 let [w, r, f] = [0, 1, 2].map(|n| {
                     assert_eq!(sources[n].0, n);
@@ -346,7 +392,7 @@ mod tests {
                     assert_eq!(fs::read_dir(share_dir.join(tree)).unwrap().count(), 0, "{tree}");
                 }
             }
-            share.add(&bundle(dir, Writes::Host), &[], false).unwrap();
+            share.add(&bundle(dir, Writes::Host), &[], None).unwrap();
             fs::write(share_dir.join("volumes/c1/rootfs/new"), "new").unwrap();
             assert!(dir.join("root/new").exists());
             let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
@@ -366,7 +412,7 @@ mod tests {
             let add = |id: &str, edit: &dyn Fn(&mut Bundle)| {
                 let mut bundle = bundle_of(id, dir, Writes::Guest);
                 edit(&mut bundle);
-                share.add(&bundle, &[], false).unwrap()
+                share.add(&bundle, &[], None).unwrap().sources
             };
             let first = add("c1", &|_| ());
             assert_eq!(add("c2", &|_| ()), first);

@@ -27,7 +27,8 @@ use crate::{
     options::Options,
     process::Exit,
     rootfs::Layer,
-    sandbox::{Plan, Sandbox},
+    sandbox::{Plan, Sandbox, SandboxError},
+    share::ShareError,
     spec::{Bundle, Pinned, Pod, Role},
     timeline::Timeline,
 };
@@ -54,7 +55,9 @@ impl CreateTask {
     fn read(self, pod: &Pod) -> Result<(Self, Config, Bundle), Error> {
         let config = self.options.config()?;
         let mut bundle = Bundle::load_in(pod, &self.bundle, &self.id, &config.compat)?;
-        bundle.settle_writes(config.writes, &self.layers);
+        bundle
+            .settle_writes(config.writes, &self.layers)
+            .map_err(|error| SandboxError::from(ShareError::from(error)))?;
         self.options.check(&bundle)?;
         bundle.check_file_systems(&config.guest.kernel)?;
         check_terminal(&bundle, &self.stdio)?;

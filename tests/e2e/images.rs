@@ -54,7 +54,8 @@ fn odd_layers(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(vec![at("2/fs"), at("1/fs")])
 }
 
-fn set_attribute(path: &Path, name: &std::ffi::CStr, value: &[u8]) -> Result<()> {
+/// Sets an extended attribute, also of a link.
+pub(crate) fn set_attribute(path: &Path, name: &std::ffi::CStr, value: &[u8]) -> Result<()> {
     let c_path = std::ffi::CString::new(path.as_os_str().as_bytes())?;
     // SAFETY: both names end with a NUL, and the value is as long as is said.
     let done =

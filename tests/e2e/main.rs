@@ -14,6 +14,7 @@ mod devices;
 mod docker;
 mod docker_network;
 mod docker_session;
+mod erofs_snapshotter;
 mod exec;
 mod exec_robust;
 mod failures;

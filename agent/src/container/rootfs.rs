@@ -20,7 +20,10 @@ use nix::{
     },
     unistd::{fchdir, pivot_root},
 };
-use rvm_protocol::agent;
+use rvm_protocol::{
+    agent::{self, blob::Place},
+    guest::IMAGES_DIR,
+};
 
 use super::paths::{Root, kind};
 use crate::{
@@ -47,19 +50,29 @@ pub struct Rootfs {
 #[derive(Debug)]
 enum Base {
     /// The image's layers, and what differs from them in the guest.
-    Layers { lower: PathBuf, layer: Layer },
+    Layers { lower: Lower, layer: Layer },
     /// A root of the host's, written to as it is.
     Volume(PathBuf),
+}
+
+/// Bytes for the paths of layers: all options of mount(2) fit into a page.
+const ROOM_FOR_LOWER: usize = 3 << 10;
+
+/// The image's layers, read-only.
+#[derive(Debug)]
+enum Lower {
+    /// Merged, in the share.
+    Shared(PathBuf),
+    /// File systems of this guest's, topmost first, by their names.
+    Images(Vec<String>),
 }
 
 /// Checks the part of a request that describes the root file system.
 pub fn check(request: &agent::CreateContainerRequest) -> Result<(), Error> {
     check_relative("rootfs.share_path", &request.rootfs.share_path)?;
-    if !request.rootfs.image_serial.is_empty() {
-        check_image(&request.rootfs)?;
-        if request.rootfs.on_volumes {
-            return Err(Error::invalid("rootfs.image_serial", "is of a root that is not on volumes"));
-        }
+    check_images(&request.rootfs)?;
+    if request.rootfs.on_volumes && !request.rootfs.images.is_empty() {
+        return Err(Error::invalid("rootfs.images", "are of a root that is not on volumes"));
     }
     // These end a path in OverlayFS's mount options.
     if request.rootfs.share_path.contains([':', ',', '\\']) {
@@ -81,18 +94,38 @@ pub fn check(request: &agent::CreateContainerRequest) -> Result<(), Error> {
     Ok(())
 }
 
-/// Checks what is said of an image: its serial names the place where it is mounted.
-pub fn check_image(rootfs: &agent::Rootfs) -> Result<(), Error> {
+/// Checks what is said of images: their names are those of the places where they are mounted, and where they
+/// are ends up in a mount's options.
+pub fn check_images(rootfs: &agent::Rootfs) -> Result<(), Error> {
     let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
-    let (serial, slot) = (&rootfs.image_serial, rootfs.image_slot.unwrap_or_default());
-    if !serial.bytes().all(plain) {
-        return Err(Error::invalid(
-            "rootfs.image_serial",
-            format!("{serial:?}: must be of a-z, 0-9 and '-'"),
-        ));
-    }
-    if slot >= pci::SLOTS {
-        return Err(Error::invalid("rootfs.image_slot", format!("{slot}: must be below {}", pci::SLOTS)));
+    for (index, image) in rootfs.images.iter().enumerate() {
+        let wrong = |field: &str, reason: String| {
+            Err(Error::invalid(format!("rootfs.images[{index}].{field}"), reason))
+        };
+        if image.name.is_empty() || !image.name.bytes().all(plain) {
+            return wrong("name", format!("{:?}: must be of a-z, 0-9 and '-'", image.name));
+        }
+        if image.blobs.is_empty() {
+            return wrong("blobs", "is empty; an image is in something".into());
+        }
+        for (number, blob) in image.blobs.iter().enumerate() {
+            let field = format!("blobs[{number}]");
+            match &blob.place {
+                Some(Place::DiskSerial(serial)) if !serial.is_empty() => {}
+                Some(Place::PmemSlot(slot)) if *slot < pci::SLOTS => {}
+                Some(Place::PmemSlot(slot)) => {
+                    return wrong(&field, format!("slot {slot}: must be below {}", pci::SLOTS));
+                }
+                Some(Place::Volume(path)) => {
+                    check_relative(&format!("rootfs.images[{index}].{field}.volume"), path)?;
+                    if path.contains([',', '\\']) {
+                        return wrong(&field, format!("{path:?} must not contain ',' or '\\'"));
+                    }
+                }
+                // `Place` is generated and open to additions.
+                _ => return wrong(&field, "is nowhere".into()),
+            }
+        }
     }
     Ok(())
 }
@@ -116,10 +149,15 @@ impl Rootfs {
     /// A root file system as asked for by a request that passed [`check`].
     pub fn new(request: &agent::CreateContainerRequest, scratch: &Scratch) -> Result<Self, Error> {
         let path = &request.rootfs.share_path;
-        let base = match (request.rootfs.on_volumes, request.rootfs.image_serial.as_str()) {
-            (true, _) => Base::Volume(share::volume(path)),
-            (false, "") => Base::Layers { lower: share::layers(path)?, layer: scratch.layer().clone() },
-            (false, image) => Base::Layers { lower: images::path(image), layer: scratch.layer().clone() },
+        let images = &request.rootfs.images;
+        let lower = match images.as_slice() {
+            _ if request.rootfs.on_volumes => None,
+            [] => Some(Lower::Shared(share::layers(path)?)),
+            images => Some(Lower::Images(images.iter().map(|image| image.name.clone()).collect())),
+        };
+        let base = match lower {
+            None => Base::Volume(share::volume(path)),
+            Some(lower) => Base::Layers { lower, layer: scratch.layer().clone() },
         };
         Ok(Self {
             base,
@@ -172,16 +210,36 @@ impl Rootfs {
     }
 }
 
-fn mount_overlay(lower: &Path, layer: &Layer) -> StepResult<()> {
-    if layer.fresh {
-        copy_attributes(lower, &layer.upper).step(|| "copy the attributes of the image's root")?;
+impl Lower {
+    /// The directory whose attributes the root has.
+    fn top(&self) -> PathBuf {
+        match self {
+            Self::Shared(path) => path.clone(),
+            Self::Images(names) => names.first().map(|name| images::path(name)).unwrap_or_default(),
+        }
     }
-    let options = format!(
-        "lowerdir={},upperdir={},workdir={}",
-        lower.display(),
-        layer.upper.display(),
-        layer.work.display()
-    );
+}
+
+fn mount_overlay(lower: &Lower, layer: &Layer) -> StepResult<()> {
+    if layer.fresh {
+        copy_attributes(&lower.top(), &layer.upper).step(|| "copy the attributes of the image's root")?;
+    }
+    let dirs = match lower {
+        Lower::Shared(path) => path.display().to_string(),
+        Lower::Images(names) => {
+            let paths: Vec<String> =
+                names.iter().map(|name| images::path(name).display().to_string()).collect();
+            match paths.join(":") {
+                paths if paths.len() <= ROOM_FOR_LOWER => paths,
+                _ => {
+                    std::env::set_current_dir(IMAGES_DIR).step(|| format!("enter {IMAGES_DIR}"))?;
+                    names.join(":")
+                }
+            }
+        }
+    };
+    let options =
+        format!("lowerdir={dirs},upperdir={},workdir={}", layer.upper.display(), layer.work.display());
     mount(Some("overlay"), MOUNT_POINT, Some("overlay"), MsFlags::empty(), Some(options.as_str()))
         .step(|| format!("mount the root file system ({options})"))
 }
@@ -287,6 +345,51 @@ mod tests {
         ] {
             assert_eq!(check(&request).unwrap_err().to_string(), expected);
         }
+    }
+
+    #[test]
+    fn images_are_checked_by_number() {
+        let blob = |place| agent::Blob { place, ..Default::default() };
+        let image = |name: &str, blobs| agent::Image { name: name.into(), blobs, ..Default::default() };
+        let checked = |images| {
+            let mut request = request("c1/rootfs", "", "/a");
+            request.rootfs.as_mut().unwrap().images = images;
+            check(&request)
+        };
+        let disk = || blob(Some(Place::DiskSerial("img-1".into())));
+        assert!(
+            checked(vec![image("img-1", vec![disk(), blob(Some(Place::Volume("_1/file".into())))])]).is_ok()
+        );
+        for (images, expected) in [
+            (vec![image("", vec![disk()])], "rootfs.images[0].name: \"\": must be of a-z, 0-9 and '-'"),
+            (vec![image("a/b", vec![disk()])], "rootfs.images[0].name: \"a/b\": must be of a-z, 0-9 and '-'"),
+            (vec![image("a", vec![])], "rootfs.images[0].blobs: is empty; an image is in something"),
+            (
+                vec![image("a", vec![disk()]), image("b", vec![blob(None)])],
+                "rootfs.images[1].blobs[0]: is nowhere",
+            ),
+            (
+                vec![image("a", vec![disk(), blob(Some(Place::PmemSlot(32)))])],
+                "rootfs.images[0].blobs[1]: slot 32: must be below 32",
+            ),
+            (
+                vec![image("a", vec![blob(Some(Place::Volume("../x".into())))])],
+                "rootfs.images[0].blobs[0].volume: \"../x\" must not contain \"..\"",
+            ),
+            (
+                vec![image("a", vec![blob(Some(Place::Volume("a,ro".into())))])],
+                "rootfs.images[0].blobs[0]: \"a,ro\" must not contain ',' or '\\'",
+            ),
+        ] {
+            assert_eq!(checked(images).unwrap_err().to_string(), expected);
+        }
+        let mut both = request("c1/rootfs", "", "/a");
+        let rootfs = both.rootfs.as_mut().unwrap();
+        (rootfs.images, rootfs.on_volumes) = (vec![image("a", vec![disk()])], true);
+        assert_eq!(
+            check(&both).unwrap_err().to_string(),
+            "rootfs.images: are of a root that is not on volumes"
+        );
     }
 
     #[test]

@@ -216,10 +216,8 @@ impl Sandbox {
             false => None,
         };
         self.find_disks(&request).await?;
-        if !request.rootfs.image_serial.is_empty() {
-            rootfs::check_image(&request.rootfs)?;
-            self.images.mount(&request.rootfs, id, &self.reaper).await.map_err(Error::Image)?;
-        }
+        rootfs::check_images(&request.rootfs)?;
+        self.images.mount(&request.rootfs.images, id, &self.reaper).await.map_err(Error::Image)?;
         let mut plan = Plan::new(request, scratch, shared)?;
         plan.open_mounts(&self.reaper).await?;
         let (container, preparing) = Container::create(id, &plan, Arc::clone(scratch), &self.reaper)?;

@@ -10,12 +10,19 @@ use nix::{
     errno::Errno,
     mount::{MntFlags, MsFlags},
 };
-use rvm_protocol::{agent, guest::IMAGES_DIR};
+use rvm_protocol::{
+    agent::{self, blob::Place},
+    guest::IMAGES_DIR,
+};
 use tokio::sync::Mutex;
 
-use super::{block::BlockDevice, place, share::read_ahead};
+use super::{
+    block::BlockDevice,
+    place,
+    share::{read_ahead, volume},
+};
 use crate::{
-    error::{Step, StepResult},
+    error::{Step, StepError, StepResult},
     helper::{self, Outcome},
     init::mounts::make_dir,
     reaper::Reaper,
@@ -30,74 +37,91 @@ pub struct Images(Mutex<Mounted>);
 struct Mounted {
     /// Whether there is a place for them.
     prepared: bool,
-    /// Who has which, by its serial.
+    /// Who has which, by its name.
     users: BTreeMap<String, BTreeSet<String>>,
 }
 
-/// Where the image of this serial, which has been checked, is mounted.
-pub fn path(serial: &str) -> PathBuf {
-    Path::new(IMAGES_DIR).join(serial)
+/// Where the image of this name, which has been checked, is mounted.
+pub fn path(name: &str) -> PathBuf {
+    Path::new(IMAGES_DIR).join(name)
 }
 
 impl Images {
-    /// Mounts the image a container is to have, where no other one has it yet.
-    pub async fn mount(&self, rootfs: &agent::Rootfs, container: &str, reaper: &Reaper) -> StepResult<()> {
-        let serial = rootfs.image_serial.as_str();
+    /// Mounts the images a container is to have, where no other one has them yet. What was mounted so far
+    /// when one of them fails goes by [`Images::release`].
+    pub async fn mount(&self, all: &[agent::Image], container: &str, reaper: &Reaper) -> StepResult<()> {
+        if all.is_empty() {
+            return Ok(());
+        }
         let mut images = self.0.lock().await;
         if !images.prepared {
             place(Path::new(IMAGES_DIR))?;
             images.prepared = true;
         }
-        if !images.users.contains_key(serial) {
-            let target = path(serial);
-            make_dir(&target)?;
-            // In a helper: the disk is the host's, and may be slow.
-            let mount = || {
-                match rootfs.image_slot {
-                    Some(slot) => mount_memory(&BlockDevice::in_slot(slot)?, &target),
-                    None => mount_disk(serial, &target),
+        for image in all {
+            let name = &image.name;
+            if !images.users.contains_key(name) {
+                let target = path(name);
+                make_dir(&target)?;
+                // In a helper: what it is in is the host's, and may be slow.
+                let mount = || mount_at(image, &target).map(|()| Outcome::default());
+                if let Err(error) = helper::run(reaper, "mount an image", mount).await {
+                    // The error at hand is the one to tell.
+                    let _ = fs::remove_dir(&target);
+                    return Err(error);
                 }
-                .map(|()| Outcome::default())
-            };
-            if let Err(error) = helper::run(reaper, "mount an image", mount).await {
-                // The error at hand is the one to tell.
-                let _ = fs::remove_dir(&target);
-                return Err(error);
             }
+            images.users.entry(name.clone()).or_default().insert(container.to_owned());
         }
-        images.users.entry(serial.to_owned()).or_default().insert(container.to_owned());
         Ok(())
     }
 
-    /// Lets go of a container's image, and unmounts it where no other one has it.
+    /// Lets go of a container's images, and unmounts those that no other one has.
     pub async fn release(&self, container: &str) {
-        self.0.lock().await.users.retain(|serial, users| {
+        self.0.lock().await.users.retain(|name, users| {
             if users.remove(container) && users.is_empty() {
-                unmount(&path(serial));
+                unmount(&path(name));
             }
             !users.is_empty()
         });
     }
 }
 
-/// Files are read where they lie (DAX), so the pages of the host's page cache are the only ones.
-fn mount_memory(device: &BlockDevice, target: &Path) -> StepResult<()> {
-    match mount(device, target, Some("dax=always")) {
+fn mount_at(image: &agent::Image, target: &Path) -> StepResult<()> {
+    let serials = image.blobs.iter().filter_map(|blob| match &blob.place {
+        Some(Place::DiskSerial(serial)) => Some(serial.as_str()),
+        _ => None,
+    });
+    BlockDevice::find_all(serials)?;
+    let paths = image.blobs.iter().map(file).collect::<StepResult<Vec<_>>>()?;
+    let devices = paths.iter().skip(1).map(|path| format!("device={}", path.display()));
+    let options = devices.collect::<Vec<_>>().join(",");
+    let is_memory = |blob: &agent::Blob| matches!(blob.place, Some(Place::PmemSlot(_)));
+    let source = paths.first().ok_or_else(|| StepError::Refused("an image is in nothing".into()))?;
+    // Files are read where they lie (DAX), so the pages of the host's page cache are the only ones.
+    if image.blobs.iter().all(is_memory) {
+        let dax = ["dax=always", options.as_str()].join(",");
         // A kernel that cannot do that has the reason to tell, if that is not why.
-        Err(_) => mount(device, target, None),
-        done => done,
+        return mount(source, target, dax.trim_end_matches(',')).or_else(|_| mount(source, target, &options));
     }
-}
-
-fn mount_disk(serial: &str, target: &Path) -> StepResult<()> {
-    BlockDevice::find_all([serial])?;
-    mount(&BlockDevice::with_serial(serial)?, target, None)?;
+    mount(source, target, &options)?;
     read_ahead(target);
     Ok(())
 }
 
-fn mount(device: &BlockDevice, target: &Path, options: Option<&str>) -> StepResult<()> {
-    nix::mount::mount(Some(&device.path), target, Some("erofs"), MsFlags::MS_RDONLY, options)
+/// Where it is in this guest.
+fn file(blob: &agent::Blob) -> StepResult<PathBuf> {
+    match &blob.place {
+        Some(Place::DiskSerial(serial)) => BlockDevice::with_serial(serial).map(|device| device.path),
+        Some(Place::PmemSlot(slot)) => BlockDevice::in_slot(*slot).map(|device| device.path),
+        Some(Place::Volume(path)) => Ok(volume(path)),
+        // Checked before; `Place` is generated and open to additions.
+        _ => Err(StepError::Refused("an image is nowhere".into())),
+    }
+}
+
+fn mount(source: &Path, target: &Path, options: &str) -> StepResult<()> {
+    nix::mount::mount(Some(source), target, Some("erofs"), MsFlags::MS_RDONLY, Some(options))
         .step(|| format!("mount the image {:?}", target.file_name().unwrap_or_default()))
 }
 

@@ -78,8 +78,15 @@ pub struct Users(BTreeMap<String, BTreeSet<String>>);
 impl Users {
     /// Takes note of the volumes `request` asks for.
     pub fn add(&mut self, request: &agent::CreateContainerRequest) {
-        for mount in request.mounts.iter().filter(|mount| mount.from_share) {
-            let volume = mount.source.split('/').next().unwrap_or_default();
+        let mounts =
+            request.mounts.iter().filter(|mount| mount.from_share).map(|mount| mount.source.as_str());
+        let blobs = request.rootfs.images.iter().flat_map(|image| &image.blobs);
+        let images = blobs.filter_map(|blob| match &blob.place {
+            Some(agent::blob::Place::Volume(path)) => Some(path.as_str()),
+            _ => None,
+        });
+        for path in mounts.chain(images) {
+            let volume = path.split('/').next().unwrap_or_default();
             self.0.entry(volume.to_owned()).or_default().insert(request.container_id.clone());
         }
     }

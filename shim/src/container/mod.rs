@@ -27,7 +27,8 @@ use crate::{
     io::{Endpoints, ProcessIo, Stdio},
     process::{Phase, Process},
     rootfs::Layer,
-    sandbox::{Attached, Sandbox},
+    sandbox::{Attached, Sandbox, SandboxError},
+    share::ShareError,
     spec::{self, Bundle, Neighbour},
     state,
     timeline::Timeline,
@@ -150,7 +151,9 @@ impl Container {
         if let (Err(error), Some(attached)) = (&created, place.as_ref())
             && error.is_data_loss()
         {
-            attached.refused_image(&error.to_string());
+            if let Some(error) = attached.refused_image(&error.to_string()) {
+                return Err(SandboxError::from(ShareError::from(error)).into());
+            }
         }
         let init_guest_pid = created?;
         timeline.mark("container created");

@@ -24,7 +24,7 @@ fn images() -> Images {
 }
 
 fn found(layers: &[Layer]) -> Found {
-    find(layers, images(), Path::new("/var/cache"))
+    find(layers, images(), Path::new("/var/cache")).unwrap()
 }
 
 /// A container's layers on snapshots 2 and 1 of `root`, with a writable one of its own.
@@ -51,11 +51,12 @@ fn lies_beside_the_top_layer_and_is_found_when_whole() {
     assert_eq!(path.parent(), Some(root.path().join("2").as_path()));
 
     write_image(&path, 4, 4 * 4096);
-    let Found::Ready(image) = found(&layers) else { panic!("no image") };
+    let Found::Ready(ready) = found(&layers) else { panic!("no image") };
+    let image = &ready[0].blobs[0];
     assert_eq!((image.path.as_path(), image.serial.len(), image.as_memory), (path.as_path(), 20, true));
     let small = Images { memory_limit_bytes: 4 * 4096 - 1, ..images() };
-    let Found::Ready(image) = find(&layers, small, Path::new("/")) else { panic!("no image") };
-    assert!(!image.as_memory);
+    let Ok(Found::Ready(ready)) = find(&layers, small, Path::new("/")) else { panic!("no image") };
+    assert!(!ready[0].blobs[0].as_memory);
 
     // What is no image goes.
     for (blocks, length) in [(4, 3 * 4096), (0, 4096), (4, 1000)] {
@@ -118,4 +119,74 @@ fn broken_once_is_made_again_and_twice_is_not() {
         assert!(!place.file().exists());
         assert_eq!(matches!(found(&layers), Found::Missing(_)), time == 1);
     }
+}
+
+fn erofs(root: &Path, name: &str, options: &[&str]) -> Layer {
+    let options = options.iter().map(|option| (*option).to_owned()).collect();
+    let source = root.join(name).to_string_lossy().into_owned();
+    Layer { kind: "erofs".into(), source, options, ..Layer::default() }
+}
+
+#[test]
+fn a_clients_files_are_taken_as_they_are() {
+    let root = tempfile::tempdir().unwrap();
+    let at = |name: &str| root.path().join(name);
+    write_image(&at("layer"), 4, 5 * 4096);
+    fs::write(at("blob"), "what another one names").unwrap();
+    symlink(at("layer"), at("link")).unwrap();
+    let named = format!("device={}", at("blob").display());
+    let Found::Ready(images) = found(&[erofs(root.path(), "layer", &["ro", "loop", &named])]) else {
+        panic!()
+    };
+    let [image] = images.as_slice() else { panic!("{images:?}") };
+    let [layer, blob] = image.blobs.as_slice() else { panic!("{image:?}") };
+    assert_eq!((image.origin.clone(), image.shared, image.bytes()), (Origin::Mount(0), false, 5 * 4096 + 22));
+    assert_eq!((&layer.path, &blob.path, layer.serial.len()), (&at("layer"), &at("blob"), 20));
+    assert_ne!(layer.serial, blob.serial);
+
+    // The same file as what another one names is another device of a guest's.
+    let other = format!("device={}", at("layer").display());
+    let Found::Ready(others) = found(&[erofs(root.path(), "link", &["loop", &other])]) else { panic!() };
+    assert_ne!(others[0].blobs[1].serial, layer.serial);
+
+    // It is nobody's to switch off: the host's kernel is not to mount it.
+    let off = Images { enabled: false, ..images() };
+    assert!(matches!(
+        find(&[erofs(root.path(), "layer", &["loop"])], off, Path::new("/")),
+        Ok(Found::Ready(_))
+    ));
+}
+
+#[test]
+fn a_clients_file_that_is_none_is_named_and_left() {
+    let root = tempfile::tempdir().unwrap();
+    write_image(&root.path().join("layer"), 4, 4 * 4096);
+    write_image(&root.path().join("short"), 4, 3 * 4096);
+    fs::write(root.path().join("empty"), "").unwrap();
+    let nowhere = "device=/nowhere";
+    for (name, options, expected) in [
+        ("gone", ["ro", "loop"], "No such file or directory (os error 2)"),
+        (".", ["ro", "loop"], "must be a regular file"),
+        ("empty", ["ro", "loop"], "is empty"),
+        ("short", ["ro", "loop"], "is no whole EROFS file system"),
+    ] {
+        let layer = erofs(root.path(), name, &options);
+        let said = find(std::slice::from_ref(&layer), images(), Path::new("/")).unwrap_err().to_string();
+        assert_eq!(said, format!("rootfs[0].source: {}: {expected}", layer.source));
+    }
+    let layer = erofs(root.path(), "layer", &["loop", nowhere]);
+    let said = find(&[layer], images(), Path::new("/")).unwrap_err().to_string();
+    assert!(said.starts_with("rootfs[0].options: /nowhere: device=: No such file"), "{said}");
+    assert!(root.path().join("short").exists());
+}
+
+/// Only where the host's kernel says that EROFS is mounted there are the files behind it used.
+#[test]
+fn a_file_beside_layers_that_are_directories_is_nothing() {
+    let root = tempfile::tempdir().unwrap();
+    let layers = layers(root.path(), &[]);
+    write_image(&root.path().join("1/layer.erofs"), 4, 4 * 4096);
+    write_image(&root.path().join("2/layer.erofs"), 4, 4 * 4096);
+    assert!(!is_in_files(&layers, &images()));
+    assert!(matches!(found(&layers), Found::Missing(_)));
 }

@@ -1,5 +1,6 @@
 //! mount(2) and its younger relatives, as the share needs them.
 
+pub mod loop_device;
 mod namespace;
 
 use std::{
@@ -19,7 +20,7 @@ use nix::{
     sched::{CloneFlags, unshare},
 };
 
-pub use namespace::{Namespace, staged};
+pub use namespace::{Namespace, staged, staged_at};
 
 /// A mount that is at no place yet, perhaps with others below it. It goes with its value, unless it
 /// has been attached.

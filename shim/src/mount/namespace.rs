@@ -4,7 +4,7 @@ use std::{
     fs::File,
     io,
     os::fd::{AsFd, BorrowedFd},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use nix::{
@@ -74,10 +74,15 @@ impl AsFd for Namespace {
 /// What `make` mounts on the directory it is given, which is `stage`: in a mount namespace of that moment, in which the
 /// host's mounts are and from which none leaves.
 pub fn staged(stage: &Path, make: impl FnOnce(&Path) -> io::Result<()> + Send) -> io::Result<Tree> {
+    staged_at(stage, |stage| make(stage).map(|()| stage.to_owned()))
+}
+
+/// The same with what is mounted at the path that `make` returns.
+pub fn staged_at(stage: &Path, make: impl FnOnce(&Path) -> io::Result<PathBuf> + Send) -> io::Result<Tree> {
     apart(|| {
         leave(MsFlags::MS_SLAVE)?;
-        make(stage)?;
-        Tree::of(stage, false)
+        let made = make(stage)?;
+        Tree::of(&made, false)
     })
 }
 

@@ -94,7 +94,7 @@ fn errors_name_the_mount() {
         "rootfs[0].source: is missing; a bind mount needs a directory"
     );
     assert_eq!(
-        error(Layer { kind: "erofs".into(), options: vec!["loop".into()], ..Layer::default() }),
+        error(Layer { kind: "squashfs".into(), options: vec!["loop".into()], ..Layer::default() }),
         "rootfs[0].options: \"loop\" is not supported: a block device is needed"
     );
     assert_eq!(

@@ -6,6 +6,7 @@
 //! back when the container goes.
 
 use std::{
+    cmp::Reverse,
     collections::{BTreeMap, BTreeSet},
     ffi::CString,
     io,
@@ -15,7 +16,7 @@ use std::{
     time::Duration,
 };
 
-use rvm_protocol::agent::{CreateContainerRequest, Scratch, scratch::Backing};
+use rvm_protocol::agent::{self, CreateContainerRequest, Scratch, blob::Place, scratch::Backing};
 use tokio::{
     sync::oneshot,
     task::{JoinHandle, spawn_blocking},
@@ -25,12 +26,12 @@ use tokio::{
 use super::{Claim, Sandbox, SandboxError, machine::Boot, network::Network};
 use crate::{
     agent::process_ref,
-    config::{self, Config, Images},
+    config::{Config, Images},
     holder::{Holder, Starting},
-    image::{self, Found, Image},
-    rootfs::Layer,
-    scratch::Preparation,
-    share::{Share, ShareError, Sources},
+    image::{self, Blob, Found, Image, Origin},
+    rootfs::{self, Layer, RootfsError},
+    scratch::{Preparation, Wanted},
+    share::{Added, Share, ShareError},
     spec::{Bundle, HostDisk},
     timeline::Timeline,
     vmm::MonitorError,
@@ -43,8 +44,8 @@ const WITHDRAW_LIMIT: Duration = Duration::from_secs(10);
 
 /// What an error of a scratch's disk is about.
 const SCRATCH_FIELD: &str = "scratch";
-/// Images in a machine at a time.
-const MAX_IMAGES: usize = 4;
+/// Files of images that are devices of a machine at a time.
+const MAX_IMAGES: usize = 8;
 /// What one of an image's is about.
 const IMAGE_FIELD: &str = "image";
 
@@ -74,8 +75,8 @@ struct Sharing {
     /// Gone once the sandbox is closed.
     share: Option<Arc<Share>>,
     moving: BTreeSet<String>,
-    /// The image each container has, by its disk's serial.
-    images: BTreeMap<String, String>,
+    /// The devices each container has of images, by their serials.
+    images: BTreeMap<String, BTreeSet<String>>,
 }
 
 impl HostSide {
@@ -136,36 +137,53 @@ impl HostSide {
         self.holders.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn add(&self, bundle: &Bundle, layers: &[Layer], has_image: bool) -> Result<Sources, ShareError> {
+    fn add(&self, bundle: &Bundle, layers: &[Layer], images: Option<&[Image]>) -> Result<Added, ShareError> {
         let container = &bundle.container.container_id;
         let share = {
             let mut sharing = self.sharing();
             // Nobody waits for it any more.
-            let Some(share) = sharing.share.clone() else { return Ok(Sources::new()) };
+            let Some(share) = sharing.share.clone() else { return Ok(Added::default()) };
             sharing.moving.insert(container.clone());
             share
         };
-        let added = share.add(bundle, layers, has_image);
+        let added = share.add(bundle, layers, images);
         self.moved(container, share);
         added
     }
 
-    /// Looks for an image in place of `layers`. A machine has slots for some twenty disks, and
-    /// containers need theirs for their scratches: beyond a few images the others' layers are shared.
-    fn image(&self, (configured, cache_dir): (Images, &Path), bundle: &Bundle, layers: &[Layer]) -> Found {
-        if !configured.enabled || bundle.container.rootfs.on_volumes {
-            return Found::Never;
+    /// Looks for images in place of `layers`. A machine has slots for some twenty disks, and
+    /// containers need theirs for their scratches: beyond a few images the others' layers are shared, and of
+    /// layers that are files the smaller ones.
+    fn image(
+        &self,
+        (configured, cache_dir): (Images, &Path),
+        bundle: &Bundle,
+        layers: &[Layer],
+    ) -> Result<Found, RootfsError> {
+        if bundle.container.rootfs.on_volumes {
+            return Ok(Found::Never);
         }
-        let found = image::find(layers, configured, cache_dir);
-        if let Found::Ready(image) = &found {
-            let images = &mut self.sharing().images;
-            let others: BTreeSet<&String> = images.values().filter(|other| **other != image.serial).collect();
-            if others.len() >= MAX_IMAGES {
-                return Found::Never;
+        let mut found = image::find(layers, configured, cache_dir)?;
+        if let Found::Ready(images) = &mut found {
+            let mut sharing = self.sharing();
+            let mut taken: BTreeSet<String> = sharing.images.values().flatten().cloned().collect();
+            let mut own = BTreeSet::new();
+            let mut largest_first: Vec<&mut Image> = images.iter_mut().collect();
+            largest_first.sort_by_key(|image| Reverse(image.bytes()));
+            for image in largest_first {
+                let serials: BTreeSet<String> = image.blobs.iter().map(|blob| blob.serial.clone()).collect();
+                if taken.union(&serials).count() <= MAX_IMAGES {
+                    taken.extend(serials.iter().cloned());
+                    own.extend(serials);
+                } else if image.origin == Origin::Maker {
+                    return Ok(Found::Never);
+                } else {
+                    image.shared = true;
+                }
             }
-            images.insert(bundle.container.container_id.clone(), image.serial.clone());
+            sharing.images.insert(bundle.container.container_id.clone(), own);
         }
-        found
+        Ok(found)
     }
 
     /// Takes a container out of the share, after what is being mounted for it.
@@ -193,13 +211,13 @@ impl HostSide {
 pub struct Preparing {
     part: Part,
     holder: Starting,
-    mounts: Option<JoinHandle<Result<Sources, ShareError>>>,
-    sources: Sources,
+    mounts: Option<JoinHandle<Result<Added, ShareError>>>,
+    added: Added,
     /// What there is in place of the layers; told before the mounts are made.
     looking: Option<oneshot::Receiver<Found>>,
     image: Found,
-    /// What it is to the machine that boots, once it is plugged in.
-    image_plugged_in: Option<PluggedIn>,
+    /// What its files are to the machine that boots, once they are plugged in, by their serials.
+    plugged_in: BTreeMap<String, PluggedIn>,
     scratch: Option<ScratchDisk>,
     tmpfs_bytes: u64,
     disks: Vec<HostDisk>,
@@ -248,11 +266,17 @@ impl Preparing {
     ) -> Result<Self, SandboxError> {
         let holder = host.hold().map_err(SandboxError::Holder)?;
         let part = Part { host: host.clone(), container: bundle.container.container_id.clone() };
-        let (scratch, tmpfs_bytes) = match bundle.scratch(config.scratch) {
+        let (scratch, tmpfs_bytes) = match bundle.scratch(config.scratch, rootfs::disk(layers)) {
             // The agent makes none where all is written to the host.
             None => (None, 0),
-            Some(config::Scratch::Tmpfs { size_bytes }) => (None, size_bytes),
-            Some(config::Scratch::Block { size_bytes }) => {
+            Some(Wanted::Tmpfs { size_bytes }) => (None, size_bytes),
+            Some(Wanted::Disk(disk)) => {
+                let noted = timeline.clone();
+                let done = move || noted.mark("scratch ready");
+                let preparation = Preparation::of_disk(disk, &config.host.cache_dir, done)?;
+                (Some(ScratchDisk::Preparing(preparation)), 0)
+            }
+            Some(Wanted::Block { size_bytes }) => {
                 let noted = timeline.clone();
                 let done = move || noted.mark("scratch ready");
                 let cache_dir = &config.host.cache_dir;
@@ -272,23 +296,26 @@ impl Preparing {
             let timeline = timeline.clone();
             let (images, cache_dir) = (config.images, config.host.cache_dir.clone());
             move || {
-                let found = host.image((images, &cache_dir), &bundle, &layers);
-                let has_image = matches!(found, Found::Ready(_));
+                let found = host.image((images, &cache_dir), &bundle, &layers)?;
+                let images = match &found {
+                    Found::Ready(images) => Some(images.clone()),
+                    Found::Missing(_) | Found::Never => None,
+                };
                 // Nobody waits for it any more.
                 let _ = tell.send(found);
-                let sources = host.add(&bundle, &layers, has_image)?;
+                let added = host.add(&bundle, &layers, images.as_deref())?;
                 timeline.mark("rootfs mounted");
-                Ok(sources)
+                Ok(added)
             }
         });
         Ok(Self {
             part,
             holder,
             mounts: Some(mounts),
-            sources: Sources::new(),
+            added: Added::default(),
             looking: Some(looking),
             image: Found::Never,
-            image_plugged_in: None,
+            plugged_in: BTreeMap::new(),
             tmpfs_bytes,
             disks: bundle.disks.clone(),
             claim: Claim::of(bundle),
@@ -297,23 +324,28 @@ impl Preparing {
         })
     }
 
-    /// Waits until the mounts are there, and image and scratch are in the machine that boots.
+    /// Waits until the mounts are there, and images and scratch are in the machine that boots.
     pub(super) async fn made(&mut self, boot: &Boot) -> Result<(), SandboxError> {
         self.look().await;
-        if let Found::Ready(image) = &self.image {
+        for blob in plugged(&self.image) {
+            // Several of its file systems may name one device.
+            if self.plugged_in.contains_key(&blob.serial) {
+                continue;
+            }
             // A machine without room among its addresses has it as a disk.
-            let memory = match image.as_memory {
-                true => boot.add_pmem(&image.path).await.ok(),
+            let memory = match blob.as_memory {
+                true => boot.add_pmem(&blob.path).await.ok(),
                 false => None,
             };
-            self.image_plugged_in = Some(match memory {
+            let plugged_in = match memory {
                 Some(slot) => PluggedIn::Memory(slot),
                 None => {
-                    let added = boot.add_disk(&image.serial, &image.path, true).await;
+                    let added = boot.add_disk(&blob.serial, &blob.path, true).await;
                     added.map_err(|source| SandboxError::Disk { field: IMAGE_FIELD.to_owned(), source })?;
                     PluggedIn::Disk
                 }
-            });
+            };
+            self.plugged_in.insert(blob.serial.clone(), plugged_in);
         }
         if let Some(ScratchDisk::Preparing(preparation)) = &mut self.scratch {
             let path = preparation.finished().await?;
@@ -339,9 +371,18 @@ impl Preparing {
         let result = mounts.await;
         self.mounts = None;
         // A panic on that thread is a fault of ours.
-        self.sources = result.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))?;
+        self.added = result.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))?;
         Ok(())
     }
+}
+
+/// The files that are devices of a machine.
+fn plugged(found: &Found) -> impl Iterator<Item = &Blob> {
+    let images = match found {
+        Found::Ready(images) => images.as_slice(),
+        Found::Missing(_) | Found::Never => &[],
+    };
+    images.iter().filter(|image| !image.shared).flat_map(|image| &image.blobs)
 }
 
 /// The disks in a machine, by serial; held while one comes or goes.
@@ -382,10 +423,10 @@ pub struct Attached {
     holder: Arc<Holder>,
     serials: Vec<String>,
     scratch: Scratch,
-    sources: Sources,
+    added: Added,
     image: Found,
-    /// Where that is, if it is memory of the guest's.
-    image_slot: Option<u32>,
+    /// What its files are to the guest, by their serials.
+    plugged_in: BTreeMap<String, PluggedIn>,
     left: bool,
 }
 
@@ -403,9 +444,9 @@ impl Drop for Attached {
             holder: self.holder.clone(),
             serials: std::mem::take(&mut self.serials),
             scratch: Scratch::default(),
-            sources: Sources::new(),
+            added: Added::default(),
             image: Found::Never,
-            image_slot: None,
+            plugged_in: BTreeMap::new(),
             left: true,
         };
         tokio::spawn(async move { sandbox.withdraw(attached).await });
@@ -415,16 +456,32 @@ impl Drop for Attached {
 impl Attached {
     /// Says in `request` where the container's writes go, and where its image and its volumes are.
     pub fn settle(&self, request: &mut CreateContainerRequest) {
-        if let Found::Ready(image) = &self.image {
+        if let Found::Ready(images) = &self.image {
             let rootfs = request.rootfs.mut_or_insert_default();
-            rootfs.image_serial.clone_from(&image.serial);
-            rootfs.image_slot = self.image_slot;
+            rootfs.images = images.iter().map(|image| self.message(image)).collect();
         }
         request.scratch = Some(self.scratch.clone()).into();
-        for (mount, source) in &self.sources {
+        for (mount, source) in &self.added.sources {
             if let Some(mount) = request.mounts.get_mut(*mount) {
                 mount.source.clone_from(source);
             }
+        }
+    }
+
+    /// Where the guest finds an image.
+    fn message(&self, image: &Image) -> agent::Image {
+        let place = |blob: &Blob| match self.plugged_in.get(&blob.serial) {
+            _ if image.shared => {
+                Place::Volume(self.added.files.get(&blob.serial).cloned().unwrap_or_default())
+            }
+            Some(PluggedIn::Memory(slot)) => Place::PmemSlot((*slot).into()),
+            Some(PluggedIn::Disk) | None => Place::DiskSerial(blob.serial.clone()),
+        };
+        let blob = |blob: &Blob| agent::Blob { place: Some(place(blob)), ..Default::default() };
+        agent::Image {
+            name: image.name().to_owned(),
+            blobs: image.blobs.iter().map(blob).collect(),
+            ..Default::default()
         }
     }
 
@@ -435,11 +492,21 @@ impl Attached {
         }
     }
 
-    /// The guest cannot mount its image: nobody is to have it any more.
-    pub fn refused_image(&self, reason: &str) {
-        if let Found::Ready(image) = &self.image {
-            image::refuse(&image.path, reason);
+    /// The guest cannot mount an image. Nobody is to have one that was made here any more; of one that is a
+    /// client's, returns which it was.
+    pub fn refused_image(&self, reason: &str) -> Option<RootfsError> {
+        let Found::Ready(images) = &self.image else { return None };
+        for image in images {
+            match (&image.origin, image.blobs.first()) {
+                (Origin::Maker, Some(blob)) => image::refuse(&blob.path, reason),
+                (Origin::Mount(index), Some(blob)) if reason.contains(image.name()) => {
+                    let problem = format!("{}: {reason}", blob.path.display());
+                    return Some(RootfsError::Layer { index: *index, field: "source", problem });
+                }
+                _ => {}
+            }
         }
+        None
     }
 
     /// The process on the host that stands for the container.
@@ -468,14 +535,14 @@ impl Sandbox {
         let Preparing {
             part,
             holder,
-            sources,
+            added,
             scratch,
             tmpfs_bytes,
             disks,
             claim,
             writes,
             image,
-            image_plugged_in,
+            plugged_in: already,
             ..
         } = preparing;
         let holder = holder.ready().await.map_err(SandboxError::Holder)?;
@@ -488,17 +555,17 @@ impl Sandbox {
             holder,
             serials: Vec::new(),
             scratch: Scratch::default(),
-            sources,
+            added,
             image: image.clone(),
-            image_slot: None,
+            plugged_in: BTreeMap::new(),
             left: false,
         };
         let admitted = async {
             self.admit(&attached.part.container, claim).await?;
-            if let Found::Ready(image) = image {
-                let plugged_in = self.plug_image(&image, image_plugged_in).await?;
-                attached.image_slot = plugged_in.slot();
-                attached.serials.push(image.serial);
+            for blob in plugged(&image) {
+                let plugged_in = self.plug_image(blob, already.get(&blob.serial).copied()).await?;
+                attached.plugged_in.insert(blob.serial.clone(), plugged_in);
+                attached.serials.push(blob.serial.clone());
             }
             attached.scratch.backing = Some(match scratch {
                 None => Backing::TmpfsBytes(tmpfs_bytes),
@@ -533,9 +600,9 @@ impl Sandbox {
         }
     }
 
-    /// Plugs an image in that may have been in the machine since it booted (`already`), as
+    /// Plugs a file of an image in that may have been in the machine since it booted (`already`), as
     /// memory where it is to be that and the guest can have it.
-    async fn plug_image(&self, image: &Image, already: Option<PluggedIn>) -> Result<PluggedIn, SandboxError> {
+    async fn plug_image(&self, image: &Blob, already: Option<PluggedIn>) -> Result<PluggedIn, SandboxError> {
         let mut disks = self.disks.lock().await;
         if let Some(disk) = disks.get_mut(&image.serial) {
             disk.users += 1;
@@ -557,7 +624,7 @@ impl Sandbox {
         Ok(plugged_in)
     }
 
-    async fn plug_file(&self, image: &Image) -> Result<PluggedIn, MonitorError> {
+    async fn plug_file(&self, image: &Blob) -> Result<PluggedIn, MonitorError> {
         if image.as_memory && self.machine.has_pmem()
             // A machine without room among its addresses has it as a disk.
             && let Ok(slot) = self.machine.add_pmem(&image.path).await

@@ -450,9 +450,9 @@ async fn choose_ids(config: &Config, plan: &Plan, bundle: &Bundle, layers: &[Lay
     if !config.host.own_ids {
         return Ids::Host("host.own_ids is false".to_owned());
     }
-    let (cache_dir, id) = (config.host.cache_dir.clone(), plan.id.clone());
+    let (config, id) = (config.clone(), plan.id.clone());
     let (bundle, layers) = (bundle.clone(), layers.to_vec());
-    tokio::task::spawn_blocking(move || Ids::choose(&cache_dir, &id, &bundle, &layers))
+    tokio::task::spawn_blocking(move || Ids::choose(&config, &id, &bundle, &layers))
         .await
         .unwrap_or_else(|error| Ids::Host(error.to_string()))
 }

@@ -113,8 +113,9 @@ const DOCKER_SESSION: &str = "docker_session::";
 
 /// Releases of containerd and CNI plugins that `--all` tries, and the cases for which they matter.
 const CONTAINERDS: [&str; 2] = ["trixie", "sid"];
-const CONTAINERDS_CASES: [&str; 9] = [
+const CONTAINERDS_CASES: [&str; 10] = [
     "run::",
+    "erofs_snapshotter::",
     "exec::",
     "death::",
     "failures::",
