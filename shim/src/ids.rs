@@ -107,9 +107,12 @@ impl Own {
         }
         let own = Self::claim(&config.host.cache_dir, id)
             .map_err(|error| format!("none of its own are free: {error}"))?;
-        // Where the guest reads layers by itself, they have the owners they have.
-        if !image::is_in_files(layers, &config.images) {
-            rootfs::can_be_mapped(layers, &bundle.root, own.users.as_fd())?;
+        match image::mounted_files(layers, &config.images) {
+            // Where the guest reads layers by itself, they have the owners they have; files may come to be volumes.
+            Some(files) => {
+                files.iter().try_for_each(|file| rootfs::file_can_be_mapped(file, own.users.as_fd()))?
+            }
+            None => rootfs::can_be_mapped(layers, &bundle.root, own.users.as_fd())?,
         }
         bundle.volumes.iter().try_for_each(|volume| can_be_mapped(volume, own.users.as_fd()))?;
         Ok(own)

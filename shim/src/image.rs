@@ -180,9 +180,10 @@ pub fn find(layers: &[Layer], images: Images, cache_dir: &Path) -> Result<Found,
     })
 }
 
-/// Whether the images of `layers` are in files of the client's, so that nothing else of them is shared.
-pub fn is_in_files(layers: &[Layer], images: &Images) -> bool {
-    images.enabled && layers::mounted(layers, images).is_some()
+/// The files that a client has mounted itself at `layers`, which are not shared then.
+pub fn mounted_files(layers: &[Layer], images: &Images) -> Option<Vec<PathBuf>> {
+    let images = layers::mounted(layers, images).filter(|_| images.enabled)?;
+    Some(images.into_iter().flat_map(|image| image.blobs).map(|blob| blob.path).collect())
 }
 
 /// Looks for the one that [`maker`] makes.

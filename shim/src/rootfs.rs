@@ -412,10 +412,7 @@ impl Step {
 /// Whether owners of all these layers, of whom nobody has mapped any, can be mapped as in the user namespace `users`; why not.
 pub(crate) fn can_be_mapped(layers: &[Layer], root: &Path, users: BorrowedFd) -> Result<(), String> {
     let steps = plan(layers, root, Access::ReadOnly, is_empty_dir).map_err(|error| error.to_string())?;
-    let mapped = |path: &Path| {
-        let tried = Tree::of(path, false).and_then(|tree| tree.map_ids(users, false));
-        tried.map_err(|error| format!("{}: owners cannot be mapped: {error}", path.display()))
-    };
+    let mapped = |path: &Path| file_can_be_mapped(path, users);
     let tried = |step: &Step| {
         let dir = match step {
             Step::Bind { source, idmap: None } | Step::Mounted(source) => source.clone(),
@@ -448,6 +445,12 @@ pub(crate) fn can_be_mapped(layers: &[Layer], root: &Path, users: BorrowedFd) ->
         mapped(&dir)
     };
     steps.iter().try_for_each(tried)
+}
+
+/// The same of one file or directory.
+pub(crate) fn file_can_be_mapped(path: &Path, users: BorrowedFd) -> Result<(), String> {
+    let tried = Tree::of(path, false).and_then(|tree| tree.map_ids(users, false));
+    tried.map_err(|error| format!("{}: owners cannot be mapped: {error}", path.display()))
 }
 
 /// Whether an upper directory holds nothing, but perhaps a container's own scratch.

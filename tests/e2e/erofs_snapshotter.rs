@@ -65,8 +65,8 @@ fn layers(base: Layer) -> Vec<Layer> {
 
 fn import(world: &World, name: &str, layers: Vec<Layer>) -> Result<()> {
     let archive = world.write_file("erofs.tar", Image::new(name, layers)?.archive()?)?;
-    let imported =
-        world.ctr().run(&["images", "import", "--snapshotter", "erofs", &archive], scale::container());
+    // Who runs it unpacks it, with the snapshotter that is asked for.
+    let imported = world.ctr().run(&["images", "import", "--no-unpack", &archive], scale::container());
     std::fs::remove_file(archive)?;
     imported?.success()?;
     Ok(())

@@ -22,10 +22,10 @@ use rvm_tests::{
     world::{World, shell},
 };
 
-const NETWORK: &str = "/run/netns/sandbox-api";
+pub(crate) const NETWORK: &str = "/run/netns/sandbox-api";
 
 /// A network namespace as somebody would prepare it for a pod.
-fn with_network(test: impl FnOnce() -> Result<()>) -> Result<()> {
+pub(crate) fn with_network(test: impl FnOnce() -> Result<()>) -> Result<()> {
     shell(
         "ip netns add sandbox-api; ip -n sandbox-api link set lo up; ip -n sandbox-api link add eth0 type dummy; \
          ip -n sandbox-api link set eth0 up; ip -n sandbox-api addr add 10.86.0.2/24 dev eth0",
@@ -58,7 +58,7 @@ fn is<T: std::fmt::Debug>(answer: Result<T, Status>, code: Code) -> Result<()> {
     Ok(())
 }
 
-fn stop(shim: &PodShim) -> Result<(), Status> {
+pub(crate) fn stop(shim: &PodShim) -> Result<(), Status> {
     let request = StopSandboxRequest { sandbox_id: shim.id.clone(), timeout_secs: 10, ..Default::default() };
     shim.ask("StopSandbox", &request).map(drop)
 }
@@ -68,7 +68,7 @@ fn ping(shim: &PodShim) -> Result<(), Status> {
 }
 
 /// Ends the sandbox, and the shim with it.
-fn shut_down(shim: PodShim) -> Result<()> {
+pub(crate) fn shut_down(shim: PodShim) -> Result<()> {
     let request = ShutdownSandboxRequest { sandbox_id: shim.id.clone(), ..Default::default() };
     shim.ask("ShutdownSandbox", &request).map_err(said)?;
     shim.gone()

@@ -16,6 +16,7 @@ use containerd_shim_protos::{
         StartSandboxResponse, WaitSandboxRequest, WaitSandboxResponse,
     },
     ttrpc::{self, Status},
+    types::mount::Mount,
 };
 use k8s_cri::v1::PodSandboxConfig;
 use serde_json::{Value, json};
@@ -144,6 +145,21 @@ impl PodShim {
     /// # Errors
     /// What the shim answers.
     pub fn run(&self, world: &World, id: &str, script: &str, edit: impl FnOnce(&mut Value)) -> Result<()> {
+        self.run_on(world, id, Vec::new(), script, edit)
+    }
+
+    /// The same on a snapshot's mounts.
+    ///
+    /// # Errors
+    /// What the shim answers.
+    pub fn run_on(
+        &self,
+        world: &World,
+        id: &str,
+        rootfs: Vec<Mount>,
+        script: &str,
+        edit: impl FnOnce(&mut Value),
+    ) -> Result<()> {
         let pid = self.status().map_err(said)?.pid;
         let bundle = self.dir.join(id);
         fs::create_dir_all(&bundle)?;
@@ -172,6 +188,7 @@ impl PodShim {
         let create = CreateTaskRequest {
             id: id.to_owned(),
             bundle: bundle.to_string_lossy().into_owned(),
+            rootfs,
             ..Default::default()
         };
         self.ask_task("Create", &create).map_err(said)?;
