@@ -440,7 +440,7 @@ pub(crate) fn can_be_mapped(layers: &[Layer], root: &Path, users: BorrowedFd) ->
             Step::Stack { written: true, .. } => {
                 return Err("somebody has written to its own layer".into());
             }
-            Step::Stack { stack, .. } => return stack.files().try_for_each(|file| mapped(file)),
+            Step::Stack { stack, .. } => return stack.files().try_for_each(mapped),
         };
         mapped(&dir)
     };

@@ -150,10 +150,9 @@ impl Container {
         };
         if let (Err(error), Some(attached)) = (&created, place.as_ref())
             && error.is_data_loss()
+            && let Some(error) = attached.refused_image(&error.to_string())
         {
-            if let Some(error) = attached.refused_image(&error.to_string()) {
-                return Err(SandboxError::from(ShareError::from(error)).into());
-            }
+            return Err(SandboxError::from(ShareError::from(error)).into());
         }
         let init_guest_pid = created?;
         timeline.mark("container created");

@@ -135,10 +135,10 @@ fn a_clients_files_are_taken_as_they_are() {
     fs::write(at("blob"), "what another one names").unwrap();
     symlink(at("layer"), at("link")).unwrap();
     let named = format!("device={}", at("blob").display());
-    let Found::Ready(images) = found(&[erofs(root.path(), "layer", &["ro", "loop", &named])]) else {
+    let Found::Ready(ready) = found(&[erofs(root.path(), "layer", &["ro", "loop", &named])]) else {
         panic!()
     };
-    let [image] = images.as_slice() else { panic!("{images:?}") };
+    let [image] = ready.as_slice() else { panic!("{ready:?}") };
     let [layer, blob] = image.blobs.as_slice() else { panic!("{image:?}") };
     assert_eq!((image.origin.clone(), image.shared, image.bytes()), (Origin::Mount(0), false, 5 * 4096 + 22));
     assert_eq!((&layer.path, &blob.path, layer.serial.len()), (&at("layer"), &at("blob"), 20));

@@ -85,7 +85,7 @@ impl<'w> Layers<'w> {
 
     /// What containerd 2.2 and 2.4 send for a container with a disk of its own.
     fn on_disk(&self, lower: &[u32]) -> Vec<Mount> {
-        let size = "X-containerd.mkfs.size=67108864";
+        let size = "X-containerd.mkfs.size=25165824";
         let disk =
             mount("mkfs/ext4", self.at("9/rwlayer.img"), &["X-containerd.mkfs.fs=ext4", size, "rw", "loop"]);
         let layers = lower.iter().map(|&number| self.erofs(number));
@@ -231,7 +231,7 @@ fn what_is_written_is_on_containerds_disk() {
             &expected,
             &layers.run(layers.on_disk(&[1]), "", &format!("{WALK}; echo kept > /data/new; rm /data/low"))?,
         )?;
-        let script = "cat /data/new; ls /data/low; mib=$(($(stat -f -c %b /) * $(stat -f -c %S /) >> 20)); [ $mib -gt 40 -a $mib -le 64 ] && echo sized
+        let script = "cat /data/new; ls /data/low; mib=$(($(stat -f -c %b /) * $(stat -f -c %S /) >> 20)); [ $mib -gt 12 -a $mib -le 24 ] && echo sized
             dd if=/dev/zero of=/data/all bs=1M 2>&1 | grep -o 'No space left'; rm /data/all; echo two > /data/two";
         let found = layers.run(layers.on_disk(&[1]), "host", script)?;
         ensure!(found == "kept\nls: /data/low: No such file or directory\nsized\nNo space left\n", "{found}");
@@ -241,7 +241,7 @@ fn what_is_written_is_on_containerds_disk() {
             layers.at("")
         ))?;
         let committed =
-            "data\ndata/low\ndata/new\ndata/two\nkept\ntwo\ncharacter special file 0:0\n755\n67108864 600\n";
+            "data\ndata/low\ndata/new\ndata/two\nkept\ntwo\ncharacter special file 0:0\n755\n25165824 600\n";
         ensure!(disk == committed, "{disk}");
         Ok(())
     });
