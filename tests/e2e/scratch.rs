@@ -220,3 +220,26 @@ fn what_is_written_to_memory_goes_with_the_container() {
         world.ctr().run(&["containers", "rm", &run.id], scale::command())?.success().map(drop)
     });
 }
+
+/// Several requests of one disk are with the host at once, and each has its own bytes.
+#[test]
+fn what_many_write_at_once_is_what_they_read() {
+    const SCRIPT: &str = "cd /root
+one() {
+    for round in 1 2 3 4; do
+        dd if=/dev/urandom of=$1 bs=4k count=$((20 + $1 * 7)) 2>/dev/null
+        md5sum $1 > $1.sum
+        [ $((round % 2)) = 0 ] || dd if=/dev/zero of=$1 bs=1 count=0 conv=notrunc,fsync 2>/dev/null
+        [ $1 != 3 ] || echo 3 > /proc/sys/vm/drop_caches
+        md5sum -c $1.sum > /dev/null || echo \"$1 is not what was written\"
+    done
+}
+for n in 1 2 3 4 5 6 7 8; do one $n & done
+wait; sync; echo 3 > /proc/sys/vm/drop_caches; cat *.sum | md5sum -c > /dev/null && echo the same";
+    with_block(|world| {
+        let run = world.ctr().container("many").with(&["--privileged"]);
+        let finished = run.shell(SCRIPT)?.success()?;
+        ensure!(finished.text() == "the same\n", "{finished}");
+        Ok(())
+    });
+}
