@@ -179,6 +179,8 @@ fn what_is_committed_is_the_same_under_both() {
                 .success()?;
             let (view, place) = (format!("view-{who}"), world.dir().join(who));
             snapshots(&["view", &view, &committed])?;
+            // Else containerd collects it at the next run, and takes what it was made of for something with a child for ever.
+            snapshots(&["label", &view, "containerd.io/gc.root=case"])?;
             let mounts = mounts_of(world, &view)?;
             println!("{mounts}");
             std::fs::create_dir(&place)?;
@@ -188,12 +190,11 @@ fn what_is_committed_is_the_same_under_both() {
         let same = tree::same(&views[0].2, &views[1].2);
         for (view, committed, place) in views {
             shell(&format!("umount {0}; rmdir {0}", place.display()))?;
-            // containerd may have collected them, as nothing refers to them.
             for key in [view, committed] {
                 let removed = world
                     .ctr()
                     .run(&["snapshots", "--snapshotter", "erofs", "rm", &key], scale::command())?;
-                ensure!(removed.code() == 0 || removed.errors().contains("not found"), "{removed}");
+                removed.success()?;
             }
         }
         same
