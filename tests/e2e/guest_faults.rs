@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use rvm_tests::{
-    case, ctr::remove_clients_fifos, job::Input, machine::hostile::HOSTILE_ENV, parity::PROBE_ENV,
+    case, ctr::remove_clients_fifos, host, job::Input, machine::hostile::HOSTILE_ENV, parity::PROBE_ENV,
     sandbox::Sandbox, scale, world::World,
 };
 
@@ -83,9 +83,7 @@ fn a_flood_of_connections() {
             most = most.max(std::fs::read_dir(format!("/proc/{}/fd", sandbox.monitor.pid))?.count());
             flood.wait_for(&format!("round {round}\n"), scale::container())?;
         }
-        let status = std::fs::read_to_string(format!("/proc/{}/status", sandbox.monitor.pid))?;
-        let own = status.lines().find_map(|line| line.strip_prefix("RssAnon:")?.strip_suffix("kB"));
-        let own: u64 = own.context("no RssAnon")?.trim().parse()?;
+        let own = host::kib(&format!("{}/status", sandbox.monitor.pid), "RssAnon")?;
         println!("{most} descriptors, {own} KiB; the slowest exec took {} ms", slowest.as_millis());
         ensure!(most <= DESCRIPTORS, "{most} descriptors");
         ensure!(own <= MIB << 10, "{own} KiB of the monitor's own");

@@ -6,7 +6,14 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use rvm_tests::{case, ctr::Run, host::Process, job::Input, sandbox::Sandbox, scale};
+use rvm_tests::{
+    case,
+    ctr::Run,
+    host::{self, Process},
+    job::Input,
+    sandbox::Sandbox,
+    scale,
+};
 
 use crate::volumes::{Volume, bind};
 
@@ -118,9 +125,7 @@ fn guest_memory_is_in_huge_pages_unless_the_configuration_says_no() {
 
 /// KiB of its guest's memory that a monitor has from the host.
 fn guest_kib(monitor: libc::pid_t) -> Result<u64> {
-    let status = std::fs::read_to_string(format!("/proc/{monitor}/status"))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("RssShmem:")).context("no RssShmem")?;
-    Ok(line.trim().trim_end_matches(" kB").parse()?)
+    host::kib(&format!("{monitor}/status"), "RssShmem")
 }
 
 #[test]

@@ -14,6 +14,7 @@ use rvm_tests::{
     case, case_with,
     cni::{Namespace, Network},
     cri::{Container, Cri, Pod},
+    host,
     job::Input,
     sandbox::Sandbox,
     scale,
@@ -32,16 +33,12 @@ use crate::{
 const LEAK_KIB: u64 = 64;
 
 fn available_kib() -> Result<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo")?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:")).context("no MemAvailable")?;
-    Ok(line.trim().trim_end_matches(" kB").parse()?)
+    host::kib("meminfo", "MemAvailable")
 }
 
 /// Resident memory of a process.
 fn resident_kib(pid: libc::pid_t) -> Result<u64> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
-    Ok(line.trim().trim_end_matches(" kB").parse()?)
+    host::kib(&format!("{pid}/status"), "VmRSS")
 }
 
 /// That the host has everything back is seen by every case; here its memory too.

@@ -8,11 +8,24 @@ use std::{
     time::{Duration, Instant},
 };
 
+use anyhow::{Context, Result};
+
 use crate::stage::Stage;
 
 /// Set inside the devhost, to the QEMU it runs in. Nothing but the tests runs there: everything that
 /// appears counts, not only what bears one of our names.
 pub const DEVHOST_ENV: &str = "RVM_DEVHOST";
+
+/// KiB that a line of a file below `/proc` says: `VmRSS` of `1/status`, `Pss` of `1/smaps_rollup`, `MemAvailable` of `meminfo`.
+///
+/// # Errors
+/// When there is no such line.
+pub fn kib(file: &str, field: &str) -> Result<u64> {
+    let text = read_to_string(Path::new("/proc").join(file)).with_context(|| file.to_owned())?;
+    let line = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+    let value = line.with_context(|| format!("no {field} in {file}"))?;
+    Ok(value.trim().trim_end_matches(" kB").parse()?)
+}
 
 /// Everything that counts, one line each.
 #[derive(Clone, Debug, PartialEq, Eq)]

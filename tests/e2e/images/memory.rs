@@ -6,7 +6,7 @@ use std::{fs::File, os::fd::AsRawFd, path::Path};
 use anyhow::{Context, Result, ensure};
 use rvm_tests::{
     ctr::Run,
-    images,
+    host, images,
     job::{Input, Job},
     sandbox::Sandbox,
     scale,
@@ -109,9 +109,7 @@ fn in_page_cache(path: &Path) -> Result<u64> {
 
 /// KiB of the host's memory that a process is charged with: what it has alone, and its share of the rest.
 fn share_kib(pid: libc::pid_t) -> Result<u64> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
-    let line = text.lines().find_map(|line| line.strip_prefix("Pss:")).context("no Pss")?;
-    Ok(line.trim().trim_end_matches(" kB").parse()?)
+    host::kib(&format!("{pid}/smaps_rollup"), "Pss")
 }
 
 /// What each of so many sandboxes takes that have read the same file of an image, on average, in KiB; where it is memory

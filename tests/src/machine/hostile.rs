@@ -18,6 +18,7 @@ use serde_json::json;
 
 use super::{Control, inherits};
 use crate::{
+    host,
     job::{Finished, Input, Job},
     scale,
     world::World,
@@ -176,9 +177,7 @@ impl Machine {
         let killed =
             events.lines().any(|line| line.strip_prefix("oom").is_some_and(|rest| !rest.ends_with(" 0")));
         ensure!(!killed, "its memory came to its limit:\n{events}");
-        let status = read_to_string(format!("/proc/{}/status", self.job.pid()))?;
-        let own = status.lines().find_map(|line| line.strip_prefix("RssAnon:")?.strip_suffix("kB"));
-        let own: u64 = own.context("no RssAnon")?.trim().parse()?;
+        let own = host::kib(&format!("{}/status", self.job.pid()), "RssAnon")?;
         ensure!(own <= OWN_KIB, "{own} KiB of memory of its own");
         Ok(())
     }

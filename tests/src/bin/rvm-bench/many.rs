@@ -10,6 +10,7 @@ use std::{
 use anyhow::{Context, Result, anyhow, ensure};
 use rvm_tests::{
     ctr::{Ctr, Run},
+    host,
     job::Input,
     sandbox::Sandbox,
     scale,
@@ -203,10 +204,7 @@ fn settled_mib() -> Result<f64> {
 }
 
 fn available_mib() -> Result<f64> {
-    let text = std::fs::read_to_string("/proc/meminfo")?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:")).context("no MemAvailable")?;
-    let kib: f64 = line.trim().trim_end_matches(" kB").parse().context("MemAvailable")?;
-    Ok(kib / 1024.0)
+    Ok(host::kib("meminfo", "MemAvailable")? as f64 / 1024.0)
 }
 
 /// Seconds of the day in UTC, as events have them.
