@@ -4,7 +4,7 @@
 use std::{
     fmt,
     fs::File,
-    io::{Read, Write},
+    io::{self, Read, Write},
     os::{
         fd::{AsFd, AsRawFd, OwnedFd},
         unix::process::{CommandExt, ExitStatusExt},
@@ -90,7 +90,19 @@ impl Job {
     ///
     /// # Errors
     /// When the program cannot be started.
-    pub fn start(mut command: Command, input: Input) -> Result<Self> {
+    pub fn start(command: Command, input: Input) -> Result<Self> {
+        Self::start_by(command, input, Command::spawn)
+    }
+
+    /// The same, where the process is spawned by `spawn`.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start_by(
+        mut command: Command,
+        input: Input,
+        spawn: impl FnOnce(&mut Command) -> io::Result<Child>,
+    ) -> Result<Self> {
         let name = command_line(&command);
         let mut terminal = None;
         match input {
@@ -107,7 +119,7 @@ impl Job {
             }
         }
         let started = Instant::now();
-        let mut child = command.spawn().with_context(|| format!("starting {name}"))?;
+        let mut child = spawn(&mut command).with_context(|| format!("starting {name}"))?;
         // The command holds the terminal's other end open as long as it lives.
         drop(command);
 

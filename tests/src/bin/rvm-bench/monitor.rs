@@ -164,16 +164,17 @@ impl Jail {
         };
         // SAFETY: the closure makes system calls only.
         unsafe { command.pre_exec(inherit) };
-        let started = std::thread::scope(|scope| {
-            // For this thread's child alone.
-            let start = || {
-                unshare(CloneFlags::CLONE_NEWPID)
-                    .map_err(Into::into)
-                    .and_then(|()| Job::start(command, Input::Nothing))
-            };
-            scope.spawn(start).join()
-        });
-        started.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        // For the child of one thread alone, which can start no more threads then.
+        let spawn = |command: &mut Command| {
+            std::thread::scope(|scope| {
+                let spawn = || {
+                    unshare(CloneFlags::CLONE_NEWPID)?;
+                    command.spawn()
+                };
+                scope.spawn(spawn).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            })
+        };
+        Job::start_by(command, Input::Nothing, spawn)
     }
 }
 
