@@ -70,7 +70,7 @@ fn jail(args: &Args) -> Result<()> {
     let native = result("first-run", |output| prepared.run_here(program, &["first-run".to_owned()], output))?;
     bench.report(args.json, |all| {
         let mut text = aims(all, &[("rvm/rvm without its jail", JAIL)]);
-        let _ = writeln!(text, "{}\nnative: {}", all["medians_ms"], native);
+        let _ = writeln!(text, "{}\n{}\nnative: {}", all["medians_ms"], all["steps_ms"], native);
         text
     })
 }

@@ -102,19 +102,23 @@ pub fn measure(stage: &Stage, files: &PeerFiles, runs: usize) -> Result<Value> {
 /// What the jail adds to a start: one in turn that is shut in, and one that is not.
 pub fn jail(stage: &Stage, runs: usize) -> Result<Value> {
     let mut all: [Vec<f64>; 2] = Default::default();
+    let mut metrics: [Vec<Metrics>; 2] = Default::default();
     // The first round fills caches and is not counted.
     for round in 0..=runs {
-        let one = |start: fn(&Stage) -> Result<Monitor>| -> Result<f64> {
+        let one = |start: fn(&Stage) -> Result<Monitor>| -> Result<(f64, Metrics)> {
             clean::free_memory()?;
             let monitor = start(stage)?;
-            let ready = monitor.ready_ms()?;
+            let ready = (monitor.ready_ms()?, monitor.metrics()?);
             monitor.stop()?;
             Ok(ready)
         };
-        let ms = [one(Monitor::start)?, one(Monitor::start_jailed)?];
-        eprintln!("round {round}: {:.0} ms, shut in {:.0} ms", ms[0], ms[1]);
+        let [open, shut] = [one(Monitor::start)?, one(Monitor::start_jailed)?];
+        eprintln!("round {round}: {:.0} ms, shut in {:.0} ms", open.0, shut.0);
         if round > 0 {
-            all.iter_mut().zip(ms).for_each(|(all, ms)| all.push(ms));
+            for (which, (ms, counted)) in [open, shut].into_iter().enumerate() {
+                all[which].push(ms);
+                metrics[which].push(counted);
+            }
         }
     }
     let [open, shut] = all.each_ref().map(|ms| median(ms));
@@ -122,6 +126,7 @@ pub fn jail(stage: &Stage, runs: usize) -> Result<Value> {
         "ratios": { "rvm/rvm without its jail": shut / open },
         "medians_ms": { "rvm": open, "rvm, shut in": shut },
         "runs_ms": { "rvm": all[0], "rvm, shut in": all[1] },
+        "steps_ms": { "rvm": step_medians(&metrics[0]), "rvm, shut in": step_medians(&metrics[1]) },
         "conditions": {
             "runs": runs,
             "vcpus": VCPUS,
