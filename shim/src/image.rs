@@ -87,7 +87,7 @@ impl Place {
             hash.update(dir);
             hash.update([0]);
         }
-        let hash = hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+        let hash = short(hash);
         Some(Self { dir, lower, hash, images, cache_dir: cache_dir.to_owned() })
     }
 
@@ -220,6 +220,11 @@ pub fn list(images: &Images, cache_dir: &Path) -> Vec<Blob> {
     let mut list: Vec<Blob> = entries.filter_map(image).collect();
     list.sort_by(|a, b| a.serial.cmp(&b.serial));
     list
+}
+
+/// As much of a hash as fits a device's serial.
+fn short(hash: Sha256) -> String {
+    hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// What the image of this hash is called.

@@ -138,7 +138,6 @@ pub fn busybox_image() -> Result<PathBuf> {
 /// A Debian with programs people run, as an OCI archive for `ctr images import`; its reference is
 /// [`DEBIAN_NAME`]. Made once, which takes minutes and the network.
 pub fn debian_image() -> Result<PathBuf> {
-    packages::ensure(&[Purpose::DebianImage])?;
     let text = |items: &[&str]| items.iter().map(|&item| item.to_owned()).collect();
     let bootstrap = Bootstrap {
         release: "bookworm".into(),
@@ -172,23 +171,24 @@ pub fn debian_image() -> Result<PathBuf> {
             "/usr/lib/postgresql/*/lib/bitcode/*",
         ]),
     };
-    let step = Step::start("Debian image");
-    let image = bootstrap.image(DEBIAN_NAME, &cache_dir()?.join("images"))?;
-    step.done("");
-    Ok(image)
+    bootstrapped("Debian image", DEBIAN_NAME, &bootstrap)
 }
 
 /// A Debian for `cargo xtask bench workloads`, as an OCI archive. Made once, which takes minutes and the network.
 pub fn workloads_image() -> Result<PathBuf> {
-    packages::ensure(&[Purpose::DebianImage])?;
     let text = |items: &[&str]| items.iter().map(|&item| item.to_owned()).collect();
     let bootstrap = Bootstrap {
         release: "bookworm".into(),
         packages: text(&["apt", "git", "npm", "cargo", "python3-pip", "postgresql", "postgresql-contrib"]),
         excluded: text(&["/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*"]),
     };
-    let step = Step::start("Debian image for workloads");
-    let image = bootstrap.image(WORKLOADS_NAME, &cache_dir()?.join("images"))?;
+    bootstrapped("Debian image for workloads", WORKLOADS_NAME, &bootstrap)
+}
+
+fn bootstrapped(what: &str, name: &str, bootstrap: &Bootstrap) -> Result<PathBuf> {
+    packages::ensure(&[Purpose::DebianImage])?;
+    let step = Step::start(what);
+    let image = bootstrap.image(name, &cache_dir()?.join("images"))?;
     step.done("");
     Ok(image)
 }

@@ -91,8 +91,7 @@ fn blob(path: &Path, file: &File, part: Part, images: &Images) -> io::Result<Blo
     hash.update(found.dev().to_le_bytes());
     hash.update(found.ino().to_le_bytes());
     hash.update(path.as_os_str().as_encoded_bytes());
-    let hash: String = hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect();
-    Ok(Blob::new(path.to_owned(), super::serial(&hash), found.len(), images))
+    Ok(Blob::new(path.to_owned(), super::serial(&super::short(hash)), found.len(), images))
 }
 
 /// The files behind layers that containerd 2.1 has mounted itself, at `fs` beside each; none where not all are such.

@@ -1,11 +1,9 @@
 //! `cargo xtask bench files`.
 
-use std::fmt::Write;
-
 use anyhow::Result;
 use serde_json::Value;
 
-use super::{Bench, aims};
+use super::{Bench, aims, medians};
 use crate::build;
 
 /// Arguments of `cargo xtask bench files`.
@@ -44,12 +42,7 @@ fn text(result: &Value) -> String {
     let again: Vec<(&str, f64)> =
         again.filter(|name| name.contains(" again")).map(|name| (name, AGAIN)).collect();
     let mut text = aims(result, &again);
-    let _ = writeln!(text, "   {:<56} {:>9} {:>9} {:>8}", "ms", "rvm", "runc", "rvm/runc");
-    for row in result["medians_ms, rvm and runc"].as_array().into_iter().flatten() {
-        let name = row[0].as_str().unwrap_or_default();
-        let [rvm, runc] = [&row[1], &row[2]].map(|value| value.as_f64().unwrap_or(f64::NAN));
-        let _ = writeln!(text, "   {name:<56} {rvm:>9.1} {runc:>9.1} {:>8.2}", rvm / runc);
-    }
+    text += &medians(result, 56);
     text
 }
 

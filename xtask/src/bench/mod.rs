@@ -85,6 +85,17 @@ fn aims(result: &Value, aims: &[(&str, f64)]) -> String {
     text
 }
 
+/// A report's table of medians under both runtimes, with names of so many characters.
+fn medians(result: &Value, width: usize) -> String {
+    let mut text = format!("   {:<width$} {:>9} {:>9} {:>8}\n", "ms", "rvm", "runc", "rvm/runc");
+    for row in result["medians_ms, rvm and runc"].as_array().into_iter().flatten() {
+        let name = row[0].as_str().unwrap_or_default();
+        let [rvm, runc] = [&row[1], &row[2]].map(|value| value.as_f64().unwrap_or(f64::NAN));
+        let _ = writeln!(text, "   {name:<width$} {rvm:>9.1} {runc:>9.1} {:>8.2}", rvm / runc);
+    }
+    text
+}
+
 /// A benchmark that is one part of the program, against a peer in one run.
 struct Bench {
     part: &'static str,

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use anyhow::Result;
 use serde_json::Value;
 
-use super::{Bench, aims};
+use super::{Bench, aims, medians};
 use crate::build;
 
 /// Arguments of `cargo xtask bench workloads`.
@@ -36,12 +36,7 @@ pub fn run(args: Args) -> Result<()> {
 /// The result for people.
 fn text(result: &Value) -> String {
     let mut text = aims(result, &[]);
-    let _ = writeln!(text, "   {:<40} {:>9} {:>9} {:>8}", "ms", "rvm", "runc", "rvm/runc");
-    for row in result["medians_ms, rvm and runc"].as_array().into_iter().flatten() {
-        let name = row[0].as_str().unwrap_or_default();
-        let [rvm, runc] = [&row[1], &row[2]].map(|value| value.as_f64().unwrap_or(f64::NAN));
-        let _ = writeln!(text, "   {name:<40} {rvm:>9.1} {runc:>9.1} {:>8.2}", rvm / runc);
-    }
+    text += &medians(result, 40);
     let wrong = result["results"]["wrong"].as_array().map_or(&[][..], Vec::as_slice);
     let _ = writeln!(text, "\nresults: {} the same, {} wrong", result["results"]["same"], wrong.len());
     for line in wrong {

@@ -13,7 +13,7 @@ use thiserror::Error;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VRING_AVAIL_F_NO_INTERRUPT};
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, VolatileSlice};
-use vmm_sys_util::epoll::{Epoll, EventSet};
+use vmm_sys_util::epoll::{Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::worker::{self, Asked};
@@ -126,9 +126,24 @@ impl Ring {
     }
 
     /// The same for one of several workers that serve the ring: a kick is one's, of those that wait.
-    pub fn register_among(&self, epoll: &Epoll, token: u64) -> io::Result<()> {
+    fn register_among(&self, epoll: &Epoll, token: u64) -> io::Result<()> {
         let events = EventSet::IN | EventSet::EDGE_TRIGGERED | EventSet::EXCLUSIVE;
         worker::add(epoll, &self.kick, events, token)
+    }
+
+    /// Registers rings that several workers serve, each by its place among them.
+    pub fn register_all(rings: &[Arc<Mutex<Self>>], epoll: &Epoll) -> io::Result<()> {
+        (0..).zip(rings).try_for_each(|(token, ring)| {
+            ring.lock().unwrap_or_else(PoisonError::into_inner).register_among(epoll, token)
+        })
+    }
+
+    /// Those of [`Ring::register_all`] that became ready.
+    pub fn ready<'r>(
+        rings: &'r [Arc<Mutex<Self>>],
+        events: &'r [EpollEvent],
+    ) -> impl Iterator<Item = &'r Arc<Mutex<Self>>> {
+        events.iter().filter_map(|event| rings.get(usize::try_from(event.data()).ok()?))
     }
 
     /// Makes the worker look at this ring again in its next round.

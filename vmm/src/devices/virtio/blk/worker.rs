@@ -24,15 +24,12 @@ impl Handler for BlkWorker {
     type Error = BlkError;
 
     fn register(&mut self, epoll: &Epoll) -> io::Result<()> {
-        for (token, ring) in (0..).zip(&self.rings) {
-            ring.lock().unwrap_or_else(PoisonError::into_inner).register_among(epoll, token)?;
-        }
-        Ok(())
+        Ring::register_all(&self.rings, epoll)
     }
 
     fn handle(&mut self, _epoll: &Epoll, ready: &[EpollEvent]) -> Result<(), BlkError> {
         let Self { memory, rings, disk, serial } = self;
-        for ring in ready.iter().filter_map(|event| rings.get(usize::try_from(event.data()).ok()?)) {
+        for ring in Ring::ready(rings, ready) {
             let asked = ring.lock().unwrap_or_else(PoisonError::into_inner).asked();
             let go_on = || !asked.to_stop();
             Ring::serve_among(ring, memory, |chain| match GuestBuffers::with_lent(memory, chain) {

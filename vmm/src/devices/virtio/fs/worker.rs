@@ -3,7 +3,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use vmm_sys_util::epoll::{Epoll, EpollEvent};
 
@@ -54,10 +54,7 @@ impl Handler for FsWorker {
     type Error = FsError;
 
     fn register(&mut self, epoll: &Epoll) -> io::Result<()> {
-        for (token, ring) in (0..).zip(&self.rings) {
-            ring.lock().unwrap_or_else(PoisonError::into_inner).register_among(epoll, token)?;
-        }
-        Ok(())
+        Ring::register_all(&self.rings, epoll)
     }
 
     fn start(&mut self, _epoll: &Epoll) -> io::Result<()> {
@@ -66,8 +63,7 @@ impl Handler for FsWorker {
 
     fn handle(&mut self, _epoll: &Epoll, ready: &[EpollEvent]) -> Result<(), FsError> {
         let Self { memory, rings, hiprio, share } = self;
-        let ready = ready.iter().filter_map(|event| rings.get(usize::try_from(event.data()).ok()?));
-        for ring in ready {
+        for ring in Ring::ready(rings, ready) {
             let server = share.server().map_err(FsError::Share)?;
             let mut first = Ok(0);
             let interrupts = Ring::serve_among(ring, memory, |chain| {
