@@ -14,8 +14,9 @@ mod workloads;
 
 use std::fmt::Write;
 use std::path::PathBuf;
+use std::process::Command;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use crate::build::Profile;
@@ -129,6 +130,18 @@ impl Bench {
         }
         Ok(())
     }
+}
+
+/// Runs a test of the monitor's that measures a device without a guest, on this machine.
+fn device(test: &str) -> Result<()> {
+    let test = format!("devices::virtio::{test}");
+    let status = Command::new(env!("CARGO"))
+        .args(["test", "--quiet", "--release", "-p", "rvm-vmm", "--lib", "--"])
+        .args(["--ignored", "--nocapture", "--exact", &test])
+        .status()
+        .context("running cargo test")?;
+    ensure!(status.success(), "{test}: nothing was measured");
+    Ok(())
 }
 
 /// What the program's result line starts with.

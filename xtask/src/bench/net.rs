@@ -23,6 +23,9 @@ pub struct Args {
     /// in transfers of one second.
     #[arg(long)]
     fast: bool,
+    /// Only the monitor's own interface, without a guest, on this machine: what a frame costs, shut in and not.
+    #[arg(long, conflicts_with_all = ["json", "runs", "fast"])]
+    monitor: bool,
 }
 
 /// What the names of ratios begin with, and what each may be at most.
@@ -34,6 +37,9 @@ const AIMS: [(&str, f64); 3] = [
 
 /// Runs `cargo xtask bench net`.
 pub fn run(args: Args) -> Result<()> {
+    if args.monitor {
+        return super::device("net::tests::native::what_frames_cost");
+    }
     packages::ensure(&[Purpose::Bench])?;
     let mut bench = Bench::new("net", args.fast, args.runs)?;
     bench.prepared.set("RVM_BENCH_KERNEL_PEER", build::kernel(Flavour::Peer)?.vmlinux);

@@ -23,6 +23,8 @@ pub mod vsock;
 pub mod worker;
 
 #[cfg(test)]
+mod test_cost;
+#[cfg(test)]
 mod test_queue;
 
 use std::io;

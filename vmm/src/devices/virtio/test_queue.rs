@@ -70,13 +70,22 @@ pub struct TestQueue {
 
 impl TestQueue {
     pub fn new() -> Self {
-        Self::in_memory(GuestRam::from_ranges(&[(GuestAddress(0), MEMORY)]))
+        Self::of(Duty::Files)
+    }
+
+    /// Those of a device with threads of that duty.
+    pub fn of(duty: Duty) -> Self {
+        Self::with(GuestRam::from_ranges(&[(GuestAddress(0), MEMORY)]), duty)
     }
 
     /// Rings in the first [`DATA`] bytes of `memory`.
     pub fn in_memory(memory: GuestRam) -> Self {
+        Self::with(memory, Duty::Files)
+    }
+
+    fn with(memory: GuestRam, duty: Duty) -> Self {
         let config = Arc::new(Bell(EventFd::new(EFD_NONBLOCK).unwrap()));
-        Self { memory, sides: Vec::new(), config, threads: Threads::new("test", 8, Duty::Files).unwrap() }
+        Self { memory, sides: Vec::new(), config, threads: Threads::new("test", 8, duty).unwrap() }
     }
 
     /// Sets up `queues` queues as a driver does before DRIVER_OK.

@@ -12,6 +12,9 @@ use virtio_bindings::virtio_net::*;
 use super::*;
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::test_queue::{DATA, SIZE, TestQueue, WRITE};
+use crate::jail::Duty;
+
+mod native;
 
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const PEER: [u8; 6] = [2, 0, 0, 0, 0, 2];
@@ -131,11 +134,21 @@ impl Rig {
 
     /// A driver that negotiates what it can of `wanted`.
     fn with(config: NetConfig, wanted: u64) -> Self {
-        let mut host = Host::new(config.queue_pairs.into());
+        Self::on(Host::new(config.queue_pairs.into()), config, wanted, || ())
+    }
+
+    /// The same on `host`, whose device's threads are started by one that has done `before`.
+    fn on(mut host: Host, config: NetConfig, wanted: u64, before: impl FnOnce() + Send) -> Self {
         let mut net = Net::new(&config, std::mem::take(&mut host.taps), Vec::new()).unwrap();
         let features = net.features() & wanted;
-        let mut queue = TestQueue::new();
-        net.activate(queue.activation(net.queue_sizes().len(), features)).unwrap();
+        let start = || {
+            before();
+            // Its threads are born with it.
+            let mut queue = TestQueue::of(Duty::Net);
+            net.activate(queue.activation(net.queue_sizes().len(), features)).unwrap();
+            queue
+        };
+        let queue = std::thread::scope(|scope| scope.spawn(start).join()).unwrap();
         let rig = Self { net, queue, host, features };
         // The tap is set up, on the device's thread.
         wait(|| rig.metrics().mover == NetMover::UserSpace);

@@ -117,14 +117,14 @@ impl Client {
 
     /// The same, whose server's threads are started by one that has done `before`.
     pub(super) fn with_threads(mut device: Fs, dir: TempDir, before: impl FnOnce() + Send) -> Self {
-        let mut queue = TestQueue::new();
-        let features = device.features();
-        let activation = queue.activation(device.queue_sizes().len(), features);
         let start = || {
             before();
-            device.activate(activation).unwrap();
+            // Its threads are born with it.
+            let mut queue = TestQueue::new();
+            device.activate(queue.activation(device.queue_sizes().len(), device.features())).unwrap();
+            queue
         };
-        std::thread::scope(|scope| scope.spawn(start).join()).unwrap();
+        let queue = std::thread::scope(|scope| scope.spawn(start).join()).unwrap();
         // Files are made for whoever runs the tests.
         let (uid, gid) = (fs::metadata(dir.path()).unwrap().uid(), fs::metadata(dir.path()).unwrap().gid());
         let mut client = Self { queue, dir, uid, gid };

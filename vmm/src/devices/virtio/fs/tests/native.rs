@@ -1,79 +1,38 @@
 //! What the server costs without a guest: `cargo xtask bench fs-server`.
 
-use std::mem::MaybeUninit;
-use std::time::{Duration, Instant};
-
 use rvm_protocol::vmm::CachePolicy;
 
 use super::*;
+use crate::devices::virtio::test_cost::{self, Cost};
 
 /// Files that everything is done to.
 const FILES: usize = 2000;
-
-/// Processor time: of the whole process, or of the calling thread.
-fn used(who: libc::c_int) -> Duration {
-    let mut usage = MaybeUninit::<libc::rusage>::zeroed();
-    // SAFETY: there is room for a rusage.
-    assert_eq!(unsafe { libc::getrusage(who, usage.as_mut_ptr()) }, 0);
-    // SAFETY: it was zeroed and then filled.
-    let usage = unsafe { usage.assume_init() };
-    let time = |time: libc::timeval| Duration::new(time.tv_sec as u64, time.tv_usec as u32 * 1000);
-    time(usage.ru_utime) + time(usage.ru_stime)
-}
-
-/// Does something to every file; what a request took, and what it cost the server's threads, in seconds.
-fn measure(
-    client: &mut Client,
-    what: &'static str,
-    requests: usize,
-    mut act: impl FnMut(&mut Client, usize),
-) -> (&'static str, f64, f64) {
-    let server = || used(libc::RUSAGE_SELF) - used(libc::RUSAGE_THREAD);
-    let (began, before) = (Instant::now(), server());
-    for index in 0..FILES {
-        act(client, index);
-    }
-    let all = (requests * FILES) as f64;
-    let (took, cost) = (began.elapsed().as_secs_f64(), (server() - before).as_secs_f64());
-    (what, took / all, cost / all)
-}
 
 #[test]
 #[ignore = "measures; for `cargo xtask bench fs-server`"]
 fn what_requests_cost() {
     let free = costs(Client::new(false, CachePolicy::Auto));
     let dir = tempfile::tempdir().unwrap();
-    let said = crate::jail::tests::inside(dir.path(), true, || {
-        // The server's threads have filters; the client is no thread of a monitor's.
+    let jailed = test_cost::shut_in(dir.path(), || {
         let dir = tempfile::tempdir_in("/").unwrap();
         let device = Fs::new(&share(dir.path(), false, CachePolicy::Auto)).unwrap().with_request_queues(2);
-        let client = Client::with_threads(device, dir, || crate::jail::tests::filter().unwrap());
-        let line = |(_, took, cost): (&str, f64, f64)| format!("{took} {cost}\n");
-        costs(client).into_iter().map(line).collect()
+        costs(Client::with_threads(device, dir, || crate::jail::tests::filter().unwrap()))
     });
-    let numbers = |line: &str| line.split(' ').map(|word| word.parse().ok()).collect::<Option<Vec<f64>>>();
-    let jailed: Option<Vec<Vec<f64>>> = said.lines().map(numbers).collect();
-    let jailed = jailed.unwrap_or_else(|| panic!("{said}"));
-    assert_eq!(jailed.len(), free.len(), "{said}");
-    println!(
-        "{:>12} {:>26} {:>12} {:>26}",
-        "requests/s", "us of a processor each", "shut in", "us of a processor each"
-    );
-    for ((what, took, cost), jailed) in free.into_iter().zip(jailed) {
-        println!(
-            "{:>12.0} {:>26.2} {:>12.0} {:>26.2}   {what}: {:.2} of the time, {:.2} of the processor shut in",
-            1.0 / took,
-            cost * 1e6,
-            1.0 / jailed[0],
-            jailed[1] * 1e6,
-            jailed[0] / took,
-            jailed[1] / cost
-        );
-    }
+    print!("{}", test_cost::table("requests", &free, &jailed));
+}
+
+/// Does something to every file.
+fn measure(
+    client: &mut Client,
+    what: &'static str,
+    requests: usize,
+    mut act: impl FnMut(&mut Client, usize),
+) -> Cost {
+    test_cost::measure(what, FILES, requests, |index| act(client, index))
 }
 
 /// What each kind of request costs.
-fn costs(mut client: Client) -> Vec<(&'static str, f64, f64)> {
+fn costs(mut client: Client) -> Vec<Cost> {
     let mut all = Vec::new();
     let file = |index: usize| format!("file-{index}");
     let mut nodes = Vec::new();
