@@ -10,7 +10,14 @@ use rootfs_builder::{
     image::Image,
     layer::{self, Layer},
 };
-use rvm_tests::{case_with, ctr::Run, host, scale, tree, world::World, world::shell};
+use rvm_tests::{
+    case_with,
+    cri::{Cri, Pod},
+    ctr::Run,
+    host, job, scale, tree,
+    world::World,
+    world::shell,
+};
 
 const NAME: &str = "example.org/erofs:5";
 const ONE: &str = "example.org/erofs:1";
@@ -28,23 +35,6 @@ const LOWER: &str = "sed -n 's/.* overlay .*lowerdir=\\([^,]*\\).*/\\1/p' /proc/
 
 /// Runs a case with an image of one layer and one of five, where containerd has the snapshotter.
 fn with_images(test: impl FnOnce(&World) -> Result<()>) {
-    // Its database is made once, and stays.
-    let prepare = |world: &World| {
-        if has_snapshotter(world) {
-            for step in ["prepare", "rm"] {
-                let command = ["snapshots", "--snapshotter", "erofs", step, "first"];
-                world.ctr().run(&command, scale::command())?.success()?;
-            }
-            // What was removed goes with the next collection.
-            let root = world.dir().join("containerd/io.containerd.snapshotter.v1.erofs/snapshots");
-            let until = Instant::now() + scale::container();
-            while std::fs::read_dir(&root)?.next().is_some() {
-                ensure!(Instant::now() < until, "{} is not empty", root.display());
-                std::thread::sleep(Duration::from_millis(20));
-            }
-        }
-        Ok(())
-    };
     case_with(prepare, |world| {
         if !has_snapshotter(world) {
             println!("skipped: this containerd has no EROFS snapshotter");
@@ -63,10 +53,31 @@ fn with_images(test: impl FnOnce(&World) -> Result<()>) {
     });
 }
 
+/// What stays when there is nothing in it: the snapshotter's database, which is made once.
+fn prepare(world: &World) -> Result<()> {
+    if !has_snapshotter(world) {
+        return Ok(());
+    }
+    for step in ["prepare", "rm"] {
+        let command = ["snapshots", "--snapshotter", "erofs", step, "first"];
+        world.ctr().run(&command, scale::command())?.success()?;
+    }
+    until_empty(world)
+}
+
+/// Waits until containerd has collected what was removed.
+fn until_empty(world: &World) -> Result<()> {
+    let root = world.dir().join("containerd/io.containerd.snapshotter.v1.erofs/snapshots");
+    let until = Instant::now() + scale::container();
+    while std::fs::read_dir(&root)?.next().is_some() {
+        ensure!(Instant::now() < until, "{} is not empty", root.display());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
 fn has_snapshotter(world: &World) -> bool {
-    let is_it =
-        |line: &String| line.contains("snapshotter") && line.contains(" erofs ") && line.contains(" ok");
-    world.stage().is_rvm() && world.ctr().list(&["plugins", "ls"]).iter().any(is_it)
+    world.stage().is_rvm() && world.ctr().has_snapshotter("erofs")
 }
 
 fn layers(base: Layer) -> Vec<Layer> {
@@ -147,6 +158,52 @@ fn containers_are_the_same_under_both() {
                     "{refused}"
                 );
             }
+        }
+        Ok(())
+    });
+}
+
+/// Pods as kubelet has them: a first container, and one that joins it, of one image.
+#[test]
+fn pods_are_the_same_under_all() {
+    let prepare = |world: &World| Cri::prepare(world).and_then(|()| prepare(world));
+    case_with(prepare, |world| {
+        if !has_snapshotter(world) {
+            println!("skipped: this containerd has no EROFS snapshotter");
+            return Ok(());
+        }
+        let all = Cri::compare_on(world, "erofs", |cri| {
+            let pod = Pod::run(cri, "erofs", |_| {})?;
+            let sleeping = ["sh", "-c", "exec sleep 100000"];
+            let (one, two) = (pod.start("one", &sleeping, |_| {})?, pod.start("two", &sleeping, |_| {})?);
+            let seen = [
+                one.sh(WALK)?,
+                two.sh("echo x > /new; rm /bin/ls; echo /* /bin/l*")?,
+                one.sh("echo /* /bin/l*")?,
+            ];
+            let lower = one.sh(LOWER)?;
+            ensure!(lower.starts_with("/run/rvm/images/img-") == cri.is_rvm(), "{lower}");
+            pod.remove()?;
+            Ok(seen)
+        });
+        // What the plugin unpacked, topmost first.
+        let snapshots = ["--namespace", "k8s.io", "snapshots", "--snapshotter", "erofs"];
+        let listed = world.ctr().list(&[&snapshots[..], &["ls"]].concat());
+        let names = listed.iter().skip(1).filter_map(|line| line.split_whitespace().next());
+        let mut names: Vec<&str> = names.collect();
+        while !names.is_empty() {
+            let before = names.len();
+            names.retain(|name| {
+                let removed = world.ctr().run(&[&snapshots[..], &["rm", name]].concat(), scale::command());
+                removed.and_then(job::Finished::success).is_err()
+            });
+            ensure!(names.len() < before, "{names:?} cannot be removed");
+        }
+        until_empty(world)?;
+        let all = all?;
+        let ((_, runc), others) = all.split_first().context("nothing ran")?;
+        for (handler, seen) in others {
+            ensure!(seen == runc, "under runc:\n{runc:#?}\nunder {handler}:\n{seen:#?}");
         }
         Ok(())
     });

@@ -119,6 +119,14 @@ impl Ctr {
         finished.text().lines().map(str::to_owned).collect()
     }
 
+    /// Whether this containerd has the snapshotter of that name, and it works here.
+    pub fn has_snapshotter(&self, name: &str) -> bool {
+        let is_it = |line: &String| {
+            line.contains("snapshotter") && line.contains(&format!(" {name} ")) && line.contains(" ok")
+        };
+        self.list(&["plugins", "ls"]).iter().any(is_it)
+    }
+
     /// A container of the busybox image, not yet started, removed at its end.
     pub fn container(&self, prefix: &str) -> Run {
         Run {

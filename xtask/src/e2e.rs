@@ -106,6 +106,15 @@ impl Prepared {
         self.env.push((name.into(), value.into()));
     }
 
+    /// Has the containerd and the CNI plugins of a Debian release run there, instead of the machine's own.
+    pub fn set_containerd(&mut self, release: &str) -> Result<()> {
+        let cache = build::debian_cache_dir()?;
+        let fetch = |package| rootfs_builder::debian::fetch_from(release, package, &cache);
+        self.set("RVM_CONTAINERD_DIR", fetch("containerd")?.join("usr/bin"));
+        self.set("RVM_CNI_DIR", fetch("containernetworking-plugins")?.join("usr/lib/cni"));
+        Ok(())
+    }
+
     /// Runs a program as root where KVM can run a kernel: here or in the
     /// devhost. Returns its exit code.
     pub fn run_with_kvm(&self, program: &Path, arguments: &[String], output: Output<'_>) -> Result<i32> {

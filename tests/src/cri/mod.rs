@@ -76,7 +76,28 @@ impl Cri {
     /// # Errors
     /// What `act` returns, with the handler; when containerd does not come up; when something of a pod is left.
     pub fn compare<T>(world: &World, act: impl Fn(&Self) -> Result<T>) -> Result<Vec<(&'static str, T)>> {
-        Self::with_all(world, |cris| {
+        Self::compare_with(world, &plugin_config(""), act)
+    }
+
+    /// The same, with the containers' layers in a snapshotter of that name.
+    ///
+    /// # Errors
+    /// As of [`Self::compare`].
+    pub fn compare_on<T>(
+        world: &World,
+        snapshotter: &str,
+        act: impl Fn(&Self) -> Result<T>,
+    ) -> Result<Vec<(&'static str, T)>> {
+        let more = format!("{PLUGIN}.containerd]\nsnapshotter = \"{snapshotter}\"\n");
+        Self::compare_with(world, &plugin_config(&more), act)
+    }
+
+    fn compare_with<T>(
+        world: &World,
+        config: &str,
+        act: impl Fn(&Self) -> Result<T>,
+    ) -> Result<Vec<(&'static str, T)>> {
+        Self::with(world, config, |cris| {
             let run = |cri: &Self| {
                 let result = act(cri).and_then(|result| cri.has_nothing().map(|()| result));
                 if result.is_err() {
@@ -94,7 +115,11 @@ impl Cri {
     /// # Errors
     /// What `act` returns; when containerd does not come up.
     pub fn with_all<T>(world: &World, act: impl FnOnce(&[Self]) -> Result<T>) -> Result<T> {
-        let outcome = world.with_containerd_config(&plugin_config(), || {
+        Self::with(world, &plugin_config(""), act)
+    }
+
+    fn with<T>(world: &World, config: &str, act: impl FnOnce(&[Self]) -> Result<T>) -> Result<T> {
+        let outcome = world.with_containerd_config(config, || {
             let ctr = world.ctr();
             let has_sandboxers = Self::connect(ctr.clone(), "runc")?.containerd_major()? >= 2;
             let handlers = if has_sandboxers { &HANDLERS[..] } else { &HANDLERS[..2] };
@@ -244,9 +269,11 @@ fn network() -> Value {
     })
 }
 
-/// The part of containerd's configuration (version 2) that is the plugin's.
-fn plugin_config() -> String {
-    const PLUGIN: &str = "[plugins.\"io.containerd.grpc.v1.cri\"";
+/// How each of the plugin's tables in containerd's configuration (version 2) begins.
+const PLUGIN: &str = "[plugins.\"io.containerd.grpc.v1.cri\"";
+
+/// The part of containerd's configuration that is the plugin's, with `more` tables.
+fn plugin_config(more: &str) -> String {
     let rvm = "runtime_type = \"io.rvm.v2\"\nprivileged_without_host_devices = true\npod_annotations = [\"io.rvm.*\"]\n";
     format!(
         "[plugins.\"io.containerd.nri.v1.nri\"]\ndisable = true\n\
@@ -255,7 +282,7 @@ fn plugin_config() -> String {
          {PLUGIN}.cni]\nbin_dir = \"{}\"\nconf_dir = \"{DIR}/net.d\"\n\
          {PLUGIN}.containerd.runtimes.runc]\nruntime_type = \"io.containerd.runc.v2\"\n\
          {PLUGIN}.containerd.runtimes.rvm]\n{rvm}\
-         {PLUGIN}.containerd.runtimes.rvm-sandbox]\n{rvm}sandboxer = \"shim\"\n",
+         {PLUGIN}.containerd.runtimes.rvm-sandbox]\n{rvm}sandboxer = \"shim\"\n{more}",
         crate::cni::plugins().display()
     )
 }

@@ -18,6 +18,9 @@ pub struct Args {
     /// Measure what tests run instead of what is installed: builds in a fraction of the time.
     #[arg(long)]
     fast: bool,
+    /// With the containerd of this Debian release (`sid`: 2.1, which has the EROFS snapshotter, and a column with it).
+    #[arg(long, value_name = "RELEASE")]
+    containerd: Option<String>,
 }
 
 /// Of the devhost, in MiB: it holds both images, packed and unpacked.
@@ -31,6 +34,9 @@ pub fn run(args: Args) -> Result<()> {
     let one = build::debian_image()?;
     bench.prepared.set("RVM_BENCH_IMAGE_FIVE", build::debian_image_of_layers(&one, 5)?);
     bench.prepared.set("RVM_BENCH_IMAGE_ONE", one);
+    if let Some(release) = &args.containerd {
+        bench.prepared.set_containerd(release)?;
+    }
     bench.prepared.memory_mib = MEMORY_MIB;
     bench.report(args.json, text)
 }

@@ -366,10 +366,7 @@ fn build_for(selection: &Selection) -> Result<Built> {
         prepared.set("RVM_TEST_HOSTILE_INITRAMFS", initramfs);
     }
     if let Some(release) = &selection.containerd {
-        let cache = build::debian_cache_dir()?;
-        let fetch = |package| rootfs_builder::debian::fetch_from(release, package, &cache);
-        prepared.set("RVM_CONTAINERD_DIR", fetch("containerd")?.join("usr/bin"));
-        prepared.set("RVM_CNI_DIR", fetch("containernetworking-plugins")?.join("usr/lib/cni"));
+        prepared.set_containerd(release)?;
     }
     Ok(Built { prepared, program, cases, without_kvm })
 }

@@ -1,9 +1,9 @@
 //! The end-to-end cases in several devhosts side by side, one processor of this
 //! machine each.
 //!
-//! A module's cases stay together: some share what takes long to make. Which
-//! shard a module goes to depends on the cases alone, so that two runs of one
-//! checkout are the same.
+//! A module's cases stay together: some share what takes long to make. Those that try one
+//! fault at every point take so long that each is by itself. Which shard a module goes to
+//! depends on the cases alone, so that two runs of one checkout are the same.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -15,9 +15,9 @@ use super::tally::{Ended, Reader};
 use super::{Outcome, calls, libtest_arguments};
 use crate::e2e::{Output, Place, Prepared};
 
-/// Seconds that a case takes in the devhost, by module; `cargo xtask test` prints
-/// what it saw. Wrong ones cost balance, nothing else.
-const SECONDS: [(&str, f64); 22] = [
+/// Seconds that a case takes in the devhost, by module or its own name where it is by itself;
+/// `cargo xtask test` prints what it saw. Wrong ones cost balance, nothing else.
+const SECONDS: [(&str, f64); 30] = [
     ("dead_storage", 20.0),
     ("debian", 50.0),
     ("docker", 60.0),
@@ -25,6 +25,14 @@ const SECONDS: [(&str, f64); 22] = [
     ("docker_session", 450.0),
     ("exec", 18.0),
     ("exec_robust", 30.0),
+    ("faults::every_answer_of_the_agent", 140.0),
+    ("faults::every_long_stop", 700.0),
+    ("faults::every_point_of_containerd", 310.0),
+    ("faults::every_point_of_the_monitor", 520.0),
+    ("faults::every_point_of_the_shim", 580.0),
+    ("faults::every_stop_of_containerd", 100.0),
+    ("faults::every_stop_of_the_monitor", 150.0),
+    ("faults::every_stop_of_the_shim", 170.0),
     ("hostile", 15.0),
     ("interfaces", 60.0),
     ("joined", 28.0),
@@ -64,7 +72,7 @@ pub struct Shard {
 pub fn plan(cases: &[String], most: usize) -> Vec<Shard> {
     let mut modules: BTreeMap<&str, Vec<String>> = BTreeMap::new();
     for case in cases {
-        modules.entry(module(case)).or_default().push(case.clone());
+        modules.entry(together(case)).or_default().push(case.clone());
     }
     let mut modules: Vec<(f64, Vec<String>)> = modules
         .into_iter()
@@ -88,8 +96,12 @@ pub fn plan(cases: &[String], most: usize) -> Vec<Shard> {
     shards
 }
 
-fn module(case: &str) -> &str {
-    case.split_once("::").map_or(case, |(module, _)| module)
+/// What the cases have in common that stay together: their module, or a name.
+fn together(case: &str) -> &str {
+    match case.split_once("::") {
+        Some((module, _)) if !case.starts_with(super::EVERY_FAULT) => module,
+        _ => case,
+    }
 }
 
 /// Runs each shard in a devhost of its own (the only one on this machine, where
@@ -178,7 +190,7 @@ fn one(
 fn seconds(seen: &[Ended]) -> String {
     let mut modules: BTreeMap<&str, (f64, u32)> = BTreeMap::new();
     for case in seen {
-        let (total, count) = modules.entry(module(&case.name)).or_default();
+        let (total, count) = modules.entry(together(&case.name)).or_default();
         *total += case.took.as_secs_f64();
         *count += 1;
     }
@@ -232,11 +244,18 @@ mod tests {
         sorted.sort();
         assert_eq!(all, sorted);
         let of =
-            |name: &str| shards.iter().filter(|s| s.cases.iter().any(|case| module(case) == name)).count();
+            |name: &str| shards.iter().filter(|s| s.cases.iter().any(|case| together(case) == name)).count();
         assert!(["death", "debian", "exec", "limits", "parity", "run"].iter().all(|name| of(name) == 1));
         let times: Vec<f64> = shards.iter().map(|shard| shard.seconds).collect();
         assert!((times[0] - times[1]).abs() < 0.25 * times[0], "{times:?}");
         assert_eq!(plan(&cases, 2), shards);
+    }
+
+    #[test]
+    fn long_cases_are_each_by_themselves() {
+        let cases = ["faults::every_long_stop", "faults::every_point_of_the_shim", "faults::some_points"];
+        let shards = plan(&cases.map(str::to_owned), 2);
+        assert_eq!(shards.iter().map(|shard| shard.cases.len()).collect::<Vec<_>>(), [1, 2], "{shards:?}");
     }
 
     #[test]

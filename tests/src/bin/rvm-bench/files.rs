@@ -9,7 +9,7 @@ use std::{collections::BTreeMap, path::PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use rvm_tests::{
-    ctr::Ctr,
+    ctr::{Ctr, Run},
     images,
     job::Input,
     scale,
@@ -63,6 +63,26 @@ writes() {
 }
 "#;
 
+/// What is compared: a runtime, and how the image's layers come to the container.
+#[derive(Clone, Copy)]
+struct Side {
+    name: &'static str,
+    runtime: &'static str,
+    /// `images.enabled`.
+    images: &'static str,
+    snapshotter: Option<&'static str>,
+}
+
+const EROFS: &str = "erofs";
+
+/// The first is what the others are compared with.
+const SIDES: [Side; 4] = [
+    Side { name: "runc", runtime: RUNC, images: "false", snapshotter: None },
+    Side { name: "rvm", runtime: RUNTIME, images: "false", snapshotter: None },
+    Side { name: "rvm, image file", runtime: RUNTIME, images: "true", snapshotter: None },
+    Side { name: "rvm, EROFS snapshotter", runtime: RUNTIME, images: "true", snapshotter: Some(EROFS) },
+];
+
 /// Microseconds by what was timed, in the order of the container's lines.
 type Times = Vec<(String, f64)>;
 
@@ -85,9 +105,11 @@ pub fn measure(stage: Stage, runs: usize, images: &[PathBuf; 2]) -> Result<Value
 
 fn compared(world: &World, runs: usize) -> Result<Value> {
     let ctrs = [("runc", world.ctr().under(RUNC)), ("rvm", world.ctr().under(RUNTIME))];
-    // The last are those of rvm with the layers in an image file.
-    let sides = [(0, "runc", &ctrs[0].1), (1, "rvm", &ctrs[1].1), (2, "rvm, image file", &ctrs[1].1)];
-    let mut all: BTreeMap<String, [Vec<f64>; 3]> = BTreeMap::new();
+    let mut sides = SIDES.to_vec();
+    if !world.ctr().has_snapshotter(EROFS) {
+        sides.retain(|side| side.snapshotter.is_none());
+    }
+    let mut all: BTreeMap<String, [Vec<f64>; SIDES.len()]> = BTreeMap::new();
     let mut order = Vec::new();
     let mut add = |which: usize, times: Times| {
         for (name, microseconds) in times {
@@ -103,18 +125,21 @@ fn compared(world: &World, runs: usize) -> Result<Value> {
     for round in 1..=runs {
         for (layers, image) in IMAGES {
             for volume in [false, true] {
-                for (which, name, ctr) in sides {
-                    let enabled = if which == 2 { "true" } else { "false" };
-                    world.set_config(&world.config().set("images", "enabled", enabled))?;
+                for (which, side) in sides.iter().enumerate() {
+                    world.set_config(&world.config().set("images", "enabled", side.images))?;
                     let with = if volume { ", with a volume" } else { "" };
-                    eprintln!("round {round}: {name}{layers}{with}");
+                    eprintln!("round {round}: {}{layers}{with}", side.name);
                     let suffix = format!("{layers}{with}");
                     let mut script = format!("image '{suffix}'; image ' again{suffix}'; ");
                     script += &format!("writes /root '{suffix}'; ");
                     if volume && layers.is_empty() {
                         script += "writes /volume ' on a volume'; ";
                     }
-                    add(which, container(world, ctr, image, volume, &script)?);
+                    let mut run = world.ctr().under(side.runtime).container("files").with_image(image);
+                    if let Some(snapshotter) = side.snapshotter {
+                        run = run.with(&["--snapshotter", snapshotter]);
+                    }
+                    add(which, times(&run_script(world, run, volume, &script)?)?);
                 }
             }
         }
@@ -144,24 +169,25 @@ fn compared(world: &World, runs: usize) -> Result<Value> {
     let mut ratios = serde_json::Map::new();
     let mut medians = Vec::new();
     for name in order {
-        let [runc, rvm, image] = all[&name].each_ref().map(|values| median(values));
-        ratios.insert(format!("rvm/runc, {name}"), json!(rvm / runc));
-        medians.push(json!([name, rvm, runc]));
-        if image.is_finite() {
-            let name = format!("{name}, image file");
-            ratios.insert(format!("rvm/runc, {name}"), json!(image / runc));
-            medians.push(json!([name, image, runc]));
+        let [runc, others @ ..] = all[&name].each_ref().map(|values| median(values));
+        for (ms, side) in others.into_iter().zip(&SIDES[1..]).filter(|(ms, _)| ms.is_finite()) {
+            let name = format!("{name}{}", side.name.trim_start_matches("rvm"));
+            ratios.insert(format!("rvm/runc, {name}"), json!(ms / runc));
+            medians.push(json!([name, ms, runc]));
         }
     }
     Ok(json!({
         "ratios": ratios,
         "medians_ms, rvm and runc": medians,
-        "runs_ms, runc and rvm": all,
+        "sides": SIDES.map(|side| side.name),
+        "runs_ms, of each side": all,
         "conditions": {
             "runs": runs,
             "image": "Debian 12 with nginx, PostgreSQL and Python, one layer where nothing is said",
             "again": "the same in the same container a second time",
             "image file": "the layers as one EROFS file system; shared by the monitor's file server where nothing is said",
+            "EROFS snapshotter": "containerd's, where it has it: each layer as a file system of its own",
+            "containerd": world.ctr().list(&["--version"]),
             "volume": "a directory on a tmpfs of the host, bound read-write",
             "writes": "on the root file system, as the configuration's default has it where nothing is said",
             "writes to": scratches,
@@ -180,10 +206,13 @@ fn container(world: &World, ctr: &Ctr, image: &str, volume: bool, script: &str) 
 /// Runs a script that may use `run` in a container of its own, with a directory of the host's at `/volume` where that is
 /// wanted; what it said.
 pub fn said(world: &World, ctr: &Ctr, image: &str, volume: bool, script: &str) -> Result<String> {
+    run_script(world, ctr.container("files").with_image(image), volume, script)
+}
+
+fn run_script(world: &World, mut run: Run, volume: bool, script: &str) -> Result<String> {
     let dir = world.dir().join("volume");
     std::fs::create_dir_all(&dir)?;
     let mount = format!("type=bind,src={},dst=/volume,options=rbind:rw", dir.display());
-    let mut run = ctr.container("files").with_image(image);
     if volume {
         run = run.with(&["--mount", &mount]);
     }
