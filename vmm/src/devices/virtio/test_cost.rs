@@ -5,6 +5,8 @@ use std::mem::MaybeUninit;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use crate::jail::tests::{apart, inside};
+
 /// What one of something took, and what it cost the device's threads, in seconds.
 pub struct Cost {
     what: &'static str,
@@ -35,26 +37,39 @@ pub fn measure(what: &'static str, times: usize, each: usize, mut act: impl FnMu
     Cost { what, took: took / all, used: used / all }
 }
 
-/// Measures in a process that is shut in, with `share` as its root; `costs` starts the device's threads after
-/// [`crate::jail::tests::filter`]: who measures is no thread of a monitor's.
-pub fn shut_in(share: &Path, costs: impl FnOnce() -> Vec<Cost> + Send) -> Vec<[f64; 2]> {
-    let line = |Cost { took, used, .. }| format!("{took} {used}\n");
-    let said = crate::jail::tests::inside(share, true, || costs().into_iter().map(line).collect());
-    let numbers = |line: &str| -> Option<[f64; 2]> {
-        let (took, used) = line.split_once(' ')?;
-        Some([took.parse().ok()?, used.parse().ok()?])
-    };
-    let found: Option<Vec<_>> = said.lines().map(numbers).collect();
-    found.unwrap_or_else(|| panic!("{said}"))
-}
+/// How often all is measured. What counts is the least: whatever else a machine does adds to it.
+const ROUNDS: usize = 11;
 
-/// A table of both, of what is counted a second.
-pub fn table(counted: &str, free: &[Cost], shut_in: &[[f64; 2]]) -> String {
-    assert_eq!(free.len(), shut_in.len());
+/// A table of what `free` costs and what `shut_in` does, in processes of their own, in turn: the latter in one that is
+/// shut in, with `share` as its root, whose device's threads are started after [`crate::jail::tests::filter`]. Who
+/// measures is no thread of a monitor's.
+pub fn beside(
+    counted: &str,
+    share: &Path,
+    free: impl Fn() -> Vec<Cost> + Sync,
+    shut_in: impl Fn() -> Vec<Cost> + Sync,
+) -> String {
+    let mut rows: Vec<(String, [Vec<f64>; 4])> = Vec::new();
+    for _ in 0..ROUNDS {
+        let free = apart(|| lines(&free));
+        let jailed = inside(share, true, || lines(&shut_in));
+        assert_eq!(free.lines().count(), jailed.lines().count(), "{free}\n{jailed}");
+        for (row, (free, jailed)) in free.lines().zip(jailed.lines()).enumerate() {
+            let ([took, used, what], [jailed_took, jailed_used, _]) = (words(free), words(jailed));
+            if rows.len() == row {
+                rows.push((what.to_owned(), Default::default()));
+            }
+            for (all, value) in rows[row].1.iter_mut().zip([took, used, jailed_took, jailed_used]) {
+                all.push(value.parse().unwrap_or_else(|_| panic!("{free}\n{jailed}")));
+            }
+        }
+    }
     let mut text = String::new();
     let (rate, each) = (format!("{counted}/s"), "us of a processor each");
     let _ = writeln!(text, "{rate:>12} {each:>26} {:>12} {each:>26}", "shut in");
-    for (&Cost { what, took, used }, &[jailed_took, jailed_used]) in free.iter().zip(shut_in) {
+    for (what, all) in rows {
+        let [took, used, jailed_took, jailed_used] =
+            all.map(|values| values.into_iter().fold(f64::INFINITY, f64::min));
         let _ = writeln!(
             text,
             "{:>12.0} {:>26.2} {:>12.0} {:>26.2}   {what}: {:.2} of the time, {:.2} of the processor shut in",
@@ -67,4 +82,13 @@ pub fn table(counted: &str, free: &[Cost], shut_in: &[[f64; 2]]) -> String {
         );
     }
     text
+}
+
+fn lines(costs: &impl Fn() -> Vec<Cost>) -> String {
+    costs().into_iter().map(|Cost { what, took, used }| format!("{took} {used} {what}\n")).collect()
+}
+
+fn words(line: &str) -> [&str; 3] {
+    let words: Vec<&str> = line.splitn(3, ' ').collect();
+    words.try_into().unwrap_or_else(|_| panic!("{line}"))
 }

@@ -104,6 +104,12 @@ impl Host {
         Self { taps, socket }
     }
 
+    /// The same one.
+    fn again(&self) -> Self {
+        let taps = self.taps.iter().map(|tap| tap.try_clone().unwrap()).collect();
+        Self { taps, socket: self.socket.try_clone().unwrap() }
+    }
+
     fn send(&self, frame: &[u8]) {
         assert_eq!((&self.socket).write(frame).unwrap(), frame.len());
     }

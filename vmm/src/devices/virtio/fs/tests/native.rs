@@ -11,14 +11,15 @@ const FILES: usize = 2000;
 #[test]
 #[ignore = "measures; for `cargo xtask bench fs-server`"]
 fn what_requests_cost() {
-    let free = costs(Client::new(false, CachePolicy::Auto));
     let dir = tempfile::tempdir().unwrap();
-    let jailed = test_cost::shut_in(dir.path(), || {
-        let dir = tempfile::tempdir_in("/").unwrap();
+    let client = |place: &Path, before: fn()| {
+        let dir = tempfile::tempdir_in(place).unwrap();
         let device = Fs::new(&share(dir.path(), false, CachePolicy::Auto)).unwrap().with_request_queues(2);
-        costs(Client::with_threads(device, dir, || crate::jail::tests::filter().unwrap()))
-    });
-    print!("{}", test_cost::table("requests", &free, &jailed));
+        Client::with_threads(device, dir, before)
+    };
+    let free = || costs(client(dir.path(), || ()));
+    let shut_in = || costs(client(Path::new("/"), || crate::jail::tests::filter().unwrap()));
+    print!("{}", test_cost::beside("requests", dir.path(), free, shut_in));
 }
 
 /// Does something to every file.
