@@ -172,6 +172,8 @@ fn pods_are_the_same_under_all() {
             println!("skipped: this containerd has no EROFS snapshotter");
             return Ok(());
         }
+        // What the plugin puts there is each pod's own.
+        let walk = WALK.replace(" etc ", " ");
         let all = Cri::compare_on(world, "erofs", |cri| {
             let pod = Pod::run(cri, "erofs", |_| {})?;
             let sleeping = ["sh", "-c", "exec sleep 100000"];

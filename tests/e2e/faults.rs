@@ -145,7 +145,7 @@ impl Drop for Plan {
 
 /// What a client does with a container, each step within the time that one may take, and each either done or
 /// refused with an error. Returns whether all of them were done.
-fn life(ctr: &Ctr, id: &str, after_each: &dyn Fn() -> Result<()>) -> Result<bool> {
+fn life(ctr: &Ctr, id: &str, fault: Fault, after_each: &dyn Fn() -> Result<()>) -> Result<bool> {
     let step = |what: &str, args: &[&str]| -> Result<bool> {
         let began = Instant::now();
         let finished = ctr.run(args, scale::container())?;
@@ -181,8 +181,15 @@ fn life(ctr: &Ctr, id: &str, after_each: &dyn Fn() -> Result<()>) -> Result<bool
         ensure!(step("kill", &kill)? || !is_running(), "a running task cannot be killed");
     }
     let until = Instant::now() + scale::container();
+    let mut again = Instant::now() + scale::command();
     while is_running() {
         ensure!(Instant::now() < until, "what was killed goes on: {:?}", ctr.list(&["task", "ls"]));
+        // To a first process that has no handler yet a signal is nothing, under runc too: its guest may have stood
+        // still since the start, and the signal be what it goes on with.
+        if matches!(fault, Fault::Stop(_)) && !fault.is_short() && Instant::now() > again {
+            step("kill", &kill)?;
+            again += scale::command();
+        }
     }
     let began = Instant::now();
     let deleted = ctr.run(&["task", "delete", id], scale::container())?;
@@ -227,7 +234,7 @@ fn with_fault(world: &World, at: usize, fault: Fault, victim: Victim, seen: &mut
             Fault::Death => Ok(()),
             Fault::Stop(pause) => plan.resume(pause, &ended),
         });
-        let lived = life(&ctr, &id, &after_each);
+        let lived = life(&ctr, &id, fault, &after_each);
         ended.store(true, Ordering::Release);
         let resumed = resumer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         lived.and_then(|lived| resumed.map(|()| lived))
