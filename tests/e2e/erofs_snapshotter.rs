@@ -179,7 +179,7 @@ fn pods_are_the_same_under_all() {
             let sleeping = ["sh", "-c", "exec sleep 100000"];
             let (one, two) = (pod.start("one", &sleeping, |_| {})?, pod.start("two", &sleeping, |_| {})?);
             let seen = [
-                one.sh(WALK)?,
+                one.sh(&walk)?,
                 two.sh("echo x > /new; rm /bin/ls; echo /* /bin/l*")?,
                 one.sh("echo /* /bin/l*")?,
             ];
