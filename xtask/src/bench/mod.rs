@@ -10,6 +10,7 @@ mod pod;
 mod report;
 mod requests;
 mod tiny_init;
+mod virtiofsd;
 mod workloads;
 
 use std::fmt::Write;
@@ -41,6 +42,8 @@ enum What {
     Files(files::Args),
     /// What operations on files cost of round trips, exits and system calls, and their time against runc's.
     Requests(requests::Args),
+    /// Files of images and volumes, against QEMU's microvm with virtiofsd and against runc.
+    Virtiofsd(virtiofsd::Args),
     /// What developers and services do with files (git, npm, cargo, pip, apt, PostgreSQL, SQLite), against runc.
     Workloads(workloads::Args),
     /// The monitor's file server without a guest: requests a second, and processor time of each.
@@ -59,6 +62,7 @@ pub fn run(args: Args) -> Result<()> {
         What::Many(args) => many::run(args),
         What::Files(args) => files::run(args),
         What::Requests(args) => requests::run(args),
+        What::Virtiofsd(args) => virtiofsd::run(args),
         What::Workloads(args) => workloads::run(args),
         What::FsServer(args) => fs_server::run(args),
         What::Net(args) => net::run(args),
@@ -93,6 +97,29 @@ fn medians(result: &Value, width: usize) -> String {
         let name = row[0].as_str().unwrap_or_default();
         let [rvm, runc] = [&row[1], &row[2]].map(|value| value.as_f64().unwrap_or(f64::NAN));
         let _ = writeln!(text, "   {name:<width$} {rvm:>9.1} {runc:>9.1} {:>8.2}", rvm / runc);
+    }
+    text
+}
+
+/// The names of all that a result compares, where it compares more than two.
+fn kinds(result: &Value) -> Vec<&str> {
+    result["kinds"].as_array().into_iter().flatten().filter_map(Value::as_str).collect()
+}
+
+/// A report's table of medians of each of its [`kinds`].
+fn columns(result: &Value) -> String {
+    let mut text = format!("{}\n", result["conditions"]["units"].as_str().unwrap_or_default());
+    let kinds = kinds(result);
+    let width = kinds.iter().map(|kind| kind.len()).fold(16, usize::max);
+    let mut row = |name: &str, cells: Vec<String>| {
+        let cells: String = cells.iter().map(|cell| format!(" {cell:>width$}")).collect();
+        let _ = writeln!(text, "   {name:<48}{cells}");
+    };
+    row("", kinds.into_iter().map(str::to_owned).collect());
+    for median in result["medians"].as_array().into_iter().flatten() {
+        let values = median[1].as_array().into_iter().flatten();
+        let cells = values.map(|value| format!("{:.3}", value.as_f64().unwrap_or(f64::NAN))).collect();
+        row(median[0].as_str().unwrap_or_default(), cells);
     }
     text
 }

@@ -6,7 +6,7 @@ use anyhow::Result;
 use guest_kernel::Flavour;
 use serde_json::Value;
 
-use super::{Bench, aims};
+use super::{Bench, aims, columns, kinds};
 use crate::build;
 use crate::packages::{self, Purpose};
 
@@ -58,21 +58,9 @@ fn text(result: &Value) -> String {
     };
     let wanted: Vec<(&str, f64)> = AIMS.iter().flat_map(|(begin, aim)| of(begin, *aim)).collect();
     let mut text = aims(result, &wanted);
-    let row = |text: &mut String, name: &str, cells: Vec<String>| {
-        let cells: String = cells.iter().map(|cell| format!(" {cell:>16}")).collect();
-        let _ = writeln!(text, "   {name:<40}{cells}");
-    };
-    let kinds = result["kinds"].as_array().into_iter().flatten();
-    let kinds: Vec<&str> = kinds.filter_map(Value::as_str).collect();
-    let _ = writeln!(text, "{}", result["conditions"]["units"].as_str().unwrap_or_default());
-    row(&mut text, "", kinds.iter().map(|&kind| kind.to_owned()).collect());
-    for median in result["medians"].as_array().into_iter().flatten() {
-        let values = median[1].as_array().into_iter().flatten();
-        let cells = values.map(|value| format!("{:.3}", value.as_f64().unwrap_or(f64::NAN))).collect();
-        row(&mut text, median[0].as_str().unwrap_or_default(), cells);
-    }
+    text += &columns(result);
     let _ = writeln!(text, "\nFor each frame:");
-    for kind in kinds {
+    for kind in kinds(result) {
         for (what, cost) in result["costs for each frame, last run"][kind].as_object().into_iter().flatten() {
             let _ = writeln!(text, "   {kind}, {what}: {cost}");
         }

@@ -34,7 +34,7 @@ const SCRATCHES: [(&str, [&str; 3]); 3] = [
 ];
 
 /// Times one thing: `run NAME COMMAND...` prints `@ MICROSECONDS NAME`.
-const RUN: &str = r#"
+pub const RUN: &str = r#"
 LC_ALL=C
 run() {
     local name=$1 from=${EPOCHREALTIME/./}; shift

@@ -10,6 +10,7 @@
 //! * `rvm-bench many`: many containers started at once, and removed at once.
 //! * `rvm-bench files`: what programs do with files, in an image and on a volume.
 //! * `rvm-bench requests`: what operations on files cost of round trips, exits and calls.
+//! * `rvm-bench virtiofsd`: files by the monitor's server and by QEMU's `microvm` with virtiofsd.
 //! * `rvm-bench workloads`: what developers and services do, and whether it comes to the same.
 //! * `rvm-bench net`: a container's network, beside runc's and QEMU's.
 //! * `rvm-bench pod`: a pod by containerd's CRI plugin, beside runc's.
@@ -29,6 +30,7 @@ mod pod;
 mod processor;
 mod ready;
 mod requests;
+mod virtiofsd;
 mod workloads;
 
 use std::{path::PathBuf, process::ExitCode};
@@ -86,6 +88,15 @@ fn run() -> Result<Value> {
             files::measure(stage, runs, &images)
         }
         Some("requests") => requests::measure(stage, runs, &variable("RVM_BENCH_IMAGE_ONE")?),
+        Some("virtiofsd") => {
+            let files = virtiofsd::Files {
+                server: variable("RVM_BENCH_VIRTIOFSD")?,
+                libraries: variable("RVM_BENCH_VIRTIOFSD_LIBRARIES")?,
+                kernel: variable("RVM_BENCH_KERNEL_PEER")?,
+                unpatched: std::env::var_os("RVM_BENCH_KERNEL_TRIAL").map(PathBuf::from),
+            };
+            virtiofsd::measure(stage, runs, &variable("RVM_BENCH_IMAGE_ONE")?, &files)
+        }
         Some("workloads") => workloads::measure(stage, runs, &variable("RVM_BENCH_IMAGE_WORKLOADS")?),
         Some("net") => {
             let short = std::env::var_os("RVM_BENCH_SHORT").is_some();
@@ -95,7 +106,7 @@ fn run() -> Result<Value> {
         Some("first-run") => monitor::first_run(&stage, runs),
         other => {
             bail!(
-                "boot, jail, container, many, files, requests, workloads, net, pod or first-run, not {other:?}"
+                "boot, jail, container, many, files, requests, virtiofsd, workloads, net, pod or first-run, not {other:?}"
             )
         }
     }
