@@ -117,18 +117,28 @@ impl Bench {
 
     /// Measures, and prints the result: one JSON object, or what `text` makes of it.
     fn report(&self, as_json: bool, text: impl Fn(&Value) -> String) -> Result<()> {
+        print(&self.measure()?, as_json, text)
+    }
+
+    /// Measures; the result.
+    fn measure(&self) -> Result<Value> {
         let Self { part, profile, program, prepared } = self;
         eprintln!("{}", prepared.host);
         let mut all = result(part, |output| prepared.run_with_kvm(program, &[(*part).to_owned()], output))?;
         all["conditions"]["where"] = json!(prepared.host.to_string());
         all["conditions"]["profile"] = json!(profile.as_str());
-        if as_json {
-            println!("{}", serde_json::to_string(&all)?);
-        } else {
-            print!("{}", text(&all));
-        }
-        Ok(())
+        Ok(all)
     }
+}
+
+/// Prints a result: one JSON object, or what `text` makes of it.
+fn print(result: &Value, as_json: bool, text: impl Fn(&Value) -> String) -> Result<()> {
+    if as_json {
+        println!("{}", serde_json::to_string(result)?);
+    } else {
+        print!("{}", text(result));
+    }
+    Ok(())
 }
 
 /// What the program's result line starts with.
@@ -142,8 +152,8 @@ fn result(part: &str, run: impl FnOnce(Output<'_>) -> Result<i32>) -> Result<Val
         None => eprintln!("{line}"),
     }))?;
     if code != 0 {
-        bail!("rvm-bench {part} failed with exit code {code}");
+        bail!("bench {part} failed with exit code {code}");
     }
-    let json = found.with_context(|| format!("rvm-bench {part} gave no result"))?;
-    serde_json::from_str(&json).with_context(|| format!("rvm-bench {part} gave {json:?}"))
+    let json = found.with_context(|| format!("bench {part} gave no result"))?;
+    serde_json::from_str(&json).with_context(|| format!("bench {part} gave {json:?}"))
 }
