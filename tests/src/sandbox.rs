@@ -63,7 +63,12 @@ impl Sandbox {
 
     /// Its directory.
     pub fn dir(&self) -> PathBuf {
-        PathBuf::from("/run/rvm/default").join(&self.id)
+        Self::dir_of(&self.id)
+    }
+
+    /// That of a sandbox by its id.
+    pub fn dir_of(id: &str) -> PathBuf {
+        PathBuf::from("/run/rvm/default").join(id)
     }
 
     /// Kills the monitor with SIGKILL.

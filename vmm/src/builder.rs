@@ -121,7 +121,14 @@ pub fn open(
     let share = |share: &ShareConfig| {
         let dir = jail.map_or_else(|| share.dir.clone(), |jail| jail.path(&share.dir));
         let share = ShareConfig { dir, ..share.clone() };
-        Fs::new(&share).map_err(|source| BuildError::Share { tag: share.tag, source })
+        let opened = Fs::new(&share);
+        #[cfg(feature = "record")]
+        let opened = opened.and_then(|device| {
+            // In the working directory, which is the sandbox's.
+            let file = File::create(format!("{}.trace", share.tag));
+            file.and_then(|file| device.recorded(file)).map_err(FsError::Share)
+        });
+        opened.map_err(|source| BuildError::Share { tag: share.tag, source })
     };
     let shares = vm.shares.iter().map(share).collect::<Result<_, _>>()?;
     let disk = |disk: &DiskConfig| match Blk::open(disk) {

@@ -77,9 +77,14 @@ pub struct Artifacts {
 /// Builds everything in `profile`, with this guest kernel; quick when nothing changed.
 pub fn artifacts(profile: Profile, flavour: Flavour) -> Result<Artifacts> {
     packages::ensure(&[Purpose::Build, Purpose::GuestKernel])?;
-    let binaries = static_build("Compiling the host's programs", profile, HOST_PACKAGES)?;
+    // Tests choose where something dies.
+    let [host, guest]: [&[&str]; 2] = match profile {
+        Profile::Fast => [&["rvm-shim/faults"], &["rvm-agent/faults"]],
+        Profile::Release => [&[], &[]],
+    };
+    let binaries = static_build("Compiling the host's programs", profile, HOST_PACKAGES, host)?;
     // By itself, so that it gets no features of libraries that only the others use.
-    let agent = static_build("Compiling the agent", profile, &[AGENT_PACKAGE])?.join(AGENT_PACKAGE);
+    let agent = static_build("Compiling the agent", profile, &[AGENT_PACKAGE], guest)?.join(AGENT_PACKAGE);
     let initramfs = target_dir().join("rvm").join(profile.as_str()).join("initramfs.cpio");
     let content = initramfs::build(&fs::read(&agent).with_context(|| format!("read {}", agent.display()))?)?;
     write_if_changed(&initramfs, &content)?;
@@ -303,34 +308,48 @@ pub fn cargo_build(
 
 /// Compiles the program that looks at a container from inside. Returns its path.
 pub fn probe() -> Result<PathBuf> {
-    Ok(static_build("Compiling the probe", Profile::Fast, &[PROBE_PACKAGE])?.join(PROBE_PACKAGE))
+    Ok(static_build("Compiling the probe", Profile::Fast, &[PROBE_PACKAGE], &[])?.join(PROBE_PACKAGE))
 }
 
 /// Compiles the guest that attacks its monitor. Returns its program, and an initramfs with that as `/init`.
 pub fn hostile() -> Result<(PathBuf, PathBuf)> {
-    let program =
-        static_build("Compiling the hostile guest", Profile::Fast, &[HOSTILE_PACKAGE])?.join(HOSTILE_PACKAGE);
+    let program = static_build("Compiling the hostile guest", Profile::Fast, &[HOSTILE_PACKAGE], &[])?
+        .join(HOSTILE_PACKAGE);
     let content = fs::read(&program).with_context(|| format!("read {}", program.display()))?;
     let archive = target_dir().join("rvm").join("hostile.cpio");
     write_if_changed(&archive, &initramfs::build(&content)?)?;
     Ok((program, archive))
 }
 
-/// Compiles packages' programs, linked statically. Returns the directory they are in.
-fn static_build(name: &str, profile: Profile, packages: &[&str]) -> Result<PathBuf> {
+/// Compiles the monitor that writes down what its guest asks of its shares. Returns its program, which is where no
+/// installation is made from.
+pub fn recording_monitor() -> Result<PathBuf> {
+    let (name, package) = ("Compiling a monitor that records", "rvm-vmm");
+    Ok(static_build_in("record", name, Profile::Fast, &[package], &["rvm-vmm/record"])?.join(package))
+}
+
+/// Compiles packages' programs with these features, linked statically. Returns the directory they are in.
+fn static_build(name: &str, profile: Profile, packages: &[&str], features: &[&str]) -> Result<PathBuf> {
+    static_build_in("static", name, profile, packages, features)
+}
+
+/// The same in a directory of the target directory's.
+fn static_build_in(
+    dir: &str,
+    name: &str,
+    profile: Profile,
+    packages: &[&str],
+    features: &[&str],
+) -> Result<PathBuf> {
     // Naming the target keeps the flags away from build scripts and procedural macros.
     let mut flags = std::env::var("RUSTFLAGS").unwrap_or_default();
     flags.push_str(" -C target-feature=+crt-static");
-    let target_dir = target_dir().join("static");
+    let target_dir = target_dir().join(dir);
     cargo_build(name, profile, packages, |command| {
         command.env("RUSTFLAGS", flags.trim()).args(["--target", STATIC_TARGET]);
         command.arg("--target-dir").arg(&target_dir);
-        // Tests choose where something dies.
-        if profile == Profile::Fast && packages == HOST_PACKAGES {
-            command.args(["--features", "rvm-shim/faults"]);
-        }
-        if profile == Profile::Fast && packages == [AGENT_PACKAGE] {
-            command.args(["--features", "rvm-agent/faults"]);
+        for feature in features {
+            command.args(["--features", feature]);
         }
     })?;
     Ok(target_dir.join(STATIC_TARGET).join(profile.as_str()))

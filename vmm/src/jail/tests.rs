@@ -170,6 +170,7 @@ fn try_all(place: &Place) -> String {
 }
 
 /// Does `work` in a process that is shut in, without the filter of system calls, with the directory `share` as its root.
+/// What is on the caller's stack `work` must not refer to: in that process it is the stack of the next thread there.
 pub(crate) fn inside(share: &Path, users: bool, work: impl FnOnce() -> String + Send) -> String {
     let (mount_namespace, root) = nothing_but(share);
     let jail = Jail { mount_namespace, root, user_namespace: users.then(all_users) };

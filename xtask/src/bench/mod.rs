@@ -2,6 +2,7 @@
 
 mod boot;
 mod container;
+mod device;
 mod files;
 mod fs_server;
 mod many;
@@ -15,9 +16,8 @@ mod workloads;
 
 use std::fmt::Write;
 use std::path::PathBuf;
-use std::process::Command;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
 use crate::build::Profile;
@@ -145,29 +145,27 @@ impl Bench {
 
     /// Measures, and prints the result: one JSON object, or what `text` makes of it.
     fn report(&self, as_json: bool, text: impl Fn(&Value) -> String) -> Result<()> {
+        print(&self.measure()?, as_json, text)
+    }
+
+    /// Measures; the result.
+    fn measure(&self) -> Result<Value> {
         let Self { part, profile, program, prepared } = self;
         eprintln!("{}", prepared.host);
         let mut all = result(part, |output| prepared.run_with_kvm(program, &[(*part).to_owned()], output))?;
         all["conditions"]["where"] = json!(prepared.host.to_string());
         all["conditions"]["profile"] = json!(profile.as_str());
-        if as_json {
-            println!("{}", serde_json::to_string(&all)?);
-        } else {
-            print!("{}", text(&all));
-        }
-        Ok(())
+        Ok(all)
     }
 }
 
-/// Runs a test of the monitor's that measures a device without a guest, on this machine.
-fn device(test: &str) -> Result<()> {
-    let test = format!("devices::virtio::{test}");
-    let status = Command::new(env!("CARGO"))
-        .args(["test", "--quiet", "--release", "-p", "rvm-vmm", "--lib", "--"])
-        .args(["--ignored", "--nocapture", "--exact", &test])
-        .status()
-        .context("running cargo test")?;
-    ensure!(status.success(), "{test}: nothing was measured");
+/// Prints a result: one JSON object, or what `text` makes of it.
+fn print(result: &Value, as_json: bool, text: impl Fn(&Value) -> String) -> Result<()> {
+    if as_json {
+        println!("{}", serde_json::to_string(result)?);
+    } else {
+        print!("{}", text(result));
+    }
     Ok(())
 }
 
@@ -182,8 +180,8 @@ fn result(part: &str, run: impl FnOnce(Output<'_>) -> Result<i32>) -> Result<Val
         None => eprintln!("{line}"),
     }))?;
     if code != 0 {
-        bail!("rvm-bench {part} failed with exit code {code}");
+        bail!("bench {part} failed with exit code {code}");
     }
-    let json = found.with_context(|| format!("rvm-bench {part} gave no result"))?;
-    serde_json::from_str(&json).with_context(|| format!("rvm-bench {part} gave {json:?}"))
+    let json = found.with_context(|| format!("bench {part} gave no result"))?;
+    serde_json::from_str(&json).with_context(|| format!("bench {part} gave {json:?}"))
 }

@@ -6,7 +6,7 @@ use anyhow::Result;
 use guest_kernel::Flavour;
 use serde_json::Value;
 
-use super::{Bench, aims, columns, kinds};
+use super::{Bench, aims, columns, device, kinds};
 use crate::build;
 use crate::packages::{self, Purpose};
 
@@ -24,7 +24,7 @@ pub struct Args {
     #[arg(long)]
     fast: bool,
     /// Only the monitor's own interface, without a guest, on this machine: what a frame costs, shut in and not.
-    #[arg(long, conflicts_with_all = ["json", "runs", "fast"])]
+    #[arg(long, conflicts_with = "fast")]
     monitor: bool,
 }
 
@@ -38,7 +38,7 @@ const AIMS: [(&str, f64); 3] = [
 /// Runs `cargo xtask bench net`.
 pub fn run(args: Args) -> Result<()> {
     if args.monitor {
-        return super::device("net::tests::native::what_frames_cost");
+        return device::measure("net::tests::native::what_frames_cost", args.runs, args.json);
     }
     packages::ensure(&[Purpose::Bench])?;
     let mut bench = Bench::new("net", args.fast, args.runs)?;

@@ -261,9 +261,9 @@ pub fn run(args: Args) -> Result<()> {
             "clippy",
             "--workspace",
             "--all-targets",
-            // What tests run of the shim.
+            // What tests and benchmarks run.
             "--features",
-            "rvm-shim/faults,rvm-agent/faults",
+            "rvm-shim/faults,rvm-agent/faults,rvm-vmm/record",
             "--quiet",
             "--",
             "-D",

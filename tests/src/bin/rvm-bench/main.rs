@@ -12,6 +12,7 @@
 //! * `rvm-bench requests`: what operations on files cost of round trips, exits and calls.
 //! * `rvm-bench virtiofsd`: files by the monitor's server and by QEMU's `microvm` with virtiofsd.
 //! * `rvm-bench workloads`: what developers and services do, and whether it comes to the same.
+//! * `rvm-bench record`: what a guest's kernel asks of the file servers while some of that runs.
 //! * `rvm-bench net`: a container's network, beside runc's and QEMU's.
 //! * `rvm-bench pod`: a pod by containerd's CRI plugin, beside runc's.
 //! * `rvm-bench first-run`: the monitor's exec to its first `KVM_RUN`. Any KVM.
@@ -29,6 +30,7 @@ mod peer;
 mod pod;
 mod processor;
 mod ready;
+mod record;
 mod requests;
 mod virtiofsd;
 mod workloads;
@@ -98,6 +100,9 @@ fn run() -> Result<Value> {
             virtiofsd::measure(stage, runs, &variable("RVM_BENCH_IMAGE_ONE")?, &files)
         }
         Some("workloads") => workloads::measure(stage, runs, &variable("RVM_BENCH_IMAGE_WORKLOADS")?),
+        Some("record") => {
+            record::record(stage, &variable("RVM_BENCH_IMAGE_WORKLOADS")?, &variable("RVM_BENCH_MONITOR")?)
+        }
         Some("net") => {
             let short = std::env::var_os("RVM_BENCH_SHORT").is_some();
             net::measure(stage, runs, variable("RVM_BENCH_KERNEL_PEER")?, short)
@@ -106,7 +111,7 @@ fn run() -> Result<Value> {
         Some("first-run") => monitor::first_run(&stage, runs),
         other => {
             bail!(
-                "boot, jail, container, many, files, requests, virtiofsd, workloads, net, pod or first-run, not {other:?}"
+                "boot, jail, container, many, files, requests, virtiofsd, workloads, record, net, pod or first-run, not {other:?}"
             )
         }
     }

@@ -14,10 +14,11 @@ use serde_json::{Value, json};
 use crate::{RUNC, files, median, swept};
 
 /// The image's reference.
-const IMAGE: &str = "docker.io/library/debian-workloads:latest";
+pub const IMAGE: &str = "docker.io/library/debian-workloads:latest";
 /// Memory of the guest, in MiB.
-const GUEST_MIB: &str = "2048";
-const SCRIPT: &str = include_str!("workloads.sh");
+pub const GUEST_MIB: &str = "2048";
+/// Functions of a shell, of which `run` is to be said beside.
+pub const SCRIPT: &str = include_str!("workloads.sh");
 
 /// Everything measured; `image` is its archive.
 pub fn measure(stage: Stage, runs: usize, image: &Path) -> Result<Value> {

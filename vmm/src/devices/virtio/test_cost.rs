@@ -1,18 +1,16 @@
-//! What a device costs without a guest, for benchmarks: a monitor that is shut in beside one that is not.
+//! What a device costs without a guest, for `cargo xtask bench`: a monitor that is shut in beside one that is not.
 
-use std::fmt::Write;
 use std::mem::MaybeUninit;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::jail::tests::{apart, inside};
+use anyhow::{Context, Result};
+use serde_json::{Map, Value, json};
 
-/// What one of something took, and what it cost the device's threads, in seconds.
-pub struct Cost {
-    what: &'static str,
-    took: f64,
-    used: f64,
-}
+use crate::jail::tests::{filter, inside};
+
+/// What one of something took, and what it cost the device's threads of a processor, in seconds.
+pub type Cost = (String, f64, f64);
 
 /// Processor time: of the whole process, or of the calling thread.
 fn used(who: libc::c_int) -> Duration {
@@ -25,70 +23,63 @@ fn used(who: libc::c_int) -> Duration {
     time(usage.ru_utime) + time(usage.ru_stime)
 }
 
-/// Does something `times` times, `each` of what is counted at a time.
-pub fn measure(what: &'static str, times: usize, each: usize, mut act: impl FnMut(usize)) -> Cost {
+/// Costs of what `act` does, which returns of how many.
+pub fn measure(what: &str, act: impl FnOnce() -> Result<usize>) -> Result<Cost> {
     let device = || used(libc::RUSAGE_SELF) - used(libc::RUSAGE_THREAD);
     let (began, before) = (Instant::now(), device());
-    for index in 0..times {
-        act(index);
-    }
-    let all = (each * times) as f64;
-    let (took, used) = (began.elapsed().as_secs_f64(), (device() - before).as_secs_f64());
-    Cost { what, took: took / all, used: used / all }
+    let count = act()? as f64;
+    let (took, cost) = (began.elapsed().as_secs_f64(), (device() - before).as_secs_f64());
+    Ok((what.to_owned(), took / count, cost / count))
 }
 
-/// How often all is measured. What counts is the least: whatever else a machine does adds to it.
-const ROUNDS: usize = 11;
-
-/// A table of what `free` costs and what `shut_in` does, in processes of their own, in turn: the latter in one that is
-/// shut in, with `share` as its root, whose device's threads are started after [`crate::jail::tests::filter`]. Who
-/// measures is no thread of a monitor's.
-pub fn beside(
-    counted: &str,
-    share: &Path,
-    free: impl Fn() -> Vec<Cost> + Sync,
-    shut_in: impl Fn() -> Vec<Cost> + Sync,
-) -> String {
-    let mut rows: Vec<(String, [Vec<f64>; 4])> = Vec::new();
-    for _ in 0..ROUNDS {
-        let free = apart(|| lines(&free));
-        let jailed = inside(share, true, || lines(&shut_in));
-        assert_eq!(free.lines().count(), jailed.lines().count(), "{free}\n{jailed}");
-        for (row, (free, jailed)) in free.lines().zip(jailed.lines()).enumerate() {
-            let ([took, used, what], [jailed_took, jailed_used, _]) = (words(free), words(jailed));
-            if rows.len() == row {
-                rows.push((what.to_owned(), Default::default()));
-            }
-            for (all, value) in rows[row].1.iter_mut().zip([took, used, jailed_took, jailed_used]) {
-                all.push(value.parse().unwrap_or_else(|_| panic!("{free}\n{jailed}")));
-            }
-        }
-    }
-    let mut text = String::new();
-    let (rate, each) = (format!("{counted}/s"), "us of a processor each");
-    let _ = writeln!(text, "{rate:>12} {each:>26} {:>12} {each:>26}", "shut in");
-    for (what, all) in rows {
-        let [took, used, jailed_took, jailed_used] =
-            all.map(|values| values.into_iter().fold(f64::INFINITY, f64::min));
-        let _ = writeln!(
-            text,
-            "{:>12.0} {:>26.2} {:>12.0} {:>26.2}   {what}: {:.2} of the time, {:.2} of the processor shut in",
-            1.0 / took,
-            used * 1e6,
-            1.0 / jailed_took,
-            jailed_used * 1e6,
-            jailed_took / took,
-            jailed_used / used
-        );
-    }
-    text
+/// What comes before a device's threads are made that are to have filters; who measures is no thread of a monitor's.
+pub fn filtered() {
+    filter().unwrap();
 }
 
-fn lines(costs: &impl Fn() -> Vec<Cost>) -> String {
-    costs().into_iter().map(|Cost { what, took, used }| format!("{took} {used} {what}\n")).collect()
+/// What is measured in a monitor's jail, with `dir` as its root.
+pub fn shut_in(dir: &Path, measure: impl FnOnce() -> Result<Vec<Cost>> + Send) -> Result<Vec<Cost>> {
+    let said = inside(dir, true, || match measure() {
+        Ok(costs) => json!(costs).to_string(),
+        Err(error) => format!("{error:#}"),
+    });
+    serde_json::from_str(&said).context(said)
 }
 
-fn words(line: &str) -> [&str; 3] {
-    let words: Vec<&str> = line.splitn(3, ' ').collect();
-    words.try_into().unwrap_or_else(|_| panic!("{line}"))
+/// Measures what is `counted` as often as the benchmark wants it, each time without a jail and shut in, and prints
+/// medians on one line that it takes, with `more` conditions.
+pub fn report(counted: &str, all: impl Fn() -> Result<[Vec<Cost>; 2]>, more: Value) -> Result<()> {
+    let runs =
+        std::env::var("RVM_BENCH_RUNS").map_or(Ok(1), |runs| runs.parse().context("RVM_BENCH_RUNS"))?;
+    let measured: Vec<[Vec<Cost>; 2]> = (0..runs).map(|_| all()).collect::<Result<_>>()?;
+    let (mut ratios, mut rows) = (Map::new(), Vec::new());
+    for (place, (what, ..)) in measured[0][0].iter().enumerate() {
+        let [free, jailed] = [0, 1].map(|side| {
+            let of = || measured.iter().map(|run| &run[side][place]);
+            (median(of().map(|cost| cost.1)), median(of().map(|cost| cost.2)))
+        });
+        ratios.insert(format!("rvm shut in/rvm, {what}"), json!(jailed.0 / free.0));
+        ratios.insert(format!("rvm shut in/rvm, {what}, processor"), json!(jailed.1 / free.1));
+        rows.push(json!([what, 1.0 / free.0, free.1 * 1e6, 1.0 / jailed.0, jailed.1 * 1e6]));
+    }
+    let mut conditions = json!({
+        "runs": runs,
+        "counted": counted,
+        "where": "On this machine, without a guest; who asks is another thread.",
+        "host_kernel": std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim(),
+        "profile": if cfg!(debug_assertions) { "dev" } else { "release" },
+    });
+    for (name, value) in more.as_object().into_iter().flatten() {
+        conditions[name] = value.clone();
+    }
+    let rates = "each second and us of a processor for each, and both shut in";
+    // At the beginning of a line.
+    println!("\n@result {}", json!({ "ratios": ratios, rates: rows, "conditions": conditions }));
+    Ok(())
+}
+
+fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
 }

@@ -135,7 +135,7 @@ impl TestQueue {
     /// Makes one request available and kicks; returns its head.
     pub fn send(&mut self, queue: usize, buffers: &[(u64, u32, u16)]) -> u16 {
         let head = self.send_quietly(queue, buffers);
-        self.sides[queue].kick.write(1).unwrap();
+        self.kick(queue);
         head
     }
 
@@ -151,6 +151,11 @@ impl TestQueue {
         self.sides[queue].next_descriptor = (head + buffers.len() as u16) % SIZE;
         self.offer(queue, head);
         head
+    }
+
+    /// Tells the device of what is available.
+    pub fn kick(&self, queue: usize) {
+        self.sides[queue].kick.write(1).unwrap();
     }
 
     /// Makes a chain available whose two descriptors point at each other.

@@ -51,6 +51,13 @@ impl Fs {
         Ok(Self { tag, root, queue_sizes: queue_sizes(1), policy, meter })
     }
 
+    /// The same, and what is asked of it is written to `file` ([`super::trace`]).
+    #[cfg(any(test, feature = "record"))]
+    pub fn recorded(self, file: File) -> std::io::Result<Self> {
+        self.meter.set_recorder(super::record::Recorder::new(file, self.policy)?);
+        Ok(self)
+    }
+
     pub(super) fn tag(&self) -> &str {
         let len = self.tag.iter().position(|byte| *byte == 0).unwrap_or(TAG_BYTES);
         self.tag.get(..len).and_then(|tag| std::str::from_utf8(tag).ok()).unwrap_or("")

@@ -114,8 +114,10 @@ impl FuseServer {
         let written = self.serve(memory, chain.clone()).unwrap_or_else(|| {
             // A driver must not take what lies in its buffer for an answer.
             let request = header(memory, chain.clone())?;
-            reply(memory, chain, request.unique, Err(libc::EINVAL))
+            reply(memory, chain.clone(), request.unique, Err(libc::EINVAL))
         });
+        #[cfg(any(test, feature = "record"))]
+        self.meter.record(memory, chain, written.unwrap_or(0));
         written.and_then(|written| u32::try_from(written).ok()).unwrap_or(0)
     }
 

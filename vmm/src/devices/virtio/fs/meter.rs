@@ -19,6 +19,9 @@ struct Counts {
     messages: [AtomicU64; OPCODES],
     wakeups: AtomicU64,
     interrupts: AtomicU64,
+    /// Where there is one, it is told of each request.
+    #[cfg(any(test, feature = "record"))]
+    recorder: std::sync::OnceLock<super::record::Recorder>,
 }
 
 impl FsMeter {
@@ -28,7 +31,28 @@ impl FsMeter {
             messages: array::from_fn(|_| AtomicU64::new(0)),
             wakeups: AtomicU64::new(0),
             interrupts: AtomicU64::new(0),
+            #[cfg(any(test, feature = "record"))]
+            recorder: std::sync::OnceLock::new(),
         }))
+    }
+
+    /// Has what is asked from now on written down, by the first recorder that it is given.
+    #[cfg(any(test, feature = "record"))]
+    pub(super) fn set_recorder(&self, recorder: super::record::Recorder) {
+        let _ = self.0.recorder.set(recorder);
+    }
+
+    /// A request was answered with `written` bytes.
+    #[cfg(any(test, feature = "record"))]
+    pub(super) fn record(
+        &self,
+        memory: &crate::memory::GuestRam,
+        chain: virtio_queue::DescriptorChain<&crate::memory::GuestRam>,
+        written: usize,
+    ) {
+        if let Some(recorder) = self.0.recorder.get() {
+            recorder.note(memory, chain, written);
+        }
     }
 
     pub(super) fn message(&self, opcode: u32) {

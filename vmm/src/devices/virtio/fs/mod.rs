@@ -9,9 +9,13 @@ mod device;
 mod message;
 mod meter;
 mod passthrough;
+#[cfg(any(test, feature = "record"))]
+mod record;
 mod state;
 #[cfg(test)]
 mod tests;
+#[cfg(any(test, feature = "record"))]
+mod trace;
 mod worker;
 
 use std::io;

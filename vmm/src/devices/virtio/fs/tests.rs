@@ -2,6 +2,7 @@
 
 mod client;
 mod native;
+mod replay;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -10,7 +11,7 @@ use std::path::Path;
 
 use rvm_protocol::vmm::{CachePolicy, ShareConfig};
 
-use super::{Fs, FsError};
+use super::{Fs, FsError, MAX_IO_BYTES};
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::test_queue::{DATA, WRITE};
 
