@@ -55,13 +55,12 @@ pub(super) const WRITE: u32 = Opcode::Write as u32;
 pub(super) const OPENDIR: u32 = Opcode::Opendir as u32;
 pub(super) const READDIR: u32 = Opcode::Readdir as u32;
 pub(super) const CREATE: u32 = Opcode::Create as u32;
-pub(super) const DESTROY: u32 = Opcode::Destroy as u32;
 pub(super) const READDIRPLUS: u32 = Opcode::Readdirplus as u32;
 pub(super) const RENAME2: u32 = Opcode::Rename2 as u32;
 pub(super) const TMPFILE: u32 = 51;
 
 /// Of messages that Linux sends (linux/fuse.h).
-const SHAPES: [Shape; 36] = [
+const SHAPES: [Shape; 37] = [
     (LOOKUP, "LOOKUP", 0, &[]),
     (FORGET, "FORGET", 8, &[]),
     (3, "GETATTR", 16, &[(8, Handle)]),
@@ -91,6 +90,7 @@ const SHAPES: [Shape; 36] = [
     (29, "RELEASEDIR", 24, &[(0, Handle), (16, Owner)]),
     (30, "FSYNCDIR", 16, &[(0, Handle)]),
     (CREATE, "CREATE", 16, &[]),
+    (38, "DESTROY", 0, &[]),
     (39, "IOCTL", 32, &[(0, Handle)]),
     (43, "FALLOCATE", 32, &[(0, Handle)]),
     (READDIRPLUS, "READDIRPLUS", 40, &[(0, Handle), (24, Owner)]),
