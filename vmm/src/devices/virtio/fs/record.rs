@@ -98,6 +98,10 @@ impl State {
         let room = written.min(if is_listing { LISTING_BYTES } else { ANSWER_BYTES });
         let answer = answer(memory, chain, room)?;
         asked.unanswered = answer.is_none();
+        if written == 0 && !asked.unanswered {
+            // The server says nothing to DESTROY: there is nothing that it could come to again.
+            return Ok(());
+        }
         let answer = answer.unwrap_or_default();
         let (header, body) = answer.split_at_checked(size_of::<OutHeader>()).unwrap_or_default();
         asked.error = object(header).map_or(0, |header: OutHeader| header.error.saturating_neg());
