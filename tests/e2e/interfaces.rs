@@ -194,18 +194,20 @@ fn traffic(world: &World, mover: NetMover) -> Result<()> {
     let carrier = machine.shell(SLOT, "killall usleep; uniq /tmp/carrier")?;
     ensure!(carrier.ends_with("0\n1\n"), "{carrier:?}");
 
-    // Memory that comes later can be used as well: what there was is full.
+    // Memory that comes later can be used as well: what there was is full. It comes in two blocks, of which the first may
+    // be there before the second.
+    const WITH_BOTH_KIB: u64 = 400_000;
     machine.ask(Request::SetHotplugMemory { mib: 256 }, &[])?;
-    let grown = machine.shell(
-        SLOT,
+    let script = format!(
         "echo 1 > /sys/bus/pci/rescan; for i in $(seq 100); do \
          for block in /sys/devices/system/memory/memory*/state; do echo online > $block; done 2> /dev/null; \
-         [ $(awk '/MemTotal/ { print $2 }' /proc/meminfo) -gt 300000 ] && break; usleep 50000; done; \
-         dd if=/dev/zero of=/tmp/full bs=1M 2> /dev/null; grep MemTotal /proc/meminfo",
-    )?;
+         [ $(awk '/MemTotal/ {{ print $2 }}' /proc/meminfo) -gt {WITH_BOTH_KIB} ] && break; usleep 50000; done; \
+         dd if=/dev/zero of=/tmp/full bs=1M 2> /dev/null; grep MemTotal /proc/meminfo"
+    );
+    let grown = machine.shell(SLOT, &script)?;
     let total: u64 =
         grown.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).context(grown.clone())?;
-    ensure!(total > 300 << 10, "{grown}");
+    ensure!(total > WITH_BOTH_KIB, "{grown}");
     machine.upload(SLOT, DOWNLOAD)?;
     machine.download(SLOT)?;
     ensure_moved(&mut machine, SLOT, mover)
