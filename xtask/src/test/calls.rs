@@ -15,7 +15,7 @@ const RECORD: &str = r#"
 tracing=/sys/kernel/tracing
 mountpoint -q $tracing || mount -t tracefs tracefs $tracing
 event=$tracing/events/raw_syscalls/sys_enter
-names='comm == "rvm-vmm" || comm ~ "vcpu*" || comm == "fs" || comm == "blk" || comm ~ "net*" || comm == "vsock" || comm == "mem"'
+names='comm == "rvm-vmm" || comm ~ "vcpu*" || comm == "fs" || comm == "blk" || comm ~ "net*" || comm == "vsock" || comm == "mem" || comm == "balloon" || comm == "pmem"'
 echo "hist:keys=common_pid.execname,id:size=131072 if $names" > $event/trigger || exit 99
 "$@"
 code=$?
@@ -26,12 +26,11 @@ exit $code
 const MARK: &str = "monitor called: ";
 
 /// Calls that are not seen though they are made, or that no case brings about, and why.
-const UNSEEN: [(&str, i64, &str); 6] = [
+const UNSEEN: [(&str, i64, &str); 5] = [
     ("vcpu", 7, "poll: a guest that asks which interrupts are pending, as none of the cases' does"),
     ("vcpu", 17, "pread64: the console's log is turned over after a mebibyte"),
     ("vcpu", 77, "ftruncate: the same"),
     ("fs", 157, "prctl: counted as the first thread's, as the thread's name is set by it before"),
-    ("fs", 285, "fallocate: `cargo xtask fstest` calls it"),
     ("blk", 230, "clock_nanosleep: where the host's disk is full"),
 ];
 
