@@ -24,6 +24,9 @@ pub struct Args {
     /// Measure what tests run instead of what is installed: builds in a fraction of the time.
     #[arg(long)]
     fast: bool,
+    /// Also the root file system, an image that rvm's monitor or virtiofsd shares: takes more than twice as long.
+    #[arg(long)]
+    root: bool,
     /// Also with Linux as it is in virtiofsd's guest, instead of rvm's kernel.
     #[arg(long)]
     unpatched: bool,
@@ -53,6 +56,9 @@ pub fn run(args: Args) -> Result<()> {
     bench.prepared.set("RVM_BENCH_VIRTIOFSD_LIBRARIES", library.join("usr/lib/x86_64-linux-gnu"));
     bench.prepared.set("RVM_BENCH_IMAGE_ONE", build::debian_image()?);
     bench.prepared.set("RVM_BENCH_KERNEL_PEER", build::kernel(Flavour::Peer)?.vmlinux);
+    if args.root {
+        bench.prepared.set("RVM_BENCH_ROOT", "1");
+    }
     if args.unpatched {
         bench.prepared.set("RVM_BENCH_KERNEL_TRIAL", build::kernel(Flavour::Trial)?.vmlinux);
     }

@@ -97,7 +97,8 @@ fn run() -> Result<Value> {
                 kernel: variable("RVM_BENCH_KERNEL_PEER")?,
                 unpatched: std::env::var_os("RVM_BENCH_KERNEL_TRIAL").map(PathBuf::from),
             };
-            virtiofsd::measure(stage, runs, &variable("RVM_BENCH_IMAGE_ONE")?, &files)
+            let with_root = std::env::var_os("RVM_BENCH_ROOT").is_some();
+            virtiofsd::measure(stage, runs, &variable("RVM_BENCH_IMAGE_ONE")?, &files, with_root)
         }
         Some("workloads") => workloads::measure(stage, runs, &variable("RVM_BENCH_IMAGE_WORKLOADS")?),
         Some("record") => {

@@ -75,7 +75,7 @@ impl<'a> Machine<'a> {
         Ok(job::run(command, Input::Nothing, scale::command())?.success()?.text().trim().to_owned())
     }
 
-    /// Runs a script in a guest of its own; what it said.
+    /// Runs a script in a guest of its own, with this caching of the volume; what it said.
     pub fn run(&self, shares: &Shares<'_>, cache: &str, unpatched: bool, script: &str) -> Result<String> {
         let kernel = if unpatched { self.files.unpatched.as_ref() } else { Some(&self.files.kernel) };
         let dir = tempfile::Builder::new().prefix("rvm-bench").tempdir()?;
@@ -99,7 +99,8 @@ impl<'a> Machine<'a> {
         command.arg("-kernel").arg(kernel.context("no kernel")?).arg("-initrd").arg(&initramfs);
         command.args(["-append", DEFAULT_CMDLINE, "-global", "virtio-mmio.force-legacy=false"]);
         let mut servers = Vec::new();
-        for (tag, shared) in [("root", shares.root), ("volume", shares.volume)] {
+        // As rvm's layers, the root never changes.
+        for (tag, shared, cache) in [("root", shares.root, "always"), ("volume", shares.volume, cache)] {
             let socket = dir.path().join(tag);
             servers.push(self.serve(shared, &socket, cache)?);
             command.args(["-chardev", &format!("socket,id={tag},path={}", socket.display())]);

@@ -35,9 +35,9 @@ const VOLUME: &str = "/mnt";
 /// What of the image the volume has: Python's library, small files for the most part.
 const TREE: &str = "usr/lib/python3.11";
 
-/// What every guest does with its root file system, with what [`files::RUN`] has.
+/// What a guest does with its root file system, where that is compared too, by what [`files::RUN`] has.
 const ROOT_SCRIPT: &str = "image ''; image ' again'\n";
-/// What it does with the volume. What the host may have changed is asked for again after a second, so each look at the tree
+/// What it does with the volume, by programs that it knows. What the host may have changed is asked for again after a second, so each look at the tree
 /// begins later.
 const VOLUME_SCRIPT: &str = r#"
 pause() { sleep 1.1; }
@@ -48,6 +48,7 @@ tree() {
     pause; run "small files of a tree read on a volume$2" read_all "$1"
 }
 volume() {
+    for program in cat dd find rm; do "$program" --version > /dev/null || exit 1; done
     writes "$1" ' on a volume'
     tree "$1/tree" ''; tree "$1/tree" ' again'
 }
@@ -58,9 +59,9 @@ volume() {
 enum Kind {
     Runc,
     Rvm,
-    /// What virtiofsd does where nothing is said: as rvm with volumes, it asks again after a second.
+    /// With `cache=auto`: as with rvm, what the host may have changed is asked for again after a second.
     Virtiofsd,
-    /// The host is taken to change nothing: as rvm with layers.
+    /// With `cache=always` of the volume, too: the host is taken to change nothing.
     Always,
     /// The first again, in a guest with Linux as it is.
     Unpatched,
@@ -80,8 +81,8 @@ impl Kind {
     }
 }
 
-/// Everything measured; `image` is the archive of the first of [`files::IMAGES`].
-pub fn measure(stage: Stage, runs: usize, image: &Path, programs: &Files) -> Result<Value> {
+/// Everything measured, of the root file system only where that is wanted; `image` is the archive of the first of [`files::IMAGES`].
+pub fn measure(stage: Stage, runs: usize, image: &Path, programs: &Files, with_root: bool) -> Result<Value> {
     let world = World::new(stage)?;
     counters::mount_both()?;
     swept(&world, |world| {
@@ -104,8 +105,8 @@ pub fn measure(stage: Stage, runs: usize, image: &Path, programs: &Files) -> Res
             std::fs::read(program).with_context(|| format!("reading {}", program.display()))?;
         }
         let machine = Machine::new(world.dir(), programs, world.rootfs()?.join("bin/busybox"))?;
-        let side = Sides { world, machine: &machine, shares: Shares { root: &root, volume: &volume } };
-        let result = side.compared(runs);
+        let sides = Sides { world, machine: &machine, shares: Shares { root: &root, volume: &volume } };
+        let result = sides.compared(runs, with_root);
         world.ctr().run(&["images", "unmount", "--rm", &target], scale::container())?.success()?;
         result
     })
@@ -146,15 +147,16 @@ impl Sides<'_> {
         }))
     }
 
-    fn compared(&self, runs: usize) -> Result<Value> {
+    fn compared(&self, runs: usize, with_root: bool) -> Result<Value> {
         let has = |kind: &Kind| *kind != Kind::Unpatched || self.machine.has_unpatched();
         let kinds: Vec<Kind> = Kind::ALL.into_iter().filter(has).collect();
+        let script = format!("{}volume {VOLUME}", if with_root { ROOT_SCRIPT } else { "" });
         let mut all: BTreeMap<Kind, BTreeMap<String, Vec<f64>>> = BTreeMap::new();
         let mut order = Vec::new();
         for round in 1..=runs {
             for &kind in &kinds {
                 eprintln!("round {round}: {}", kind.name());
-                let said = self.run(kind, &format!("{ROOT_SCRIPT}volume {VOLUME}"))?;
+                let said = self.run(kind, &script)?;
                 let times = files::times(&said).with_context(|| said.clone())?;
                 ensure!(!times.is_empty(), "{} says nothing: {said}", kind.name());
                 for (name, microseconds) in times {
@@ -209,7 +211,7 @@ fn report(kinds: &[Kind], order: &[String], all: &BTreeMap<Kind, BTreeMap<String
             "volume": "a directory on a tmpfs of the host",
             "tree": format!("/{TREE} of the image, on the volume"),
             "again": "the same in the same guest a second time, on the volume after more than a second",
-            "virtiofsd's options": "its defaults: one thread, sandbox=namespace, seccomp=kill, cache=auto where nothing is said",
+            "virtiofsd's options": "its defaults: one thread, sandbox=namespace, seccomp=kill, cache=auto for the volume where nothing is said; cache=always for the root",
             "qemu_machine": format!("{}, vhost-user-fs on MMIO with queues of 1024", peer::MACHINE),
             "host_kernel": std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim(),
             "devhost": std::env::var(rvm_tests::host::DEVHOST_ENV).ok(),
