@@ -13,7 +13,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::worker::Threads;
-use super::{Activation, ActiveQueue, Interrupt};
+use super::{Activation, ActiveQueue, Interrupt, VirtioDevice};
 use crate::jail::Duty;
 use crate::memory::GuestRam;
 
@@ -74,7 +74,7 @@ impl TestQueue {
     }
 
     /// Those of a device with threads of that duty.
-    pub fn of(duty: Duty) -> Self {
+    fn of(duty: Duty) -> Self {
         Self::with(GuestRam::from_ranges(&[(GuestAddress(0), MEMORY)]), duty)
     }
 
@@ -86,6 +86,24 @@ impl TestQueue {
     fn with(memory: GuestRam, duty: Duty) -> Self {
         let config = Arc::new(Bell(EventFd::new(EFD_NONBLOCK).unwrap()));
         Self { memory, sides: Vec::new(), config, threads: Threads::new("test", 8, duty).unwrap() }
+    }
+
+    /// Those of `device`, which is active with `features`; its threads have that duty, and are started by one that has
+    /// done `before`.
+    pub fn activated(
+        device: &mut impl VirtioDevice,
+        features: u64,
+        duty: Duty,
+        before: impl FnOnce() + Send,
+    ) -> Self {
+        let start = || {
+            before();
+            // The threads are born with the queues.
+            let mut queue = Self::of(duty);
+            device.activate(queue.activation(device.queue_sizes().len(), features)).unwrap();
+            queue
+        };
+        std::thread::scope(|scope| scope.spawn(start).join()).unwrap()
     }
 
     /// Sets up `queues` queues as a driver does before DRIVER_OK.

@@ -147,14 +147,7 @@ impl Rig {
     fn on(mut host: Host, config: NetConfig, wanted: u64, before: impl FnOnce() + Send) -> Self {
         let mut net = Net::new(&config, std::mem::take(&mut host.taps), Vec::new()).unwrap();
         let features = net.features() & wanted;
-        let start = || {
-            before();
-            // Its threads are born with it.
-            let mut queue = TestQueue::of(Duty::Net);
-            net.activate(queue.activation(net.queue_sizes().len(), features)).unwrap();
-            queue
-        };
-        let queue = std::thread::scope(|scope| scope.spawn(start).join()).unwrap();
+        let queue = TestQueue::activated(&mut net, features, Duty::Net, before);
         let rig = Self { net, queue, host, features };
         // The tap is set up, on the device's thread.
         wait(|| rig.metrics().mover == NetMover::UserSpace);

@@ -10,6 +10,7 @@ use tempfile::TempDir;
 use super::super::Fs;
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::test_queue::{DATA, TestQueue, WRITE};
+use crate::jail::Duty;
 
 pub(super) const LOOKUP: u32 = 1;
 pub(super) const FORGET: u32 = 2;
@@ -117,14 +118,8 @@ impl Client {
 
     /// The same, whose server's threads are started by one that has done `before`.
     pub(super) fn with_threads(mut device: Fs, dir: TempDir, before: impl FnOnce() + Send) -> Self {
-        let start = || {
-            before();
-            // Its threads are born with it.
-            let mut queue = TestQueue::new();
-            device.activate(queue.activation(device.queue_sizes().len(), device.features())).unwrap();
-            queue
-        };
-        let queue = std::thread::scope(|scope| scope.spawn(start).join()).unwrap();
+        let features = device.features();
+        let queue = TestQueue::activated(&mut device, features, Duty::Files, before);
         // Files are made for whoever runs the tests.
         let (uid, gid) = (fs::metadata(dir.path()).unwrap().uid(), fs::metadata(dir.path()).unwrap().gid());
         let mut client = Self { queue, dir, uid, gid };
