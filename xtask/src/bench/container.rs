@@ -5,20 +5,16 @@ use std::fmt::Write;
 use anyhow::Result;
 use serde_json::Value;
 
-use super::{Bench, aims};
+use super::{Bench, Common, aims};
 
 /// Arguments of `cargo xtask bench container`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Print one JSON object on standard output, and nothing else there.
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    common: Common,
     /// Runs of each kind; medians are reported.
     #[arg(long, default_value_t = 10)]
     runs: u32,
-    /// Measure what tests run instead of what is installed: builds in a fraction of the time.
-    #[arg(long)]
-    fast: bool,
 }
 
 /// Ratios and what each may be at most.
@@ -26,7 +22,7 @@ const AIMS: [(&str, f64); 3] = [("rvm/runc, start", 1.2), ("rvm/runc, exec", 0.7
 
 /// Runs `cargo xtask bench container`.
 pub fn run(args: Args) -> Result<()> {
-    Bench::new("container", args.fast, args.runs)?.report(args.json, text)
+    Bench::new("container", args.common.fast, args.runs)?.report(args.common.json, text)
 }
 
 /// The result for people.

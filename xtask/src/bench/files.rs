@@ -3,21 +3,17 @@
 use anyhow::Result;
 use serde_json::Value;
 
-use super::{Bench, aims, medians};
+use super::{Bench, Common, aims, medians};
 use crate::build;
 
 /// Arguments of `cargo xtask bench files`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Print one JSON object on standard output, and nothing else there.
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    common: Common,
     /// Rounds of each kind; medians are reported.
     #[arg(long, default_value_t = 3)]
     runs: u32,
-    /// Measure what tests run instead of what is installed: builds in a fraction of the time.
-    #[arg(long)]
-    fast: bool,
     /// With the containerd of this Debian release (`sid`: 2.1, which has the EROFS snapshotter, and a column with it).
     #[arg(long, value_name = "RELEASE")]
     containerd: Option<String>,
@@ -30,7 +26,7 @@ const AGAIN: f64 = 2.0;
 
 /// Runs `cargo xtask bench files`.
 pub fn run(args: Args) -> Result<()> {
-    let mut bench = Bench::new("files", args.fast, args.runs)?;
+    let mut bench = Bench::new("files", args.common.fast, args.runs)?;
     let one = build::debian_image()?;
     bench.prepared.set("RVM_BENCH_IMAGE_FIVE", build::debian_image_of_layers(&one, 5)?);
     bench.prepared.set("RVM_BENCH_IMAGE_ONE", one);
@@ -38,7 +34,7 @@ pub fn run(args: Args) -> Result<()> {
         bench.prepared.set_containerd(release)?;
     }
     bench.prepared.memory_mib = MEMORY_MIB;
-    bench.report(args.json, text)
+    bench.report(args.common.json, text)
 }
 
 /// The result for people.

@@ -5,30 +5,26 @@ use std::fmt::Write;
 use anyhow::Result;
 use serde_json::Value;
 
-use super::{Bench, aims};
+use super::{Bench, Common, aims};
 
 /// Arguments of `cargo xtask bench many`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Print one JSON object on standard output, and nothing else there.
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    common: Common,
     /// Rounds of each runtime; medians are reported.
     #[arg(long, default_value_t = 3)]
     runs: u32,
     /// Containers at once.
     #[arg(long, default_value_t = 20)]
     containers: u32,
-    /// Measure what tests run instead of what is installed: builds in a fraction of the time.
-    #[arg(long)]
-    fast: bool,
 }
 
 /// Runs `cargo xtask bench many`.
 pub fn run(args: Args) -> Result<()> {
-    let mut bench = Bench::new("many", args.fast, args.runs)?;
+    let mut bench = Bench::new("many", args.common.fast, args.runs)?;
     bench.prepared.set("RVM_BENCH_COUNT", args.containers.to_string());
-    bench.report(args.json, text)
+    bench.report(args.common.json, text)
 }
 
 /// The result for people.

@@ -70,6 +70,17 @@ pub fn run(args: Args) -> Result<()> {
     }
 }
 
+/// What most benchmarks are told.
+#[derive(clap::Args)]
+struct Common {
+    /// Print one JSON object on standard output, and nothing else there.
+    #[arg(long)]
+    json: bool,
+    /// Measure what tests run instead of what is installed: builds in a fraction of the time.
+    #[arg(long)]
+    fast: bool,
+}
+
 /// The head of a report for people: where and how it was measured, and whether each ratio is what
 /// it may be at most.
 fn aims(result: &Value, aims: &[(&str, f64)]) -> String {

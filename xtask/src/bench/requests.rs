@@ -5,28 +5,24 @@ use std::fmt::Write;
 use anyhow::Result;
 use serde_json::Value;
 
-use super::{Bench, aims};
+use super::{Bench, Common, aims};
 use crate::build;
 
 /// Arguments of `cargo xtask bench requests`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Print one JSON object on standard output, and nothing else there.
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    common: Common,
     /// Runs of each kind; times are medians.
     #[arg(long, default_value_t = 1)]
     runs: u32,
-    /// Measure what tests run instead of what is installed: builds in a fraction of the time.
-    #[arg(long)]
-    fast: bool,
 }
 
 /// Runs `cargo xtask bench requests`.
 pub fn run(args: Args) -> Result<()> {
-    let mut bench = Bench::new("requests", args.fast, args.runs)?;
+    let mut bench = Bench::new("requests", args.common.fast, args.runs)?;
     bench.prepared.set("RVM_BENCH_IMAGE_ONE", build::debian_image()?);
-    bench.report(args.json, text)
+    bench.report(args.common.json, text)
 }
 
 /// The result for people.

@@ -7,7 +7,7 @@ use guest_kernel::Flavour;
 use rootfs_builder::debian;
 use serde_json::Value;
 
-use super::{Bench, aims, columns};
+use super::{Bench, Common, aims, columns};
 use crate::build;
 use crate::packages::{self, Purpose};
 use crate::progress::Step;
@@ -15,15 +15,11 @@ use crate::progress::Step;
 /// Arguments of `cargo xtask bench virtiofsd`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Print one JSON object on standard output, and nothing else there.
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    common: Common,
     /// Rounds of each kind; medians are reported.
     #[arg(long, default_value_t = 3)]
     runs: u32,
-    /// Measure what tests run instead of what is installed: builds in a fraction of the time.
-    #[arg(long)]
-    fast: bool,
     /// Also the root file system, an image that rvm's monitor or virtiofsd shares: takes more than twice as long.
     #[arg(long)]
     root: bool,
@@ -46,7 +42,7 @@ const COUNTED: &str = "counted on a volume, a start included";
 /// Runs `cargo xtask bench virtiofsd`.
 pub fn run(args: Args) -> Result<()> {
     packages::ensure(&[Purpose::Bench])?;
-    let mut bench = Bench::new("virtiofsd", args.fast, args.runs)?;
+    let mut bench = Bench::new("virtiofsd", args.common.fast, args.runs)?;
     let cache = build::debian_cache_dir()?;
     let step = Step::start("virtiofsd");
     let server = debian::fetch_from(RELEASE, "virtiofsd", &cache)?;
@@ -62,7 +58,7 @@ pub fn run(args: Args) -> Result<()> {
     if args.unpatched {
         bench.prepared.set("RVM_BENCH_KERNEL_TRIAL", build::kernel(Flavour::Trial)?.vmlinux);
     }
-    bench.report(args.json, text)
+    bench.report(args.common.json, text)
 }
 
 /// The result for people.

@@ -5,21 +5,17 @@ use std::fmt::Write;
 use anyhow::Result;
 use serde_json::Value;
 
-use super::{Bench, aims, medians};
+use super::{Bench, Common, aims, medians};
 use crate::build;
 
 /// Arguments of `cargo xtask bench workloads`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Print one JSON object on standard output, and nothing else there.
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    common: Common,
     /// Rounds; medians are reported.
     #[arg(long, default_value_t = 1)]
     runs: u32,
-    /// Measure what tests run instead of what is installed: builds in a fraction of the time.
-    #[arg(long)]
-    fast: bool,
 }
 
 /// Of the devhost, in MiB: it holds the image, packed and unpacked.
@@ -27,10 +23,10 @@ const MEMORY_MIB: u32 = 8192;
 
 /// Runs `cargo xtask bench workloads`.
 pub fn run(args: Args) -> Result<()> {
-    let mut bench = Bench::new("workloads", args.fast, args.runs)?;
+    let mut bench = Bench::new("workloads", args.common.fast, args.runs)?;
     bench.prepared.set("RVM_BENCH_IMAGE_WORKLOADS", build::workloads_image()?);
     bench.prepared.memory_mib = MEMORY_MIB;
-    bench.report(args.json, text)
+    bench.report(args.common.json, text)
 }
 
 /// The result for people.
