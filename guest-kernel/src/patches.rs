@@ -9,7 +9,7 @@ use crate::{Error, Flavour, command, io_error};
 /// A patch: its name, and a unified diff.
 type Patch = (&'static str, &'static str);
 
-const PATCHES: [Patch; 23] = [
+const PATCHES: [Patch; 25] = [
     ("pci-remember-configuration", include_str!("../patches/pci-remember-configuration.patch")),
     ("virtiofs-tag-in-words", include_str!("../patches/virtiofs-tag-in-words.patch")),
     ("initramfs-keep-pages", include_str!("../patches/initramfs-keep-pages.patch")),
@@ -24,6 +24,8 @@ const PATCHES: [Patch; 23] = [
     ("fuse-directory-keeps-its-owner", include_str!("../patches/fuse-directory-keeps-its-owner.patch")),
     ("fuse-more-entries-at-once", include_str!("../patches/fuse-more-entries-at-once.patch")),
     ("virtiofs-nobody-waits", include_str!("../patches/virtiofs-nobody-waits.patch")),
+    ("fuse-end-of-directory", include_str!("../patches/fuse-end-of-directory.patch")),
+    ("fuse-open-with-content", include_str!("../patches/fuse-open-with-content.patch")),
     ("virtiofs-look-for-answers", include_str!("../patches/virtiofs-look-for-answers.patch")),
     ("usemap-beside-all-else", include_str!("../patches/usemap-beside-all-else.patch")),
     ("functions-in-order-of-a-start", include_str!("../patches/functions-in-order-of-a-start.patch")),

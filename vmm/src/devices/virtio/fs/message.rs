@@ -13,7 +13,10 @@
 use std::io::{self, Write};
 use std::sync::Arc;
 
-use fuse_backend_rs::abi::fuse_abi::{CreateIn, EntryOut, InHeader, Opcode, OpenOut, OutHeader, ReleaseIn};
+use fuse_backend_rs::abi::fuse_abi::{
+    CreateIn, EntryOut, InHeader, Opcode, OpenIn, OpenOut, OutHeader, ReleaseIn,
+};
+use fuse_backend_rs::api::filesystem::OpenOptions;
 use fuse_backend_rs::api::server::Server;
 use fuse_backend_rs::transport::{Reader, VirtioFsWriter, Writer};
 use virtio_queue::DescriptorChain;
@@ -30,6 +33,11 @@ const MAX_MESSAGE_BYTES: usize = super::MAX_IO_BYTES as usize + 4096;
 const SYNCFS: u32 = 50;
 const TMPFILE: u32 = 51;
 
+/// What is there before the content of a file that comes with the answer to OPEN.
+const OPEN_BYTES: usize = size_of::<OutHeader>() + size_of::<OpenOut>();
+/// Room behind that from which on our guest kernel wants the content, and how much of it, at most.
+const CONTENT_BYTES: std::ops::RangeInclusive<usize> = 4096..=32 << 10;
+
 /// What is done with a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Handling {
@@ -39,6 +47,8 @@ enum Handling {
     SyncFs,
     /// A file without a name is made.
     TmpFile,
+    /// A file is opened, and perhaps read.
+    Open,
     /// Something is closed: our guest kernel sends that without room for an answer.
     Close,
     /// No answer is expected to what is not done.
@@ -48,7 +58,7 @@ enum Handling {
 }
 
 fn handling(opcode: u32) -> Handling {
-    const LIBRARY: [Opcode; 31] = [
+    const LIBRARY: [Opcode; 30] = [
         Opcode::Lookup,
         Opcode::Forget,
         Opcode::Getattr,
@@ -61,7 +71,6 @@ fn handling(opcode: u32) -> Handling {
         Opcode::Rmdir,
         Opcode::Rename,
         Opcode::Link,
-        Opcode::Open,
         Opcode::Read,
         Opcode::Write,
         Opcode::Statfs,
@@ -84,6 +93,7 @@ fn handling(opcode: u32) -> Handling {
     match opcode {
         SYNCFS => Handling::SyncFs,
         TMPFILE => Handling::TmpFile,
+        _ if opcode == Opcode::Open as u32 => Handling::Open,
         _ if opcode == Opcode::Release as u32 || opcode == Opcode::Releasedir as u32 => Handling::Close,
         _ if opcode == Opcode::Interrupt as u32 => Handling::Silence,
         _ if opcode == Opcode::Lseek as u32 => Handling::Library,
@@ -142,6 +152,7 @@ impl FuseServer {
                 let result = self.make_nameless(memory, chain.clone());
                 Some(reply(memory, chain, request.unique, result.map_err(number)))
             }
+            Handling::Open => self.open(memory, chain),
             Handling::Close => {
                 let mut reader = Reader::from_descriptor_chain(memory, chain.clone()).ok()?;
                 let _: InHeader = reader.read_obj().ok()?;
@@ -152,6 +163,50 @@ impl FuseServer {
             Handling::Silence => Some(Some(0)),
             Handling::Unknown => Some(reply(memory, chain, request.unique, Err(libc::ENOSYS))),
         }
+    }
+
+    /// The answer to an OPEN: a handle, and the content of the file where there is room for it.
+    fn open(&self, memory: &GuestRam, chain: DescriptorChain<&GuestRam>) -> Option<Option<usize>> {
+        let mut reader = Reader::from_descriptor_chain(memory, chain.clone()).ok()?;
+        let InHeader { nodeid, unique, .. } = reader.read_obj().ok()?;
+        let OpenIn { flags, fuse_flags } = reader.read_obj().ok()?;
+        let (handle, options) = match self.tree.open_file(nodeid, flags, fuse_flags) {
+            Ok(opened) => opened,
+            Err(error) => return Some(reply(memory, chain, unique, Err(number(error)))),
+        };
+        let answered = self.opened(memory, chain, nodeid, unique, handle, options);
+        if answered.is_none() {
+            // Nobody has heard of it.
+            let _ = self.tree.close(nodeid, handle);
+        }
+        answered.map(Some)
+    }
+
+    fn opened(
+        &self,
+        memory: &GuestRam,
+        chain: DescriptorChain<&GuestRam>,
+        id: u64,
+        unique: u64,
+        handle: u64,
+        options: OpenOptions,
+    ) -> Option<usize> {
+        let mut writer = VirtioFsWriter::new(memory, chain).ok()?;
+        let mut behind = writer.split_at(OPEN_BYTES).ok()?;
+        let room = behind.available_bytes().min(*CONTENT_BYTES.end());
+        let read = match CONTENT_BYTES.contains(&room) {
+            // Who gets none asks for it, and hears why.
+            true => {
+                let read = self.tree.content(id, handle, |file| behind.write_from_at(file, room, 0));
+                read.unwrap_or(0)
+            }
+            false => 0,
+        };
+        let len = OPEN_BYTES + read;
+        let header = OutHeader { len: u32::try_from(len).ok()?, error: 0, unique };
+        let open = OpenOut { fh: handle, open_flags: options.bits(), passthrough: 0 };
+        writer.write_all(&[header.as_slice(), open.as_slice()].concat()).ok()?;
+        Some(len)
     }
 
     /// The answer to a TMPFILE: as to a CREATE.

@@ -304,6 +304,20 @@ fn directories_of_a_changing_share_are_read_by_handle_and_entries_are_known_file
     let (error, open) = client.call(OPENDIR, ROOT, &[0; 8]);
     assert_eq!(error, 0);
     let handle = u64_at(&open, 0);
+    // Our guest kernel is told that an answer with room for any name is the last one, and it is.
+    assert_ne!(u32_at(&open, 8) & 1 << 30, 0);
+    for (op, longest) in [(READDIRPLUS, 408), (READDIR, 280)] {
+        let (mut answers, mut offset) = (Vec::new(), 0);
+        loop {
+            let (error, bytes) = client.call(op, ROOT, &read_body(handle, offset, 1000));
+            assert_eq!(error, 0);
+            let Some((_, next)) = entries(op, &bytes).last().cloned() else { break };
+            answers.push(bytes.len());
+            offset = next;
+        }
+        answers.pop();
+        assert!(answers.iter().all(|len| len + longest > 1000), "{answers:?}");
+    }
     let names = client.names(READDIRPLUS, ROOT, handle, 1000);
     assert_eq!(names.len(), 102);
     for (entry, node) in names.iter().filter(|(entry, _)| entry.starts_with("entry")) {
@@ -413,6 +427,36 @@ fn what_is_closed_needs_no_answer() {
         assert_eq!(client.call(READ, file, &read_body(handle, 0, 1)).0, libc::EBADF);
     }
     assert_eq!(client.call(GETATTR, file, &[0; 16]).0, 0, "what is closed is known as before");
+}
+
+#[test]
+fn a_small_file_comes_when_it_is_opened() {
+    let mut client = Client::new(false, CachePolicy::Auto);
+    let long: Vec<u8> = (0..40_000_u32).map(|n| n as u8).collect();
+    fs::write(client.path("small"), b"content").unwrap();
+    fs::write(client.path("empty"), b"").unwrap();
+    fs::write(client.path("long"), &long).unwrap();
+    let [small, empty, long_file] = ["small", "empty", "long"].map(|name| client.lookup(ROOT, name).unwrap());
+    let mut content = |node, flags, room| client.open_with(node, flags, room).unwrap().1;
+    assert_eq!(content(small, libc::O_RDONLY, 4096), b"content");
+    // Other guests leave no room.
+    assert_eq!(content(small, libc::O_RDONLY, 0), b"");
+    assert_eq!(content(small, libc::O_RDONLY, 4095), b"");
+    assert_eq!(content(empty, libc::O_RDONLY, 8192), b"");
+    assert_eq!(content(small, libc::O_WRONLY, 8192), b"");
+    // As much as there is room for, and no more than is ever asked for.
+    assert_eq!(content(long_file, libc::O_RDONLY, 8192), long[..8192]);
+    assert_eq!(content(long_file, libc::O_RDONLY, 100_000), long[..32 << 10]);
+    let (handle, _) = client.open_with(small, libc::O_RDONLY, 4096).unwrap();
+    assert_eq!(client.call(READ, small, &read_body(handle, 3, 2)).1, b"te");
+    // Nothing stays open for who cannot be told.
+    let before = descriptors_below(client.dir.path());
+    let message = [client.header(OPEN, small, 8), words(&[libc::O_RDONLY as u32, 0])].concat();
+    client.queue.write(DATA, &message);
+    client.queue.send(1, &[(DATA, message.len() as u32, 0), (ANSWER, 20, WRITE)]);
+    assert_eq!(client.queue.wait_used(1), 16);
+    assert_eq!(client.answer(16).0, libc::EINVAL);
+    assert_eq!(descriptors_below(client.dir.path()), before);
 }
 
 #[test]

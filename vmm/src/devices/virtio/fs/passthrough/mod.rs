@@ -57,6 +57,9 @@ const MAX_DIR_BYTES: u32 = 1 << 20;
 /// know nothing of it and wait.
 // SAFETY: the type stands for 32 bits, all of which the guest is sent.
 const UNANSWERED: OpenOptions = unsafe { OpenOptions::from_bits_unchecked(1 << 31) };
+/// Its `FOPEN_DIR_SHORT_IS_LAST`: where an answer with entries has room for another one, they were the last.
+// SAFETY: as above.
+const SHORT_IS_LAST: OpenOptions = unsafe { OpenOptions::from_bits_unchecked(1 << 30) };
 
 /// How a share is served.
 #[derive(Clone, Copy, Debug)]
@@ -282,7 +285,8 @@ impl Passthrough {
         let cache = match (self.policy.constant || inode.is_immutable(), flags & libc::O_DIRECTORY != 0) {
             (true, true) => OpenOptions::KEEP_CACHE | OpenOptions::CACHE_DIR,
             (true, false) => OpenOptions::KEEP_CACHE,
-            (false, _) => OpenOptions::empty(),
+            (false, true) => SHORT_IS_LAST,
+            (false, false) => OpenOptions::empty(),
         };
         match flags & libc::O_ACCMODE == libc::O_RDONLY || inode.is_local() {
             true => cache | UNANSWERED,

@@ -4,6 +4,7 @@
 //! write.
 
 use std::ffi::CStr;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::Ordering;
@@ -115,6 +116,35 @@ impl Passthrough {
             kill_privileges(file.fd())?;
         }
         Lent::new(file.fd()).file().set_len(u64::try_from(size).or_else(|_| errno(libc::EINVAL))?)
+    }
+
+    /// Opens a file; returns its handle, and what the guest's page cache may do with it.
+    pub fn open_file(&self, id: u64, flags: u32, fuse_flags: u32) -> io::Result<(u64, OpenOptions)> {
+        if self.no_open.load(Ordering::Relaxed) {
+            return Err(io::Error::from_raw_os_error(libc::ENOSYS));
+        }
+        let inode = self.inodes.get(id)?;
+        if fuse_flags & FOPEN_IN_KILL_SUIDGID != 0 && flags.cast_signed() & libc::O_TRUNC != 0 {
+            self.change()?;
+            kill_privileges(inode.path_fd()?.as_fd())?;
+        }
+        let file = self.open_for(&inode, flags)?;
+        let handle = self.handles.add_file(id, file)?;
+        let flags = flags.cast_signed() & !libc::O_DIRECTORY;
+        Ok((handle, self.open_options(&inode, flags)))
+    }
+
+    /// Has `read` read a file that was just opened; nothing is read where that may take long.
+    pub fn content(
+        &self,
+        id: u64,
+        handle: u64,
+        read: impl FnOnce(&mut File) -> io::Result<usize>,
+    ) -> io::Result<usize> {
+        match self.inodes.get(id)?.is_local() {
+            true => read(Lent::new(self.handles.file(id, handle)?.fd()).file()),
+            false => Ok(0),
+        }
     }
 }
 
@@ -298,18 +328,8 @@ impl FileSystem for Passthrough {
         flags: u32,
         fuse_flags: u32,
     ) -> io::Result<(Option<u64>, OpenOptions, Option<u32>)> {
-        if self.no_open.load(Ordering::Relaxed) {
-            return errno(libc::ENOSYS);
-        }
-        let inode = self.inodes.get(id)?;
-        if fuse_flags & FOPEN_IN_KILL_SUIDGID != 0 && flags.cast_signed() & libc::O_TRUNC != 0 {
-            self.change()?;
-            kill_privileges(inode.path_fd()?.as_fd())?;
-        }
-        let file = self.open_for(&inode, flags)?;
-        let handle = self.handles.add_file(id, file)?;
-        let flags = flags.cast_signed() & !libc::O_DIRECTORY;
-        Ok((Some(handle), self.open_options(&inode, flags), None))
+        let (handle, options) = self.open_file(id, flags, fuse_flags)?;
+        Ok((Some(handle), options, None))
     }
 
     fn create(

@@ -52,6 +52,7 @@ pub(super) const ROOT: u64 = 1;
 pub(super) const IN_HEADER: usize = 40;
 pub(super) const OUT_HEADER: usize = 16;
 pub(super) const ENTRY_BYTES: usize = 128;
+pub(super) const OPEN_BYTES: usize = 16;
 pub(super) const ANSWER: u64 = DATA + 0x20_0000;
 pub(super) const ANSWER_BYTES: u32 = 0x20_0000;
 pub(super) const NO_OPEN: u32 = 1 << 17;
@@ -102,6 +103,21 @@ pub(super) fn write_body(handle: u64, offset: u64, flags: i32, data: &[u8]) -> V
     [handle.to_le_bytes().as_slice(), &offset.to_le_bytes(), &tail, data].concat()
 }
 
+/// The entries of an answer: name, node, and the offset of the one after it.
+pub(super) fn entries(op: u32, answer: &[u8]) -> Vec<((String, u64), u64)> {
+    let plus = if op == READDIRPLUS { ENTRY_BYTES } else { 0 };
+    let (mut found, mut rest) = (Vec::new(), answer);
+    while !rest.is_empty() {
+        let node = if plus > 0 { u64_at(rest, 0) } else { 0 };
+        let dirent = &rest[plus..];
+        let len = u32_at(dirent, 16) as usize;
+        let name = String::from_utf8(dirent[24..24 + len].to_vec()).unwrap();
+        found.push(((name, node), u64_at(dirent, 8)));
+        rest = &dirent[(24 + len).next_multiple_of(8)..];
+    }
+    found
+}
+
 impl Client {
     pub(super) fn new(readonly: bool, cache: CachePolicy) -> Self {
         Self::over(tempfile::tempdir().unwrap(), readonly, cache)
@@ -146,6 +162,10 @@ impl Client {
     }
 
     pub(super) fn call_on(&mut self, queue: usize, op: u32, node: u64, body: &[u8]) -> (i32, Vec<u8>) {
+        self.call_with_room(queue, op, node, body, ANSWER_BYTES)
+    }
+
+    fn call_with_room(&mut self, queue: usize, op: u32, node: u64, body: &[u8], room: u32) -> (i32, Vec<u8>) {
         let message = [self.header(op, node, body.len()).as_slice(), body].concat();
         self.queue.write(DATA, &message);
         self.queue.write(ANSWER, &[0; OUT_HEADER]);
@@ -154,7 +174,7 @@ impl Client {
         if !body.is_empty() {
             chain.push((DATA + IN_HEADER as u64, body.len() as u32, 0));
         }
-        chain.push((ANSWER, ANSWER_BYTES, WRITE));
+        chain.push((ANSWER, room, WRITE));
         self.queue.send(queue, &chain);
         let len = self.queue.wait_used(queue) as usize;
         self.answer(len)
@@ -177,8 +197,14 @@ impl Client {
     }
 
     pub(super) fn open(&mut self, node: u64, flags: i32) -> Result<u64, i32> {
-        match self.call(OPEN, node, &words(&[flags as u32, 0])) {
-            (0, open) => Ok(u64_at(&open, 0)),
+        self.open_with(node, flags, 0).map(|(handle, _)| handle)
+    }
+
+    /// Opens a file with room for as much of its content.
+    pub(super) fn open_with(&mut self, node: u64, flags: i32, room: u32) -> Result<(u64, Vec<u8>), i32> {
+        let room = (OUT_HEADER + OPEN_BYTES) as u32 + room;
+        match self.call_with_room(1, OPEN, node, &words(&[flags as u32, 0]), room) {
+            (0, open) => Ok((u64_at(&open, 0), open[OPEN_BYTES..].to_vec())),
             (error, _) => Err(error),
         }
     }
@@ -199,15 +225,9 @@ impl Client {
             if bytes.is_empty() {
                 return found;
             }
-            let mut rest = bytes.as_slice();
-            while !rest.is_empty() {
-                let plus = if op == READDIRPLUS { ENTRY_BYTES } else { 0 };
-                let node = if plus > 0 { u64_at(rest, 0) } else { 0 };
-                let dirent = &rest[plus..];
-                offset = u64_at(dirent, 8);
-                let len = u32_at(dirent, 16) as usize;
-                found.push((String::from_utf8(dirent[24..24 + len].to_vec()).unwrap(), node));
-                rest = &dirent[(24 + len).next_multiple_of(8)..];
+            for (entry, next) in entries(op, &bytes) {
+                offset = next;
+                found.push(entry);
             }
         }
     }

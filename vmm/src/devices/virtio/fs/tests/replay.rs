@@ -183,7 +183,9 @@ impl Player<'_> {
         if data > 0 {
             chain.push((PAYLOAD, data, 0));
         }
-        chain.push((ANSWER, ANSWER_BYTES, WRITE));
+        // Files that were read were read by messages of their own.
+        let room = if now.op == trace::OPEN { (OUT_HEADER + OPEN_BYTES) as u32 } else { ANSWER_BYTES };
+        chain.push((ANSWER, room, WRITE));
         queue.send(1, &chain);
         let len = queue.wait_used(1) as usize;
         // The server has looked at that queue first.
