@@ -9,6 +9,7 @@
 
 mod layers;
 pub mod maker;
+mod verity;
 
 use std::{
     fs::{self, File},
@@ -19,6 +20,8 @@ use std::{
 };
 
 use sha2::{Digest, Sha256};
+
+pub use self::verity::Verity;
 
 use crate::{
     config::Images,
@@ -101,6 +104,8 @@ impl Place {
 pub struct Image {
     /// What it is in, then the devices that it names, in its order.
     pub blobs: Vec<Blob>,
+    /// How what it is in is checked as it is read, which has no devices then.
+    pub verity: Option<Verity>,
     /// Whose it is.
     pub origin: Origin,
     /// Its files are in the share, as a machine has places for so many devices only.
@@ -138,7 +143,7 @@ impl Blob {
 impl Image {
     /// One that [`maker`] has made.
     fn made(blob: Blob) -> Self {
-        Self { blobs: vec![blob], origin: Origin::Maker, shared: false }
+        Self { blobs: vec![blob], verity: None, origin: Origin::Maker, shared: false }
     }
 
     /// Its name in a guest.

@@ -45,6 +45,7 @@ impl Purpose {
                 "conntrack",
                 "containerd",
                 "containernetworking-plugins",
+                "cryptsetup-bin",
                 "curl",
                 "e2fsprogs",
                 "erofs-utils",

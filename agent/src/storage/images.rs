@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
+    os::unix::fs::FileTypeExt,
     path::{Path, PathBuf},
 };
 
@@ -13,6 +14,7 @@ use nix::{
 use rvm_protocol::{
     agent::{self, blob::Place},
     guest::IMAGES_DIR,
+    loop_device,
 };
 use tokio::sync::Mutex;
 
@@ -26,6 +28,7 @@ use crate::{
     helper::{self, Outcome},
     init::mounts::make_dir,
     reaper::Reaper,
+    sys::device_mapper,
 };
 
 /// The images that are mounted; held while one is mounted, so that two containers at once do not
@@ -98,6 +101,12 @@ fn mount_at(image: &agent::Image, target: &Path) -> StepResult<()> {
     let options = devices.collect::<Vec<_>>().join(",");
     let is_memory = |blob: &agent::Blob| matches!(blob.place, Some(Place::PmemSlot(_)));
     let source = paths.first().ok_or_else(|| StepError::Refused("an image is in nothing".into()))?;
+    if let Some(verity) = image.verity.as_ref() {
+        let (_open, checked) = checked(&image.name, source, verity)?;
+        mount(&checked, target, "")?;
+        read_ahead(target);
+        return Ok(());
+    }
     // Files are read where they lie (DAX), so the pages of the host's page cache are the only ones.
     if image.blobs.iter().all(is_memory) {
         let dax = ["dax=always", options.as_str()].join(",");
@@ -107,6 +116,39 @@ fn mount_at(image: &agent::Image, target: &Path) -> StepResult<()> {
     mount(source, target, &options)?;
     read_ahead(target);
     Ok(())
+}
+
+/// The device that checks what is read of the one at `source`, or of the file (dm-verity).
+fn checked(name: &str, source: &Path, verity: &agent::Verity) -> StepResult<(fs::File, PathBuf)> {
+    let step = || format!("check the image {name:?} by its root hash {:?}", verity.root_hash);
+    if !device_mapper::is_there() {
+        return Err(StepError::Refused(format!(
+            "{}: this kernel has no device mapper (CONFIG_DM_VERITY)",
+            step()
+        )));
+    }
+    // In the share it is a file.
+    let is_device = fs::metadata(source).step(step)?.file_type().is_block_device();
+    let (_open, device) = match is_device {
+        true => (None, source.to_owned()),
+        false => {
+            let (open, path) =
+                fs::File::open(source).and_then(|file| loop_device::readonly(&file)).step(step)?;
+            (Some(open), PathBuf::from(path))
+        }
+    };
+    let agent::Verity { format, data_block_bytes, hash_block_bytes, data_blocks, hash_start, .. } = verity;
+    let salt = if verity.salt.is_empty() { "-" } else { &verity.salt };
+    let parameters = format!(
+        "{format} {0} {0} {data_block_bytes} {hash_block_bytes} {data_blocks} {hash_start} {1} {2} {salt}",
+        device.display(),
+        verity.algorithm,
+        verity.root_hash,
+    );
+    let sectors = data_blocks.saturating_mul((*data_block_bytes).into()) / 512;
+    // One that was unmounted may still be open; this is a process of its own, whose number others have not.
+    let device_name = format!("{name}-{}", std::process::id());
+    device_mapper::device(&device_name, "verity", &parameters, sectors).step(step)
 }
 
 /// Where it is in this guest.

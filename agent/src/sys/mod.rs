@@ -1,6 +1,7 @@
 //! System calls that `nix` does not wrap, each as one safe function.
 
 pub mod bpf;
+pub mod device_mapper;
 pub mod loopback;
 pub mod mount;
 pub mod namespace;

@@ -10,7 +10,7 @@ use std::{
 use nix::sys::statfs::{FsType, statfs};
 use sha2::{Digest, Sha256};
 
-use super::{Blob, Image, Origin, whole};
+use super::{Blob, Image, Origin, verity::Verity, whole};
 use crate::{
     config::Images,
     own_file,
@@ -27,12 +27,14 @@ const MOUNTED_AT: &str = "fs";
 /// `EROFS_SUPER_MAGIC_V1` of linux/magic.h.
 const EROFS_MAGIC: FsType = FsType(0xe0f5_e1e2);
 
-/// What a file is to an image. One that is a device of an image cannot be mounted beside it as what it is itself, so
-/// it has another name.
+/// What a file is to an image. One that is a device of an image, or is checked as it is read, cannot be mounted beside
+/// it as what it is itself, so it has another name.
 #[derive(Clone, Copy)]
-enum Part {
+enum Part<'a> {
     Itself,
     Device,
+    /// By its root hash.
+    Checked(&'a str),
 }
 
 /// The files that containerd 2.2 and later names; none where it names none, or where the host's kernel has to put
@@ -61,13 +63,21 @@ fn image(file: &ErofsFile, images: &Images) -> Result<Image, RootfsError> {
         Ok(None) => return Err(wrong("source", &file.source, "is no whole EROFS file system".into())),
         Err(error) => return Err(wrong("source", &file.source, error.to_string())),
     }
-    let made = blob(&file.source, &source, Part::Itself, images);
+    let verity = match &file.verity {
+        Some(metadata) => {
+            let read = Verity::read(metadata, &source);
+            Some(read.map_err(|problem| wrong("options", metadata, format!("dm-verity: {problem}")))?)
+        }
+        None => None,
+    };
+    let part = verity.as_ref().map_or(Part::Itself, |verity| Part::Checked(&verity.root_hash));
+    let made = blob(&file.source, &source, part, images);
     blobs.push(made.map_err(|error| wrong("source", &file.source, error.to_string()))?);
     for path in &file.devices {
         let made = open(path).and_then(|opened| blob(path, &opened, Part::Device, images));
         blobs.push(made.map_err(|error| wrong("options", path, format!("device=: {error}")))?);
     }
-    Ok(Image { blobs, origin: Origin::Mount(index), shared: false })
+    Ok(Image { blobs, verity, origin: Origin::Mount(index), shared: false })
 }
 
 /// Opens a file of the client's. It may be a link: the snapshotter has some to layers that others keep.
@@ -80,14 +90,18 @@ fn open(path: &Path) -> io::Result<File> {
     }
 }
 
-fn blob(path: &Path, file: &File, part: Part, images: &Images) -> io::Result<Blob> {
+fn blob(path: &Path, file: &File, part: Part<'_>, images: &Images) -> io::Result<Blob> {
     let found = file.metadata()?;
     // Nothing that the maker's hashes begin with.
     let kind = match part {
         Part::Itself => b'l',
         Part::Device => b'd',
+        Part::Checked(_) => b'v',
     };
     let mut hash = Sha256::new_with_prefix([kind]);
+    if let Part::Checked(root_hash) = part {
+        hash.update(root_hash);
+    }
     hash.update(found.dev().to_le_bytes());
     hash.update(found.ino().to_le_bytes());
     hash.update(path.as_os_str().as_encoded_bytes());
@@ -121,7 +135,7 @@ pub(super) fn mounted(layers: &[Layer], images: &Images) -> Option<Vec<Image>> {
         if !source.exists() || !is_mounted() {
             return None;
         }
-        let file = ErofsFile { index: 0, source, devices: Vec::new() };
+        let file = ErofsFile { index: 0, source, devices: Vec::new(), verity: None };
         image(&file, images).inspect_err(|error| log::warn!("{error}")).ok()
     };
     dirs.iter().map(image_at).collect()

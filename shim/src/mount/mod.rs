@@ -1,6 +1,5 @@
 //! mount(2) and its younger relatives, as the share needs them.
 
-pub mod loop_device;
 mod namespace;
 
 use std::{

@@ -8,18 +8,24 @@ use std::{
 };
 
 use nix::{errno::Errno, mount::MsFlags};
+use rvm_protocol::loop_device;
 
 use super::{
     mount_overlay, overlay_data,
     stack::{ErofsFile, Stack, Upper},
 };
-use crate::mount::{self, Tree, loop_device, mount_fs};
+use crate::mount::{self, Tree, mount_fs};
 
 /// The root file system of a stack, with its upper directory: below what is written where it is not
 /// `readonly`, else as one more layer where something `written` is in it.
 pub(super) fn mount(stack: &Stack, written: bool, readonly: bool, stage: &Path) -> io::Result<Tree> {
     if matches!(stack.upper, Upper::Disk(_)) || stack.lower.is_empty() {
         return Err(io::Error::new(io::ErrorKind::Unsupported, "a disk is the guest's to mount"));
+    }
+    if stack.lower.iter().any(|file| file.verity.is_some()) {
+        let problem =
+            "dm-verity is the guest's, and what is written to the host is above what the host mounts";
+        return Err(io::Error::new(io::ErrorKind::Unsupported, problem));
     }
     mount::staged_at(stage, |stage| {
         // Directories take inodes only. All of it is seen on this thread alone, and stays as long as what is on it does.

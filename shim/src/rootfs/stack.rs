@@ -19,6 +19,8 @@ const MAX_MOUNTS: usize = 256;
 const MKDIR: &str = "X-containerd.mkdir.";
 const MKFS: &str = "X-containerd.mkfs.";
 const DMVERITY: &str = "X-containerd.dmverity";
+/// The value of that which asks for nothing.
+const NO_DMVERITY: &str = "off";
 
 /// A root file system out of files.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,6 +57,8 @@ pub struct ErofsFile {
     pub source: PathBuf,
     /// Further ones that it names, in its order.
     pub devices: Vec<PathBuf>,
+    /// What says how it is checked as it is read (dm-verity), in a file of its own.
+    pub verity: Option<PathBuf>,
 }
 
 /// Where what a container writes goes on the host, in a client's words.
@@ -497,20 +501,26 @@ fn erofs(index: usize, mount: &Filled) -> Result<ErofsFile, RootfsError> {
         return wrong(index, "type", "an \"erofs\" mount has nothing but \"format/\" in front");
     }
     let mut devices = Vec::new();
+    let mut verity = None;
     for option in &mount.options {
         match option.split_once('=') {
             Some(("device", path)) => devices.push(file(index, "options", path)?),
+            Some((DMVERITY, NO_DMVERITY)) => {}
+            Some((DMVERITY, path)) => verity = Some(file(index, "options", path)?),
             _ if option.starts_with(DMVERITY) => {
-                let problem = "guests have no dm-verity; with dmverity_mode = \"off\" containerd's EROFS snapshotter \
-                               does not ask for it";
-                return wrong_text(index, "options", option, problem);
+                let problem =
+                    format!("must be {DMVERITY}=FILE, or {NO_DMVERITY:?}: there are no keys in a guest");
+                return wrong_text(index, "options", option, &problem);
             }
             _ if option == "rw" => return wrong(index, "options", "\"rw\": EROFS is read-only"),
             _ if option == "loop" || is_flag(option) => {}
             _ => return wrong_text(index, "options", option, "is no option of EROFS here"),
         }
     }
-    Ok(ErofsFile { index, source: file(index, "source", &mount.source)?, devices })
+    if verity.is_some() && !devices.is_empty() {
+        return wrong(index, "options", format!("{DMVERITY}: not supported of a file with \"device=\""));
+    }
+    Ok(ErofsFile { index, source: file(index, "source", &mount.source)?, devices, verity })
 }
 
 fn disk(index: usize, mount: &Filled) -> Result<Disk, RootfsError> {

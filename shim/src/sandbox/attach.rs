@@ -28,7 +28,7 @@ use crate::{
     agent::process_ref,
     config::{Config, Images},
     holder::{Holder, Starting},
-    image::{self, Blob, Found, Image, Origin},
+    image::{self, Blob, Found, Image, Origin, Verity},
     rootfs::{self, Layer, RootfsError},
     scratch::{Preparation, Wanted},
     share::{Added, Share, ShareError},
@@ -481,6 +481,7 @@ impl Attached {
         agent::Image {
             name: image.name().to_owned(),
             blobs: image.blobs.iter().map(blob).collect(),
+            verity: image.verity.as_ref().map(Verity::message).into(),
             ..Default::default()
         }
     }

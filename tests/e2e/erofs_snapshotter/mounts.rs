@@ -284,6 +284,68 @@ fn layers_that_are_looked_at_and_files_that_name_others() {
     });
 }
 
+/// dm-verity: what is read is what the root hash says, or an error; of layers that are devices and of those that are
+/// files in the share.
+#[test]
+fn layers_are_checked_as_they_are_read() {
+    with_layers(|layers| {
+        let at = |path: &str| layers.at(path);
+        // As containerd's differ does it: the hashes are behind the file system.
+        shell(&format!(
+            "cd {}; for n in 11 12 13 14 15; do mkdir $n; mkdir -p t/$n/data; echo $n > t/$n/data/$n; mkfs.erofs --quiet $n/layer.erofs t/$n; done
+            for n in 1 2 3 4 5 11 12 13 14 15; do f=$n/layer.erofs; truncate -s %4096 $f; size=$(stat -c %s $f)
+            root=$(veritysetup format --data-blocks=$((size / 4096)) --hash-offset=$size $f $f | sed -n 's/^Root hash:[ \t]*//p')
+            printf '{{\"roothash\": \"%s\", \"hashoffset\": %s}}' $root $size > $f.dmverity; done",
+            at("")
+        ))?;
+        let checked = |number: u32| {
+            let metadata = at(&format!("{number}/layer.erofs.dmverity"));
+            mount(
+                "erofs",
+                at(&format!("{number}/layer.erofs")),
+                &["ro", "loop", &format!("X-containerd.dmverity={metadata}")],
+            )
+        };
+        let over = |numbers: &[u32]| {
+            let mut mounts: Vec<_> = numbers.iter().map(|&number| checked(number)).collect();
+            let last = mounts.len() - 1;
+            mounts.push(layers.on_host(&format!("lowerdir={{{{ overlay 0 {last} }}}}")));
+            mounts
+        };
+        same(&layers.under_runc(&[5, 4, 3, 2, 1])?, &layers.run(over(&[5, 4, 3, 2, 1]), "", WALK)?)?;
+        let many = [15, 14, 13, 12, 11, 5, 4, 3, 2, 1];
+        let script =
+            "cat /data/11 /data/15 /data/top; cut -d' ' -f1 /proc/self/mounts | grep -c ^/dev/dm- || true";
+        let found = layers.run(over(&many), "", script)?;
+        ensure!(found == "11\n15\ntop\n0\n", "{found}");
+
+        // The middle of what is nearly all of that layer.
+        let large = std::fs::File::options().write(true).open(at("4/layer.erofs"))?;
+        large.write_all_at(b"changed", large.metadata()?.len() / 2)?;
+        let script = "cat /data/large > /dev/null && echo read; cat /data/low /data/top";
+        let found = layers.run(over(&[5, 4, 3, 2, 1]), "", script)?;
+        ensure!(found == "cat: read error: Input/output error\nlow\ntop\n", "{found}");
+
+        let refused = |writes: &str, mounts: Vec<Mount>, expected: &str| -> Result<()> {
+            let shim = layers.shim(writes, "true")?;
+            let answer = shim.create_on(mounts, None);
+            shim.shut_down()?;
+            let message = answer.err().with_context(|| format!("taken: {expected}"))?.message;
+            ensure!(message.contains(expected), "{expected}\n{message}");
+            println!("{message}");
+            Ok(())
+        };
+        refused("host", over(&[2, 1]), "dm-verity is the guest's")?;
+        shell(&format!("cp {} {}", at("1/layer.erofs.dmverity"), at("2/layer.erofs.dmverity")))?;
+        refused("", over(&[2, 1]), "rootfs[0].options: ")?;
+        shell(&format!(
+            "cd {}; sed -i 's/roothash\": \"..../roothash\": \"0000/' 1/layer.erofs.dmverity",
+            at("")
+        ))?;
+        refused("", vec![checked(1)], &format!("rootfs[0].source: {}: ", at("1/layer.erofs")))
+    });
+}
+
 /// Containers of a sandbox have one device of a layer, whoever comes first and goes last.
 #[test]
 fn containers_of_a_sandbox_have_a_layer_once() {
@@ -367,7 +429,10 @@ fn what_is_wrong_is_told() {
             ),
             (
                 vec![mount("erofs", at("1/layer.erofs"), &["ro", "loop", &verity])],
-                format!("rootfs[0].options: {verity:?}: guests have no dm-verity"),
+                format!(
+                    "rootfs[0].options: {}: dm-verity: No such file or directory",
+                    at("1/layer.erofs.dmverity")
+                ),
             ),
             (erofs("6/nowhere"), format!("rootfs[0].source: {}: No such file or directory", at("6/nowhere"))),
             (erofs("6"), format!("rootfs[0].source: {}: must be a regular file", at("6"))),

@@ -16,7 +16,7 @@ fn erofs_at(number: u32) -> Layer {
 }
 
 fn file_at(index: usize, number: u32) -> ErofsFile {
-    ErofsFile { index, source: format!("/s/{number}/layer.erofs").into(), devices: vec![] }
+    ErofsFile { index, source: format!("/s/{number}/layer.erofs").into(), devices: vec![], verity: None }
 }
 
 fn disk() -> Layer {
@@ -91,9 +91,22 @@ fn a_file_of_names_alone_has_the_layers_as_devices() {
     );
     let found = stack(&[merged, overlay(&[&ON_HOST, &["lowerdir={{ mount 0 }}"]])]);
     let devices = vec!["/s/1/layer.erofs".into(), "/s/2/layer.erofs".into()];
-    assert_eq!(found.lower, [ErofsFile { index: 0, source: "/s/3/fsmeta.erofs".into(), devices }]);
+    assert_eq!(
+        found.lower,
+        [ErofsFile { index: 0, source: "/s/3/fsmeta.erofs".into(), devices, verity: None }]
+    );
     let files: Vec<_> = found.files().map(|path| path.to_str().unwrap()).collect();
     assert_eq!(files, ["/s/3/fsmeta.erofs", "/s/1/layer.erofs", "/s/2/layer.erofs"]);
+}
+
+#[test]
+fn a_layer_that_is_checked_names_what_says_how() {
+    let checked = |value: &str| {
+        let option = format!("X-containerd.dmverity={value}");
+        stack(&[mount("erofs", "/s/1/layer.erofs", &["ro", "loop", &option])]).lower.remove(0).verity
+    };
+    assert_eq!(checked("/s/1/layer.erofs.dmverity"), Some("/s/1/layer.erofs.dmverity".into()));
+    assert_eq!(checked("off"), None);
 }
 
 #[test]
@@ -167,8 +180,16 @@ fn what_is_wrong_is_named() {
             "rootfs[0].options: \"f\": must be the absolute path of a file",
         ),
         (
-            vec![mount("erofs", "/f", &["X-containerd.dmverity=/f.dmverity"])],
-            "rootfs[0].options: \"X-containerd.dmverity=/f.dmverity\": guests have no dm-verity",
+            vec![mount("erofs", "/f", &["X-containerd.dmverity=auto"])],
+            "rootfs[0].options: \"auto\": must be the absolute path of a file",
+        ),
+        (
+            vec![mount("erofs", "/f", &["X-containerd.dmverity.signature-digest=sha256:1"])],
+            "rootfs[0].options: \"X-containerd.dmverity.signature-digest=sha256:1\": must be X-containerd.dmverity=FILE",
+        ),
+        (
+            vec![mount("erofs", "/f", &["X-containerd.dmverity=/f.dmverity", "device=/d"])],
+            "rootfs[0].options: X-containerd.dmverity: not supported of a file with \"device=\"",
         ),
         (over(&[]), "rootfs[1].options: \"lowerdir\" is missing"),
         (over(&["lowerdir={{ mount 1 }}"]), "rootfs[1].options: \"{{ mount 1 }}\": 1 must be below 1"),

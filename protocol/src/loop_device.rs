@@ -1,4 +1,4 @@
-//! Loop devices: a file as a block device of the host's, which goes when nobody has it any more.
+//! Loop devices: a file as a block device, which goes when nobody has it any more.
 
 use std::{
     fs::{File, OpenOptions},
