@@ -219,7 +219,8 @@ impl Driver {
         let at = DATA + u64::from(input.u8()) * 0x100;
         let bytes = message(input);
         let _ = self.memory.write_slice(&bytes, GuestAddress(at));
-        let room = if shape & 0x10 == 0 { 0x1000 } else { input.u32() };
+        // More than a page behind an answer is room for the content of a file.
+        let room = if shape & 0x10 == 0 { 0x1800 } else { input.u32() };
         let mut buffers = vec![(at, bytes.len() as u32, 0)];
         if shape & 1 != 0 {
             // The message in two.
