@@ -101,18 +101,15 @@ fn mount_at(image: &agent::Image, target: &Path) -> StepResult<()> {
     let options = devices.collect::<Vec<_>>().join(",");
     let is_memory = |blob: &agent::Blob| matches!(blob.place, Some(Place::PmemSlot(_)));
     let source = paths.first().ok_or_else(|| StepError::Refused("an image is in nothing".into()))?;
-    if let Some(verity) = image.verity.as_ref() {
-        let (_open, checked) = checked(&image.name, source, verity)?;
-        mount(&checked, target, "")?;
-        read_ahead(target);
-        return Ok(());
-    }
-    // Files are read where they lie (DAX), so the pages of the host's page cache are the only ones.
-    if image.blobs.iter().all(is_memory) {
+    let checked = image.verity.as_ref().map(|verity| checked(&image.name, source, verity)).transpose()?;
+    // Files are read where they lie (DAX), so the pages of the host's page cache are the only ones; what is checked is a copy.
+    if checked.is_none() && image.blobs.iter().all(is_memory) {
         let dax = ["dax=always", options.as_str()].join(",");
         // A kernel that cannot do that has the reason to tell, if that is not why.
         return mount(source, target, dax.trim_end_matches(',')).or_else(|_| mount(source, target, &options));
     }
+    // Open until it is mounted.
+    let source = checked.as_ref().map_or(source, |(_open, path)| path);
     mount(source, target, &options)?;
     read_ahead(target);
     Ok(())

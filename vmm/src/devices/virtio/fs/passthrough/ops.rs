@@ -321,17 +321,6 @@ impl FileSystem for Passthrough {
         self.find(&parent, dir.as_fd(), newname)
     }
 
-    fn open(
-        &self,
-        _ctx: &Context,
-        id: u64,
-        flags: u32,
-        fuse_flags: u32,
-    ) -> io::Result<(Option<u64>, OpenOptions, Option<u32>)> {
-        let (handle, options) = self.open_file(id, flags, fuse_flags)?;
-        Ok((Some(handle), options, None))
-    }
-
     fn create(
         &self,
         ctx: &Context,
