@@ -53,7 +53,8 @@ fn run(
     let fail = |error: anyhow::Error| format!("{error:#}");
     world.enter().map_err(fail)?;
     world.set_config(&world.config()).map_err(fail)?;
-    prepare(world).map_err(fail)?;
+    world.want_containerd_config(None);
+    prepare(world).and_then(|()| world.settle()).map_err(fail)?;
     let before = world.host();
     let log = world.log_length();
     let started = Instant::now();

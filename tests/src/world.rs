@@ -55,9 +55,16 @@ pub struct World {
     namespace: File,
     keeper: Mutex<Sender<Order>>,
     containerd: Mutex<Option<Child>>,
+    configuration: Mutex<Configuration>,
     events: Mutex<Option<Events>>,
     /// Processes of services, by name: tests restart them.
     services: Mutex<BTreeMap<String, libc::pid_t>>,
+}
+
+/// What is in containerd's configuration beside what all cases have.
+struct Configuration {
+    running: String,
+    wanted: String,
 }
 
 /// What the keeper does: starts a command in the namespace.
@@ -76,6 +83,10 @@ impl World {
             namespace,
             keeper: Mutex::new(keeper),
             containerd: Mutex::new(None),
+            configuration: Mutex::new(Configuration {
+                running: NO_CRI.to_owned(),
+                wanted: NO_CRI.to_owned(),
+            }),
             events: Mutex::new(None),
             services: Mutex::default(),
         };
@@ -364,22 +375,35 @@ impl World {
         self.dir().join("containerd.toml")
     }
 
-    /// Runs `act` with a containerd whose configuration has `more` instead of what disables the CRI plugin.
+    /// Says what containerd's configuration is to have from [`Self::settle`] on: `more` instead of what disables the CRI
+    /// plugin, or the latter.
+    pub fn want_containerd_config(&self, more: Option<&str>) {
+        let mut configuration = self.configuration.lock().unwrap_or_else(PoisonError::into_inner);
+        configuration.wanted = more.unwrap_or(NO_CRI).to_owned();
+    }
+
+    /// Restarts containerd where it does not run with the configuration that is wanted. Cases that want the same, one
+    /// after another, have one containerd: in the devhost each start takes seconds.
     ///
     /// # Errors
-    /// What `act` returns, and when containerd does not come up.
-    pub fn with_containerd_config<T>(&self, more: &str, act: impl FnOnce() -> Result<T>) -> Result<T> {
-        self.write_containerd_config(more)?;
-        let result = self.restart_containerd(Signal::SIGTERM).and_then(|()| act());
-        self.write_containerd_config(NO_CRI)?;
-        self.restart_containerd(Signal::SIGTERM)?;
-        result
+    /// When containerd does not come up.
+    pub fn settle(&self) -> Result<()> {
+        let mut configuration = self.configuration.lock().unwrap_or_else(PoisonError::into_inner);
+        if configuration.running != configuration.wanted {
+            configuration.running = configuration.wanted.clone();
+            self.write_containerd_config(&configuration.running)?;
+            self.restart_containerd(Signal::SIGTERM)?;
+        }
+        Ok(())
     }
 
     fn write_containerd_config(&self, more: &str) -> Result<()> {
+        // By default it waits fifty times as long as the last collection took before the next,
+        // and cases wait until nothing is left.
         let text = format!(
             "version = 2\nroot = \"{DIR}/containerd\"\nstate = \"/run/containerd\"\n{more}\
-             [grpc]\naddress = \"{ADDRESS}\"\n"
+             [grpc]\naddress = \"{ADDRESS}\"\n\
+             [plugins.\"io.containerd.gc.v1.scheduler\"]\npause_threshold = 0.5\n"
         );
         std::fs::write(self.containerd_config_path(), text).context("writing containerd's configuration")
     }

@@ -52,11 +52,13 @@ pub struct Cri {
 }
 
 impl Cri {
-    /// Makes what all cases have in common: images, and what describes the network.
+    /// Makes what all cases have in common: images, what describes the network, and, once the world has settled, a
+    /// containerd that has the plugin.
     ///
     /// # Errors
     /// When an image cannot be made or imported.
     pub fn prepare(world: &World) -> Result<()> {
+        world.want_containerd_config(Some(&plugin_config("")));
         if Path::new(DIR).exists() {
             return Ok(());
         }
@@ -119,15 +121,18 @@ impl Cri {
     }
 
     fn with<T>(world: &World, config: &str, act: impl FnOnce(&[Self]) -> Result<T>) -> Result<T> {
-        let outcome = world.with_containerd_config(config, || {
-            let ctr = world.ctr();
+        world.want_containerd_config(Some(config));
+        world.settle()?;
+        let ctr = world.ctr();
+        let compared = || -> Result<T> {
             let has_sandboxers = Self::connect(ctr.clone(), "runc")?.containerd_major()? >= 2;
             let handlers = if has_sandboxers { &HANDLERS[..] } else { &HANDLERS[..2] };
             let cris = handlers.iter().map(|handler| Self::connect(ctr.clone(), handler));
             let result = act(&cris.collect::<Result<Vec<_>>>()?)?;
             collect_garbage(world)?;
             Ok(result)
-        });
+        };
+        let outcome = compared();
         // What kubelet and the network's administrator would keep.
         let removed = shell(&format!(
             "ip link delete {BRIDGE} || true; rm -rf {DIR}/addresses; \

@@ -111,13 +111,27 @@ const PROCESSORS: &str = "processors::";
 /// Module of the session with Docker that is compared, which takes a quarter of an hour.
 const DOCKER_SESSION: &str = "docker_session::";
 
-/// Cases that take two minutes or more each in a slow hour: the others of their modules show the same of fewer containers, networks
-/// or deaths.
-const LONG: [&str; 4] = [
+/// Cases that take a minute or more each in a slow hour: the others of their modules show the same of fewer containers,
+/// networks, deaths or programs.
+const LONG: [&str; 18] = [
+    "debian::postgresql_passes_pgbench",
+    "docker_network::names_of_containers_and_of_others",
     "docker_network::networks_come_and_go",
+    "docker_network::ports_and_names_outlive_the_daemon",
     "docker_network::three_services_of_a_compose_file",
+    "exec_robust::a_start_that_is_not_answered_has_one_exit",
+    "exec_robust::three_hundred_at_once",
     "huge_pages::a_pod_has_as_many_as_its_cgroup_may_have",
+    "images::a_damaged_image_is_made_once_more",
     "images::an_image_has_all_that_its_layers_have",
+    "images::memory::an_image_comes_and_goes_with_its_containers",
+    "interfaces::the_monitor_moves_frames",
+    "joined::a_crash_loop_leaves_nothing",
+    "joined::three_come_and_go_in_every_order",
+    "network::a_chain_of_plugins",
+    "pod_volumes::directories_are_shared_and_hold_their_limits",
+    "pods::limits_change_while_it_runs_and_what_is_used_is_told",
+    "run::twenty_one_after_another",
 ];
 
 /// Releases of containerd and CNI plugins that `--all` tries, and the cases for which they matter.

@@ -59,6 +59,8 @@ const SECONDS: [(&str, f64); 38] = [
 ];
 /// A case of any other module.
 const OTHERWISE: f64 = 7.0;
+/// Cases of which it is told how long each took.
+const LONGEST: usize = 60;
 /// What a shard has to have to do: a devhost boots in ten seconds.
 const WORTH_A_DEVHOST: f64 = 60.0;
 /// How long a shard may take: as long as the whole gate. Beside another full load on both processors it takes 50 minutes.
@@ -152,6 +154,7 @@ pub fn run(
             .collect::<Result<Vec<_>>>()
     })?;
     println!("{}", seconds(&seen));
+    println!("{}", longest(&mut seen));
     Ok(outcomes)
 }
 
@@ -207,6 +210,17 @@ fn seconds(seen: &[Ended]) -> String {
         .map(|(name, (total, count))| format!("{name} {:.0} ({count})", total / f64::from(count)))
         .collect();
     format!("seconds a case, by module (and cases): {}", modules.join(", "))
+}
+
+/// The cases that a cheaper gate begins with.
+fn longest(seen: &mut [Ended]) -> String {
+    seen.sort_by_key(|case| std::cmp::Reverse(case.took));
+    let cases: Vec<String> = seen
+        .iter()
+        .take(LONGEST)
+        .map(|case| format!("{} {:.0}", case.name, case.took.as_secs_f64()))
+        .collect();
+    format!("seconds of the longest: {}", cases.join(", "))
 }
 
 /// The names of the program's cases that one of `filters` names (any, where there are none)
