@@ -5,11 +5,11 @@ use std::{os::fd::OwnedFd, sync::Arc};
 
 use async_trait::async_trait;
 use rvm_protocol::agent::{
-    Agent, ContainerRef, ContainerStats, CreateContainerRequest, CreateContainerResponse, CreateExecRequest,
-    Empty, ExitStatus, HugePages, ListProcessesResponse, OnlineCpusRequest, OnlinedCpus, OomKills,
-    PluggedMemory, ProcessRef, RemoveDisksRequest, ResizePtyRequest, SetClockRequest, SetUpSandboxRequest,
+    AdjustClockRequest, Agent, ContainerRef, ContainerStats, CreateContainerRequest, CreateContainerResponse,
+    CreateExecRequest, Empty, ExitStatus, HugePages, ListProcessesResponse, OnlineCpusRequest, OnlinedCpus,
+    OomKills, PluggedMemory, ProcessRef, RemoveDisksRequest, ResizePtyRequest, SetUpSandboxRequest,
     SetUpSandboxResponse, SignalProcessRequest, StartProcessResponse, SyncNetworkRequest,
-    UpdateResourcesRequest, WaitMemoryRequest, WaitOomRequest, create_agent,
+    UpdateResourcesRequest, WaitMemoryRequest, WaitOomRequest, WallClock, create_agent,
 };
 use ttrpc::{
     Code,
@@ -195,8 +195,9 @@ impl Agent for Service {
         answer("OnlineCpus", online.map(|count| OnlinedCpus { count, ..Default::default() }))
     }
 
-    async fn set_clock(&self, _: &TtrpcContext, request: SetClockRequest) -> ttrpc::Result<Empty> {
-        answer("SetClock", self.sandbox.set_clock(&request).map(|()| Empty::new()))
+    async fn adjust_clock(&self, _: &TtrpcContext, request: AdjustClockRequest) -> ttrpc::Result<WallClock> {
+        let adjusted = self.sandbox.adjust_clock(&request);
+        answer("AdjustClock", adjusted.map(|ns| WallClock { ns, ..Default::default() }))
     }
 
     async fn get_stats(&self, _: &TtrpcContext, container: ContainerRef) -> ttrpc::Result<ContainerStats> {

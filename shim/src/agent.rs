@@ -7,11 +7,10 @@ use std::{sync::Arc, time::Duration};
 
 use rvm_protocol::{
     agent::{
-        AgentClient, ConsoleSize, ContainerRef, ContainerStats, CreateContainerRequest, CreateExecRequest,
-        Empty, ExitStatus, HugePages, OnlineCpusRequest, Process, ProcessInfo, ProcessRef,
-        RemoveDisksRequest, ResizePtyRequest, Resources, SetClockRequest, SetUpSandboxRequest,
-        SetUpSandboxResponse, SignalProcessRequest, SyncNetworkRequest, UpdateResourcesRequest,
-        WaitMemoryRequest, WaitOomRequest,
+        AdjustClockRequest, AgentClient, ConsoleSize, ContainerRef, ContainerStats, CreateContainerRequest,
+        CreateExecRequest, Empty, ExitStatus, HugePages, OnlineCpusRequest, Process, ProcessInfo, ProcessRef,
+        RemoveDisksRequest, ResizePtyRequest, Resources, SetUpSandboxRequest, SetUpSandboxResponse,
+        SignalProcessRequest, SyncNetworkRequest, UpdateResourcesRequest, WaitMemoryRequest, WaitOomRequest,
     },
     guest::AGENT_PORT,
 };
@@ -120,7 +119,7 @@ fn container_ref(container_id: &str) -> ContainerRef {
     ContainerRef { container_id: container_id.to_owned(), ..Default::default() }
 }
 
-fn nanoseconds(time: Duration) -> i64 {
+pub(crate) fn nanoseconds(time: Duration) -> i64 {
     i64::try_from(time.as_nanos()).unwrap_or(i64::MAX)
 }
 
@@ -196,11 +195,11 @@ impl Agent {
         ask!(self, Some(ANSWER_TIMEOUT), set_up_sandbox, &request)
     }
 
-    /// Tells the guest the time.
-    pub async fn set_clock(&self, now: Duration) -> Result<(), AgentError> {
-        let request = SetClockRequest { wall_clock_ns: nanoseconds(now), ..Default::default() };
-        ask!(self, Some(ANSWER_TIMEOUT), set_clock, &request)?;
-        Ok(())
+    /// Moves the guest's wall clock forward by so many nanoseconds, or back; returns what it says it is then, in
+    /// nanoseconds since the epoch.
+    pub async fn adjust_clock(&self, ahead_ns: i64) -> Result<i64, AgentError> {
+        let request = AdjustClockRequest { ahead_ns, ..Default::default() };
+        Ok(ask!(self, Some(ANSWER_TIMEOUT), adjust_clock, &request)?.ns)
     }
 
     /// Makes a container; returns its first process's pid in the guest.
@@ -415,7 +414,7 @@ mod tests {
         }
         told! {
             agent.set_up_sandbox(SetUpSandboxRequest::default()) => "set_up_sandbox within 60 s",
-            agent.set_clock(Duration::from_secs(1)) => "set_clock within 60 s",
+            agent.adjust_clock(1) => "adjust_clock within 60 s",
             agent.create_container(&create) => "create_container within 60 s",
             agent.create_exec("c", "e", Process::default()) => "create_exec within 60 s",
             agent.start(&process) => "start_process within 60 s",

@@ -18,18 +18,18 @@ use tokio::{
     task::JoinHandle,
 };
 
-use crate::agent::Agent;
+use crate::agent::{Agent, AgentError, nanoseconds};
 
 /// How often the guest is told the time. Clocks drift by up to 0.5 ms a second.
 const TELL: Duration = Duration::from_secs(60);
 /// And first: what it was told when its sandbox was set up it has heard in the middle of
 /// other work.
 const TELL_FIRST: Duration = Duration::from_secs(1);
-/// Where the answer takes longer, the guest may have heard the time late: it is
-/// told again.
+/// Where the answer takes longer, what it says may be old, or new: it is asked
+/// again.
 const PROMPT: Duration = Duration::from_millis(20);
 /// How often at most, on a host that is that busy.
-const TRIES: usize = 3;
+const TRIES: usize = 8;
 
 /// The task that keeps one guest's clock; ends with this value.
 #[derive(Debug)]
@@ -110,17 +110,33 @@ fn set(Timer(timer): &Timer, after: Duration) -> io::Result<()> {
 }
 
 async fn tell(agent: &Agent) {
-    // Half of how long it takes from here to there and back.
-    let mut way = Duration::ZERO;
+    let told = async {
+        let behind = how_far_behind(agent).await?;
+        agent.adjust_clock(behind).await
+    };
+    // Whoever needs the guest for something else says what is wrong with it.
+    if let Err(error) = told.await {
+        log::debug!("set the guest's clock: {error}");
+    }
+}
+
+/// By how many nanoseconds the guest's clock is behind the host's, or ahead (below 0): as the answer that came soonest
+/// says, which was given half way between its question and its arrival, give or take the other half.
+async fn how_far_behind(agent: &Agent) -> Result<i64, AgentError> {
+    let (mut soonest, mut behind) = (Duration::MAX, 0);
     for _ in 0..TRIES {
         let begun = Instant::now();
-        match agent.set_clock(wall_clock() + way).await {
-            Ok(()) if begun.elapsed() > PROMPT => way = begun.elapsed() / 2,
-            Ok(()) => return,
-            // Whoever needs the guest for something else says what is wrong with it.
-            Err(error) => return log::debug!("set the guest's clock: {error}"),
+        let guest = agent.adjust_clock(0).await?;
+        let took = begun.elapsed();
+        if took < soonest {
+            soonest = took;
+            behind = nanoseconds(wall_clock().saturating_sub(took / 2)).saturating_sub(guest);
+        }
+        if soonest <= PROMPT {
+            break;
         }
     }
+    Ok(behind)
 }
 
 /// The wall clock, from the epoch.

@@ -18,30 +18,28 @@ const SLEWED: Duration = Duration::from_millis(20);
 
 /// Sets the clock, in nanoseconds since the epoch, whatever it says.
 pub fn set(wall_clock_ns: i64) -> Result<(), Error> {
-    check(wall_clock_ns)?;
-    Ok(step(wall_clock_ns)?)
-}
-
-/// Brings the clock to the host's time.
-pub fn follow(wall_clock_ns: i64) -> Result<(), Error> {
-    check(wall_clock_ns)?;
-    let now = clock_gettime(ClockId::CLOCK_REALTIME).step(|| "read the wall clock")?;
-    let now = now.tv_sec().saturating_mul(1_000_000_000).saturating_add(now.tv_nsec());
-    let ahead = wall_clock_ns.saturating_sub(now);
-    if Duration::from_nanos(ahead.unsigned_abs()) <= SLEWED {
-        return Ok(slew(ahead)?);
-    }
-    log::info!("the wall clock was off by {} ms", ahead / 1_000_000);
-    // What is left of an earlier difference must not come on top.
-    slew(0)?;
-    Ok(step(wall_clock_ns)?)
-}
-
-fn check(wall_clock_ns: i64) -> Result<(), Error> {
     match wall_clock_ns {
         ..=0 => Err(Error::invalid("wall_clock_ns", "must be the time since the epoch in nanoseconds")),
-        _ => Ok(()),
+        _ => Ok(step(wall_clock_ns)?),
     }
+}
+
+/// Moves the clock by so many nanoseconds, at once or, where they are few, by and by; returns what it is then.
+pub fn adjust(ahead_ns: i64) -> StepResult<i64> {
+    if Duration::from_nanos(ahead_ns.unsigned_abs()) > SLEWED {
+        log::info!("the wall clock was off by {} ms", ahead_ns / 1_000_000);
+        // What is left of an earlier difference must not come on top.
+        slew(0)?;
+        step(now()?.saturating_add(ahead_ns))?;
+    } else if ahead_ns != 0 {
+        slew(ahead_ns)?;
+    }
+    now()
+}
+
+fn now() -> StepResult<i64> {
+    let now = clock_gettime(ClockId::CLOCK_REALTIME).step(|| "read the wall clock")?;
+    Ok(now.tv_sec().saturating_mul(1_000_000_000).saturating_add(now.tv_nsec()))
 }
 
 fn step(wall_clock_ns: i64) -> StepResult<()> {

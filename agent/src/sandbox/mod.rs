@@ -346,9 +346,9 @@ impl Sandbox {
         Ok(cpus::online()?)
     }
 
-    /// Brings the wall clock to the host's.
-    pub fn set_clock(&self, request: &agent::SetClockRequest) -> Result<(), Error> {
-        clock::follow(request.wall_clock_ns)
+    /// Moves the wall clock; returns what it is then, in nanoseconds since the epoch.
+    pub fn adjust_clock(&self, request: &agent::AdjustClockRequest) -> Result<i64, Error> {
+        Ok(clock::adjust(request.ahead_ns)?)
     }
 
     /// Lets go of disks that are about to be unplugged.
