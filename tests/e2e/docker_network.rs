@@ -2,7 +2,7 @@
 //! go while a container runs, containers under both kernels on one, names, services of
 //! a compose file.
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use nix::sys::signal::Signal;
 use rvm_tests::docker::{Docker, IMAGE, SERVICES, case, case_with_services};
 
@@ -58,6 +58,26 @@ fn a_web_server_with_a_published_port() {
         )?;
         ensure!(others.starts_with("1\n1\n") && others.ends_with("\n1\nrefused\n"), "{others}");
         ensure!(!others.contains("0B / 0B"), "{others}");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_published_port() {
+    case(|docker| {
+        let page = script(
+            docker,
+            "docker run -d --name web -p 8080:80 --runtime $RUNTIME $I httpd -f -p 80 -h /etc >/dev/null
+             curl -s --retry 100 --retry-all-errors --retry-delay 1 localhost:8080/hostname
+             docker exec web hostname; curl -s 'http://[::1]:8080/hostname'; docker port web
+             docker rm -f web >/dev/null; curl -s localhost:8080 || echo refused",
+        )?;
+        let lines: Vec<&str> = page.lines().collect();
+        let [v4, name, v6, port, .., last] = lines.as_slice() else { bail!("{page}") };
+        ensure!(
+            v4 == name && v6 == name && *port == "80/tcp -> 0.0.0.0:8080" && *last == "refused",
+            "{page}"
+        );
         Ok(())
     });
 }

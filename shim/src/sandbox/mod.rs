@@ -11,6 +11,7 @@ mod attach;
 mod dir;
 mod error;
 mod failure;
+mod host_side;
 mod ledger;
 mod machine;
 mod network;
@@ -29,6 +30,7 @@ use std::{
 };
 
 use dir::SandboxDir;
+use host_side::HostSide;
 use machine::{Boot, Machine};
 use record::Record;
 use rvm_protocol::agent::ContainerStats;
@@ -79,7 +81,7 @@ struct Base {
     pinned: Vec<HostNamespace>,
     timeline: Arc<Timeline>,
     sizing: resize::Sizing,
-    host: Arc<attach::HostSide>,
+    host: Arc<HostSide>,
     owned: OffThread<Owned>,
 }
 
@@ -92,7 +94,7 @@ pub struct Sandbox {
     users: Option<Users>,
     pinned: Vec<HostNamespace>,
     timeline: Arc<Timeline>,
-    host: Arc<attach::HostSide>,
+    host: Arc<HostSide>,
     sizing: resize::Sizing,
     disks: attach::Disks,
     /// How many scratches were plugged in so far.
@@ -115,7 +117,7 @@ struct Owned {
 }
 
 /// Closes the host's side, whoever else knows of it.
-struct OwnedShare(Arc<attach::HostSide>);
+struct OwnedShare(Arc<HostSide>);
 
 impl Drop for OwnedShare {
     fn drop(&mut self) {
@@ -147,7 +149,7 @@ impl Base {
             .map_err(|source| SandboxError::Directory { path: dir.path().to_owned(), source })?;
         let record = Record::begin(&plan, &dir, &cgroup, &ids)?;
         let share = Arc::new(Share::create(dir.path(), ids)?);
-        let host = attach::HostSide::new(dir.path(), share.clone(), cgroup.procs(), network);
+        let host = HostSide::new(dir.path(), share.clone(), cgroup.procs(), network);
         let mut owned = Owned {
             _relay: None,
             _share: OwnedShare(host.clone()),

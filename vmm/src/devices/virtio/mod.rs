@@ -14,6 +14,7 @@
 
 pub mod balloon;
 pub mod blk;
+pub mod buffers;
 pub mod fs;
 pub mod mem;
 pub mod net;

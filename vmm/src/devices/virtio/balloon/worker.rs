@@ -5,7 +5,8 @@ use std::io;
 use vmm_sys_util::epoll::{Epoll, EpollEvent};
 
 use super::REPORTING;
-use crate::devices::virtio::ring::{MAX_PIECES, Ring, RingError};
+use crate::devices::virtio::buffers::MAX_PIECES;
+use crate::devices::virtio::ring::{Ring, RingError};
 use crate::devices::virtio::worker::Handler;
 use crate::memory::GuestRam;
 

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::fallocate::{FallocateMode, fallocate};
 
 use super::{BlkError, SECTOR_BYTES};
-use crate::devices::virtio::ring::GuestBuffers;
+use crate::devices::virtio::buffers::GuestBuffers;
 
 /// Zeroes written at once where the host cannot do it by `fallocate`.
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];

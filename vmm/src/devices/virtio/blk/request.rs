@@ -12,7 +12,7 @@ use super::disk::Disk;
 use super::{
     MAX_DISCARD_SECTORS, MAX_RANGES, MAX_REQUEST_BYTES, MAX_WRITE_ZEROES_SECTORS, SECTOR_BYTES, SERIAL_BYTES,
 };
-use crate::devices::virtio::ring::GuestBuffers;
+use crate::devices::virtio::buffers::GuestBuffers;
 
 /// Bytes of the header: type, reserved, sector.
 const HEADER_BYTES: usize = 16;

@@ -8,7 +8,8 @@ use vmm_sys_util::epoll::{Epoll, EpollEvent};
 use super::disk::Disk;
 use super::request::execute;
 use super::{BlkError, SERIAL_BYTES};
-use crate::devices::virtio::ring::{GuestBuffers, Ring};
+use crate::devices::virtio::buffers::GuestBuffers;
+use crate::devices::virtio::ring::Ring;
 use crate::devices::virtio::worker::Handler;
 use crate::memory::GuestRam;
 

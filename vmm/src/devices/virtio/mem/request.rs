@@ -1,6 +1,6 @@
 //! Requests as they lie in the queue (section 5.15.6).
 
-use crate::devices::virtio::ring::GuestBuffers;
+use crate::devices::virtio::buffers::GuestBuffers;
 
 const PLUG: u16 = 0;
 const UNPLUG: u16 = 1;

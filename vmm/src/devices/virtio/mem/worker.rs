@@ -9,7 +9,8 @@ use vmm_sys_util::epoll::{Epoll, EpollEvent};
 use super::device::Shared;
 use super::request::{Answer, Named, Request};
 use super::{BLOCK_BYTES, MemError};
-use crate::devices::virtio::ring::{GuestBuffers, Ring};
+use crate::devices::virtio::buffers::GuestBuffers;
+use crate::devices::virtio::ring::Ring;
 use crate::devices::virtio::worker::Handler;
 use crate::memory::{Change, GuestRam, Room};
 

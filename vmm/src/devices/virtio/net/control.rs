@@ -11,7 +11,8 @@ use super::device::Shared;
 use super::filter::Addresses;
 use super::limit::Limit;
 use super::tap::{Tap, Taps};
-use crate::devices::virtio::ring::{GuestBuffers, Ring, RingError};
+use crate::devices::virtio::buffers::GuestBuffers;
+use crate::devices::virtio::ring::{Ring, RingError};
 use crate::memory::GuestRam;
 
 /// Features that say what the driver takes unfinished, which it may change its mind on.

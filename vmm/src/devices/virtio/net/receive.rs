@@ -16,7 +16,8 @@ use super::filter::{Filter, LOOKED_AT};
 use super::limit::Limit;
 use super::tap::Tap;
 use super::{BATCH, HEADER_BYTES, MAX_FRAME_BYTES};
-use crate::devices::virtio::ring::{GuestBuffers, MAX_PIECES, Ring, RingError};
+use crate::devices::virtio::buffers::{GuestBuffers, MAX_PIECES};
+use crate::devices::virtio::ring::{Ring, RingError};
 use crate::memory::GuestRam;
 
 /// Longest frame with its header.

@@ -9,7 +9,8 @@ use super::limit::Limit;
 use super::receive::Waits;
 use super::tap::Tap;
 use super::{BATCH, HEADER_BYTES, MAX_FRAME_BYTES};
-use crate::devices::virtio::ring::{GuestBuffers, Ring, RingError};
+use crate::devices::virtio::buffers::GuestBuffers;
+use crate::devices::virtio::ring::{Ring, RingError};
 use crate::memory::GuestRam;
 
 /// An Ethernet header.

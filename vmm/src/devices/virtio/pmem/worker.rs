@@ -5,7 +5,8 @@ use std::io;
 use vmm_sys_util::epoll::{Epoll, EpollEvent};
 
 use super::{REQUEST_FLUSH, RESPONSE_EIO, RESPONSE_OK};
-use crate::devices::virtio::ring::{GuestBuffers, Ring, RingError};
+use crate::devices::virtio::buffers::GuestBuffers;
+use crate::devices::virtio::ring::{Ring, RingError};
 use crate::devices::virtio::worker::Handler;
 use crate::memory::GuestRam;
 

@@ -17,7 +17,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::packet::{Header, Op, SHUTDOWN_BOTH, SHUTDOWN_RCV, SHUTDOWN_SEND};
 use super::{MAX_BURST, WINDOW_BYTES};
-use crate::devices::virtio::ring::GuestBuffers;
+use crate::devices::virtio::buffers::GuestBuffers;
 
 /// Bytes passed on after which the guest is told without being asked: a
 /// quarter of the window keeps a busy sender from running dry.
