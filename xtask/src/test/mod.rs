@@ -111,29 +111,41 @@ const PROCESSORS: &str = "processors::";
 /// Module of the session with Docker that is compared, which takes a quarter of an hour.
 const DOCKER_SESSION: &str = "docker_session::";
 
-/// Cases, or all of a module's, that take a minute or more each in a slow hour, or need the image of a whole Debian, whose
+/// Cases, or all of a module's, that take most of a minute or more each in a slow hour, or need the image of a whole Debian, whose
 /// import takes four there: what is left of their modules shows the same of fewer containers, networks, deaths or programs.
-const LONG: [&str; 22] = [
+const LONG: [&str; 34] = [
     "debian::",
+    "docker::a_build_runs_its_steps_in_machines",
     "docker_network::a_web_server_with_a_published_port",
     "docker_network::names_of_containers_and_of_others",
     "docker_network::ports_and_names_outlive_the_daemon",
     "docker_network::three_services_of_a_compose_file",
+    "erofs_snapshotter::mounts::what_is_written_is_on_containerds_disk",
     "exec_robust::a_start_that_is_not_answered_has_one_exit",
     "exec_robust::three_hundred_at_once",
     "exec_robust::two_hundred_in_a_row_leave_nothing",
-    "huge_pages::a_pod_has_as_many_as_its_cgroup_may_have",
+    "huge_pages::",
     "images::a_damaged_image_is_made_once_more",
     "images::an_image_has_all_that_its_layers_have",
+    "images::an_image_that_goes_is_kept_by_who_has_it",
+    "images::memory::a_larger_image_is_a_disk",
     "images::memory::an_image_comes_and_goes_with_its_containers",
+    "images::memory::the_hosts_pages_are_the_only_ones",
     "interfaces::a_saved_machine_goes_on_with_its_network",
     "interfaces::limits_several_queues_and_what_is_no_vhost",
     "interfaces::the_monitor_moves_frames",
     "joined::a_crash_loop_leaves_nothing",
     "joined::three_come_and_go_in_every_order",
+    "limits::a_limit_beyond_the_machine",
     "network::a_chain_of_plugins",
+    "network::interfaces_come_and_go",
     "pod_volumes::directories_are_shared_and_hold_their_limits",
+    "pod_volumes::what_kubelet_changes_is_seen",
+    "pods::a_pods_processes_have_a_limit_together",
     "pods::limits_change_while_it_runs_and_what_is_used_is_told",
+    "pods::parameters_of_a_pod_hold_in_its_containers",
+    "pods::what_is_written_is_counted",
+    "rootfs::a_hundred_layers",
     "rootless::beside_runc_in_a_delegated_cgroup",
     "run::twenty_one_after_another",
 ];
