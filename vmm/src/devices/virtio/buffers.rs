@@ -276,10 +276,10 @@ mod tests {
         GuestRam::from_ranges(&[(GuestAddress(0), 0x8000), (GuestAddress(0x8000), 0x8000)])
     }
 
-    fn parse<'m>(
+    fn chain<'m>(
         memory: &'m GuestRam,
         descriptors: &[(u64, u32, u16, u16)],
-    ) -> Result<(GuestBuffers<'m>, GuestBuffers<'m>), ChainError> {
+    ) -> DescriptorChain<&'m GuestRam> {
         let mock = MockSplitQueue::new(memory, 16);
         let raw: Vec<RawDescriptor> = descriptors
             .iter()
@@ -287,8 +287,14 @@ mod tests {
             .collect();
         mock.add_desc_chains(&raw, 0).unwrap();
         let mut queue: Queue = mock.create_queue().unwrap();
-        let chain = queue.iter(memory).unwrap().next().unwrap();
-        GuestBuffers::from_chain(memory, chain)
+        queue.iter(memory).unwrap().next().unwrap()
+    }
+
+    fn parse<'m>(
+        memory: &'m GuestRam,
+        descriptors: &[(u64, u32, u16, u16)],
+    ) -> Result<(GuestBuffers<'m>, GuestBuffers<'m>), ChainError> {
+        GuestBuffers::from_chain(memory, chain(memory, descriptors))
     }
 
     #[test]
@@ -341,23 +347,12 @@ mod tests {
         file.set_len(8192).unwrap();
         let (window, bytes) = memory.map(&file).unwrap();
         memory.lend(window, bytes);
-        let chain = |with_lent: bool, descriptors: &[(u64, u32, u16, u16)]| {
-            let mock = MockSplitQueue::new(&memory, 16);
-            let raw: Vec<RawDescriptor> = descriptors
-                .iter()
-                .map(|&(addr, len, flags, next)| Descriptor::new(addr, len, flags, next).into())
-                .collect();
-            mock.add_desc_chains(&raw, 0).unwrap();
-            let mut queue: Queue = mock.create_queue().unwrap();
-            let chain = queue.iter(&memory).unwrap().next().unwrap();
-            match with_lent {
-                true => GuestBuffers::with_lent(&memory, chain),
-                false => GuestBuffers::from_chain(&memory, chain),
-            }
+        let parse_lent = |descriptors: &[(u64, u32, u16, u16)]| {
+            GuestBuffers::with_lent(&memory, chain(&memory, descriptors))
         };
         let both = [(0x8000, 4, NEXT, 1), (FILE + 4096, 4096, 0, 0)];
-        assert_eq!(chain(false, &both).err(), Some(ChainError::OutsideMemory));
-        let (mut readable, _) = chain(true, &both).unwrap();
+        assert_eq!(parse(&memory, &both).err(), Some(ChainError::OutsideMemory));
+        let (mut readable, _) = parse_lent(&both).unwrap();
         assert_eq!((readable.len(), readable.pieces()), (4100, 2));
         let mut bytes = [0xee; 8];
         assert_eq!(readable.read_at(0, &mut bytes), 4);
@@ -370,7 +365,7 @@ mod tests {
         assert!(rest.is_empty());
         // Nothing is written there, and what is not lent is nothing.
         for descriptors in [(FILE, 4, WRITE, 0), (FILE + (2 << 20) - 1, 2, 0, 0), (FILE - 1, 2, 0, 0)] {
-            assert_eq!(chain(true, &[descriptors]).err(), Some(ChainError::OutsideMemory), "{descriptors:?}");
+            assert_eq!(parse_lent(&[descriptors]).err(), Some(ChainError::OutsideMemory), "{descriptors:?}");
         }
     }
 
