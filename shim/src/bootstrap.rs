@@ -3,7 +3,7 @@
 //! The socket listens before anybody learns of it, so nobody has to wait for
 //! the serving process; and what can go wrong early goes wrong in the process
 //! that containerd waits for, which reads the reason. Each of the two removes
-//! the socket where the other one dies before containerd has the answer.
+//! the socket where the other one dies before it has said that it goes on.
 
 use std::{
     io::{self, IsTerminal, Read, Write},
@@ -128,11 +128,10 @@ pub fn start(flags: &Flags) -> Result<Option<Serve>, BootstrapError> {
     let serving = match daemonize()? {
         ForkResult::Child => {
             drop(ours);
-            if !is_answered(theirs) {
+            if !takes_over(theirs) {
                 remove_bound(&listener, &path);
                 return Ok(None);
             }
-            fault::point("start: the serving process");
             return Ok(Some(Serve {
                 listener: listener.into(),
                 socket: path,
@@ -156,7 +155,7 @@ pub fn start(flags: &Flags) -> Result<Option<Serve>, BootstrapError> {
     answered.map(|_| None)
 }
 
-/// What containerd waits for: the serving process is told once it has been answered, which is true where
+/// What containerd waits for: it is answered, and the serving process has taken over, which is true where
 /// none of this name served before.
 fn serve_at(
     path: &Path,
@@ -175,13 +174,19 @@ fn serve_at(
     fault::point("start: address written");
     answer(address, protocol)?;
     fault::point("start: answered");
-    serving.write_all(&[0]).map_err(BootstrapError::Fork)?;
+    // containerd calls when this process has ended, and tells nobody to remove what it cannot call.
+    serving.write_all(&[0]).and_then(|()| serving.read_exact(&mut [0])).map_err(BootstrapError::Fork)?;
     Ok(true)
 }
 
-/// Whether containerd was answered; false where the process that was to do so has ended.
-fn is_answered(mut word: UnixStream) -> bool {
-    word.read_exact(&mut [0]).is_ok()
+/// Whether containerd was answered, and has heard that this process serves; false where the process that was
+/// to say so has ended.
+fn takes_over(mut answering: UnixStream) -> bool {
+    if answering.read_exact(&mut [0]).is_err() {
+        return false;
+    }
+    fault::point("start: the serving process");
+    answering.write_all(&[0]).is_ok()
 }
 
 /// Removes the socket at `path` where it is this one.
@@ -416,10 +421,15 @@ mod tests {
     fn who_ends_before_it_has_answered_is_noticed() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         drop(ours);
-        assert!(!is_answered(theirs));
+        assert!(!takes_over(theirs));
+        // It has answered, and ends before it hears that anybody serves.
         let (mut ours, theirs) = UnixStream::pair().unwrap();
         ours.write_all(&[0]).unwrap();
         drop(ours);
-        assert!(is_answered(theirs));
+        assert!(!takes_over(theirs));
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        ours.write_all(&[0]).unwrap();
+        assert!(takes_over(theirs));
+        ours.read_exact(&mut [0]).unwrap();
     }
 }

@@ -7,6 +7,7 @@
 //! layers. See docs/decisions/0423. Those of containerd's EROFS snapshotter are there already, one for each
 //! layer ([`layers`], docs/decisions/0425).
 
+mod huge_pages;
 mod layers;
 pub mod maker;
 mod verity;

@@ -80,12 +80,13 @@ fn maker(world: &World, (limit, free): (u64, u64), file: &Path, layers: &[PathBu
     command
 }
 
-/// On a file system as hosts have it: not every kernel's tmpfs knows all attributes.
-fn on_a_disk(world: &World, test: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+/// On a file system as hosts have it (not every kernel's tmpfs knows all attributes), which `mkfs` makes.
+fn on_a_disk(world: &World, mkfs: &str, test: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let dir = world.dir().join("layers");
     let at = dir.display();
+    // mkfs.xfs makes none of less.
     shell(&format!(
-        "mkdir {at} {at}.a {at}.b; truncate -s 96M {at}.disk; /sbin/mkfs.ext4 -q -F -b 4096 {at}.disk; mount -o loop {at}.disk {at}"
+        "mkdir {at} {at}.a {at}.b; truncate -s 320M {at}.disk; /sbin/mkfs.{mkfs} {at}.disk; mount -o loop {at}.disk {at}"
     ))?;
     let result = test(&dir);
     let cleaned = shell(&format!(
@@ -105,7 +106,7 @@ fn an_image_has_all_that_its_layers_have() {
         if !world.stage().is_rvm() {
             return Ok(());
         }
-        on_a_disk(world, |dir| {
+        on_a_disk(world, "ext4 -q -F -b 4096", |dir| {
             let layers = odd_layers(dir)?;
             let file = dir.join("2/rvm-image-odd");
             let made = |limits| -> Result<String> {

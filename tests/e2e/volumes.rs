@@ -513,10 +513,11 @@ fn a_full_file_system_of_the_host_says_so() {
         let _mounts = Mounts::tmpfs(std::slice::from_ref(&volume.0))?;
         shell(&format!("mount -o remount,size=1m {}", volume.0.display()))?;
         let run = world.ctr().container("full").with(&["--mount", &bind(&volume.0, "/v", "rbind:rw")]);
-        let script =
-            "dd if=/dev/zero of=/v/big bs=64k; echo code=$?; rm /v/big; echo x > /v/more; sync; cat /v/more";
+        // What is reserved is the host's, too.
+        let script = "dd if=/dev/zero of=/v/big bs=64k; echo code=$?; rm /v/big; echo x > /v/more; sync; cat /v/more; \
+                      fallocate -l 65536 /v/reserved; stat -c '%s %b' /v/reserved; fallocate -l 2M /v/much || echo full";
         let finished = run.shell(script)?.success()?;
-        ensure!(finished.text() == "code=1\nx\n", "{finished}");
+        ensure!(finished.text() == "code=1\nx\n65536 128\nfull\n", "{finished}");
         ensure!(finished.errors().contains("No space left on device"), "{finished}");
         Ok(())
     });

@@ -58,6 +58,7 @@ impl Purpose {
                 "slirp4netns",
                 "uidmap",
                 "util-linux",
+                "xfsprogs",
             ],
             Self::DebianImage => rootfs_builder::bootstrap::PACKAGES,
             Self::Devhost => &["kmod", "qemu-system-x86", "xz-utils", "zstd"],

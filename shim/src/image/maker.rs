@@ -29,7 +29,7 @@ use nix::{
     unistd::{linkat, symlinkat},
 };
 
-use super::{INDEX, REFUSED};
+use super::{INDEX, REFUSED, huge_pages};
 use crate::{
     capabilities, own_file,
     rootfs::{self, Access, Layer, RootfsError},
@@ -140,8 +140,9 @@ impl Job {
         let dir_fd = open(dir, OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW).map_err(failed(dir))?;
         let limit = self.limit(dir, &dir_fd)?;
         let made = self.make(dir, &tree, limit)?;
-        let nameless = format!("/proc/self/fd/{}", made.as_raw_fd());
-        match linkat(AT_FDCWD, nameless.as_str(), &dir_fd, name, AtFlags::AT_SYMLINK_FOLLOW) {
+        // Guests find it as well where it cannot be done.
+        let _ = huge_pages::gather(&made);
+        match linkat(AT_FDCWD, nameless(&made).as_str(), &dir_fd, name, AtFlags::AT_SYMLINK_FOLLOW) {
             Ok(()) | Err(nix::errno::Errno::EEXIST) => {}
             Err(errno) => return Err(failed(&self.file)(errno.into())),
         }
@@ -162,7 +163,7 @@ impl Job {
         }
     }
 
-    /// The whole image, in a file of `dir` that has no name.
+    /// The whole image, in a file of `dir` that has no name and is open for reading.
     fn make(&self, dir: &Path, tree: &Path, limit: Limit) -> Result<File, MakeError> {
         let file = open(dir, OFlag::O_TMPFILE).map_err(failed(dir))?;
         let output = mkfs(&file, tree, limit.bytes)?;
@@ -179,7 +180,7 @@ impl Job {
         }
         let file = File::from(file);
         file.sync_all().map_err(failed(dir))?;
-        Ok(file)
+        File::open(nameless(&file)).map_err(failed(dir))
     }
 
     /// The layers as a container sees them, in a mount namespace of this process's own.
@@ -238,6 +239,11 @@ fn open(dir: &Path, kind: OFlag) -> io::Result<OwnedFd> {
     Ok(nix::fcntl::open(dir, kind | access | OFlag::O_CLOEXEC, Mode::S_IRUSR | Mode::S_IWUSR)?)
 }
 
+/// Where this process, or one that has the descriptor, finds a file without a name.
+fn nameless(file: &impl AsRawFd) -> String {
+    format!("/proc/self/fd/{}", file.as_raw_fd())
+}
+
 /// Without compression, as what is read is mapped or copied as it is, and with all of what a
 /// file's attributes say but its times of access and change.
 fn mkfs(file: &OwnedFd, tree: &Path, limit: u64) -> Result<std::process::Output, MakeError> {
@@ -256,7 +262,7 @@ fn mkfs(file: &OwnedFd, tree: &Path, limit: u64) -> Result<std::process::Output,
     let mut command = Command::new(MKFS);
     command
         .args(["--quiet", "--preserve-mtime", "-Enoinline_data"])
-        .arg(format!("/proc/self/fd/{descriptor}"))
+        .arg(nameless(file))
         .arg(tree)
         .stdin(Stdio::null());
     // SAFETY: system calls only.

@@ -5,6 +5,7 @@ use std::{fs::File, os::fd::AsRawFd, path::Path};
 
 use anyhow::{Context, Result, ensure};
 use rvm_tests::{
+    case,
     ctr::Run,
     host, images,
     job::{Input, Job},
@@ -13,7 +14,7 @@ use rvm_tests::{
     world::{World, shell},
 };
 
-use super::{LARGE, LOWER, NAME, run, with_image};
+use super::{LARGE, LOWER, MANY, NAME, large, maker, on_a_disk, run, with_image};
 
 /// What a guest keeps of files, and what of the image's block device.
 const CACHED: &str =
@@ -75,9 +76,9 @@ impl Told {
     }
 }
 
-/// What a monitor's mapping of a file is charged with, in KiB: of it in memory, its share of that, and what
-/// it has alone.
-fn mapping(monitor: i32, file: &Path) -> Result<[u64; 3]> {
+/// What a monitor's mapping of a file is charged with, in KiB: of it in memory, its share of that, what
+/// it has alone, and what is mapped in pages of 2 MiB.
+fn mapping(monitor: i32, file: &Path) -> Result<[u64; 4]> {
     let smaps = std::fs::read_to_string(format!("/proc/{monitor}/smaps"))?;
     let name = file.file_name().context("a name")?.to_string_lossy().into_owned();
     let mut lines = smaps.lines().skip_while(|line| !line.contains(&name)).skip(1);
@@ -85,8 +86,8 @@ fn mapping(monitor: i32, file: &Path) -> Result<[u64; 3]> {
         let line = lines.find(|line| line.starts_with(field)).with_context(|| format!("no {field}"))?;
         Ok(line.split_whitespace().nth(1).context("a number")?.parse()?)
     };
-    let [rss, pss] = [number("Rss:")?, number("Pss:")?];
-    Ok([rss, pss, number("Private_Dirty:")?])
+    let [rss, pss, dirty] = [number("Rss:")?, number("Pss:")?, number("Private_Dirty:")?];
+    Ok([rss, pss, dirty, number("ShmemPmdMapped:")? + number("FilePmdMapped:")?])
 }
 
 /// KiB of a file that are in the host's page cache.
@@ -177,10 +178,14 @@ pub fn share_one(count: usize) {
             .map(|told| mapping(told.sandbox.monitor.pid, &file))
             .collect::<Result<Vec<_>>>()?;
         let cached = in_page_cache(&file)?;
-        println!("mapped, share, alone, in KiB: {charged:?}; {cached} in the host's page cache");
+        println!(
+            "mapped, share, alone, in huge pages, in KiB: {charged:?}; {cached} in the host's page cache"
+        );
         let least = LARGE as u64 / 1024;
-        ensure!(charged.iter().all(|[rss, _, dirty]| *rss >= least && *dirty == 0), "{charged:?}");
-        let shares: u64 = charged.iter().map(|[_, pss, _]| pss).sum();
+        ensure!(charged.iter().all(|[rss, _, dirty, _]| *rss >= least && *dirty == 0), "{charged:?}");
+        // All but what is in one with the file's end; the file system is a tmpfs, which every kernel can do it for.
+        ensure!(charged.iter().all(|[.., huge]| *huge + (2 << 10) >= least), "{charged:?}");
+        let shares: u64 = charged.iter().map(|[_, pss, ..]| pss).sum();
         ensure!(
             shares <= cached && cached <= std::fs::metadata(&file)?.len().div_ceil(1024),
             "{shares} of {cached}"
@@ -193,6 +198,57 @@ pub fn share_one(count: usize) {
 #[test]
 fn the_hosts_pages_are_the_only_ones() {
     share_one(3);
+}
+
+/// A file of the host's, mapped by this process as a monitor does.
+fn mapped_here(file: &Path) -> Result<[u64; 4]> {
+    const HUGE_PAGE: usize = 2 << 20;
+    let open = File::open(file)?;
+    let length = usize::try_from(open.metadata()?.len())?;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    // SAFETY: a new mapping, of which the second call takes a part.
+    let range =
+        unsafe { libc::mmap(std::ptr::null_mut(), length + HUGE_PAGE, libc::PROT_NONE, flags, -1, 0) };
+    ensure!(range != libc::MAP_FAILED, "mmap: {}", std::io::Error::last_os_error());
+    let address = range as usize;
+    let start = range.wrapping_byte_add(address.next_multiple_of(HUGE_PAGE) - address);
+    let (protection, flags) = (libc::PROT_READ, libc::MAP_SHARED | libc::MAP_FIXED);
+    // SAFETY: it replaces part of the range above.
+    let mapped = unsafe { libc::mmap(start, length, protection, flags, open.as_raw_fd(), 0) };
+    ensure!(mapped == start, "mmap: {}", std::io::Error::last_os_error());
+    // SAFETY: an advice on what was just mapped.
+    ensure!(unsafe { libc::madvise(start, length, libc::MADV_POPULATE_READ) } == 0, "not read");
+    let seen = mapping(i32::try_from(std::process::id())?, file);
+    // SAFETY: the range of the first call, which nobody refers to.
+    unsafe { libc::munmap(range, length + HUGE_PAGE) };
+    seen
+}
+
+/// Of a disk whose file system has large folios the host has an image in pages of 2 MiB, as of a tmpfs; of another one it has it
+/// as it has every file. Which ext4 is, its version says.
+#[test]
+fn pages_are_as_large_as_the_hosts_file_system_has_them() {
+    case(|world| {
+        if !world.stage().is_rvm() {
+            return Ok(());
+        }
+        let whole = LARGE as u64 / 1024;
+        for (mkfs, least) in [("xfs -q", whole - (2 << 10)), ("ext4 -q -F", 0)] {
+            on_a_disk(world, mkfs, |dir| {
+                let layers = ["2/fs", "1/fs"].map(|layer| dir.join(layer));
+                layers.iter().try_for_each(std::fs::create_dir_all)?;
+                std::fs::write(layers[1].join("large"), large())?;
+                let file = dir.join("2/rvm-image-large");
+                let made = maker(world, (MANY, 0), &file, &layers).output()?;
+                ensure!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+                let [mapped, .., huge] = mapped_here(&file)?;
+                println!("{mkfs}: {mapped} KiB mapped, {huge} of them in huge pages");
+                ensure!(mapped >= whole && huge >= least, "{mkfs}: {mapped}, {huge}");
+                Ok(())
+            })?;
+        }
+        Ok(())
+    });
 }
 
 /// A guest's root, with every capability and every device, writes to the memory an image is.

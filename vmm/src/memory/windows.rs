@@ -56,7 +56,10 @@ pub enum WindowError {
 #[derive(Debug)]
 pub struct Window {
     start: GuestAddress,
+    /// [`HUGE_PAGE`] more than the window has: where it begins in there is a multiple of one, without which the
+    /// host's huge pages of a file would be the guest's one small page at a time.
     mapping: MmapRegion,
+    bytes: usize,
     /// Bytes of it that have a file behind them, whole [`HUGE_PAGE`]s; 0 where it is free.
     lent: AtomicU64,
 }
@@ -64,12 +67,12 @@ pub struct Window {
 impl Window {
     /// A free one of `bytes` bytes at `start`.
     pub(super) fn new(start: u64, bytes: u64) -> Result<Self, MemoryError> {
-        let mapping = MmapRegionBuilder::new(bytes as usize)
+        let mapping = MmapRegionBuilder::new((bytes + HUGE_PAGE) as usize)
             .with_mmap_prot(libc::PROT_NONE)
             .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
             .build()
             .map_err(MemoryError::Map)?;
-        Ok(Self { start: GuestAddress(start), mapping, lent: AtomicU64::new(0) })
+        Ok(Self { start: GuestAddress(start), mapping, bytes: bytes as usize, lent: AtomicU64::new(0) })
     }
 
     /// Where the guest has it.
@@ -79,7 +82,13 @@ impl Window {
 
     /// Where it is in this process.
     pub fn as_ptr(&self) -> *mut u8 {
-        self.mapping.as_ptr()
+        self.mapping.as_ptr().wrapping_add(self.lead())
+    }
+
+    /// Bytes of the mapping before the window.
+    fn lead(&self) -> usize {
+        let address = self.mapping.as_ptr() as usize;
+        address.next_multiple_of(HUGE_PAGE as usize) - address
     }
 
     /// Bytes the guest may read, whole pages of 2 MiB, which is what Linux takes memory of devices in; 0 where it is free.
@@ -94,7 +103,7 @@ impl Window {
 
     /// Maps `file`, and zeroes behind its end; how many bytes that is. It is not lent yet.
     pub(super) fn map(&self, file: &File) -> Result<u64, WindowError> {
-        let most = self.mapping.size() as u64;
+        let most = self.bytes as u64;
         let found = file.metadata().map_err(WindowError::Measure)?;
         if !found.file_type().is_file() || found.file_type().is_block_device() {
             return Err(WindowError::NotAFile);
@@ -127,7 +136,7 @@ impl Window {
     /// Lets go of the file.
     pub(super) fn take_back(&self) {
         self.lent.store(0, Ordering::Release);
-        if let Err(error) = self.put(0, self.mapping.size() as u64, libc::PROT_NONE, NO_FILE, -1) {
+        if let Err(error) = self.put(0, self.bytes as u64, libc::PROT_NONE, NO_FILE, -1) {
             log::error!("a file stays mapped: {error}");
         }
     }
@@ -139,7 +148,7 @@ impl Window {
         if end > self.len() {
             return None;
         }
-        self.mapping.get_slice(usize::try_from(offset).ok()?, bytes).ok()
+        self.mapping.get_slice(self.lead() + usize::try_from(offset).ok()?, bytes).ok()
     }
 
     /// Exchanges what is behind `bytes` bytes from `offset`, whole pages.
@@ -154,8 +163,8 @@ impl Window {
         if bytes == 0 {
             return Ok(());
         }
-        assert!(offset + bytes <= self.mapping.size() as u64, "not a part of the window");
-        let place = self.mapping.as_ptr().wrapping_add(offset as usize);
+        assert!(offset + bytes <= self.bytes as u64, "not a part of the window");
+        let place = self.as_ptr().wrapping_add(offset as usize);
         // SAFETY: the range was just checked to lie inside the window's own mapping, to which there
         // are no references: only the host's kernel ever reads it.
         let mapped =
@@ -207,6 +216,7 @@ mod tests {
     #[test]
     fn a_file_is_there_with_zeroes_to_the_next_huge_page() {
         let window = window();
+        assert_eq!(window.as_ptr() as u64 % HUGE_PAGE, 0);
         assert_eq!(lend(&window, &file(5000)), HUGE_PAGE);
         for (offset, byte) in [(0, 7), (4999, 7), (5000, 0), (8192, 0), ((2 << 20) - 1, 0)] {
             assert_eq!(read(&window, offset).unwrap(), byte, "{offset}");
