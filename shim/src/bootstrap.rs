@@ -80,6 +80,9 @@ pub enum BootstrapError {
     /// The serving process.
     #[error("starting the serving process: {0}")]
     Fork(#[source] io::Error),
+    /// It does not serve.
+    #[error("the serving process has ended as it began: {0}")]
+    Ended(#[source] io::Error),
 }
 
 /// What the serving process begins with.
@@ -175,7 +178,7 @@ fn serve_at(
     answer(address, protocol)?;
     fault::point("start: answered");
     // containerd calls when this process has ended, and tells nobody to remove what it cannot call.
-    serving.write_all(&[0]).and_then(|()| serving.read_exact(&mut [0])).map_err(BootstrapError::Fork)?;
+    serving.write_all(&[0]).and_then(|()| serving.read_exact(&mut [0])).map_err(BootstrapError::Ended)?;
     Ok(true)
 }
 

@@ -9,6 +9,7 @@
 use std::{
     fs::{self, File},
     io,
+    ops::Range,
     os::fd::AsRawFd,
     ptr,
 };
@@ -26,15 +27,18 @@ pub fn gather(file: &File) -> io::Result<bool> {
         return Ok(false);
     }
     let mapping = Mapping::new(file, whole)?;
-    if mapping.advise(0..whole, MADV_COLLAPSE).is_ok() {
+    let pages = || (0..whole).step_by(HUGE_PAGE).map(|from| from..from + HUGE_PAGE);
+    if mapping.exchange(0..HUGE_PAGE).is_ok() {
+        // What is in use just then stays as it is.
+        pages().skip(1).for_each(|page| drop(mapping.exchange(page)));
         return Ok(true);
     }
     mapping.advise(0..whole, libc::MADV_HUGEPAGE)?;
-    for from in (0..whole).step_by(HUGE_PAGE) {
-        forget(file, from)?;
-        mapping.advise(from..from + HUGE_PAGE, libc::MADV_POPULATE_READ)?;
+    for page in pages() {
+        forget(file, page.start)?;
+        mapping.advise(page.clone(), libc::MADV_POPULATE_READ)?;
         // Where the first are none, no others are read once more.
-        if from == 0 && !mapping.is_huge()? {
+        if page.start == 0 && !mapping.is_huge()? {
             return Ok(false);
         }
     }
@@ -80,7 +84,14 @@ impl Mapping {
         if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(mapping) }
     }
 
-    fn advise(&self, bytes: std::ops::Range<usize>, advice: libc::c_int) -> io::Result<()> {
+    /// Has one huge page in the place of small ones.
+    fn exchange(&self, page: Range<usize>) -> io::Result<()> {
+        // Before Linux 6.2 it is done, but told as an error, where there is no table of small pages.
+        self.advise(page.clone(), libc::MADV_POPULATE_READ)?;
+        self.advise(page, MADV_COLLAPSE)
+    }
+
+    fn advise(&self, bytes: Range<usize>, advice: libc::c_int) -> io::Result<()> {
         let start = self.start.wrapping_byte_add(bytes.start);
         // SAFETY: none of these changes what is there, and nobody refers to it.
         if unsafe { libc::madvise(start, bytes.len(), advice) } < 0 {
