@@ -35,6 +35,8 @@ pub fn gather(file: &File) -> io::Result<bool> {
     }
     mapping.advise(0..whole, libc::MADV_HUGEPAGE)?;
     for page in pages() {
+        // Of what is mapped it forgets nothing.
+        mapping.advise(page.clone(), libc::MADV_DONTNEED)?;
         forget(file, page.start)?;
         mapping.advise(page.clone(), libc::MADV_POPULATE_READ)?;
         // Where the first are none, no others are read once more.
