@@ -33,10 +33,11 @@ pub fn gather(file: &File) -> io::Result<bool> {
         pages().skip(1).for_each(|page| drop(mapping.exchange(page)));
         return Ok(true);
     }
+    // Once more: what is mapped is not forgotten, and where small pages were is a table for them.
+    drop(mapping);
+    let mapping = Mapping::new(file, whole)?;
     mapping.advise(0..whole, libc::MADV_HUGEPAGE)?;
     for page in pages() {
-        // Of what is mapped it forgets nothing.
-        mapping.advise(page.clone(), libc::MADV_DONTNEED)?;
         forget(file, page.start)?;
         mapping.advise(page.clone(), libc::MADV_POPULATE_READ)?;
         // Where the first are none, no others are read once more.
