@@ -32,7 +32,7 @@ const SECONDS: [(&str, f64); 39] = [
     ("faults::every_long_stop", 550.0),
     ("faults::every_point_of_containerd", 1000.0),
     ("faults::every_point_of_the_monitor", 600.0),
-    ("faults::every_point_of_the_shim", 550.0),
+    ("faults::every_point_of_the_shim", 570.0),
     ("faults::every_stop_of_containerd", 100.0),
     ("faults::every_stop_of_the_monitor", 220.0),
     ("faults::every_stop_of_the_shim", 210.0),
