@@ -14,7 +14,9 @@ use std::{
     ptr,
 };
 
-const HUGE_PAGE: usize = 2 << 20;
+use crate::huge_pages;
+
+const HUGE_PAGE: usize = huge_pages::BYTES as usize;
 /// Not in every libc.
 const MADV_COLLAPSE: libc::c_int = 25;
 
