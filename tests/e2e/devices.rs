@@ -1,8 +1,13 @@
 //! Block devices of the host in a container.
 
-use std::time::{Duration, Instant};
+use std::{
+    fs,
+    os::unix::fs::{MetadataExt, PermissionsExt},
+    path::PathBuf,
+    time::{Duration, Instant},
+};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use rvm_tests::{
     case,
     job::Input,
@@ -56,6 +61,32 @@ fn a_file_system_on_a_block_device_is_mounted() {
             "{finished}"
         );
         Ok(())
+    });
+}
+
+/// By the descriptor that its monitor has, not even the host's root can write to what is mounted read-only, or change its node.
+#[test]
+fn a_block_device_that_is_lent_for_reading_stays_as_it_is() {
+    with_loop(|world, device, _| {
+        shell(&format!("/sbin/mkfs.ext4 -q {device}"))?;
+        let mount = format!("type=ext4,src={device},dst=/data,options=ro");
+        let run = world.ctr().container("lent").with(&["--mount", &mount]).detached();
+        run.run(&["sleep", "100000"])?.success()?;
+        if world.stage().is_rvm() {
+            let monitor = Sandbox::find(world.stage(), &run.id)?.monitor.pid;
+            let number = fs::metadata(device)?.rdev();
+            let fds = fs::read_dir(format!("/proc/{monitor}/fd"))?;
+            let paths: Vec<_> = fds.map(|fd| fd.map(|fd| fd.path())).collect::<Result<_, _>>()?;
+            let is_it = |path: &&PathBuf| fs::metadata(path).is_ok_and(|file| file.rdev() == number);
+            let lent = paths.iter().find(is_it).context("the monitor has no such device open")?;
+            fs::OpenOptions::new().write(true).open(device).context("the host's own node")?;
+            let opened = fs::OpenOptions::new().write(true).open(lent).map_err(|error| error.raw_os_error());
+            ensure!(opened.as_ref().err() == Some(&Some(libc::EACCES)), "opened for writing: {opened:?}");
+            let changed = fs::set_permissions(lent, fs::Permissions::from_mode(0o666));
+            let changed = changed.map_err(|error| error.raw_os_error());
+            ensure!(changed == Err(Some(libc::EROFS)), "its mode: {changed:?}");
+        }
+        world.ctr().remove(&run.id)
     });
 }
 

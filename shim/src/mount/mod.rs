@@ -1,5 +1,6 @@
 //! mount(2) and its younger relatives, as the share needs them.
 
+mod lent;
 mod namespace;
 
 use std::{
@@ -19,6 +20,7 @@ use nix::{
     sched::{CloneFlags, unshare},
 };
 
+pub use lent::lend;
 pub use namespace::{Namespace, staged, staged_at};
 
 /// A mount that is at no place yet, perhaps with others below it. It goes with its value, unless it

@@ -25,7 +25,7 @@ use crate::{
     cgroup::HostCgroup,
     clock::Keeper,
     config::Config,
-    fault,
+    fault, mount,
     process_id::ProcessId,
     share::{self, Share},
     spec::Users,
@@ -349,7 +349,10 @@ async fn open(path: &Path, readonly: bool) -> Result<File, MonitorError> {
     let open = {
         let path = path.to_owned();
         // Opening a device may wait for it.
-        move || File::options().read(true).write(!readonly).open(path)
+        move || match readonly {
+            true => mount::lend(&path),
+            false => File::options().read(true).write(true).open(path),
+        }
     };
     let opened = spawn_blocking(open).await.map_err(io::Error::other).flatten();
     opened.map_err(|source| MonitorError::Disk { path: path.to_owned(), source })

@@ -5,7 +5,7 @@
 //! mounts there, and nothing in it is the monitor's to mount or to unmount, as it belongs to
 //! the host's user namespace. Its own user namespace has none of the host's power: what is left of that are the
 //! capabilities a file server needs, about files it can reach, on the file servers' threads.
-//! Landlock says once more which files these are, also of those that can be reached through
+//! Landlock says once more which files can be written to, also of those that can be reached through
 //! a descriptor. A thread can make the system calls that its duty takes; any other ends the monitor.
 //!
 //! What it needs of `/proc` it has from one of its own ([`procfs`](crate::procfs)), which
@@ -120,7 +120,7 @@ impl Jail {
         ok(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }).map_err(step("no_new_privs"))?;
         // A change of the user namespace may have undone it.
         process::undumpable().map_err(step("PR_SET_DUMPABLE"))?;
-        match landlock::restrict(self.root.as_fd(), proc.as_fd()) {
+        match landlock::restrict(self.root.as_fd()) {
             Ok(true) => {}
             Ok(false) => log::warn!("jail: this host's kernel has no Landlock, or too old a one"),
             Err(source) => {
