@@ -1,6 +1,8 @@
 //! Programs people run, in a whole Debian: each case starts one container and
 //! works in it by `ctr task exec`.
 
+mod roots;
+
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};

@@ -18,7 +18,7 @@ use serde_json::json;
 const CAP_CHOWN: [u8; 20] = [1, 0, 0, 2, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
 
 /// Imports an image of `count` layers: busybox, `special`, and then one file each.
-fn import(world: &World, name: &str, special: Vec<Layer>, count: usize) -> Result<()> {
+pub(crate) fn import(world: &World, name: &str, special: Vec<Layer>, count: usize) -> Result<()> {
     let busybox = world.rootfs()?.join("bin/busybox");
     let mut base = layer::busybox(&busybox)?;
     base.file("caps/chown", 0o755, std::fs::read(&busybox)?).xattr("security.capability", CAP_CHOWN);
@@ -38,13 +38,13 @@ fn import(world: &World, name: &str, special: Vec<Layer>, count: usize) -> Resul
     Ok(())
 }
 
-fn remove(world: &World, name: &str) -> Result<()> {
+pub(crate) fn remove(world: &World, name: &str) -> Result<()> {
     world.ctr().run(&["images", "rm", "--sync", name], scale::container())?.success()?;
     Ok(())
 }
 
 /// What layers say about each other.
-fn special_layers() -> Vec<Layer> {
+pub(crate) fn special_layers() -> Vec<Layer> {
     let mut lower = Layer::new();
     lower.file("gone", 0o644, "lower");
     lower.file("dir/low", 0o644, "lower");

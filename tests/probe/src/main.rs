@@ -17,6 +17,7 @@
 //!   shared mapping and a socket in a directory are one for two containers.
 //! * `rvm-probe clock` prints the seconds since the epoch for each line it reads.
 //! * `rvm-probe mapped FILE` reads a byte of a shared mapping of the file at the offset of each line it reads.
+//! * `rvm-probe walk` prints all there is to know of each file of the root file system.
 //! * `rvm-probe flood` makes connections to the host over vsock, as many as it can, and tells of each thousand.
 //! * `rvm-probe capabilities` prints what this program's own mode and file
 //!   capabilities made of its caller's identity.
@@ -38,12 +39,15 @@ mod out;
 mod process;
 mod terminal;
 mod volume;
+#[path = "../../src/tree/walk.rs"]
+mod walk;
 
 use std::{
     ffi::{c_char, c_int},
     fs::File,
-    io::Write,
+    io::{BufWriter, Write},
     os::fd::AsFd,
+    path::Path,
 };
 
 use out::Out;
@@ -80,6 +84,7 @@ pub extern "C" fn main(_argc: c_int, _argv: *const *const c_char) -> c_int {
         ["volume", file] => volume::print(file),
         ["huge", file, pages] => return huge::print(file, pages.parse().unwrap_or(0)),
         ["mapped", file] => return ended(volume::mapped(file)),
+        ["walk"] => return ended(walked()),
         ["flood"] => return ended(flood::run()),
         ["serve", dirs @ ..] => return ended(neighbour::serve(dirs)),
         ["meet", dir] => return ended(neighbour::meet(dir)),
@@ -109,6 +114,14 @@ fn ended(result: std::io::Result<()>) -> c_int {
             1
         }
     }
+}
+
+/// A line for each file.
+fn walked() -> std::io::Result<()> {
+    let found = walk::walk(Path::new("/")).map_err(|error| std::io::Error::other(format!("{error:#}")))?;
+    let mut stdout = BufWriter::new(std::io::stdout());
+    found.iter().try_for_each(|(path, entry)| writeln!(stdout, "{path:?} {entry:?}"))?;
+    stdout.flush()
 }
 
 fn clock() -> c_int {
