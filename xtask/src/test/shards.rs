@@ -224,18 +224,21 @@ fn longest(seen: &mut [Ended]) -> String {
     format!("seconds of the longest: {}", cases.join(", "))
 }
 
-/// The names of the program's cases that one of `filters` names (any, where there are none)
-/// and that begin with none of `without`.
-pub fn cases(program: &Path, filters: &[String], without: &[&str]) -> Result<Vec<String>> {
+/// The names of all of the program's cases.
+pub fn cases(program: &Path) -> Result<Vec<String>> {
     let output = std::process::Command::new(program)
         .args(["--list", "--format", "terse"])
         .output()
         .with_context(|| format!("run {}", program.display()))?;
     let text = String::from_utf8_lossy(&output.stdout);
-    let listed = text.lines().filter_map(|line| line.strip_suffix(": test"));
-    let wanted = |name: &&str| filters.is_empty() || filters.iter().any(|filter| names(filter, name));
-    let left_out = |name: &&str| without.iter().any(|module| name.starts_with(module));
-    Ok(listed.filter(|name| !left_out(name)).filter(wanted).map(str::to_owned).collect())
+    Ok(text.lines().filter_map(|line| line.strip_suffix(": test")).map(str::to_owned).collect())
+}
+
+/// Those of `cases` that one of `filters` names (all, where there are none) and that begin with none of `without`.
+pub fn chosen(cases: &[String], filters: &[String], without: &[&str]) -> Vec<String> {
+    let wanted = |name: &&String| filters.is_empty() || filters.iter().any(|filter| names(filter, name));
+    let left_out = |name: &&String| without.iter().any(|beginning| name.starts_with(beginning));
+    cases.iter().filter(|name| !left_out(name)).filter(wanted).cloned().collect()
 }
 
 /// Whether a filter names a case: one with a module does so from the module's beginning
