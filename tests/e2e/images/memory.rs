@@ -1,7 +1,11 @@
 //! Image files that guests have as memory (virtio-pmem, DAX): read where they lie, once for all, and
 //! by nobody written to.
 
-use std::{fs::File, os::fd::AsRawFd, path::Path};
+use std::{
+    fs::File,
+    os::{fd::AsRawFd, unix::fs::MetadataExt},
+    path::Path,
+};
 
 use anyhow::{Context, Result, ensure};
 use rvm_tests::{
@@ -76,12 +80,19 @@ impl Told {
     }
 }
 
+/// What lines of `maps` have of a file (proc_pid_maps(5)): its device and its number. A monitor's is of a mount of its own,
+/// where it has no name.
+fn in_maps(file: &Path) -> Result<String> {
+    let found = std::fs::metadata(file)?;
+    Ok(format!(" {:02x}:{:02x} {} ", libc::major(found.dev()), libc::minor(found.dev()), found.ino()))
+}
+
 /// What a monitor's mapping of a file is charged with, in KiB: of it in memory, its share of that, what
 /// it has alone, and what is mapped in pages of 2 MiB.
 fn mapping(monitor: i32, file: &Path) -> Result<[u64; 4]> {
     let smaps = std::fs::read_to_string(format!("/proc/{monitor}/smaps"))?;
-    let name = file.file_name().context("a name")?.to_string_lossy().into_owned();
-    let mut lines = smaps.lines().skip_while(|line| !line.contains(&name)).skip(1);
+    let of_file = in_maps(file)?;
+    let mut lines = smaps.lines().skip_while(|line| !line.contains(&of_file)).skip(1);
     let mut number = |field: &str| -> Result<u64> {
         let line = lines.find(|line| line.starts_with(field)).with_context(|| format!("no {field}"))?;
         Ok(line.split_whitespace().nth(1).context("a number")?.parse()?)
@@ -341,7 +352,7 @@ fn an_image_comes_and_goes_with_its_containers() {
         pod.run(&["sleep", "100000"])?.success()?;
         let sandbox = Sandbox::find(world.stage(), &pod.id)?;
         let maps = || std::fs::read_to_string(format!("/proc/{}/maps", sandbox.monitor.pid));
-        let name = file.file_name().context("a name")?.to_string_lossy().into_owned();
+        let of_file = in_maps(&file)?;
         let exec = |id: &str, script: &str| -> Result<String> {
             let job = ctr.exec(id, &[], &["sh", "-c", script], Input::Nothing)?;
             Ok(job.finish(scale::container())?.success()?.text())
@@ -355,12 +366,12 @@ fn an_image_comes_and_goes_with_its_containers() {
                 ensure!(exec(&member.id, LOWER)?.starts_with("/run/rvm/images/img-"));
                 exec(&member.id, "md5sum /large")?;
             }
-            ensure!(exec(&pod.id, MEMORIES)? == "1\n" && maps()?.contains(&name), "not one of both");
+            ensure!(exec(&pod.id, MEMORIES)? == "1\n" && maps()?.contains(&of_file), "not one of both");
             for member in &members {
-                ensure!(maps()?.contains(&name), "gone with the first");
+                ensure!(maps()?.contains(&of_file), "gone with the first");
                 ctr.remove(&member.id)?;
             }
-            ensure!(exec(&pod.id, MEMORIES)? == "0\n" && !maps()?.contains(&name), "still there");
+            ensure!(exec(&pod.id, MEMORIES)? == "0\n" && !maps()?.contains(&of_file), "still there");
         }
         world.end(&pod.id)?;
         sandbox.wait_until_gone(scale::container())
