@@ -17,6 +17,9 @@ pub struct Args {
     /// With the containerd of this Debian release (`sid`: 2.1, which has the EROFS snapshotter, and a column with it).
     #[arg(long, value_name = "RELEASE")]
     containerd: Option<String>,
+    /// Without the image of five layers: half of the time.
+    #[arg(long)]
+    one_layer: bool,
 }
 
 /// Of the devhost, in MiB: it holds both images, packed and unpacked.
@@ -28,7 +31,9 @@ const AGAIN: f64 = 2.0;
 pub fn run(args: Args) -> Result<()> {
     let mut bench = Bench::new("files", args.common.fast, args.runs)?;
     let one = build::debian_image()?;
-    bench.prepared.set("RVM_BENCH_IMAGE_FIVE", build::debian_image_of_layers(&one, 5)?);
+    if !args.one_layer {
+        bench.prepared.set("RVM_BENCH_IMAGE_FIVE", build::debian_image_of_layers(&one, 5)?);
+    }
     bench.prepared.set("RVM_BENCH_IMAGE_ONE", one);
     if let Some(release) = &args.containerd {
         bench.prepared.set_containerd(release)?;

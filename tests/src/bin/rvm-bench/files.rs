@@ -86,8 +86,8 @@ const SIDES: [Side; 4] = [
 /// Microseconds by what was timed, in the order of the container's lines.
 type Times = Vec<(String, f64)>;
 
-/// Everything measured; `images` are the archives of [`IMAGES`].
-pub fn measure(stage: Stage, runs: usize, images: &[PathBuf; 2]) -> Result<Value> {
+/// Everything measured; `images` are the archives of [`IMAGES`], or of the first ones.
+pub fn measure(stage: Stage, runs: usize, images: &[PathBuf]) -> Result<Value> {
     let world = World::new(stage)?;
     swept(&world, |world| {
         for archive in images {
@@ -95,15 +95,16 @@ pub fn measure(stage: Stage, runs: usize, images: &[PathBuf; 2]) -> Result<Value
             world.ctr().run(&["images", "import", &archive], scale::container() * 4)?.success()?;
         }
         world.set_config(&world.config().with_images())?;
-        for (count, (_, image)) in (1..).zip(IMAGES) {
+        let images = &IMAGES[..images.len()];
+        for (count, (_, image)) in (1..).zip(images) {
             world.ctr().container("first").with_image(image).run(&["true"])?.success()?;
             images::wait_for(world, count)?;
         }
-        compared(world, runs)
+        compared(world, runs, images)
     })
 }
 
-fn compared(world: &World, runs: usize) -> Result<Value> {
+fn compared(world: &World, runs: usize, images: &[(&str, &str)]) -> Result<Value> {
     let ctrs = [("runc", world.ctr().under(RUNC)), ("rvm", world.ctr().under(RUNTIME))];
     let mut sides = SIDES.to_vec();
     if !world.ctr().has_snapshotter(EROFS) {
@@ -123,7 +124,7 @@ fn compared(world: &World, runs: usize) -> Result<Value> {
     };
     let mut scratches = Vec::new();
     for round in 1..=runs {
-        for (layers, image) in IMAGES {
+        for (layers, image) in images {
             for volume in [false, true] {
                 for (which, side) in sides.iter().enumerate() {
                     world.set_config(&world.config().set("images", "enabled", side.images))?;

@@ -86,7 +86,8 @@ fn run() -> Result<Value> {
             many::measure(stage, runs, count.parse().context("RVM_BENCH_COUNT")?)
         }
         Some("files") => {
-            let images = [variable("RVM_BENCH_IMAGE_ONE")?, variable("RVM_BENCH_IMAGE_FIVE")?];
+            let mut images = vec![variable("RVM_BENCH_IMAGE_ONE")?];
+            images.extend(std::env::var_os("RVM_BENCH_IMAGE_FIVE").map(PathBuf::from));
             files::measure(stage, runs, &images)
         }
         Some("requests") => requests::measure(stage, runs, &variable("RVM_BENCH_IMAGE_ONE")?),
