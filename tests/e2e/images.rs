@@ -239,7 +239,8 @@ fn run(world: &World) -> Run {
 }
 
 /// The image that a container's root file system lies on, as the container sees it.
-pub(crate) const LOWER: &str = "sed -n 's/.* overlay .*lowerdir=\\([^,]*\\).*/\\1/p' /proc/self/mounts | head -1";
+pub(crate) const LOWER: &str =
+    "sed -n 's/.* overlay .*lowerdir=\\([^,]*\\).*/\\1/p' /proc/self/mounts | head -1";
 
 #[test]
 fn the_next_container_has_an_image() {
