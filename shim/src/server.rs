@@ -2,13 +2,17 @@
 
 use std::{
     io,
+    os::fd::{FromRawFd, OwnedFd},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
 use log::LevelFilter;
-use nix::sys::prctl;
+use nix::{
+    fcntl::{FcntlArg, fcntl},
+    sys::prctl,
+};
 use tokio::{
     net::UnixListener,
     signal::unix::{SignalKind, signal},
@@ -29,6 +33,8 @@ const CLOSING_TIMEOUT: Duration = Duration::from_secs(1);
 /// guest that does not power off and mounts that do not come off have limits of their own,
 /// hooks need none.
 const CHANGING_TIMEOUT: Duration = Duration::from_secs(30);
+/// Descriptors there is room for from the start: a pod has some for each container and each added process.
+const DESCRIPTORS: i32 = 512;
 /// A shim that has had nothing to do for this long has been forgotten: by a
 /// containerd that died between `start` and `Create`, or before `Shutdown`.
 const IDLE_LIMIT: Duration = Duration::from_secs(60);
@@ -46,6 +52,13 @@ pub fn run(serve: Serve) -> io::Result<()> {
     // limit for one is theirs, who inherit this process's.
     if let Err(errno) = prctl::set_dumpable(false) {
         log::debug!("PR_SET_DUMPABLE: {errno}");
+    }
+    // A table of descriptors that grows while threads share it waits until every processor has been out of the kernel
+    // (`synchronize_rcu` in expand_fdtable()); it stays as long as it was.
+    match fcntl(std::io::stderr(), FcntlArg::F_DUPFD_CLOEXEC(DESCRIPTORS - 1)) {
+        // SAFETY: the kernel has just returned this descriptor, nobody else owns it.
+        Ok(high) => drop(unsafe { OwnedFd::from_raw_fd(high) }),
+        Err(errno) => log::debug!("room for descriptors: {errno}"),
     }
     // One thread: the shim waits, and what it starts dies with this thread.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;

@@ -67,6 +67,14 @@ fn the_running_monitor_has_nothing_of_the_host() {
             ensure!(hard.is_some_and(|hard| hard <= most), "{limit}: {values}");
         }
 
+        // No table of descriptors grows while somebody waits.
+        for (process, room) in [(monitor, 4096), (shim, 512)] {
+            let status = fs::read_to_string(format!("/proc/{process}/status"))?;
+            let size = status.lines().find_map(|line| line.strip_prefix("FDSize:")).map(str::trim);
+            let size: u32 = size.context("FDSize:")?.parse()?;
+            ensure!(size == room, "{process} has room for {size} descriptors");
+        }
+
         let mut names = BTreeSet::new();
         for task in fs::read_dir(format!("/proc/{monitor}/task"))? {
             let status = fs::read_to_string(task?.path().join("status"))?;

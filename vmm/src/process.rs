@@ -10,6 +10,11 @@ use crate::{jail, logging};
 /// (`fs.nr_open`). A guest knows more files than a shell opens.
 const DESCRIPTORS: libc::rlim_t = 1 << 20;
 
+/// Descriptors there is room for from the start, which takes 32 KiB. A table of them that grows while threads share it waits
+/// until every processor has been out of the kernel (`synchronize_rcu` in expand_fdtable()): 10 to 20 ms, amid what a
+/// guest waits for.
+const ROOM: libc::rlim_t = 4096;
+
 /// linux/prctl.h
 const PR_SET_MEMORY_MERGE: libc::c_int = 67;
 
@@ -22,6 +27,7 @@ pub fn prepare() {
         ("PR_SET_DUMPABLE", undumpable()),
         ("PR_SET_MEMORY_MERGE", unmerged()),
         ("RLIMIT_NOFILE", descriptors()),
+        ("room for descriptors", make_room()),
     ];
     for (what, result) in done {
         if let Err(error) = result {
@@ -88,6 +94,18 @@ fn descriptors() -> io::Result<()> {
     set_limit(libc::RLIMIT_NOFILE, &limit)
 }
 
+/// Makes [`ROOM`], as long as there is one thread.
+pub(crate) fn make_room() -> io::Result<()> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: a valid rlimit that the call fills.
+    ok(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) })?;
+    let last = ROOM.min(limit.rlim_cur).saturating_sub(1) as libc::c_int;
+    // SAFETY: plain system call on numbers.
+    let high = unsafe { libc::fcntl(libc::STDERR_FILENO, libc::F_DUPFD_CLOEXEC, last) };
+    // The table stays as long as it was for that.
+    owned(high.into()).map(drop)
+}
+
 /// Threads it may have where it has a user of its own: more than a machine with all its devices takes.
 const THREADS: libc::rlim_t = 4096;
 
@@ -142,5 +160,8 @@ mod tests {
         assert_eq!(words("Max core file size"), ["0", "0"]);
         let files = words("Max open files");
         assert_eq!(files[0], files[1]);
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let room = status.lines().find_map(|line| line.strip_prefix("FDSize:")).unwrap().trim();
+        assert!(room.parse::<u64>().unwrap() >= ROOM, "{room}");
     }
 }

@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 
 use crate::jail::tests::{filter, inside};
+use crate::process::make_room;
 
 /// What one of something took, and what it cost the device's threads of a processor, in seconds.
 pub type Cost = (String, f64, f64);
@@ -39,10 +40,11 @@ pub fn filtered() {
 
 /// What is measured in a monitor's jail, with `dir` as its root.
 pub fn shut_in(dir: &Path, measure: impl FnOnce() -> Result<Vec<Cost>> + Send) -> Result<Vec<Cost>> {
-    let said = inside(dir, true, || match measure() {
-        Ok(costs) => json!(costs).to_string(),
-        Err(error) => format!("{error:#}"),
-    });
+    let said =
+        inside(dir, true, || match make_room().map_err(anyhow::Error::from).and_then(|()| measure()) {
+            Ok(costs) => json!(costs).to_string(),
+            Err(error) => format!("{error:#}"),
+        });
     serde_json::from_str(&said).context(said)
 }
 
@@ -53,11 +55,10 @@ fn on_one_processor() {
     let here = unsafe { libc::sched_getcpu() };
     // SAFETY: a set of processors is numbers, of which zero is none.
     let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
-    // SAFETY: a set of the size given, with room for any processor there is.
-    let pinned = unsafe {
-        libc::CPU_SET(here.try_into().unwrap(), &mut set);
-        libc::sched_setaffinity(0, size_of_val(&set), &raw const set)
-    };
+    // SAFETY: a set has room for any processor there is.
+    unsafe { libc::CPU_SET(here.try_into().unwrap(), &mut set) };
+    // SAFETY: a set of the size given.
+    let pinned = unsafe { libc::sched_setaffinity(0, size_of_val(&set), &raw const set) };
     assert_eq!(pinned, 0);
 }
 
@@ -67,6 +68,8 @@ pub fn report(counted: &str, all: impl Fn() -> Result<[Vec<Cost>; 2]>, more: Val
     let runs =
         std::env::var("RVM_BENCH_RUNS").map_or(Ok(1), |runs| runs.parse().context("RVM_BENCH_RUNS"))?;
     on_one_processor();
+    // As a monitor does.
+    make_room()?;
     let measured: Vec<[Vec<Cost>; 2]> = (0..runs).map(|_| all()).collect::<Result<_>>()?;
     let (mut ratios, mut rows) = (Map::new(), Vec::new());
     for (place, (what, ..)) in measured[0][0].iter().enumerate() {
