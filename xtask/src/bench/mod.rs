@@ -6,6 +6,7 @@ mod device;
 mod files;
 mod fs_server;
 mod many;
+mod neighbour;
 mod net;
 mod pod;
 mod report;
@@ -48,6 +49,8 @@ enum What {
     Workloads(workloads::Args),
     /// The monitor's file server without a guest: requests a second, and processor time of each.
     FsServer(fs_server::Args),
+    /// What a sandbox loses by a neighbour that takes all it can, beside what one loses under runc.
+    Neighbour(neighbour::Args),
     /// A container's network, against runc's and QEMU's: throughput, loss, latency and what they cost.
     Net(net::Args),
     /// A pod by containerd's CRI plugin and its containers, against runc.
@@ -65,6 +68,7 @@ pub fn run(args: Args) -> Result<()> {
         What::Virtiofsd(args) => virtiofsd::run(args),
         What::Workloads(args) => workloads::run(args),
         What::FsServer(args) => fs_server::run(args),
+        What::Neighbour(args) => neighbour::run(args),
         What::Net(args) => net::run(args),
         What::Pod(args) => pod::run(args),
     }

@@ -13,6 +13,7 @@
 //! * `rvm-bench virtiofsd`: files by the monitor's server and by QEMU's `microvm` with virtiofsd.
 //! * `rvm-bench workloads`: what developers and services do, and whether it comes to the same.
 //! * `rvm-bench record`: what a guest's kernel asks of the file servers while some of that runs.
+//! * `rvm-bench neighbour`: what a sandbox loses by one that takes all it can.
 //! * `rvm-bench net`: a container's network, beside runc's and QEMU's.
 //! * `rvm-bench pod`: a pod by containerd's CRI plugin, beside runc's.
 //! * `rvm-bench first-run`: the monitor's exec to its first `KVM_RUN`. Any KVM.
@@ -25,6 +26,7 @@ mod files;
 mod many;
 mod memory;
 mod monitor;
+mod neighbour;
 mod net;
 mod peer;
 mod pod;
@@ -105,6 +107,7 @@ fn run() -> Result<Value> {
         Some("record") => {
             record::record(stage, &variable("RVM_BENCH_IMAGE_WORKLOADS")?, &variable("RVM_BENCH_MONITOR")?)
         }
+        Some("neighbour") => neighbour::measure(stage, runs),
         Some("net") => {
             let short = std::env::var_os("RVM_BENCH_SHORT").is_some();
             net::measure(stage, runs, variable("RVM_BENCH_KERNEL_PEER")?, short)
@@ -113,7 +116,7 @@ fn run() -> Result<Value> {
         Some("first-run") => monitor::first_run(&stage, runs),
         other => {
             bail!(
-                "boot, jail, container, many, files, requests, virtiofsd, workloads, record, net, pod or first-run, not {other:?}"
+                "boot, jail, container, many, files, requests, virtiofsd, workloads, record, neighbour, net, pod or first-run, not {other:?}"
             )
         }
     }

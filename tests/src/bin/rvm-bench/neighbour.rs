@@ -1,0 +1,122 @@
+//! What a sandbox loses by a neighbour that takes all it can get of the little it was given, side by side with
+//! runc: a processor's time, files, an added process.
+
+use std::{collections::BTreeMap, time::Instant};
+
+use anyhow::{Context, Result};
+use rvm_tests::{
+    ctr::{Ctr, Run},
+    host,
+    job::Input,
+    parity::PROBE_ENV,
+    scale,
+    stage::{RUNTIME, Stage},
+    world::World,
+};
+use serde_json::{Value, json};
+
+use crate::{RUNC, median, swept};
+
+/// Of a processor, what a neighbour may use.
+const QUOTA: [&str; 4] = ["--cpu-period", "100000", "--cpu-quota", "5000"];
+const MEMORY: [&str; 2] = ["--memory-limit", "67108864"];
+/// Where the kernel's own log goes that nobody reads.
+const NOWHERE: [&str; 2] = ["--log-uri", "file:///dev/null"];
+
+/// What a neighbour does; the first is none.
+const NEIGHBOURS: [(&str, &str); 6] = [
+    ("alone", ""),
+    ("beside a loop", "while :; do :; done"),
+    ("beside output", "exec yes a line that nobody reads"),
+    ("beside files", "while :; do for n in $(seq 200); do echo > /volume/$n; done; rm /volume/*; done"),
+    ("beside connections", "exec /probe flood"),
+    ("beside want of memory", "while :; do head -c 200000000 /dev/zero | tail -c 150000000 | wc -c; done"),
+];
+
+/// What the other one is asked to do, by an added process.
+const FIGURES: [(&str, &str); 3] = [
+    ("an added process", "true"),
+    ("a loop", "i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done"),
+    (
+        "files on a volume",
+        "for n in $(seq 300); do echo content > /volume/$n; done; cat /volume/* | wc -l; rm /volume/*",
+    ),
+];
+
+/// Everything measured.
+pub fn measure(stage: Stage, runs: usize) -> Result<Value> {
+    let world = World::new(stage)?;
+    swept(&world, |world| compared(world, runs))
+}
+
+fn compared(world: &World, runs: usize) -> Result<Value> {
+    let mut all: BTreeMap<(usize, usize, usize), Vec<f64>> = BTreeMap::new();
+    let runtimes = [("rvm", RUNTIME), ("runc", RUNC)];
+    for round in 1..=runs {
+        for (side, (name, runtime)) in runtimes.iter().enumerate() {
+            let ctr = world.ctr().under(runtime);
+            let victim = started(world, ctr.container("victim"), "victim", "exec sleep 1000000")?;
+            for (kind, (neighbour, script)) in NEIGHBOURS.iter().enumerate() {
+                eprintln!("round {round}: {name} {neighbour}");
+                let limited = || ctr.container("neighbour").with(&QUOTA).with(&MEMORY).with(&NOWHERE);
+                let beside =
+                    (kind > 0).then(|| started(world, limited(), "neighbour", script)).transpose()?;
+                for (figure, (what, script)) in FIGURES.iter().enumerate() {
+                    let began = Instant::now();
+                    let job = ctr.exec(&victim.id, &[], &["sh", "-c", script], Input::Nothing)?;
+                    job.finish(scale::container() * 4)?.success().context(*what)?;
+                    let ms = began.elapsed().as_secs_f64() * 1e3;
+                    eprintln!("   {ms:>9.1} ms {what}");
+                    all.entry((figure, side, kind)).or_default().push(ms);
+                }
+                beside.map(|run| ended(world, &ctr, &run)).transpose()?;
+            }
+            ended(world, &ctr, &victim)?;
+            host::remove_runcs_parent();
+        }
+    }
+    let (mut ratios, mut medians) = (serde_json::Map::new(), Vec::new());
+    let of = |figure, side, kind| median(&all[&(figure, side, kind)]);
+    for (figure, (what, _)) in FIGURES.iter().enumerate() {
+        for (side, (name, _)) in runtimes.iter().enumerate() {
+            for (kind, (neighbour, _)) in NEIGHBOURS.iter().enumerate().skip(1) {
+                let ratio = of(figure, side, kind) / of(figure, side, 0);
+                ratios.insert(format!("{name} {neighbour}/{name} alone, {what}"), json!(ratio));
+            }
+            let row: Vec<f64> = (0..NEIGHBOURS.len()).map(|kind| of(figure, side, kind)).collect();
+            medians.push(json!([format!("{name}, {what}"), row]));
+        }
+    }
+    Ok(json!({
+        "ratios": ratios,
+        "kinds": NEIGHBOURS.map(|(name, _)| name),
+        "medians": medians,
+        "conditions": {
+            "runs": runs,
+            "units": "ms, of `ctr task exec`",
+            "neighbour": "with 5 % of a processor and 64 MiB",
+            "host_kernel": std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim(),
+            "devhost": std::env::var(rvm_tests::host::DEVHOST_ENV).ok(),
+        },
+    }))
+}
+
+/// A container in the background with a directory of its own of the host's.
+fn started(world: &World, run: Run, name: &str, script: &str) -> Result<Run> {
+    let dir = world.dir().join(name);
+    std::fs::create_dir_all(&dir)?;
+    let probe = std::env::var(PROBE_ENV).with_context(|| format!("{PROBE_ENV} is not set"))?;
+    let volume = format!("type=bind,src={},dst=/volume,options=rbind:rw", dir.display());
+    let program = format!("type=bind,src={probe},dst=/probe,options=rbind:ro");
+    let run = run.with(&["--mount", &volume, "--mount", &program]).detached();
+    run.run(&["sh", "-c", script])?.success()?;
+    Ok(run)
+}
+
+fn ended(world: &World, ctr: &Ctr, run: &Run) -> Result<()> {
+    ctr.remove(&run.id)?;
+    for name in ["neighbour", "victim"].iter().filter(|name| run.id.starts_with(**name)) {
+        std::fs::remove_dir_all(world.dir().join(name))?;
+    }
+    Ok(())
+}
