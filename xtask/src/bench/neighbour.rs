@@ -46,7 +46,7 @@ mod tests {
     fn what_is_lost_to_a_neighbour_has_an_aim() {
         let text = text(&json!({
             "ratios": { "rvm beside a loop/rvm alone, files": 1.3, "runc beside a loop/runc alone, files": 1.2 },
-            "kinds": ["alone", "beside a loop"],
+            "kinds": ["alone", "a loop"],
             "medians": [["rvm, files", [10.0, 13.0]]],
             "conditions": { "units": "ms" },
         }));

@@ -17,20 +17,19 @@ use serde_json::{Value, json};
 
 use crate::{RUNC, median, swept};
 
-/// Of a processor, what a neighbour may use.
-const QUOTA: [&str; 4] = ["--cpu-period", "100000", "--cpu-quota", "5000"];
+/// Of a processor, what a neighbour may use once it runs (`cpu.max`), and whatever works for it.
+const QUOTA: &str = "5000 100000";
 const MEMORY: [&str; 2] = ["--memory-limit", "67108864"];
 /// Where the kernel's own log goes that nobody reads.
 const NOWHERE: [&str; 2] = ["--log-uri", "file:///dev/null"];
 
-/// What a neighbour does; the first is none.
-const NEIGHBOURS: [(&str, &str); 6] = [
-    ("alone", ""),
-    ("beside a loop", "while :; do :; done"),
-    ("beside output", "exec yes a line that nobody reads"),
-    ("beside files", "while :; do for n in $(seq 200); do echo > /volume/$n; done; rm /volume/*; done"),
-    ("beside connections", "exec /probe flood"),
-    ("beside want of memory", "while :; do head -c 200000000 /dev/zero | tail -c 150000000 | wc -c; done"),
+/// What a neighbour does.
+const NEIGHBOURS: [(&str, &str); 5] = [
+    ("a loop", "while :; do :; done"),
+    ("output", "exec yes a line that nobody reads"),
+    ("files", "while :; do for n in $(seq 200); do echo > /volume/$n; done; rm /volume/*; done"),
+    ("connections", "exec /probe flood"),
+    ("want of memory", "while :; do head -c 200000000 /dev/zero | tail -c 150000000 | wc -c; done"),
 ];
 
 /// What the other one is asked to do, by an added process.
@@ -50,55 +49,74 @@ pub fn measure(stage: Stage, runs: usize) -> Result<Value> {
 }
 
 fn compared(world: &World, runs: usize) -> Result<Value> {
-    let mut all: BTreeMap<(usize, usize, usize), Vec<f64>> = BTreeMap::new();
+    // Of each figure, runtime and neighbour: alone, and a moment later beside it.
+    let mut all: BTreeMap<(usize, usize, usize), Vec<[f64; 2]>> = BTreeMap::new();
     let runtimes = [("rvm", RUNTIME), ("runc", RUNC)];
     for round in 1..=runs {
         for (side, (name, runtime)) in runtimes.iter().enumerate() {
             let ctr = world.ctr().under(runtime);
             let victim = started(world, ctr.container("victim"), "victim", "exec sleep 1000000")?;
+            // What is done for the first time is slower.
+            figures(&ctr, &victim)?;
             for (kind, (neighbour, script)) in NEIGHBOURS.iter().enumerate() {
-                eprintln!("round {round}: {name} {neighbour}");
-                let limited = || ctr.container("neighbour").with(&QUOTA).with(&MEMORY).with(&NOWHERE);
-                let beside =
-                    (kind > 0).then(|| started(world, limited(), "neighbour", script)).transpose()?;
-                for (figure, (what, script)) in FIGURES.iter().enumerate() {
-                    let began = Instant::now();
-                    let job = ctr.exec(&victim.id, &[], &["sh", "-c", script], Input::Nothing)?;
-                    job.finish(scale::container() * 4)?.success().context(*what)?;
-                    let ms = began.elapsed().as_secs_f64() * 1e3;
-                    eprintln!("   {ms:>9.1} ms {what}");
-                    all.entry((figure, side, kind)).or_default().push(ms);
+                let alone = figures(&ctr, &victim)?;
+                let limited = ctr.container("neighbour").with(&MEMORY).with(&NOWHERE);
+                let limited = started(world, limited, "neighbour", script)?;
+                std::fs::write(format!("/sys/fs/cgroup/default/{}/cpu.max", limited.id), QUOTA)?;
+                let beside = figures(&ctr, &victim)?;
+                ended(world, &ctr, &limited)?;
+                for (figure, pair) in alone.into_iter().zip(beside).enumerate() {
+                    let (what, (alone, beside)) = (FIGURES[figure].0, pair);
+                    eprintln!(
+                        "round {round}, {name} beside {neighbour}: {alone:>9.1} {beside:>9.1} ms {what}"
+                    );
+                    all.entry((figure, side, kind)).or_default().push([alone, beside]);
                 }
-                beside.map(|run| ended(world, &ctr, &run)).transpose()?;
             }
             ended(world, &ctr, &victim)?;
             host::remove_runcs_parent();
         }
     }
     let (mut ratios, mut medians) = (serde_json::Map::new(), Vec::new());
-    let of = |figure, side, kind| median(&all[&(figure, side, kind)]);
     for (figure, (what, _)) in FIGURES.iter().enumerate() {
         for (side, (name, _)) in runtimes.iter().enumerate() {
-            for (kind, (neighbour, _)) in NEIGHBOURS.iter().enumerate().skip(1) {
-                let ratio = of(figure, side, kind) / of(figure, side, 0);
-                ratios.insert(format!("{name} {neighbour}/{name} alone, {what}"), json!(ratio));
+            let pairs = |kind| &all[&(figure, side, kind)];
+            for (kind, (neighbour, _)) in NEIGHBOURS.iter().enumerate() {
+                let each: Vec<f64> = pairs(kind).iter().map(|[alone, beside]| beside / alone).collect();
+                ratios
+                    .insert(format!("{name} beside {neighbour}/{name} alone, {what}"), json!(median(&each)));
             }
-            let row: Vec<f64> = (0..NEIGHBOURS.len()).map(|kind| of(figure, side, kind)).collect();
+            let alone: Vec<f64> = (0..NEIGHBOURS.len()).flat_map(pairs).map(|pair| pair[0]).collect();
+            let beside = |kind| median(&pairs(kind).iter().map(|pair| pair[1]).collect::<Vec<_>>());
+            let row: Vec<f64> =
+                std::iter::once(median(&alone)).chain((0..NEIGHBOURS.len()).map(beside)).collect();
             medians.push(json!([format!("{name}, {what}"), row]));
         }
     }
+    let kinds: Vec<&str> = std::iter::once("alone").chain(NEIGHBOURS.map(|(name, _)| name)).collect();
     Ok(json!({
         "ratios": ratios,
-        "kinds": NEIGHBOURS.map(|(name, _)| name),
+        "kinds": kinds,
         "medians": medians,
         "conditions": {
             "runs": runs,
-            "units": "ms, of `ctr task exec`",
+            "units": "ms, of `ctr task exec`; ratios are of each pair, measured one after the other",
             "neighbour": "with 5 % of a processor and 64 MiB",
             "host_kernel": std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim(),
             "devhost": std::env::var(rvm_tests::host::DEVHOST_ENV).ok(),
         },
     }))
+}
+
+/// Milliseconds of each of [`FIGURES`].
+fn figures(ctr: &Ctr, victim: &Run) -> Result<Vec<f64>> {
+    let figure = |(what, script): (&str, &str)| {
+        let began = Instant::now();
+        let job = ctr.exec(&victim.id, &[], &["sh", "-c", script], Input::Nothing)?;
+        job.finish(scale::container() * 4)?.success().with_context(|| what.to_owned())?;
+        Ok(began.elapsed().as_secs_f64() * 1e3)
+    };
+    FIGURES.into_iter().map(figure).collect()
 }
 
 /// A container in the background with a directory of its own of the host's.
