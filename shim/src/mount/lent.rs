@@ -35,7 +35,7 @@ mod tests {
     const ATTEMPTS: [Attempt; 7] = [
         ("it is read", |path| fs::read(path).map(drop)),
         ("it is opened for writing", |path| OpenOptions::new().write(true).open(path).map(drop)),
-        // Landlock before Linux 6.2 takes it for reading.
+        // For Landlock it is no writing.
         ("it is emptied as it is opened for reading", |path| {
             OpenOptions::new().read(true).custom_flags(libc::O_TRUNC).open(path).map(drop)
         }),

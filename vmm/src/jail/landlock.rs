@@ -3,7 +3,7 @@
 //!
 //! A descriptor names its file in `/proc/self/fd`, and who may read a file may have been
 //! given it for reading alone: a disk that is read-only. Its shim lends it by a mount that
-//! nobody writes to; this is the second bolt, and the one of whoever is given a file by a path.
+//! nobody writes to; this is a second bolt, for opening it for writing.
 
 use std::os::fd::BorrowedFd;
 
