@@ -11,7 +11,7 @@ use rvm_tests::{
     case,
     ctr::remove_clients_fifos,
     job::{Input, Job},
-    parity::PROBE_ENV,
+    parity::probe_at,
     sandbox::Sandbox,
     scale,
     world::{World, shell},
@@ -68,8 +68,7 @@ pub fn apart(clock: &mut Job) -> Result<f64> {
 /// A container that does nothing, and the probe's `clock` in it.
 pub fn started(world: &World) -> Result<(String, Job)> {
     let ctr = world.ctr();
-    let probe = std::env::var(PROBE_ENV).with_context(|| format!("{PROBE_ENV} is not set"))?;
-    let mount = format!("type=bind,src={probe},dst=/probe,options=rbind:ro");
+    let mount = probe_at("/probe")?;
     let run = ctr.container("clock").with(&["--mount", &mount]).detached();
     run.run(&["sleep", "100000"])?.success()?;
     let clock = ctr.exec(&run.id, &[], &["/probe", "clock"], Input::Open)?;

@@ -10,7 +10,7 @@ use rvm_tests::{
     ctr::{Run, remove_clients_fifos},
     host::{Process, sandbox_processes},
     job::{Input, Job},
-    parity::PROBE_ENV,
+    parity::probe_at,
     sandbox::Sandbox,
     scale,
     task::Shim,
@@ -24,8 +24,7 @@ const OUTPUT_MIB: u64 = 16;
 
 /// A container that runs until it is killed, with the probe in `/probe`.
 fn sleeper(world: &World) -> Result<Run> {
-    let probe = std::env::var(PROBE_ENV).with_context(|| format!("{PROBE_ENV} is not set"))?;
-    let mount = format!("type=bind,src={probe},dst=/probe,options=rbind:ro");
+    let mount = probe_at("/probe")?;
     let run = world.ctr().container("robust").with(&["--mount", &mount]).detached();
     run.run(&["sleep", "100000"])?.success()?;
     Ok(run)

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use rvm_tests::{
-    case, ctr::remove_clients_fifos, host, job::Input, machine::hostile::HOSTILE_ENV, parity::PROBE_ENV,
+    case, ctr::remove_clients_fifos, host, job::Input, machine::hostile::HOSTILE_ENV, parity::probe_at,
     sandbox::Sandbox, scale, world::World,
 };
 
@@ -67,8 +67,7 @@ fn a_flood_of_connections() {
         const DESCRIPTORS: usize = 512 + 100;
         const MIB: u64 = 32;
         let ctr = world.ctr();
-        let probe = std::env::var(PROBE_ENV).with_context(|| format!("{PROBE_ENV} is not set"))?;
-        let mount = format!("type=bind,src={probe},dst=/probe,options=rbind:ro");
+        let mount = probe_at("/probe")?;
         let run = ctr.container("flood").with(&["--mount", &mount]).detached();
         run.run(&["sleep", "100000"])?.success()?;
         let sandbox = Sandbox::find(world.stage(), &run.id)?;

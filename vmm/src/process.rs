@@ -83,9 +83,7 @@ fn unmerged() -> io::Result<()> {
 }
 
 fn descriptors() -> io::Result<()> {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: a valid rlimit that the call fills.
-    ok(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) })?;
+    let mut limit = limit_of_descriptors()?;
     let most = libc::rlimit { rlim_cur: DESCRIPTORS, rlim_max: DESCRIPTORS };
     if limit.rlim_max < DESCRIPTORS && set_limit(libc::RLIMIT_NOFILE, &most).is_ok() {
         return Ok(());
@@ -96,14 +94,18 @@ fn descriptors() -> io::Result<()> {
 
 /// Makes [`ROOM`], as long as there is one thread.
 pub(crate) fn make_room() -> io::Result<()> {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: a valid rlimit that the call fills.
-    ok(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) })?;
-    let last = ROOM.min(limit.rlim_cur).saturating_sub(1) as libc::c_int;
+    let last = ROOM.min(limit_of_descriptors()?.rlim_cur).saturating_sub(1) as libc::c_int;
     // SAFETY: plain system call on numbers.
     let high = unsafe { libc::fcntl(libc::STDERR_FILENO, libc::F_DUPFD_CLOEXEC, last) };
     // The table stays as long as it was for that.
     owned(high.into()).map(drop)
+}
+
+fn limit_of_descriptors() -> io::Result<libc::rlimit> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: a valid rlimit that the call fills.
+    ok(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) })?;
+    Ok(limit)
 }
 
 /// Threads it may have where it has a user of its own: more than a machine with all its devices takes.

@@ -1,7 +1,7 @@
 //! Every file of a root file system, whatever it is made of.
 
-use anyhow::{Context, Result, ensure};
-use rvm_tests::{ctr::Run, host, images, job::Input, parity::PROBE_ENV, scale, world::World};
+use anyhow::{Result, ensure};
+use rvm_tests::{ctr::Run, host, images, job::Input, parity::probe_at, scale, world::World};
 
 use super::{IMAGE, case, timed};
 use crate::{images::LOWER, rootfs};
@@ -10,8 +10,7 @@ const LAYERS: &str = "example.org/layers:all";
 
 /// A container that tells of each of its files. The program is on a file system of its own, which it passes by.
 fn walk(run: Run) -> Result<Vec<String>> {
-    let probe = std::env::var(PROBE_ENV).with_context(|| format!("{PROBE_ENV} is not set"))?;
-    let mount = format!("type=bind,src={probe},dst=/run/probe,options=rbind:ro");
+    let mount = probe_at("/run/probe")?;
     let job = run.with(&["--mount", &mount]).start(&["/run/probe", "walk"], Input::Nothing)?;
     let walked = job.finish(scale::container() * 10)?.success()?;
     // Runtimes make the places of mounts in the root directory, where they are not there.

@@ -36,15 +36,32 @@ const TABLES_KERNEL: &str = "6.1.";
 /// runc's runtime name.
 const RUNC: &str = "io.containerd.runc.v2";
 
+/// The program that looks at a container from inside.
+///
+/// # Errors
+/// When [`PROBE_ENV`] names none.
+pub fn probe() -> Result<PathBuf> {
+    let probe: PathBuf = std::env::var_os(PROBE_ENV)
+        .map(PathBuf::from)
+        .with_context(|| format!("{PROBE_ENV} is not set; `cargo xtask parity` and `test` set it"))?;
+    ensure!(probe.is_file(), "{PROBE_ENV}: {} is not a file", probe.display());
+    Ok(probe)
+}
+
+/// What `ctr run --mount` takes to have it at `place` in a container.
+///
+/// # Errors
+/// As [`probe`] has.
+pub fn probe_at(place: &str) -> Result<String> {
+    Ok(format!("type=bind,src={},dst={place},options=rbind:ro", probe()?.display()))
+}
+
 /// Runs every bundle under both runtimes and compares.
 ///
 /// # Errors
 /// When something beside the containers fails.
 pub fn run(world: &World) -> Result<Report> {
-    let probe: PathBuf = std::env::var_os(PROBE_ENV)
-        .map(PathBuf::from)
-        .with_context(|| format!("{PROBE_ENV} is not set; `cargo xtask parity` and `test` set it"))?;
-    ensure!(probe.is_file(), "{PROBE_ENV}: {} is not a file", probe.display());
+    let probe = probe()?;
     let only = std::env::var(ONLY_ENV).unwrap_or_default();
     let only: Vec<&str> = only.split_whitespace().collect();
     let mut report = Report::new(intended::table()?);

@@ -1,4 +1,4 @@
-//! Landlock: which files can be opened, by whatever way they are reached
+//! Landlock: which files can be opened for writing, by whatever way they are reached
 //! (Documentation/userspace-api/landlock.rst).
 //!
 //! A descriptor names its file in `/proc/self/fd`, and who may read a file may have been

@@ -8,7 +8,7 @@ use rvm_tests::{
     ctr::{Ctr, Run},
     host,
     job::Input,
-    parity::PROBE_ENV,
+    parity::probe_at,
     scale,
     stage::{RUNTIME, Stage},
     world::World,
@@ -64,7 +64,7 @@ fn compared(world: &World, runs: usize) -> Result<Value> {
                 let limited = started(world, limited, "neighbour", script)?;
                 std::fs::write(format!("/sys/fs/cgroup/default/{}/cpu.max", limited.id), QUOTA)?;
                 let beside = figures(&ctr, &victim)?;
-                ended(world, &ctr, &limited)?;
+                ended(world, &ctr, &limited, "neighbour")?;
                 for (figure, pair) in alone.into_iter().zip(beside).enumerate() {
                     let (what, (alone, beside)) = (FIGURES[figure].0, pair);
                     eprintln!(
@@ -73,7 +73,7 @@ fn compared(world: &World, runs: usize) -> Result<Value> {
                     all.entry((figure, side, kind)).or_default().push([alone, beside]);
                 }
             }
-            ended(world, &ctr, &victim)?;
+            ended(world, &ctr, &victim, "victim")?;
             host::remove_runcs_parent();
         }
     }
@@ -123,18 +123,13 @@ fn figures(ctr: &Ctr, victim: &Run) -> Result<Vec<f64>> {
 fn started(world: &World, run: Run, name: &str, script: &str) -> Result<Run> {
     let dir = world.dir().join(name);
     std::fs::create_dir_all(&dir)?;
-    let probe = std::env::var(PROBE_ENV).with_context(|| format!("{PROBE_ENV} is not set"))?;
     let volume = format!("type=bind,src={},dst=/volume,options=rbind:rw", dir.display());
-    let program = format!("type=bind,src={probe},dst=/probe,options=rbind:ro");
-    let run = run.with(&["--mount", &volume, "--mount", &program]).detached();
+    let run = run.with(&["--mount", &volume, "--mount", &probe_at("/probe")?]).detached();
     run.run(&["sh", "-c", script])?.success()?;
     Ok(run)
 }
 
-fn ended(world: &World, ctr: &Ctr, run: &Run) -> Result<()> {
+fn ended(world: &World, ctr: &Ctr, run: &Run, name: &str) -> Result<()> {
     ctr.remove(&run.id)?;
-    for name in ["neighbour", "victim"].iter().filter(|name| run.id.starts_with(**name)) {
-        std::fs::remove_dir_all(world.dir().join(name))?;
-    }
-    Ok(())
+    Ok(std::fs::remove_dir_all(world.dir().join(name))?)
 }
