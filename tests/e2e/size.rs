@@ -15,7 +15,10 @@ use rvm_tests::{
     scale,
 };
 
-use crate::volumes::{Volume, bind};
+use crate::{
+    limits::processor_ticks,
+    volumes::{Volume, bind},
+};
 
 /// Where the host's hierarchies are that sandboxes get a cgroup in: the first
 /// field of `/proc/PID/cgroup` is 0 for v2.
@@ -84,6 +87,30 @@ fn limits_make_the_machine_and_its_cgroup() {
         let total: u64 = total.trim().trim_end_matches(" kB").parse()?;
         println!("MemTotal {} MiB, charged on the host {} MiB", total >> 10, charged / mib);
         ensure!((1024..1104).contains(&(total >> 10)), "the guest has {total} kB");
+        world.ctr().remove(&run.id)
+    });
+}
+
+/// With a twentieth of a processor a guest would boot for a minute where it takes seconds: the host sets the quota when the
+/// container is there and has yet to start.
+#[test]
+fn a_quota_holds_the_container_and_not_the_boot() {
+    case(|world| {
+        let quota = ["--cpu-quota", "5000", "--cpu-period", "100000"];
+        let run = world.ctr().container("quota").with(&quota).detached();
+        run.run(&["sleep", "1000"])?.success()?;
+        // The kernel counts periods from when there is a quota.
+        let path = format!("/default/{}", run.id);
+        let stat = first_of(&["cpu.stat"], &path)?;
+        let periods = stat.lines().find_map(|line| line.strip_prefix("nr_periods ")).context("nr_periods")?;
+        let periods: u64 = periods.parse()?;
+        let used_ms = processor_ticks(world, &run.id)? * 10;
+        let cpu = first_of(&["cpu.max", "cpu.cfs_quota_us"], &path)?;
+        println!("{used_ms} ms of a processor in {periods} periods, {cpu}");
+        ensure!(["6250 100000", "6250"].contains(&cpu.as_str()), "cpu {cpu}");
+        // 6.25 ms of each.
+        let allowed_ms = (periods + 1) * 25 / 4;
+        ensure!(used_ms > 2 * allowed_ms, "{used_ms} ms, of {allowed_ms} that the quota allows");
         world.ctr().remove(&run.id)
     });
 }

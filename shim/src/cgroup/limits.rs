@@ -65,6 +65,13 @@ impl Ceiling {
         Self { memory_max: Some(memory_max), ..Self::default() }
     }
 
+    /// Without its quota of processor time, which a guest that boots would spend its start on: what runs in it then is
+    /// ours alone, and a container's first process comes after it.
+    #[must_use]
+    pub fn while_it_boots(self) -> Self {
+        Self { cpu_quota: None, ..self }
+    }
+
     /// And for so many of the host's huge pages of 2 MiB.
     #[must_use]
     pub fn with_huge_pages(self, count: u64) -> Self {

@@ -141,7 +141,7 @@ impl Base {
             Hierarchies::of_host()?,
             &plan.cgroup_path,
             &plan.id,
-            &resize::ceiling(&plan.ledger, Ceiling::of(&total, plan.size.memory_mib), 0),
+            &resize::ceiling(&plan.ledger, Ceiling::of(&total, plan.size.memory_mib).while_it_boots(), 0),
         )?;
         plan.ledger.set_huge_pages_above(cgroup.huge_pages_above());
         log::info!("sandbox {}: the monitor's ids: {ids}", plan.id);
@@ -243,7 +243,12 @@ impl Sandbox {
             Err(error) => return Err(base.failed(error).await),
         };
         let sandbox = Arc::new(base.with(machine));
-        match sandbox.attach(preparing).await {
+        let attached = async {
+            let attached = sandbox.attach(preparing).await?;
+            sandbox.booted().await?;
+            Ok(attached)
+        };
+        match attached.await {
             Ok(attached) => Ok((sandbox, attached)),
             Err(error) => {
                 sandbox.close().await;
@@ -266,7 +271,11 @@ impl Sandbox {
         match boot.agent().await {
             Ok(agent) => {
                 let sandbox = Arc::new(base.with(boot.machine(agent)));
-                if let Err(error) = sandbox.grow_huge_pages().await {
+                let ready = async {
+                    sandbox.grow_huge_pages().await?;
+                    sandbox.booted().await
+                };
+                if let Err(error) = ready.await {
                     sandbox.close().await;
                     return Err(error);
                 }

@@ -128,6 +128,16 @@ impl Sandbox {
         self.sizing.ledger().guest_cpus(list, vcpus)
     }
 
+    /// Has the host hold the machine to the quota of processor time that it booted without.
+    pub(super) async fn booted(&self) -> Result<(), SandboxError> {
+        let _changing = self.sizing.changing.lock().await;
+        let limited = self.sizing.ledger().total().cpu_quota_us.is_some();
+        if limited {
+            self.tell_host().await?;
+        }
+        Ok(())
+    }
+
     /// Makes the machine large enough for a container that comes. One the machine
     /// was started for finds it so. On an error it is as it was.
     pub(super) async fn admit(&self, container: &str, claim: Claim) -> Result<(), SandboxError> {

@@ -1,9 +1,13 @@
 //! What a sandbox loses by a neighbour that takes all it can get of the little it was given, side by side with
 //! runc: a processor's time, files, an added process.
 
-use std::{collections::BTreeMap, time::Instant};
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    time::{Duration, Instant},
+};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use rvm_tests::{
     ctr::{Ctr, Run},
     host,
@@ -32,13 +36,17 @@ const NEIGHBOURS: [(&str, &str); 5] = [
     ("want of memory", "while :; do head -c 200000000 /dev/zero | tail -c 150000000 | wc -c; done"),
 ];
 
+/// How often in each round a figure is taken with the neighbour and without it, one right after the other and each first
+/// in turn: a machine whose speed changes does so for both.
+const PAIRS: usize = 4;
+
 /// What the other one is asked to do, by an added process.
 const FIGURES: [(&str, &str); 3] = [
     ("an added process", "true"),
-    ("a loop", "i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done"),
+    ("a loop", "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done"),
     (
         "files on a volume",
-        "for n in $(seq 300); do echo content > /volume/$n; done; cat /volume/* | wc -l; rm /volume/*",
+        "for n in $(seq 60); do echo content > /volume/$n; done; cat /volume/* | wc -l; rm /volume/*",
     ),
 ];
 
@@ -57,21 +65,30 @@ fn compared(world: &World, runs: usize) -> Result<Value> {
             let ctr = world.ctr().under(runtime);
             let victim = started(world, ctr.container("victim"), "victim", "exec sleep 1000000")?;
             // What is done for the first time is slower.
-            figures(&ctr, &victim)?;
+            for what in FIGURES {
+                figure(&ctr, &victim, what)?;
+            }
             for (kind, (neighbour, script)) in NEIGHBOURS.iter().enumerate() {
-                let alone = figures(&ctr, &victim)?;
                 let limited = ctr.container("neighbour").with(&MEMORY).with(&NOWHERE);
                 let limited = started(world, limited, "neighbour", script)?;
-                std::fs::write(format!("/sys/fs/cgroup/default/{}/cpu.max", limited.id), QUOTA)?;
-                let beside = figures(&ctr, &victim)?;
-                ended(world, &ctr, &limited, "neighbour")?;
-                for (figure, pair) in alone.into_iter().zip(beside).enumerate() {
-                    let (what, (alone, beside)) = (FIGURES[figure].0, pair);
-                    eprintln!(
-                        "round {round}, {name} beside {neighbour}: {alone:>9.1} {beside:>9.1} ms {what}"
-                    );
-                    all.entry((figure, side, kind)).or_default().push([alone, beside]);
+                let cgroup = Path::new("/sys/fs/cgroup/default").join(&limited.id);
+                std::fs::write(cgroup.join("cpu.max"), QUOTA)?;
+                for (at, what) in FIGURES.into_iter().enumerate() {
+                    for pair in 0..PAIRS {
+                        let mut times = [0.0; 2];
+                        for beside in if pair % 2 == 0 { [0, 1] } else { [1, 0] } {
+                            frozen(&cgroup, beside == 0)?;
+                            times[beside] = figure(&ctr, &victim, what)?;
+                        }
+                        let ([alone, beside], what) = (times, what.0);
+                        eprintln!(
+                            "round {round}, {name} beside {neighbour}: {alone:>9.1} {beside:>9.1} ms {what}"
+                        );
+                        all.entry((at, side, kind)).or_default().push(times);
+                    }
                 }
+                frozen(&cgroup, false)?;
+                ended(world, &ctr, &limited, "neighbour")?;
             }
             ended(world, &ctr, &victim, "victim")?;
             host::remove_runcs_parent();
@@ -101,22 +118,36 @@ fn compared(world: &World, runs: usize) -> Result<Value> {
         "conditions": {
             "runs": runs,
             "units": "ms, of `ctr task exec`; ratios are of each pair, measured one after the other",
-            "neighbour": "with 5 % of a processor and 64 MiB",
+            "pairs": PAIRS * runs,
+            "neighbour": "with 5 % of a processor and 64 MiB; alone: the neighbour frozen",
             "host_kernel": std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim(),
             "devhost": std::env::var(rvm_tests::host::DEVHOST_ENV).ok(),
         },
     }))
 }
 
-/// Milliseconds of each of [`FIGURES`].
-fn figures(ctr: &Ctr, victim: &Run) -> Result<Vec<f64>> {
-    let figure = |(what, script): (&str, &str)| {
-        let began = Instant::now();
-        let job = ctr.exec(&victim.id, &[], &["sh", "-c", script], Input::Nothing)?;
-        job.finish(scale::container() * 4)?.success().with_context(|| what.to_owned())?;
-        Ok(began.elapsed().as_secs_f64() * 1e3)
+/// Milliseconds of one of [`FIGURES`].
+fn figure(ctr: &Ctr, victim: &Run, (what, script): (&str, &str)) -> Result<f64> {
+    let began = Instant::now();
+    let job = ctr.exec(&victim.id, &[], &["sh", "-c", script], Input::Nothing)?;
+    job.finish(scale::container() * 4)?.success().with_context(|| what.to_owned())?;
+    Ok(began.elapsed().as_secs_f64() * 1e3)
+}
+
+/// Stops all that is in a cgroup, or lets it go on.
+fn frozen(cgroup: &Path, frozen: bool) -> Result<()> {
+    let (freeze, wanted) = if frozen { ("1", "frozen 1") } else { ("0", "frozen 0") };
+    std::fs::write(cgroup.join("cgroup.freeze"), freeze)?;
+    let is_so = || {
+        let events = std::fs::read_to_string(cgroup.join("cgroup.events"));
+        events.is_ok_and(|events| events.lines().any(|line| line == wanted))
     };
-    FIGURES.into_iter().map(figure).collect()
+    let until = Instant::now() + scale::command();
+    while !is_so() {
+        ensure!(Instant::now() < until, "{}: not {wanted}", cgroup.display());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
 }
 
 /// A container in the background with a directory of its own of the host's.
