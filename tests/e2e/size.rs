@@ -92,7 +92,7 @@ fn limits_make_the_machine_and_its_cgroup() {
 }
 
 /// With a twentieth of a processor a guest would boot for a minute where it takes seconds: the host sets the quota when the
-/// container is there and has yet to start.
+/// container starts.
 #[test]
 fn a_quota_holds_the_container_and_not_the_boot() {
     case(|world| {

@@ -65,11 +65,10 @@ impl Ceiling {
         Self { memory_max: Some(memory_max), ..Self::default() }
     }
 
-    /// Without its quota of processor time, which a guest that boots would spend its start on: what runs in it then is
-    /// ours alone, and a container's first process comes after it.
-    #[must_use]
-    pub fn while_it_boots(self) -> Self {
-        Self { cpu_quota: None, ..self }
+    /// What lifts its quota of processor time, if it has one, while the machine boots: what runs there then is ours alone.
+    pub fn lifted_quota(&self) -> Option<Self> {
+        let (_, period) = self.cpu_quota.filter(|(quota, _)| *quota >= 0)?;
+        Some(Self { cpu_quota: Some((-1, period)), ..Self::default() })
     }
 
     /// And for so many of the host's huge pages of 2 MiB.

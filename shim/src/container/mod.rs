@@ -255,6 +255,7 @@ impl Container {
         // Docker configures a network between creation and start.
         self.sandbox.follow_network().await?;
         self.timeline.mark("network there");
+        self.sandbox.hold_to_quota().await?;
         self.sandbox.agent().start(&process_ref(&self.id, "")).await?;
         self.timeline.mark("started");
         with_sandbox(&self.sandbox, self.hooks.after_start(init.pid())).await?;

@@ -137,12 +137,12 @@ impl Base {
         check_config(config)?;
         let total = plan.ledger.total();
         let dir = SandboxDir::create(&config.host.state_dir, &plan.namespace, &plan.id)?;
-        let cgroup = HostCgroup::create(
-            Hierarchies::of_host()?,
-            &plan.cgroup_path,
-            &plan.id,
-            &resize::ceiling(&plan.ledger, Ceiling::of(&total, plan.size.memory_mib).while_it_boots(), 0),
-        )?;
+        let ceiling = resize::ceiling(&plan.ledger, Ceiling::of(&total, plan.size.memory_mib), 0);
+        let cgroup = HostCgroup::create(Hierarchies::of_host()?, &plan.cgroup_path, &plan.id, &ceiling)?;
+        let lifted = ceiling.lifted_quota();
+        if let Some(lifted) = &lifted {
+            cgroup.update(lifted)?;
+        }
         plan.ledger.set_huge_pages_above(cgroup.huge_pages_above());
         log::info!("sandbox {}: the monitor's ids: {ids}", plan.id);
         dir.let_in(ids.root())
@@ -165,7 +165,8 @@ impl Base {
         let monitor = boot.id();
         owned._relay = relay_for(network, boot.vsock());
         owned.record.change(|state| state.monitor = Some(monitor));
-        let sizing = resize::Sizing::new(plan.room, plan.size, plan.max_vcpus, plan.ledger, &total);
+        let sizing =
+            resize::Sizing::new(plan.room, plan.size, plan.max_vcpus, plan.ledger, &total, lifted.is_some());
         let owned = OffThread::new(owned);
         Ok((
             Self {
@@ -243,12 +244,7 @@ impl Sandbox {
             Err(error) => return Err(base.failed(error).await),
         };
         let sandbox = Arc::new(base.with(machine));
-        let attached = async {
-            let attached = sandbox.attach(preparing).await?;
-            sandbox.booted().await?;
-            Ok(attached)
-        };
-        match attached.await {
+        match sandbox.attach(preparing).await {
             Ok(attached) => Ok((sandbox, attached)),
             Err(error) => {
                 sandbox.close().await;
@@ -273,7 +269,7 @@ impl Sandbox {
                 let sandbox = Arc::new(base.with(boot.machine(agent)));
                 let ready = async {
                     sandbox.grow_huge_pages().await?;
-                    sandbox.booted().await
+                    sandbox.hold_to_quota().await
                 };
                 if let Err(error) = ready.await {
                     sandbox.close().await;

@@ -69,6 +69,8 @@ struct Now {
     plugged_mib: u64,
     /// Whether the host holds the machine to a ceiling.
     ceiling: bool,
+    /// Whether its quota of processor time is yet to be set.
+    quota_lifted: bool,
     /// Huge pages it was offered, and those of the host's that it has.
     wanted_huge_pages: u64,
     huge_pages: u64,
@@ -76,13 +78,21 @@ struct Now {
 
 impl Sizing {
     /// Of a machine that has just been started with `vcpus`, for what is in
-    /// `ledger`, and is held to `total` by the host.
-    pub(super) fn new(room: Room, size: Size, max_vcpus: u8, ledger: Ledger, total: &Resources) -> Self {
+    /// `ledger`, and is held to `total` by the host, its quota apart where that is `lifted`.
+    pub(super) fn new(
+        room: Room,
+        size: Size,
+        max_vcpus: u8,
+        ledger: Ledger,
+        total: &Resources,
+        quota_lifted: bool,
+    ) -> Self {
         let now = Now {
             vcpus: size.vcpus,
             wanted_mib: 0,
             plugged_mib: 0,
             ceiling: is_limited(total),
+            quota_lifted,
             wanted_huge_pages: 0,
             huge_pages: 0,
         };
@@ -128,14 +138,13 @@ impl Sandbox {
         self.sizing.ledger().guest_cpus(list, vcpus)
     }
 
-    /// Has the host hold the machine to the quota of processor time that it booted without.
-    pub(super) async fn booted(&self) -> Result<(), SandboxError> {
-        let _changing = self.sizing.changing.lock().await;
-        let limited = self.sizing.ledger().total().cpu_quota_us.is_some();
-        if limited {
-            self.tell_host().await?;
+    /// Has the host hold the machine to its quota of processor time, which was lifted for its start.
+    pub async fn hold_to_quota(&self) -> Result<(), SandboxError> {
+        if !self.sizing.now().quota_lifted {
+            return Ok(());
         }
-        Ok(())
+        let _changing = self.sizing.changing.lock().await;
+        Ok(self.tell_host().await?)
     }
 
     /// Makes the machine large enough for a container that comes. One the machine
@@ -402,7 +411,9 @@ impl Sandbox {
             ceiling(&ledger, limits, ledger.huge_pages().max(has))
         };
         self.set_ceiling(limits).await?;
-        self.sizing.now().ceiling |= is_limited(&total);
+        let mut now = self.sizing.now();
+        now.ceiling |= is_limited(&total);
+        now.quota_lifted = false;
         Ok(())
     }
 
