@@ -190,6 +190,8 @@ mod tests {
         let ceiling = Ceiling::of(&resources, 320);
         assert_eq!(ceiling.memory_max, Some((320 + 40 + 64) << 20));
         assert_eq!(ceiling.cpu_quota, Some((62_500, 100_000)));
+        let lifted = Ceiling { cpu_quota: Some((-1, 100_000)), ..Default::default() };
+        assert_eq!(ceiling.lifted_quota(), Some(lifted));
     }
 
     #[test]
@@ -198,6 +200,7 @@ mod tests {
         let ceiling = Ceiling::of(&resources, 512);
         assert_eq!(ceiling.memory_max, None);
         assert_eq!(ceiling.cpu_quota, Some((-1, 100_000)));
+        assert_eq!(ceiling.lifted_quota(), None);
         assert_eq!(Ceiling::of(&Resources::default(), 512), Ceiling::default());
     }
 

@@ -93,7 +93,7 @@ fn path(path: &Path) -> CString {
 }
 
 /// Does `work` in a process of its own; returns what it says.
-fn apart(work: impl FnOnce() -> String) -> String {
+pub(crate) fn apart(work: impl FnOnce() -> String) -> String {
     let (mut reader, mut writer) = io::pipe().unwrap();
     // SAFETY: the child does its work and exits without returning.
     let child = unsafe { libc::fork() };

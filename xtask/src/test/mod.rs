@@ -297,22 +297,9 @@ pub fn run(args: Args) -> Result<()> {
         });
         // What compiling the tests takes, and so linting them.
         parts.act("packages", || packages::ensure(&[Purpose::Build]).map(|()| String::new()).into());
-        let lints = [
-            "clippy",
-            "--workspace",
-            "--all-targets",
-            // What tests and benchmarks run.
-            "--features",
-            "rvm-shim/faults,rvm-agent/faults,rvm-vmm/record",
-            "--quiet",
-            "--",
-            "-D",
-            "warnings",
-        ];
-        parts.act("clippy", || cargo(&lints).into());
+        parts.act("clippy", || clippy(&["--all-targets"]).into());
         // No test of the workspace's, so not among all its targets.
-        let lints = ["clippy", "--package", "rvm-tests", "--test", "e2e", "--quiet", "--", "-D", "warnings"];
-        parts.act("clippy, end-to-end cases", || cargo(&lints).into());
+        parts.act("clippy, end-to-end cases", || clippy(&["--test", "e2e"]).into());
         parts.act("unit tests", unit_tests);
     }
     let selection = Selection::of(&args);
@@ -533,6 +520,14 @@ fn unit_tests() -> Outcome {
     })
 }
 
+/// Lints these targets of the workspace: of one package the libraries would have other features, and be compiled anew.
+fn clippy(targets: &[&str]) -> Result<String> {
+    // What tests and benchmarks run.
+    let features = "rvm-shim/faults,rvm-agent/faults,rvm-vmm/record";
+    let before = ["clippy", "--workspace", "--features", features, "--quiet"];
+    cargo(&[&before, targets, &["--", "-D", "warnings"]].concat())
+}
+
 /// Runs cargo in the checkout, passing its output on.
 fn cargo(arguments: &[&str]) -> Result<String> {
     let status = cargo_command(arguments).status().context("run cargo")?;
@@ -559,7 +554,8 @@ fn cases() -> Result<PathBuf> {
     struct Target {
         name: String,
     }
-    let output = cargo_command(&["test", "--quiet", "--no-run", "--package", "rvm-tests", "--test", "e2e"])
+    // With the features that unit tests are built with.
+    let output = cargo_command(&["test", "--quiet", "--no-run", "--workspace", "--test", "e2e"])
         .args(["--message-format", "json-render-diagnostics"])
         .output()
         .context("run cargo")?;

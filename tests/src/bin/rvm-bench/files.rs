@@ -92,7 +92,7 @@ pub fn measure(stage: Stage, runs: usize, images: &[PathBuf]) -> Result<Value> {
     swept(&world, |world| {
         for archive in images {
             let archive = archive.to_string_lossy();
-            world.ctr().run(&["images", "import", &archive], scale::container() * 4)?.success()?;
+            world.ctr().run(&["images", "import", &archive], scale::container() * 10)?.success()?;
         }
         world.set_config(&world.config().with_images())?;
         let images = &IMAGES[..images.len()];

@@ -72,7 +72,7 @@ pub fn measure(stage: Stage, runs: usize, image: &Path) -> Result<Value> {
     let world = World::new(stage)?;
     swept(&world, |world| {
         let archive = image.to_string_lossy();
-        world.ctr().run(&["images", "import", &archive], scale::container() * 4)?.success()?;
+        world.ctr().run(&["images", "import", &archive], scale::container() * 10)?.success()?;
         world.set_config(&world.config().set("images", "enabled", "false"))?;
         compared(world, runs)
     })

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 
-use crate::jail::tests::{filter, inside};
+use crate::jail::tests::{apart, filter, inside};
 use crate::process::make_room;
 
 /// What one of something took, and what it cost the device's threads of a processor, in seconds.
@@ -40,12 +40,25 @@ pub fn filtered() {
 
 /// What is measured in a monitor's jail, with `dir` as its root.
 pub fn shut_in(dir: &Path, measure: impl FnOnce() -> Result<Vec<Cost>> + Send) -> Result<Vec<Cost>> {
-    let said =
-        inside(dir, true, || match make_room().map_err(anyhow::Error::from).and_then(|()| measure()) {
-            Ok(costs) => json!(costs).to_string(),
-            Err(error) => format!("{error:#}"),
-        });
-    serde_json::from_str(&said).context(said)
+    costs(&inside(dir, true, || told(measure)))
+}
+
+/// What is measured without one, in a process that is as new: the kernel has made nothing for it yet.
+pub fn at_large(measure: impl FnOnce() -> Result<Vec<Cost>>) -> Result<Vec<Cost>> {
+    costs(&apart(|| told(measure)))
+}
+
+/// What a process of its own measures, as it says it.
+fn told(measure: impl FnOnce() -> Result<Vec<Cost>>) -> String {
+    // As a monitor does.
+    match make_room().map_err(anyhow::Error::from).and_then(|()| measure()) {
+        Ok(costs) => json!(costs).to_string(),
+        Err(error) => format!("{error:#}"),
+    }
+}
+
+fn costs(said: &str) -> Result<Vec<Cost>> {
+    serde_json::from_str(said).with_context(|| said.to_owned())
 }
 
 /// Keeps this process, and what it starts, on the processor it is on. To wake up a thread on another one takes a virtual machine
@@ -68,8 +81,6 @@ pub fn report(counted: &str, all: impl Fn() -> Result<[Vec<Cost>; 2]>, more: Val
     let runs =
         std::env::var("RVM_BENCH_RUNS").map_or(Ok(1), |runs| runs.parse().context("RVM_BENCH_RUNS"))?;
     on_one_processor();
-    // As a monitor does.
-    make_room()?;
     let measured: Vec<[Vec<Cost>; 2]> = (0..runs).map(|_| all()).collect::<Result<_>>()?;
     let (mut ratios, mut rows) = (Map::new(), Vec::new());
     for (place, (what, ..)) in measured[0][0].iter().enumerate() {
