@@ -181,8 +181,9 @@ fn a_quota_on_a_busy_host() {
         world.end(&run.id)?;
         println!("{shares:?} thousandths of a processor of a busy host, 500 wanted");
         shares.sort_unstable();
-        // Charged for what the host ran, it would have half of that; the devhost itself is not alone on its machine.
-        ensure!((350..=550).contains(&shares[1]), "{shares:?}");
+        // Charged for what the host ran, it would have half of that each time; the devhost itself is not alone on its
+        // machine, and may be without it for a while.
+        ensure!(shares[1] <= 550 && shares[2] >= 350, "{shares:?}");
         Ok(())
     });
 }
