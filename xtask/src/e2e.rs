@@ -21,7 +21,7 @@ use crate::packages::{self, Purpose};
 /// docs/decisions/0803.
 pub const CPUS: u32 = 1;
 
-/// How long a program may take in the devhost; a person at a terminal may take longer.
+/// [`Prepared::limit`] of those that say nothing else.
 const LIMIT: Duration = Duration::from_secs(50 * 60);
 
 /// Ready to run.
@@ -38,6 +38,8 @@ pub struct Prepared {
     pub memory_mib: u32,
     /// Where the devhost writes what is executed: [`devhost::Options::trace`].
     pub trace: Option<PathBuf>,
+    /// How long a program may take in the devhost; a person at a terminal may take longer.
+    pub limit: Duration,
     prefix: PathBuf,
     env: Vec<(OsString, OsString)>,
 }
@@ -91,6 +93,7 @@ impl Prepared {
             cpus: CPUS,
             memory_mib: options.memory_mib,
             trace: None,
+            limit: LIMIT,
             prefix,
             env,
         })
@@ -118,7 +121,7 @@ impl Prepared {
     /// Runs a program as root where KVM can run a kernel: here or in the
     /// devhost. Returns its exit code.
     pub fn run_with_kvm(&self, program: &Path, arguments: &[String], output: Output<'_>) -> Result<i32> {
-        let limit = (!matches!(output, Output::Terminal)).then_some(LIMIT);
+        let limit = (!matches!(output, Output::Terminal)).then_some(self.limit);
         self.place(limit)?.run(program, arguments, output)
     }
 
