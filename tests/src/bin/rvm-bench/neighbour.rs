@@ -143,18 +143,20 @@ fn frozen(cgroup: &Path, frozen: bool) -> Result<()> {
         let line = stat.lines().find_map(|line| line.strip_prefix("usage_usec ")).context("usage_usec")?;
         Ok(line.parse()?)
     };
+    if !frozen {
+        return Ok(());
+    }
     let until = Instant::now() + scale::command();
     let mut before = used()?;
-    while frozen {
+    loop {
         std::thread::sleep(Duration::from_millis(20));
         let now = used()?;
         if now == before {
-            break;
+            return Ok(());
         }
         ensure!(Instant::now() < until, "{}: is not frozen", cgroup.display());
         before = now;
     }
-    Ok(())
 }
 
 /// A container in the background with a directory of its own of the host's.
