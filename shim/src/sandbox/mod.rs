@@ -139,9 +139,8 @@ impl Base {
         let dir = SandboxDir::create(&config.host.state_dir, &plan.namespace, &plan.id)?;
         let ceiling = resize::ceiling(&plan.ledger, Ceiling::of(&total, plan.size.memory_mib), 0);
         let cgroup = HostCgroup::create(Hierarchies::of_host()?, &plan.cgroup_path, &plan.id, &ceiling)?;
-        let lifted = ceiling.lifted_quota();
-        if let Some(lifted) = &lifted {
-            cgroup.update(lifted)?;
+        if let Some(lifted) = ceiling.lifted_quota() {
+            cgroup.update(&lifted)?;
         }
         plan.ledger.set_huge_pages_above(cgroup.huge_pages_above());
         log::info!("sandbox {}: the monitor's ids: {ids}", plan.id);
@@ -165,8 +164,7 @@ impl Base {
         let monitor = boot.id();
         owned._relay = relay_for(network, boot.vsock());
         owned.record.change(|state| state.monitor = Some(monitor));
-        let sizing =
-            resize::Sizing::new(plan.room, plan.size, plan.max_vcpus, plan.ledger, &total, lifted.is_some());
+        let sizing = resize::Sizing::new(plan.room, plan.size, plan.max_vcpus, plan.ledger, &total);
         let owned = OffThread::new(owned);
         Ok((
             Self {

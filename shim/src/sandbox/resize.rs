@@ -78,21 +78,14 @@ struct Now {
 
 impl Sizing {
     /// Of a machine that has just been started with `vcpus`, for what is in
-    /// `ledger`, and is held to `total` by the host, its quota apart where that is `lifted`.
-    pub(super) fn new(
-        room: Room,
-        size: Size,
-        max_vcpus: u8,
-        ledger: Ledger,
-        total: &Resources,
-        quota_lifted: bool,
-    ) -> Self {
+    /// `ledger`, and is held to `total` by the host, but for its quota of processor time.
+    pub(super) fn new(room: Room, size: Size, max_vcpus: u8, ledger: Ledger, total: &Resources) -> Self {
         let now = Now {
             vcpus: size.vcpus,
             wanted_mib: 0,
             plugged_mib: 0,
             ceiling: is_limited(total),
-            quota_lifted,
+            quota_lifted: total.cpu_quota_us.is_some_and(|quota| quota > 0),
             wanted_huge_pages: 0,
             huge_pages: 0,
         };
