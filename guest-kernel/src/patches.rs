@@ -9,7 +9,7 @@ use crate::{Error, Flavour, command, io_error};
 /// A patch: its name, and a unified diff.
 type Patch = (&'static str, &'static str);
 
-const PATCHES: [Patch; 25] = [
+const PATCHES: [Patch; 27] = [
     ("pci-remember-configuration", include_str!("../patches/pci-remember-configuration.patch")),
     ("virtiofs-tag-in-words", include_str!("../patches/virtiofs-tag-in-words.patch")),
     ("initramfs-keep-pages", include_str!("../patches/initramfs-keep-pages.patch")),
@@ -26,6 +26,7 @@ const PATCHES: [Patch; 25] = [
     ("virtiofs-nobody-waits", include_str!("../patches/virtiofs-nobody-waits.patch")),
     ("fuse-end-of-directory", include_str!("../patches/fuse-end-of-directory.patch")),
     ("fuse-open-with-content", include_str!("../patches/fuse-open-with-content.patch")),
+    ("fuse-own-writes", include_str!("../patches/fuse-own-writes.patch")),
     ("virtiofs-look-for-answers", include_str!("../patches/virtiofs-look-for-answers.patch")),
     ("usemap-beside-all-else", include_str!("../patches/usemap-beside-all-else.patch")),
     ("functions-in-order-of-a-start", include_str!("../patches/functions-in-order-of-a-start.patch")),
@@ -34,6 +35,7 @@ const PATCHES: [Patch; 25] = [
     ("msix-same-message", include_str!("../patches/msix-same-message.patch")),
     ("cpu-features-by-test", include_str!("../patches/cpu-features-by-test.patch")),
     ("pmem-without-claims", include_str!("../patches/pmem-without-claims.patch")),
+    ("dax-map-around", include_str!("../patches/dax-map-around.patch")),
     ("free-pages-told-at-once", include_str!("../patches/free-pages-told-at-once.patch")),
 ];
 

@@ -1,7 +1,10 @@
 //! Volumes: what host and guest see of each other's changes, and how a volume
 //! is held.
 
-use std::path::{Path, PathBuf};
+use std::{
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context, Result, ensure};
 use rvm_tests::{
@@ -359,6 +362,60 @@ fn locks_and_shared_mappings() {
         ensure!(file.len() == 8192 && file[4096] == b'm' && file[1] == b'w', "on the host");
         let named = shell(&format!("cd {}; cat file.named; stat -c ' %a' file.named", volume.0.display()))?;
         ensure!(named == "whole 640\n", "{named}");
+        Ok(())
+    });
+}
+
+/// What a container has read of a file it writes to stays in its guest's cache, and is not believed for longer than anything else:
+/// of what the host writes and denies it hears too.
+#[test]
+fn what_a_container_writes_to_stays_cached() {
+    case(|world| {
+        let volume = Volume::new(world, "held")?;
+        let probe = std::env::var(PROBE_ENV).with_context(|| format!("{PROBE_ENV} is not set"))?;
+        std::fs::copy(&probe, volume.path("probe"))?;
+        let (old, new) = ([vec![b'-'; 4096], vec![b'o'; 4096]].concat(), [b'h'; 4096]);
+        let path = volume.path("file");
+        std::fs::write(&path, &old)?;
+        let file = std::fs::File::options().write(true).open(&path)?;
+        let run = world.ctr().container("held").with(&["--mount", &bind(&volume.0, "/v", "rbind:rw")]);
+        let mut job = run.start(&["/v/probe", "held", "/v/file"], Input::Open)?;
+        let mut count = 0;
+        let mut ask = |job: &mut Job, what: &str| -> Result<char> {
+            job.write(format!("{what}\n").as_bytes())?;
+            let mark = format!("{count} = ");
+            count += 1;
+            job.wait_for(&mark, scale::container())?;
+            let answer = job.stdout().lines().find_map(|line| line.strip_prefix(&mark)?.chars().next());
+            answer.with_context(|| job.stdout())
+        };
+        let until = |job: &mut Job, ask: &mut dyn FnMut(&mut Job, &str) -> Result<char>, wanted, limit| {
+            let started = std::time::Instant::now();
+            while ask(job, "r")? != wanted {}
+            let took = started.elapsed();
+            ensure!(took < limit, "{wanted} is seen after {took:?}");
+            Ok(())
+        };
+        let seconds = |count| std::time::Duration::from_secs(count) + scale::seconds(0.2);
+        let mut stayed = false;
+        // What takes longer than a second here has shown nothing.
+        for _ in 0..10 {
+            file.write_all_at(&old[4096..], 4096)?;
+            until(&mut job, &mut ask, 'o', seconds(1))?;
+            ensure!(ask(&mut job, "w")? == 'w');
+            ensure!(std::fs::read(&path)?.starts_with(b"w-"), "at once on the host");
+            let modified = file.metadata()?.modified()?;
+            file.write_all_at(&new, 4096)?;
+            file.set_modified(modified)?;
+            stayed |= ask(&mut job, "r")? == 'o';
+            until(&mut job, &mut ask, 'h', seconds(2))?;
+            if stayed {
+                break;
+            }
+        }
+        job.close_input();
+        job.finish(scale::container())?.success()?;
+        ensure!(stayed == world.stage().is_rvm(), "nothing was kept of a file that was written to");
         Ok(())
     });
 }

@@ -17,6 +17,7 @@
 //!   shared mapping and a socket in a directory are one for two containers.
 //! * `rvm-probe clock` prints the seconds since the epoch for each line it reads.
 //! * `rvm-probe mapped FILE` reads a byte of a shared mapping of the file at the offset of each line it reads.
+//! * `rvm-probe held FILE` keeps the file open and reads or writes it for each line it reads.
 //! * `rvm-probe walk` prints all there is to know of each file of the root file system.
 //! * `rvm-probe flood` makes connections to the host over vsock, as many as it can, and tells of each thousand.
 //! * `rvm-probe capabilities` prints what this program's own mode and file
@@ -84,6 +85,7 @@ pub extern "C" fn main(_argc: c_int, _argv: *const *const c_char) -> c_int {
         ["volume", file] => volume::print(file),
         ["huge", file, pages] => return huge::print(file, pages.parse().unwrap_or(0)),
         ["mapped", file] => return ended(volume::mapped(file)),
+        ["held", file] => return ended(volume::held(file)),
         ["walk"] => return ended(walked()),
         ["flood"] => return ended(flood::run()),
         ["serve", dirs @ ..] => return ended(neighbour::serve(dirs)),

@@ -53,6 +53,21 @@ pub fn mapped(path: &str) -> Result<()> {
     Ok(())
 }
 
+/// Holds `path` open: `w` writes to its first page, `r` prints the first byte of its second one, each with its number.
+pub fn held(path: &str) -> Result<()> {
+    let file = File::options().read(true).write(true).open(path)?;
+    for (number, line) in std::io::stdin().lines().enumerate() {
+        let mut byte = *b"w";
+        match line?.as_str() {
+            "w" => file.write_all_at(&byte, 0)?,
+            "r" => file.read_exact_at(&mut byte, PAGE as u64)?,
+            _ => return Err(std::io::ErrorKind::InvalidInput.into()),
+        }
+        Out::line(&format!("{number} = {}", byte[0] as char));
+    }
+    Ok(())
+}
+
 fn try_print(path: &str) -> Result<()> {
     let open = || File::options().read(true).write(true).create(true).truncate(false).open(path);
     let (first, second) = (open()?, open()?);

@@ -52,6 +52,8 @@ step 'unlink' rm -r $d
 count=16
 step 'write 1 MiB' dd if=/dev/zero of=/volume/large bs=1M count=16 status=none
 step 'read 1 MiB' dd if=/volume/large of=/dev/null bs=1M status=none
+count=500
+step 'read and write in turn' dd if=/volume/large of=/volume/large bs=4096 count=500 seek=1000 conv=notrunc status=none
 count=
 step 'layers: list and stat' find /usr/lib/python3 /usr/lib/python3.11 -printf '%s %p\n'
 count=200

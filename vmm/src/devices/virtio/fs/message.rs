@@ -10,11 +10,13 @@
 //! library reads from. A guest that changes the opcode meanwhile gains no more
 //! than an allocation of that size.
 
+use std::fs::File;
 use std::io::{self, Write};
 use std::sync::Arc;
 
 use fuse_backend_rs::abi::fuse_abi::{
-    CreateIn, EntryOut, InHeader, Opcode, OpenIn, OpenOut, OutHeader, ReleaseIn,
+    Attr, AttrOut, CreateIn, EntryOut, InHeader, Opcode, OpenIn, OpenOut, OutHeader, ReleaseIn, WriteIn,
+    WriteOut,
 };
 use fuse_backend_rs::api::filesystem::OpenOptions;
 use fuse_backend_rs::api::server::Server;
@@ -23,7 +25,7 @@ use virtio_queue::DescriptorChain;
 use vm_memory::ByteValued;
 
 use super::meter::FsMeter;
-use super::passthrough::Passthrough;
+use super::passthrough::{Passthrough, Seen};
 use crate::memory::GuestRam;
 
 /// Bytes of the largest message: a WRITE of [`super::MAX_IO_BYTES`] with its headers.
@@ -38,6 +40,24 @@ const OPEN_BYTES: usize = size_of::<OutHeader>() + size_of::<OpenOut>();
 /// Room behind that from which on our guest kernel wants the content, and how much of it, at most.
 const CONTENT_BYTES: std::ops::RangeInclusive<usize> = 4096..=32 << 10;
 
+/// Room for an answer to WRITE from which on our guest kernel wants to hear of the file, too.
+const SEEN_BYTES: usize = size_of::<OutHeader>() + size_of::<WriteOut>() + size_of::<SeenOut>();
+
+/// What follows the answer to WRITE (`struct fuse_write_seen` of our guest kernel).
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+struct SeenOut {
+    /// When the file had been modified before the data was written.
+    mtime: u64,
+    mtime_nsec: u32,
+    padding: u32,
+    /// What it is afterwards.
+    after: AttrOut,
+}
+
+// SAFETY: only integers, and what is between them is a field.
+unsafe impl ByteValued for SeenOut {}
+
 /// What is done with a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Handling {
@@ -49,6 +69,8 @@ enum Handling {
     TmpFile,
     /// A file is opened, and perhaps read.
     Open,
+    /// A file is written to, and perhaps looked at.
+    Write,
     /// Something is closed: our guest kernel sends that without room for an answer.
     Close,
     /// No answer is expected to what is not done.
@@ -58,7 +80,7 @@ enum Handling {
 }
 
 fn handling(opcode: u32) -> Handling {
-    const LIBRARY: [Opcode; 30] = [
+    const LIBRARY: [Opcode; 29] = [
         Opcode::Lookup,
         Opcode::Forget,
         Opcode::Getattr,
@@ -72,7 +94,6 @@ fn handling(opcode: u32) -> Handling {
         Opcode::Rename,
         Opcode::Link,
         Opcode::Read,
-        Opcode::Write,
         Opcode::Statfs,
         Opcode::Fsync,
         Opcode::Setxattr,
@@ -94,6 +115,7 @@ fn handling(opcode: u32) -> Handling {
         SYNCFS => Handling::SyncFs,
         TMPFILE => Handling::TmpFile,
         _ if opcode == Opcode::Open as u32 => Handling::Open,
+        _ if opcode == Opcode::Write as u32 => Handling::Write,
         _ if opcode == Opcode::Release as u32 || opcode == Opcode::Releasedir as u32 => Handling::Close,
         _ if opcode == Opcode::Interrupt as u32 => Handling::Silence,
         _ if opcode == Opcode::Lseek as u32 => Handling::Library,
@@ -153,6 +175,7 @@ impl FuseServer {
                 Some(reply(memory, chain, request.unique, result.map_err(number)))
             }
             Handling::Open => self.open(memory, chain),
+            Handling::Write => self.write(memory, chain),
             Handling::Close => {
                 let mut reader = Reader::from_descriptor_chain(memory, chain.clone()).ok()?;
                 let _: InHeader = reader.read_obj().ok()?;
@@ -209,6 +232,25 @@ impl FuseServer {
         Some(len)
     }
 
+    /// The answer to a WRITE: how much was written, and where there is room for it what the file was before and is now.
+    fn write(&self, memory: &GuestRam, chain: DescriptorChain<&GuestRam>) -> Option<Option<usize>> {
+        let mut reader = Reader::from_descriptor_chain(memory, chain.clone()).ok()?;
+        if reader.available_bytes() > MAX_MESSAGE_BYTES {
+            return None;
+        }
+        let InHeader { nodeid, unique, .. } = reader.read_obj().ok()?;
+        let args: WriteIn = reader.read_obj().ok()?;
+        let room = VirtioFsWriter::new(memory, chain.clone()).ok()?.available_bytes();
+        let data = |file: &mut File, size, offset| reader.read_to_at(file, size, offset);
+        let result = if room < SEEN_BYTES {
+            self.tree.write_file(nodeid, &args, data).map(|size| written(size).as_slice().to_vec())
+        } else {
+            let seen = self.tree.write_and_look(nodeid, &args, data);
+            seen.map(|(size, seen)| [written(size).as_slice(), SeenOut::from(seen).as_slice()].concat())
+        };
+        reply(memory, chain, unique, result.map_err(number)).map(Some)
+    }
+
     /// The answer to a TMPFILE: as to a CREATE.
     fn make_nameless(&self, memory: &GuestRam, chain: DescriptorChain<&GuestRam>) -> io::Result<Vec<u8>> {
         let invalid = |_| io::Error::from_raw_os_error(libc::EINVAL);
@@ -219,6 +261,24 @@ impl FuseServer {
         let (entry, handle, options) = made?;
         let open = OpenOut { fh: handle, open_flags: options.bits(), passthrough: 0 };
         Ok([EntryOut::from(entry).as_slice(), open.as_slice()].concat())
+    }
+}
+
+fn written(size: usize) -> WriteOut {
+    // No message is that large.
+    WriteOut { size: u32::try_from(size).unwrap_or(u32::MAX), padding: 0 }
+}
+
+impl From<Seen> for SeenOut {
+    fn from(Seen { mtime: (mtime, mtime_nsec), after, timeout }: Seen) -> Self {
+        let after = AttrOut {
+            attr_valid: timeout.as_secs(),
+            attr_valid_nsec: timeout.subsec_nanos(),
+            dummy: 0,
+            attr: Attr::with_flags(after, 0),
+        };
+        // As `Attr` has them.
+        Self { mtime: mtime as u64, mtime_nsec: mtime_nsec as u32, padding: 0, after }
     }
 }
 

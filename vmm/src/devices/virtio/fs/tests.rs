@@ -460,6 +460,42 @@ fn a_small_file_comes_when_it_is_opened() {
 }
 
 #[test]
+fn who_writes_hears_what_the_file_was_and_is() {
+    let mut client = Client::new(false, CachePolicy::Auto);
+    fs::write(client.path("file"), b"content").unwrap();
+    let file = client.lookup(ROOT, "file").unwrap();
+    let handle = client.open(file, libc::O_RDWR).unwrap();
+    // Of that time the host has modified it.
+    let at = std::time::UNIX_EPOCH + std::time::Duration::new(1_000_000_000, 123_456_789);
+    fs::File::options().write(true).open(client.path("file")).unwrap().set_modified(at).unwrap();
+    let (error, said) = client.call(WRITE_OP, file, &write_body(handle, 7, 0, b" and more"));
+    let seen = &said[8..];
+    assert_eq!((error, said.len(), u32_at(&said, 0)), (0, 8 + 16 + 16 + 88, 9));
+    assert_eq!((u64_at(seen, 0), u32_at(seen, 8)), (1_000_000_000, 123_456_789));
+    // Kept for a second, as attributes are that were asked for.
+    assert_eq!((u64_at(seen, 16), u32_at(seen, 24)), (1, 0));
+    let metadata = fs::metadata(client.path("file")).unwrap();
+    let attr = &seen[32..];
+    assert_eq!((u64_at(attr, 0), u64_at(attr, 8)), (metadata.ino(), 16));
+    assert_eq!((u64_at(attr, 32), u32_at(attr, 52)), (metadata.mtime() as u64, metadata.mtime_nsec() as u32));
+    let asked = client.call(GETATTR, file, &[words(&[1, 0]), handle.to_le_bytes().to_vec()].concat());
+    assert_eq!(asked, (0, seen[16..].to_vec()));
+    // What comes next finds what was said.
+    let (_, again) = client.call(WRITE_OP, file, &write_body(handle, 0, 0, b"C"));
+    assert_eq!((u64_at(&again, 8), u32_at(&again, 16)), (u64_at(attr, 32), u32_at(attr, 52)));
+    // Other guests leave no room, and some leave too little.
+    for room in [24, 24 + 8, 24 + 119] {
+        let body = write_body(handle, 0, 0, b"c");
+        let (error, said) = client.call_with_room(1, WRITE_OP, file, &body, room);
+        assert_eq!((error, said.len(), u32_at(&said, 0)), (0, 8, 1));
+    }
+    // Without any nothing can be said, and what was asked for is done all the same.
+    let body = write_body(handle, 0, 0, b"k");
+    assert_eq!(client.call_with_room(1, WRITE_OP, file, &body, 16).0, libc::EINVAL);
+    assert_eq!(fs::read(client.path("file")).unwrap(), b"kontent and more");
+}
+
+#[test]
 fn a_name_stands_for_what_is_there_now() {
     let mut client = Client::new(false, CachePolicy::Auto);
     fs::write(client.path("one"), b"1").unwrap();

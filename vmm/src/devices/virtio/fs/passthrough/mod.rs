@@ -99,6 +99,17 @@ pub struct Passthrough {
     proc_self_fd: File,
 }
 
+/// What a file was right before it was written to, and is right after.
+#[derive(Debug)]
+pub struct Seen {
+    /// When its content had been modified last: seconds and nanoseconds.
+    pub mtime: (i64, i64),
+    /// Its attributes afterwards.
+    pub after: libc::stat64,
+    /// How long they may be kept.
+    pub timeout: Duration,
+}
+
 impl Passthrough {
     /// Serves the tree below `root`.
     pub fn new(root: OwnedFd, policy: Policy) -> io::Result<Self> {

@@ -10,10 +10,10 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use fuse_backend_rs::abi::fuse_abi::{CreateIn, FOPEN_IN_KILL_SUIDGID, WRITE_KILL_PRIV};
+use fuse_backend_rs::abi::fuse_abi::{CreateIn, FOPEN_IN_KILL_SUIDGID, WRITE_KILL_PRIV, WriteIn};
 use fuse_backend_rs::api::filesystem::{
     Context, DirEntry, Entry, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions,
-    SetattrValid, ZeroCopyReader, ZeroCopyWriter,
+    SetattrValid, ZeroCopyWriter,
 };
 
 use super::super::MAX_IO_BYTES;
@@ -22,7 +22,7 @@ use super::inodes::Inode;
 use super::nodes;
 use super::sys::{self, ActingFor, Lent};
 use super::xattrs::{self, Found};
-use super::{MAX_DIR_BYTES, Passthrough, component};
+use super::{MAX_DIR_BYTES, Passthrough, Seen, component};
 
 /// `fallocate(2)` modes FUSE knows.
 const ALLOCATE_MODES: i32 =
@@ -132,6 +132,48 @@ impl Passthrough {
         let handle = self.handles.add_file(id, file)?;
         let flags = flags.cast_signed() & !libc::O_DIRECTORY;
         Ok((handle, self.open_options(&inode, flags)))
+    }
+
+    /// Has `write` write data to an open file: given the file, how much at most, and at which offset, it says how much it was.
+    pub fn write_file(
+        &self,
+        id: u64,
+        args: &WriteIn,
+        write: impl FnOnce(&mut File, usize, u64) -> io::Result<usize>,
+    ) -> io::Result<usize> {
+        self.change()?;
+        let file = self.handles.file(id, args.fh)?;
+        Self::write_to(&file, args, write)
+    }
+
+    /// The same, and what the file was before and is afterwards.
+    pub fn write_and_look(
+        &self,
+        id: u64,
+        args: &WriteIn,
+        write: impl FnOnce(&mut File, usize, u64) -> io::Result<usize>,
+    ) -> io::Result<(usize, Seen)> {
+        self.change()?;
+        let file = self.handles.file(id, args.fh)?;
+        let before = sys::stat(file.fd(), c"")?.attr;
+        let size = Self::write_to(&file, args, write)?;
+        let after = sys::stat(file.fd(), c"")?.attr;
+        let alone = self.inodes.get(id).is_ok_and(|inode| inode.is_alone());
+        let timeout = self.attributes_timeout(false, alone, &after);
+        Ok((size, Seen { mtime: (before.st_mtime, before.st_mtime_nsec), after, timeout }))
+    }
+
+    fn write_to(
+        file: &OpenFile,
+        args: &WriteIn,
+        write: impl FnOnce(&mut File, usize, u64) -> io::Result<usize>,
+    ) -> io::Result<usize> {
+        file.set_append(args.flags.cast_signed() & libc::O_APPEND != 0)?;
+        if args.fuse_flags & WRITE_KILL_PRIV != 0 {
+            kill_privileges(file.fd())?;
+        }
+        let size = args.size.min(MAX_IO_BYTES) as usize;
+        write(Lent::new(file.fd()).file(), size, signed(args.offset)?.cast_unsigned())
     }
 
     /// Has `read` read a file that was just opened; nothing is read where that may take long.
@@ -382,29 +424,6 @@ impl FileSystem for Passthrough {
         let file = self.file(inode, handle)?;
         let size = (size.min(MAX_IO_BYTES) as usize).min(w.available_bytes());
         w.write_from(Lent::new(file.fd()).file(), size, signed(offset)?.cast_unsigned())
-    }
-
-    fn write(
-        &self,
-        _ctx: &Context,
-        inode: u64,
-        handle: u64,
-        r: &mut dyn ZeroCopyReader,
-        size: u32,
-        offset: u64,
-        _lock_owner: Option<u64>,
-        _delayed_write: bool,
-        flags: u32,
-        fuse_flags: u32,
-    ) -> io::Result<usize> {
-        self.change()?;
-        let file = self.handles.file(inode, handle)?;
-        file.set_append(flags.cast_signed() & libc::O_APPEND != 0)?;
-        if fuse_flags & WRITE_KILL_PRIV != 0 {
-            kill_privileges(file.fd())?;
-        }
-        let size = size.min(MAX_IO_BYTES) as usize;
-        r.read_to(Lent::new(file.fd()).file(), size, signed(offset)?.cast_unsigned())
     }
 
     fn fsync(&self, _ctx: &Context, inode: u64, datasync: bool, handle: u64) -> io::Result<()> {

@@ -165,7 +165,14 @@ impl Client {
         self.call_with_room(queue, op, node, body, ANSWER_BYTES)
     }
 
-    fn call_with_room(&mut self, queue: usize, op: u32, node: u64, body: &[u8], room: u32) -> (i32, Vec<u8>) {
+    pub(super) fn call_with_room(
+        &mut self,
+        queue: usize,
+        op: u32,
+        node: u64,
+        body: &[u8],
+        room: u32,
+    ) -> (i32, Vec<u8>) {
         let message = [self.header(op, node, body.len()).as_slice(), body].concat();
         self.queue.write(DATA, &message);
         self.queue.write(ANSWER, &[0; OUT_HEADER]);
