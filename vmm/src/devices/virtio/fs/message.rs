@@ -242,12 +242,15 @@ impl FuseServer {
         let args: WriteIn = reader.read_obj().ok()?;
         let room = VirtioFsWriter::new(memory, chain.clone()).ok()?.available_bytes();
         let data = |file: &mut File, size, offset| reader.read_to_at(file, size, offset);
-        let result = if room < SEEN_BYTES {
-            self.tree.write_file(nodeid, &args, data).map(|size| written(size).as_slice().to_vec())
-        } else {
-            let seen = self.tree.write_and_look(nodeid, &args, data);
-            seen.map(|(size, seen)| [written(size).as_slice(), SeenOut::from(seen).as_slice()].concat())
-        };
+        let result = self.tree.write_file(nodeid, &args, room >= SEEN_BYTES, data).map(|(size, seen)| {
+            // No message is that large.
+            let size = u32::try_from(size).unwrap_or(u32::MAX);
+            let mut body = WriteOut { size, padding: 0 }.as_slice().to_vec();
+            if let Some(seen) = seen {
+                body.extend(SeenOut::from(seen).as_slice());
+            }
+            body
+        });
         reply(memory, chain, unique, result.map_err(number)).map(Some)
     }
 
@@ -262,11 +265,6 @@ impl FuseServer {
         let open = OpenOut { fh: handle, open_flags: options.bits(), passthrough: 0 };
         Ok([EntryOut::from(entry).as_slice(), open.as_slice()].concat())
     }
-}
-
-fn written(size: usize) -> WriteOut {
-    // No message is that large.
-    WriteOut { size: u32::try_from(size).unwrap_or(u32::MAX), padding: 0 }
 }
 
 impl From<Seen> for SeenOut {

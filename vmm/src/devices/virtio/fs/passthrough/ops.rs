@@ -55,6 +55,13 @@ impl Passthrough {
         Ok((stat.attr, timeout))
     }
 
+    /// The same of an open file, which is asked without being opened again.
+    fn attributes_of_open(&self, id: u64, file: &OpenFile) -> io::Result<(libc::stat64, Duration)> {
+        let attr = sys::stat(file.fd(), c"")?.attr;
+        let alone = self.inodes.get(id).is_ok_and(|inode| inode.is_alone());
+        Ok((attr, self.attributes_timeout(false, alone, &attr)))
+    }
+
     /// Makes something called `name` in `parent` for a process of the guest and
     /// looks it up.
     fn make(
@@ -134,46 +141,29 @@ impl Passthrough {
         Ok((handle, self.open_options(&inode, flags)))
     }
 
-    /// Has `write` write data to an open file: given the file, how much at most, and at which offset, it says how much it was.
+    /// Has `write` write data to an open file: given the file, how much at most, and at which offset, it says how much
+    /// it was. Says what the file was before and is afterwards, too, where that is asked for (`look`).
     pub fn write_file(
         &self,
         id: u64,
         args: &WriteIn,
+        look: bool,
         write: impl FnOnce(&mut File, usize, u64) -> io::Result<usize>,
-    ) -> io::Result<usize> {
+    ) -> io::Result<(usize, Option<Seen>)> {
         self.change()?;
         let file = self.handles.file(id, args.fh)?;
-        Self::write_to(&file, args, write)
-    }
-
-    /// The same, and what the file was before and is afterwards.
-    pub fn write_and_look(
-        &self,
-        id: u64,
-        args: &WriteIn,
-        write: impl FnOnce(&mut File, usize, u64) -> io::Result<usize>,
-    ) -> io::Result<(usize, Seen)> {
-        self.change()?;
-        let file = self.handles.file(id, args.fh)?;
-        let before = sys::stat(file.fd(), c"")?.attr;
-        let size = Self::write_to(&file, args, write)?;
-        let after = sys::stat(file.fd(), c"")?.attr;
-        let alone = self.inodes.get(id).is_ok_and(|inode| inode.is_alone());
-        let timeout = self.attributes_timeout(false, alone, &after);
-        Ok((size, Seen { mtime: (before.st_mtime, before.st_mtime_nsec), after, timeout }))
-    }
-
-    fn write_to(
-        file: &OpenFile,
-        args: &WriteIn,
-        write: impl FnOnce(&mut File, usize, u64) -> io::Result<usize>,
-    ) -> io::Result<usize> {
+        let before = look.then(|| sys::stat(file.fd(), c"")).transpose()?;
         file.set_append(args.flags.cast_signed() & libc::O_APPEND != 0)?;
         if args.fuse_flags & WRITE_KILL_PRIV != 0 {
             kill_privileges(file.fd())?;
         }
         let size = args.size.min(MAX_IO_BYTES) as usize;
-        write(Lent::new(file.fd()).file(), size, signed(args.offset)?.cast_unsigned())
+        let size = write(Lent::new(file.fd()).file(), size, signed(args.offset)?.cast_unsigned())?;
+        let seen = before.map(|sys::Stat { attr: before, .. }| {
+            let (after, timeout) = self.attributes_of_open(id, &file)?;
+            Ok::<_, io::Error>(Seen { mtime: (before.st_mtime, before.st_mtime_nsec), after, timeout })
+        });
+        Ok((size, seen.transpose()?))
     }
 
     /// Has `read` read a file that was just opened; nothing is read where that may take long.
@@ -237,15 +227,9 @@ impl FileSystem for Passthrough {
         inode: u64,
         handle: Option<u64>,
     ) -> io::Result<(libc::stat64, Duration)> {
-        let asked = self.inodes.get(inode);
-        // An open file is asked without being opened again.
         match handle.map(|handle| self.handles.file(inode, handle)) {
-            Some(Ok(file)) => {
-                let attr = sys::stat(file.fd(), c"")?.attr;
-                let alone = asked.is_ok_and(|inode| inode.is_alone());
-                Ok((attr, self.attributes_timeout(false, alone, &attr)))
-            }
-            _ => self.attributes(&*asked?),
+            Some(Ok(file)) => self.attributes_of_open(inode, &file),
+            _ => self.attributes(&*self.inodes.get(inode)?),
         }
     }
 
