@@ -7,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 use rvm_protocol::vmm::Metrics;
 use rvm_tests::{
     ctr::Ctr,
+    images,
     job::{Input, Job},
     sandbox::Sandbox,
     scale,
@@ -24,7 +25,7 @@ use crate::{
 
 /// Each step says that it begins and that it has ended, and waits to be let go on; the counters are read
 /// meanwhile. What the host may have changed since is asked for again after a second, so each begins later.
-const SCRIPT: &str = r#"
+const STEP: &str = r#"
 LC_ALL=C
 step() {
     local name=$1 took; shift
@@ -35,30 +36,49 @@ step() {
     took=$(( ${EPOCHREALTIME/./} - from ))
     echo "< $took ${count:-$(wc -l < /tmp/out)} $name"; read -r
 }
+"#;
+
+/// On a volume, and of layers that are shared.
+const SHARED: &str = r#"
 written() { for n in {1..500}; do echo "the content of file $n" > "$d/$n" || return; done; }
 appended() { for n in {1..500}; do echo more >> "$d/$n" || return; done; }
 tested() { for n in {1..500}; do [[ -s $d/$n ]] || return; done; }
 d=/volume/small
 mkdir $d
 count=500
-step 'create, write, close' written
-step 'open, append, close' appended
-step 'stat' tested
-step 'open, read, close' cat $d/*
+step 'volume: create, write, close' written
+step 'volume: open, append, close' appended
+step 'volume: stat' tested
+step 'volume: open, read, close' cat $d/*
 count=
-step 'list and stat' find $d -printf '%s %p\n'
+step 'volume: list and stat' find $d -printf '%s %p\n'
 count=500
-step 'unlink' rm -r $d
+step 'volume: unlink' rm -r $d
 count=16
-step 'write 1 MiB' dd if=/dev/zero of=/volume/large bs=1M count=16 status=none
-step 'read 1 MiB' dd if=/volume/large of=/dev/null bs=1M status=none
+step 'volume: write 1 MiB' dd if=/dev/zero of=/volume/large bs=1M count=16 status=none
+step 'volume: read 1 MiB' dd if=/volume/large of=/dev/null bs=1M status=none
 count=500
-step 'read and write in turn' dd if=/volume/large of=/volume/large bs=4096 count=500 seek=1000 conv=notrunc status=none
+step 'volume: read and write in turn' dd if=/volume/large of=/volume/large bs=4096 count=500 seek=1000 conv=notrunc status=none
 count=
 step 'layers: list and stat' find /usr/lib/python3 /usr/lib/python3.11 -printf '%s %p\n'
 count=200
 step 'layers: open, read, close' bash -c 'cat $(ls /usr/lib/python3.11/*.py | head -200)'
 "#;
+
+/// What a new guest does first with its image file, and does again.
+const IMAGE: &str = r#"
+trues() { for n in {1..100}; do /bin/true || return; done; }
+imports() { python3 -c 'import json, ssl, http.client, urllib.request, sqlite3, email.message'; }
+count=1
+step '100 x true' trues
+step 'python3 imports' imports
+step 'python3 imports again' imports
+step 'find' find / -xdev
+step 'find again' find / -xdev
+"#;
+
+/// What is run in a container of its own each, and `images.enabled`.
+const SCRIPTS: [(&str, &str); 2] = [(SHARED, "false"), (IMAGE, "true")];
 
 /// One step: microseconds, operations, and what was counted meanwhile.
 struct Step {
@@ -75,7 +95,9 @@ pub fn measure(stage: Stage, runs: usize, image: &Path) -> Result<Value> {
     swept(&world, |world| {
         let archive = image.to_string_lossy();
         world.ctr().run(&["images", "import", &archive], scale::container() * 10)?.success()?;
-        world.set_config(&world.config().set("images", "enabled", "false"))?;
+        world.set_config(&world.config().with_images())?;
+        world.ctr().container("first").with_image(IMAGES[0].1).run(&["true"])?.success()?;
+        images::wait_for(world, 1)?;
         compared(world, runs)
     })
 }
@@ -84,9 +106,13 @@ fn compared(world: &World, runs: usize) -> Result<Value> {
     let mut times: BTreeMap<String, [Vec<f64>; 2]> = BTreeMap::new();
     let mut per_operation = Map::new();
     for round in 1..=runs {
-        for (which, runtime) in [RUNTIME, RUNC].into_iter().enumerate() {
+        let sides = [RUNTIME, RUNC].into_iter().enumerate();
+        for ((which, runtime), (script, images)) in
+            sides.flat_map(|side| SCRIPTS.map(|script| (side, script)))
+        {
             eprintln!("round {round}: {runtime}");
-            for step in container(world, &world.ctr().under(runtime), which == 0)? {
+            world.set_config(&world.config().set("images", "enabled", images))?;
+            for step in container(world, &world.ctr().under(runtime), script, which == 0)? {
                 let each = step.microseconds / step.operations;
                 eprintln!("   {each:>9.1} us {}", step.name);
                 times.entry(step.name.clone()).or_default()[which].push(each);
@@ -110,7 +136,8 @@ fn compared(world: &World, runs: usize) -> Result<Value> {
         "counted for each": per_operation,
         "conditions": {
             "runs": runs,
-            "image": "Debian 12 with nginx, PostgreSQL and Python, one layer, shared by the monitor's file server",
+            "image": "Debian 12 with nginx, PostgreSQL and Python, one layer; shared by the monitor's file server where volume \
+                      or layers are named, else as an image file",
             "volume": "a directory on a tmpfs of the host, bound read-write",
             "counted": "in the last run",
             "host_kernel": std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim(),
@@ -118,14 +145,14 @@ fn compared(world: &World, runs: usize) -> Result<Value> {
     }))
 }
 
-/// Runs the script in a container of its own.
-fn container(world: &World, ctr: &Ctr, count: bool) -> Result<Vec<Step>> {
+/// Runs a script in a container of its own.
+fn container(world: &World, ctr: &Ctr, script: &str, count: bool) -> Result<Vec<Step>> {
     let dir = world.dir().join("volume");
     std::fs::create_dir_all(&dir)?;
     let mount = format!("type=bind,src={},dst=/volume,options=rbind:rw", dir.display());
     let run = ctr.container("requests").with_image(IMAGES[0].1).with(&["--mount", &mount]);
-    let mut job = run.start(&["bash", "-c", SCRIPT], Input::Open)?;
-    let result = steps(world, &run.id, &mut job, count);
+    let mut job = run.start(&["bash", "-c", &format!("{STEP}{script}")], Input::Open)?;
+    let result = steps(world, &run.id, &mut job, script, count);
     let finished = job.finish(scale::container() * 4)?;
     std::fs::remove_dir_all(&dir)?;
     let steps = result.with_context(|| finished.to_string())?;
@@ -133,11 +160,11 @@ fn container(world: &World, ctr: &Ctr, count: bool) -> Result<Vec<Step>> {
     Ok(steps)
 }
 
-fn steps(world: &World, id: &str, job: &mut Job, count: bool) -> Result<Vec<Step>> {
+fn steps(world: &World, id: &str, job: &mut Job, script: &str, count: bool) -> Result<Vec<Step>> {
     let mut steps = Vec::new();
     let mut counting = None;
     let names: Vec<&str> =
-        SCRIPT.lines().filter_map(|line| line.strip_prefix("step '")?.split('\'').next()).collect();
+        script.lines().filter_map(|line| line.strip_prefix("step '")?.split('\'').next()).collect();
     for name in names {
         job.wait_for(&format!("> {name}\n"), scale::container())?;
         if count && counting.is_none() {
