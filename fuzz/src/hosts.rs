@@ -50,7 +50,7 @@ pub fn image(data: &[u8]) {
     const MEMORY: u64 = 32 << 20;
     let (Some(file), Ok(memory)) = (file(data), memory::create(MEMORY)) else { return };
     if let Ok(loaded) = kernel::load(&memory, &file, MEMORY) {
-        let _ = initramfs::load(&memory, &file, loaded.start..loaded.end, MEMORY);
+        let _ = initramfs::load(&memory, &file, loaded.end, MEMORY);
     }
 }
 

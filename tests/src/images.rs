@@ -29,3 +29,12 @@ pub fn wait_for(world: &World, count: usize) -> Result<Vec<PathBuf>> {
         std::thread::sleep(std::time::Duration::from_millis(20));
     }
 }
+
+/// Has one made of an image's layers, which a container's first start does; `count` of them are there then.
+///
+/// # Errors
+/// When the container fails or nothing is made of its image.
+pub fn make_of(world: &World, image: &str, count: usize) -> Result<()> {
+    world.ctr().container("first").with_image(image).run(&["true"])?.success()?;
+    wait_for(world, count).map(drop)
+}

@@ -307,7 +307,7 @@ fn load_guest(config: &CheckedConfig, memory: &GuestRam) -> Result<BootEntry, Bu
         .map_err(|source| BuildError::Kernel { path: config.vm.kernel.clone(), source })?;
     let initramfs = match (&config.initramfs, &config.vm.initramfs) {
         (Some(file), Some(path)) => {
-            let loaded = initramfs::load(memory, file, kernel.start..kernel.end, low_memory);
+            let loaded = initramfs::load(memory, file, kernel.end, low_memory);
             Some(loaded.map_err(|source| BuildError::Initramfs { path: path.clone(), source })?)
         }
         _ => None,

@@ -5,7 +5,6 @@
 
 use std::fs::File;
 use std::io;
-use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use thiserror::Error;
@@ -26,11 +25,11 @@ pub enum InitramfsError {
     #[error("its cpio archive is damaged at byte {0}")]
     Damaged(u64),
     /// It does not fit beside the kernel.
-    #[error("its {size} bytes do not fit into guest memory beside the kernel ({free} bytes free)")]
+    #[error("its {size} bytes do not fit into guest memory above the kernel ({free} bytes free)")]
     Space {
         /// Size of the file.
         size: u64,
-        /// The largest room there is.
+        /// Room above the kernel.
         free: u64,
     },
     /// It could not be mapped into guest memory.
@@ -47,30 +46,24 @@ pub struct LoadedInitramfs {
     pub size: u64,
 }
 
-/// Maps `file`, copy-on-write, beside what the kernel occupies into low memory (`low_memory` bytes).
-///
-/// A huge page of which it hides a part is none, and what is left of that stays small for good. So it lies in huge
-/// pages of its own: the first ones if they have room, since Linux begins at the end of memory and goes on behind the kernel.
+/// Maps `file`, copy-on-write, above `kernel_end` into low memory (`low_memory` bytes).
 pub fn load(
     memory: &GuestRam,
     file: &File,
-    kernel: Range<u64>,
+    kernel_end: u64,
     low_memory: u64,
 ) -> Result<LoadedInitramfs, InitramfsError> {
     let size = file.metadata().map_err(InitramfsError::Read)?.len();
     check(file, size)?;
-    let pages = size.checked_next_multiple_of(PAGE_SIZE).unwrap_or(u64::MAX);
-    let places = [
-        HUGE_PAGE..kernel.start,
-        kernel.end.next_multiple_of(HUGE_PAGE)..low_memory,
-        kernel.end.next_multiple_of(PAGE_SIZE)..low_memory,
-    ];
-    let free = |place: &Range<u64>| place.end.saturating_sub(place.start);
-    let Some(place) = places.iter().find(|place| pages <= free(place)) else {
-        let free = places.iter().map(free).max().unwrap_or(0);
-        return Err(InitramfsError::Space { size, free });
+    let room = |boundary| {
+        let start = kernel_end.next_multiple_of(boundary);
+        (start, low_memory.saturating_sub(start))
     };
-    let address = place.start;
+    let (first, free) = room(PAGE_SIZE);
+    let pages = size.checked_next_multiple_of(PAGE_SIZE).filter(|&p| p <= free);
+    let Some(pages) = pages else { return Err(InitramfsError::Space { size, free }) };
+    // A huge page that is partly the file's is none: Linux takes what it needs first from the end of memory.
+    let address = Some(room(HUGE_PAGE)).filter(|(_, free)| pages <= *free).map_or(first, |(start, _)| start);
     memory::map_file(memory, address, file, 0, size)?;
     Ok(LoadedInitramfs { address, size })
 }
@@ -174,18 +167,14 @@ mod tests {
     }
 
     #[test]
-    fn lies_in_huge_pages_of_its_own_where_there_is_room() {
+    fn lies_behind_the_kernel_in_huge_pages_of_its_own_where_there_is_room() {
         let memory = memory::create(16 << 20).unwrap();
         let bytes = archive();
         let near_the_end = (16 << 20) - 0x3000;
-        for (kernel, address) in [
-            (6 << 20..8 << 20, 2 << 20),
-            ((2 << 20) + 0x2000..8 << 20, 2 << 20),
-            ((2 << 20) + 0x1fff..8 << 20, 8 << 20),
-            (1 << 20..(8 << 20) + 1, 10 << 20),
-            (1 << 20..near_the_end + 1, near_the_end + 0x1000),
-        ] {
-            let loaded = load(&memory, &file(&bytes), kernel, 16 << 20).unwrap();
+        for (kernel_end, address) in
+            [(8 << 20, 8 << 20), ((8 << 20) + 1, 10 << 20), (near_the_end + 1, near_the_end + 0x1000)]
+        {
+            let loaded = load(&memory, &file(&bytes), kernel_end, 16 << 20).unwrap();
             assert_eq!(loaded, LoadedInitramfs { address, size: bytes.len() as u64 });
             let mut seen = vec![0; bytes.len()];
             memory.read_slice(&mut seen, GuestAddress(loaded.address)).unwrap();
@@ -196,7 +185,7 @@ mod tests {
     #[test]
     fn too_large_is_refused() {
         let memory = memory::create(16 << 20).unwrap();
-        let refused = load(&memory, &file(&archive()), 1 << 20..(16 << 20) - 0x1000, 16 << 20);
+        let refused = load(&memory, &file(&archive()), (16 << 20) - 0x1000, 16 << 20);
         assert!(matches!(refused, Err(InitramfsError::Space { free: 0x1000, .. })), "{refused:?}");
     }
 

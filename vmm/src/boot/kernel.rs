@@ -38,8 +38,6 @@ pub enum KernelError {
 pub struct LoadedKernel {
     /// Physical address of the 64-bit entry point.
     pub entry: u64,
-    /// First address it occupies.
-    pub start: u64,
     /// Address after the last byte it occupies.
     pub end: u64,
 }
@@ -54,7 +52,7 @@ pub struct LoadedKernel {
 pub fn load(memory: &GuestRam, file: &File, low_memory: u64) -> Result<LoadedKernel, KernelError> {
     let image = elf::parse(file)?;
     let (low, high) = (HIGH_RAM_START, low_memory.min(BOOT_MAPPED_END));
-    let (mut kernel_start, mut kernel_end) = (high, low);
+    let mut kernel_end = low;
     // The mapped ones first: what lies beside them is not to come in huge pages.
     let in_turn = |data| image.segments.iter().filter(move |segment| segment.data == data);
     for segment in in_turn(false).chain(in_turn(true)) {
@@ -64,10 +62,9 @@ pub fn load(memory: &GuestRam, file: &File, low_memory: u64) -> Result<LoadedKer
         }
         let load = if segment.data { memory::read_file } else { memory::map_file };
         load(memory, start, file, segment.offset, segment.file_size)?;
-        kernel_start = kernel_start.min(start);
         kernel_end = kernel_end.max(end);
     }
-    Ok(LoadedKernel { entry: image.entry, start: kernel_start, end: kernel_end })
+    Ok(LoadedKernel { entry: image.entry, end: kernel_end })
 }
 
 #[cfg(test)]
@@ -91,7 +88,7 @@ mod tests {
         for data in [false, true] {
             let memory = memory::create(32 << 20).unwrap();
             let loaded = load(&memory, &kernel(0x100_0000, data), 32 << 20).unwrap();
-            assert_eq!(loaded, LoadedKernel { entry: 0x100_0040, start: 0x100_0000, end: 0x100_4000 });
+            assert_eq!(loaded, LoadedKernel { entry: 0x100_0040, end: 0x100_4000 });
             let mut seen = vec![0; 0x4000];
             memory.read_slice(&mut seen, GuestAddress(0x100_0000)).unwrap();
             assert!(seen[..0x1800].iter().all(|&b| b == 0xaa));

@@ -16,12 +16,18 @@ pub struct Args {
     /// Runs of each kind; times are medians.
     #[arg(long, default_value_t = 1)]
     runs: u32,
+    /// With the containerd of this Debian release.
+    #[arg(long, value_name = "RELEASE")]
+    containerd: Option<String>,
 }
 
 /// Runs `cargo xtask bench requests`.
 pub fn run(args: Args) -> Result<()> {
     let mut bench = Bench::new("requests", args.common.fast, args.runs)?;
     bench.prepared.set("RVM_BENCH_IMAGE_ONE", build::debian_image()?);
+    if let Some(release) = &args.containerd {
+        bench.prepared.set_containerd(release)?;
+    }
     bench.report(args.common.json, text)
 }
 

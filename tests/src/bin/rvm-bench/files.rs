@@ -42,10 +42,11 @@ run() {
     echo "@ $(( ${EPOCHREALTIME/./} - from )) $name"
 }
 trues() { for n in {1..100}; do /bin/true || return; done; }
+imports() { python3 -c 'import json, ssl, http.client, urllib.request, sqlite3, email.message'; }
 archive() { tar -cf - /usr/lib | cat; }
 image() {
     run "100 x true$1" trues
-    run "python3 imports$1" python3 -c 'import json, ssl, http.client, urllib.request, sqlite3, email.message'
+    run "python3 imports$1" imports
     run "find$1" find / -xdev
     run "stat of all files$1" find / -xdev -printf '%s %m\n'
     run "tar of /usr/lib$1" archive
@@ -97,8 +98,7 @@ pub fn measure(stage: Stage, runs: usize, images: &[PathBuf]) -> Result<Value> {
         world.set_config(&world.config().with_images())?;
         let images = &IMAGES[..images.len()];
         for (count, (_, image)) in (1..).zip(images) {
-            world.ctr().container("first").with_image(image).run(&["true"])?.success()?;
-            images::wait_for(world, count)?;
+            images::make_of(world, image, count)?;
         }
         compared(world, runs, images)
     })

@@ -19,14 +19,13 @@ use serde_json::{Map, Value, json};
 use crate::{
     RUNC,
     counters::{self, Histogram},
-    files::IMAGES,
+    files::{self, IMAGES},
     median, monitor, swept,
 };
 
-/// Each step says that it begins and that it has ended, and waits to be let go on; the counters are read
+/// Behind [`files::RUN`]. Each step says that it begins and that it has ended, and waits to be let go on; the counters are read
 /// meanwhile. What the host may have changed since is asked for again after a second, so each begins later.
 const STEP: &str = r#"
-LC_ALL=C
 step() {
     local name=$1 took; shift
     sleep 1.1
@@ -67,14 +66,15 @@ step 'layers: open, read, close' bash -c 'cat $(ls /usr/lib/python3.11/*.py | he
 
 /// What a new guest does first with its image file, and does again.
 const IMAGE: &str = r#"
-trues() { for n in {1..100}; do /bin/true || return; done; }
-imports() { python3 -c 'import json, ssl, http.client, urllib.request, sqlite3, email.message'; }
+archived() { archive > /dev/null; }
 count=1
 step '100 x true' trues
 step 'python3 imports' imports
 step 'python3 imports again' imports
 step 'find' find / -xdev
 step 'find again' find / -xdev
+step 'tar of /usr/lib' archived
+step 'tar of /usr/lib again' archived
 "#;
 
 /// What is run in a container of its own each, and `images.enabled`.
@@ -96,8 +96,7 @@ pub fn measure(stage: Stage, runs: usize, image: &Path) -> Result<Value> {
         let archive = image.to_string_lossy();
         world.ctr().run(&["images", "import", &archive], scale::container() * 10)?.success()?;
         world.set_config(&world.config().with_images())?;
-        world.ctr().container("first").with_image(IMAGES[0].1).run(&["true"])?.success()?;
-        images::wait_for(world, 1)?;
+        images::make_of(world, IMAGES[0].1, 1)?;
         compared(world, runs)
     })
 }
@@ -110,7 +109,8 @@ fn compared(world: &World, runs: usize) -> Result<Value> {
         for ((which, runtime), (script, images)) in
             sides.flat_map(|side| SCRIPTS.map(|script| (side, script)))
         {
-            eprintln!("round {round}: {runtime}");
+            let what = if images == "true" { "image file" } else { "shared" };
+            eprintln!("round {round}: {runtime}, {what}");
             world.set_config(&world.config().set("images", "enabled", images))?;
             for step in container(world, &world.ctr().under(runtime), script, which == 0)? {
                 let each = step.microseconds / step.operations;
@@ -151,7 +151,7 @@ fn container(world: &World, ctr: &Ctr, script: &str, count: bool) -> Result<Vec<
     std::fs::create_dir_all(&dir)?;
     let mount = format!("type=bind,src={},dst=/volume,options=rbind:rw", dir.display());
     let run = ctr.container("requests").with_image(IMAGES[0].1).with(&["--mount", &mount]);
-    let mut job = run.start(&["bash", "-c", &format!("{STEP}{script}")], Input::Open)?;
+    let mut job = run.start(&["bash", "-c", &format!("{}{STEP}{script}", files::RUN)], Input::Open)?;
     let result = steps(world, &run.id, &mut job, script, count);
     let finished = job.finish(scale::container() * 4)?;
     std::fs::remove_dir_all(&dir)?;

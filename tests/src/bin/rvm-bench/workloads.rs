@@ -28,8 +28,7 @@ pub fn measure(stage: Stage, runs: usize, image: &Path) -> Result<Value> {
         world.ctr().run(&["images", "import", &archive], scale::container() * 10)?.success()?;
         // A compiler takes more than the default.
         world.set_config(&world.config().with_images().set("guest", "memory_mib", GUEST_MIB))?;
-        world.ctr().container("first").with_image(IMAGE).run(&["true"])?.success()?;
-        images::wait_for(world, 1)?;
+        images::make_of(world, IMAGE, 1)?;
         compared(world, runs)
     })
 }
