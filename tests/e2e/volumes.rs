@@ -12,6 +12,7 @@ use rvm_tests::{
     ctr::Run,
     job::{Input, Job},
     parity::PROBE_ENV,
+    sandbox::Sandbox,
     scale,
     world::{World, shell},
 };
@@ -82,6 +83,22 @@ impl Shell {
         self.job.close_input();
         self.job.finish(scale::container())?.success().map(drop)
     }
+}
+
+/// Whether a process has a file of that name open so that it can be read.
+fn open_for_reading(pid: libc::pid_t, name: &str) -> Result<bool> {
+    for fd in std::fs::read_dir(format!("/proc/{pid}/fd"))? {
+        let fd = fd?;
+        // It may close it meanwhile.
+        let info = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{}", fd.file_name().display()));
+        let (Ok(path), Ok(info)) = (std::fs::read_link(fd.path()), info) else { continue };
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).context("flags")?;
+        let flags = i32::from_str_radix(flags.trim(), 8)?;
+        if path.ends_with(name) && flags & libc::O_PATH == 0 {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// They work in the guest, and are nothing on the host that anybody could open.
@@ -160,6 +177,18 @@ fn changes_are_seen_on_both_sides() {
         ensure!(std::fs::read_to_string(volume.path("file"))? == "third");
         ensure!(volume.path("dir/moved").exists() && !volume.path("back").exists());
         ensure!(inner.path("made").exists() && !volume.path("inner/made").exists());
+
+        // It keeps nothing open: what it has written can be executed at once, and what it has read is soon let go of.
+        let script = volume.path("script");
+        shell(&format!("install -m 755 /dev/null {}", script.display()))?;
+        guest.run("echo 'echo ran' > /v/script")?;
+        ensure!(shell(&script.display().to_string())? == "ran\n");
+        guest.run("read -r line < /v/script")?;
+        let monitor = Sandbox::find(world.stage(), &run.id)?.monitor.pid;
+        let until = std::time::Instant::now() + scale::seconds(1.0);
+        while open_for_reading(monitor, "script")? {
+            ensure!(std::time::Instant::now() < until, "still open for reading");
+        }
 
         // What may not be written may not, and is seen as it changes.
         for path in ["/ro/file", "/etc/single", "/ro/new"] {
