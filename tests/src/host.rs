@@ -367,6 +367,7 @@ mod tests {
             prefix: dir.path().to_owned(),
             image: dir.path().to_owned(),
             containerd_dir: None,
+            file_system: None,
             runtime: String::new(),
         };
         let before = HostSnapshot::take(&stage, &[]);

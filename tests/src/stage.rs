@@ -13,6 +13,8 @@ pub const STAGE_ENV: &str = "RVM_STAGE";
 pub const IMAGE_ENV: &str = "RVM_TEST_IMAGE";
 /// Directory with `containerd` and `ctr`; unset: the ones on `PATH`.
 pub const CONTAINERD_ENV: &str = "RVM_CONTAINERD_DIR";
+/// What containerd keeps its files on: `ext4` or `xfs`.
+pub const FILE_SYSTEM_ENV: &str = "RVM_CONTAINERD_FILE_SYSTEM";
 /// Runtime the containers run under; unset: [`RUNTIME`]. runc's name here shows
 /// which expectations are containerd's and which are ours.
 pub const RUNTIME_ENV: &str = "RVM_TEST_RUNTIME";
@@ -29,6 +31,8 @@ pub struct Stage {
     pub image: PathBuf,
     /// Where containerd's programs are, if not on `PATH`.
     pub containerd_dir: Option<PathBuf>,
+    /// What containerd keeps its files on, where that is to be a file system of its own.
+    pub file_system: Option<String>,
     /// Runtime name given to `ctr`.
     pub runtime: String,
 }
@@ -44,10 +48,14 @@ impl Stage {
                 .map(PathBuf::from)
                 .with_context(|| format!("{name} is not set; `cargo xtask test` sets it"))
         };
+        let containerd_dir = std::env::var_os(CONTAINERD_ENV).map(PathBuf::from);
+        // Newer ones idmap layers for pods with a user namespace, which takes a file system that can be.
+        let newer = || containerd_dir.is_some().then(|| "ext4".to_owned());
         let stage = Self {
             prefix: path(STAGE_ENV)?,
             image: path(IMAGE_ENV)?,
-            containerd_dir: std::env::var_os(CONTAINERD_ENV).map(PathBuf::from),
+            file_system: std::env::var(FILE_SYSTEM_ENV).ok().or_else(newer),
+            containerd_dir,
             runtime: std::env::var(RUNTIME_ENV).unwrap_or_else(|_| RUNTIME.to_owned()),
         };
         ensure!(stage.image.is_file(), "{IMAGE_ENV}: {} is not a file", stage.image.display());

@@ -92,11 +92,10 @@ impl World {
         };
         world.enter()?;
         std::fs::create_dir_all(world.wrapper_dir())?;
-        if world.stage.containerd_dir.is_some() {
-            // Newer ones idmap layers for pods with a user namespace, which takes a file system that can be.
+        if let Some(kind) = &world.stage.file_system {
             shell(&format!(
-                "mkdir {DIR}/containerd; truncate -s 8G {DIR}/containerd.ext4; \
-                 /sbin/mkfs.ext4 -q -F {DIR}/containerd.ext4; mount -o loop {DIR}/containerd.ext4 {DIR}/containerd"
+                "mkdir {DIR}/containerd; truncate -s 8G {DIR}/containerd.disk; \
+                 /sbin/mkfs.{kind} -q {DIR}/containerd.disk; mount -o loop {DIR}/containerd.disk {DIR}/containerd"
             ))?;
         }
         world.write_containerd_config(NO_CRI)?;

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use serde_json::Value;
 
-use super::{Bench, Common, aims, medians};
+use super::{Bench, Common, Containerd, aims, medians};
 use crate::build;
 
 /// Arguments of `cargo xtask bench files`.
@@ -14,9 +14,8 @@ pub struct Args {
     /// Rounds of each kind; medians are reported.
     #[arg(long, default_value_t = 3)]
     runs: u32,
-    /// With the containerd of this Debian release (`sid`: 2.1, which has the EROFS snapshotter, and a column with it).
-    #[arg(long, value_name = "RELEASE")]
-    containerd: Option<String>,
+    #[command(flatten)]
+    containerd: Containerd,
     /// Without the image of five layers: half of the time.
     #[arg(long)]
     one_layer: bool,
@@ -35,9 +34,7 @@ pub fn run(args: Args) -> Result<()> {
         bench.prepared.set("RVM_BENCH_IMAGE_FIVE", build::debian_image_of_layers(&one, 5)?);
     }
     bench.prepared.set("RVM_BENCH_IMAGE_ONE", one);
-    if let Some(release) = &args.containerd {
-        bench.prepared.set_containerd(release)?;
-    }
+    args.containerd.set(&mut bench.prepared)?;
     bench.prepared.memory_mib = MEMORY_MIB;
     bench.report(args.common.json, text)
 }

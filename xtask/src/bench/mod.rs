@@ -85,6 +85,27 @@ struct Common {
     fast: bool,
 }
 
+/// Whose containerd it is, and where that keeps its files.
+#[derive(clap::Args)]
+struct Containerd {
+    /// With the containerd of this Debian release (`sid`: 2.1 or later, which has the EROFS snapshotter).
+    #[arg(long, value_name = "RELEASE")]
+    containerd: Option<String>,
+    /// What it keeps its files on: ext4, which another release's has by itself, or XFS. Else it is the machine's own, in
+    /// the devhost a tmpfs.
+    #[arg(long, value_name = "KIND", value_parser = ["ext4", "xfs"])]
+    file_system: Option<String>,
+}
+
+impl Containerd {
+    fn set(&self, prepared: &mut Prepared) -> Result<()> {
+        if let Some(kind) = &self.file_system {
+            prepared.set("RVM_CONTAINERD_FILE_SYSTEM", kind);
+        }
+        self.containerd.iter().try_for_each(|release| prepared.set_containerd(release))
+    }
+}
+
 /// The head of a report for people: where and how it was measured, and whether each ratio is what
 /// it may be at most.
 fn aims(result: &Value, aims: &[(&str, f64)]) -> String {

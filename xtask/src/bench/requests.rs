@@ -5,7 +5,7 @@ use std::fmt::Write;
 use anyhow::Result;
 use serde_json::Value;
 
-use super::{Bench, Common, aims};
+use super::{Bench, Common, Containerd, aims};
 use crate::build;
 
 /// Arguments of `cargo xtask bench requests`.
@@ -16,18 +16,15 @@ pub struct Args {
     /// Runs of each kind; times are medians.
     #[arg(long, default_value_t = 1)]
     runs: u32,
-    /// With the containerd of this Debian release.
-    #[arg(long, value_name = "RELEASE")]
-    containerd: Option<String>,
+    #[command(flatten)]
+    containerd: Containerd,
 }
 
 /// Runs `cargo xtask bench requests`.
 pub fn run(args: Args) -> Result<()> {
     let mut bench = Bench::new("requests", args.common.fast, args.runs)?;
     bench.prepared.set("RVM_BENCH_IMAGE_ONE", build::debian_image()?);
-    if let Some(release) = &args.containerd {
-        bench.prepared.set_containerd(release)?;
-    }
+    args.containerd.set(&mut bench.prepared)?;
     bench.report(args.common.json, text)
 }
 
