@@ -183,8 +183,10 @@ fn changes_are_seen_on_both_sides() {
         shell(&format!("install -m 755 /dev/null {}", script.display()))?;
         guest.run("echo 'echo ran' > /v/script")?;
         ensure!(shell(&script.display().to_string())? == "ran\n");
-        guest.run("read -r line < /v/script")?;
+        guest.run("exec 3< /v/script; read -r line <&3")?;
         let monitor = Sandbox::find(world.stage(), &run.id)?.monitor.pid;
+        ensure!(open_for_reading(monitor, "script")?, "not open for who reads it");
+        guest.run("exec 3<&-")?;
         let until = std::time::Instant::now() + scale::seconds(1.0);
         while open_for_reading(monitor, "script")? {
             ensure!(std::time::Instant::now() < until, "still open for reading");
