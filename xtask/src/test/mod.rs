@@ -56,7 +56,7 @@ pub struct Args {
     /// and 4 GiB of memory.
     #[arg(long, value_name = "N", default_value_t = default_shards())]
     shards: usize,
-    /// Everything of the gate, then what takes an hour more: the longest cases, other releases of containerd,
+    /// Everything of the gate, then what takes hours more: the longest cases, other releases of containerd,
     /// other cgroup hierarchies, file system tests, soaks.
     #[arg(long, conflicts_with_all = ["filter", "containerd", "docker", "cgroups", "apparmor", "cpus"])]
     all: bool,

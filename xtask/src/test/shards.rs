@@ -2,7 +2,7 @@
 //! machine each.
 //!
 //! A module's cases stay together: some share what takes long to make. Those that try one
-//! fault at every point take so long that each is by itself. Which shard a module goes to
+//! fault at every point, and the soaks, take so long that each is by itself. Which shard a module goes to
 //! depends on the cases alone, so that two runs of one checkout are the same.
 
 use std::collections::BTreeMap;
@@ -17,7 +17,7 @@ use crate::e2e::{Output, Place, Prepared};
 
 /// Seconds that a case takes in the devhost, by module or its own name where it is by itself;
 /// `cargo xtask test` prints what it saw. Wrong ones cost balance, nothing else.
-const SECONDS: [(&str, f64); 39] = [
+const SECONDS: [(&str, f64); 47] = [
     ("clock", 20.0),
     ("dead_storage", 20.0),
     ("debian", 60.0),
@@ -56,6 +56,14 @@ const SECONDS: [(&str, f64); 39] = [
     ("scratch", 16.0),
     ("shortage", 14.0),
     ("size", 15.0),
+    ("soak::a_pod_of_five_through_a_bad_day", 200.0),
+    ("soak::a_thousand_sandboxes_or_an_hour_of_them", 3600.0),
+    ("soak::added_processes_one_after_another", 200.0),
+    ("soak::containers_one_after_another", 200.0),
+    ("soak::five_hundred_come_and_go", 600.0),
+    ("soak::networks_one_after_another", 600.0),
+    ("soak::twenty_pods_at_once", 250.0),
+    ("soak::twenty_sandboxes_of_one_image", 150.0),
     ("specifications", 20.0),
 ];
 /// A case of any other module.
@@ -110,7 +118,9 @@ pub fn plan(cases: &[String], most: usize) -> Vec<Shard> {
 /// What the cases have in common that stay together: their module, or a name.
 fn together(case: &str) -> &str {
     match case.split_once("::") {
-        Some((module, _)) if !case.starts_with(super::EVERY_FAULT) => module,
+        Some((module, _)) if ![super::EVERY_FAULT, super::SOAK].iter().any(|long| case.starts_with(long)) => {
+            module
+        }
         _ => case,
     }
 }
@@ -279,9 +289,22 @@ mod tests {
 
     #[test]
     fn long_cases_are_each_by_themselves() {
-        let cases = ["faults::every_long_stop", "faults::every_point_of_the_shim", "faults::some_points"];
-        let shards = plan(&cases.map(str::to_owned), 2);
-        assert_eq!(shards.iter().map(|shard| shard.cases.len()).collect::<Vec<_>>(), [1, 2], "{shards:?}");
+        let sizes = |cases: &[&str]| {
+            let cases: Vec<String> = cases.iter().map(|&case| case.to_owned()).collect();
+            plan(&cases, 2).iter().map(|shard| shard.cases.len()).collect::<Vec<_>>()
+        };
+        assert_eq!(
+            sizes(&["faults::every_long_stop", "faults::every_point_of_the_shim", "faults::some_points"]),
+            [1, 2]
+        );
+        assert_eq!(
+            sizes(&[
+                "soak::a_thousand_sandboxes_or_an_hour_of_them",
+                "soak::five_hundred_come_and_go",
+                "soak::twenty_pods_at_once"
+            ]),
+            [1, 2]
+        );
     }
 
     #[test]
