@@ -194,8 +194,14 @@ impl Drop for Preparation {
 /// The scratch file in `dir`.
 fn prepare(size_bytes: u64, cache_dir: &Path, dir: &Path) -> Result<PathBuf, ScratchError> {
     let path = dir.join(FILE_NAME);
-    if is_file_system(&path) {
-        return Ok(path);
+    match own_file::open(&path).and_then(|file| has_magic(&file)) {
+        Ok(true) => return Ok(path),
+        Ok(false) => {}
+        // Nothing, or a link that somebody has put there.
+        Err(error)
+            if error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ELOOP) => {}
+        // What a container has written is not thrown away because it cannot be read today.
+        Err(error) => return Err(failed(&path)(error)),
     }
     let new = path.with_added_extension("new");
     let made =
@@ -211,8 +217,11 @@ fn prepare_disk(disk: Disk, cache_dir: &Path) -> Result<PathBuf, ScratchError> {
     let Disk { index, path, size_bytes, uuid } = disk;
     let refused = |path: &Path, problem: String| ScratchError::Disk { index, path: path.to_owned(), problem };
     match own_file::open(&path) {
-        Ok(_) if is_file_system(&path) => return Ok(path),
-        Ok(_) => return Err(refused(&path, "is no ext4 file system".into())),
+        Ok(file) => match has_magic(&file) {
+            Ok(true) => return Ok(path),
+            Ok(false) => return Err(refused(&path, "is no ext4 file system".into())),
+            Err(error) => return Err(refused(&path, error.to_string())),
+        },
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(refused(&path, error.to_string())),
     }
@@ -238,9 +247,17 @@ fn prepare_disk(disk: Disk, cache_dir: &Path) -> Result<PathBuf, ScratchError> {
 
 /// Whether a file system has been made there. One whose beginning never reached
 /// the disk before the host crashed has nothing in it that did.
-fn is_file_system(path: &Path) -> bool {
+fn has_magic(file: &File) -> io::Result<bool> {
     let mut magic = [0; 2];
-    own_file::open(path).and_then(|file| file.read_exact_at(&mut magic, MAGIC_AT)).is_ok() && magic == MAGIC
+    match file.read_exact_at(&mut magic, MAGIC_AT) {
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
+        read => read.map(|()| magic == MAGIC),
+    }
+}
+
+/// The same of what is made anew where it cannot be used.
+fn is_file_system(path: &Path) -> bool {
+    own_file::open(path).and_then(|file| has_magic(&file)).unwrap_or(false)
 }
 
 fn create(path: &Path, size_bytes: u64, cache_dir: &Path) -> Result<(), ScratchError> {
@@ -402,6 +419,26 @@ mod tests {
         fs::write(root.path().join(FILE_NAME), [0; 4096]).unwrap();
         let path = prepare(64 << 20, &root.path().join("cache"), root.path()).unwrap();
         assert!(is_file_system(&path) && fs::metadata(path).unwrap().len() == 64 << 20);
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_not_thrown_away() {
+        let root = tempfile::tempdir().unwrap();
+        let (cache, path) = (root.path().join("cache"), root.path().join(FILE_NAME));
+        prepare(64 << 20, &cache, root.path()).unwrap();
+        // As a backup of hard links leaves it.
+        fs::hard_link(&path, root.path().join("backup")).unwrap();
+        let error = prepare(64 << 20, &cache, root.path()).unwrap_err().to_string();
+        assert!(error.contains(&*path.to_string_lossy()), "{error}");
+        assert_eq!(
+            fs::metadata(&path).unwrap().ino(),
+            fs::metadata(root.path().join("backup")).unwrap().ino()
+        );
+        // A link that somebody has put there leads nowhere.
+        fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink(root.path().join("backup"), &path).unwrap();
+        prepare(64 << 20, &cache, root.path()).unwrap();
+        assert!(fs::symlink_metadata(&path).unwrap().is_file());
     }
 
     #[test]
