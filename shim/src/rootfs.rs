@@ -278,7 +278,7 @@ pub(crate) fn disk(layers: &[Layer]) -> Option<stack::Disk> {
 }
 
 /// Splits at colons that no backslash escapes, and keeps the escapes.
-fn split_lower(dirs: &str) -> Vec<String> {
+pub(crate) fn split_lower(dirs: &str) -> Vec<String> {
     let mut out = vec![String::new()];
     let mut escaped = false;
     for c in dirs.chars() {

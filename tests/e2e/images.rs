@@ -176,8 +176,19 @@ fn an_image_has_all_that_its_layers_have() {
             shell(&format!("umount {} {}", a.display(), b.display()))?;
             same?;
 
-            // Too large is too large the next time too.
             std::fs::remove_file(&file)?;
+            the_host_unmounts_meanwhile(&dir.with_extension("c"), maker(world, (MANY, 0), &file, &layers))?;
+
+            // To read all of a layer that is a file system by itself may be to fetch it from far away.
+            std::fs::remove_file(&file)?;
+            shell(&format!("mount --bind {0} {0}", layers[1].display()))?;
+            let said = made((MANY, 0));
+            shell(&format!("umount {}", layers[1].display()))?;
+            ensure!(said?.contains(&format!("{}: is a mount", layers[1].display())), "not refused");
+            let refused = format!("{}.refused", file.display());
+            ensure!(shell(&format!("cat {refused}; rm {refused}"))?.contains("is a mount"), "not for good");
+
+            // Too large is too large the next time too.
             let said = made((64 << 10, 0))?;
             ensure!(said.contains("would be larger than 65536 bytes"), "{said}");
             let refused = shell(&format!("cat {}.refused", file.display()))?;
@@ -185,6 +196,29 @@ fn an_image_has_all_that_its_layers_have() {
             Ok(())
         })
     });
+}
+
+/// What the host unmounts while an image is made is unmounted, and no file system stays in use by the maker.
+fn the_host_unmounts_meanwhile(at: &Path, mut maker: Command) -> Result<()> {
+    shell(&format!("mkdir {0}; mount -t tmpfs tmpfs {0}", at.display()))?;
+    let child = maker.spawn()?;
+    let pid = child.id();
+    let mounts = || std::fs::read_to_string(format!("/proc/{pid}/mountinfo"));
+    let until = Instant::now() + scale::command();
+    // It has its own mounts now.
+    while !mounts()?.contains("/tree ") {
+        ensure!(Instant::now() < until, "no tree");
+    }
+    shell(&format!("kill -STOP {pid}"))?;
+    let before = mounts()?;
+    shell(&format!("umount {0}; rmdir {0}", at.display()))?;
+    let after = mounts()?;
+    shell(&format!("kill -CONT {pid}"))?;
+    let output = child.wait_with_output()?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let has = |mounts: &str| mounts.contains(&format!(" {} ", at.display()));
+    ensure!(has(&before) && !has(&after), "before: {before}after: {after}");
+    Ok(())
 }
 
 /// Bytes of a file in the image that is worth reading, whole pages.

@@ -31,8 +31,10 @@ use nix::{
 
 use super::{INDEX, REFUSED, huge_pages};
 use crate::{
-    capabilities, own_file,
-    rootfs::{self, Access, Layer, RootfsError},
+    capabilities,
+    mount::Identity,
+    own_file,
+    rootfs::{self, Access, Layer, RootfsError, unescape},
 };
 
 /// Its word on the command line.
@@ -78,6 +80,12 @@ pub enum MakeError {
         have: u64,
         /// What has to stay.
         floor: u64,
+    },
+    /// A layer is a file system by itself, whose files may have to be fetched first.
+    #[error("{}: is a mount; images are made of layers that are plain directories", path.display())]
+    Mounted {
+        /// The layer.
+        path: PathBuf,
     },
     /// The program ends with an error.
     #[error("{MKFS}: {0}")]
@@ -133,6 +141,11 @@ impl Job {
         }
         let dir = self.file.parent().unwrap_or(Path::new("/"));
         let name = self.file.file_name().ok_or(MakeError::Usage)?;
+        self.look_at_layers().inspect_err(|error| {
+            if let MakeError::Mounted { .. } = error {
+                self.refuse(&error.to_string());
+            }
+        })?;
         // Before the tree is over it.
         let index = open(&index, OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW).map_err(failed(&index))?;
         // First: a file and the directory it is to be in have to be of one mount namespace.
@@ -152,9 +165,27 @@ impl Job {
         Ok(())
     }
 
+    /// Snapshotters that fetch files when they are read (stargz, SOCI) mount each layer: to read all of it would fetch all
+    /// of it. Nothing is asked of those mounts.
+    fn look_at_layers(&self) -> Result<(), MakeError> {
+        for dir in rootfs::split_lower(&self.lower) {
+            let path = PathBuf::from(unescape(&dir));
+            let of = |path: &Path| Identity::of(path).map_err(failed(path));
+            if !of(&path)?.is_on_the_mount_of(&of(path.parent().unwrap_or(&path))?) {
+                return Err(MakeError::Mounted { path });
+            }
+        }
+        Ok(())
+    }
+
+    /// Says for good why there is no image.
+    fn refuse(&self, reason: &str) {
+        let _ = own_file::write(&self.file.with_added_extension(REFUSED), reason);
+    }
+
     /// How large it may get.
-    fn limit(&self, dir: &Path, dir_fd: &OwnedFd) -> Result<Limit, MakeError> {
-        let found = fstatvfs(dir_fd).map_err(|errno| failed(dir)(errno.into()))?;
+    fn limit(&self, dir: &Path, in_dir: &OwnedFd) -> Result<Limit, MakeError> {
+        let found = fstatvfs(in_dir).map_err(|errno| failed(dir)(errno.into()))?;
         let have = found.blocks_available().saturating_mul(found.fragment_size());
         match have.checked_sub(self.free) {
             None | Some(0) => Err(MakeError::Full { path: dir.to_owned(), have, floor: self.free }),
@@ -172,9 +203,10 @@ impl Job {
                 Some(libc::SIGXFSZ) => format!("the image would be larger than {} bytes", limit.bytes),
                 _ => said(&output),
             };
-            // What would be the same the next time is not tried again.
-            if !limit.by_space && output.status.signal().is_none_or(|signal| signal == libc::SIGXFSZ) {
-                let _ = own_file::write(&self.file.with_added_extension(REFUSED), said.as_bytes());
+            // What would be the same the next time is not tried again. The disk may have filled up on the way.
+            let by_space = || limit.by_space || !self.limit(dir, &file).is_ok_and(|limit| !limit.by_space);
+            if output.status.signal().is_none_or(|signal| signal == libc::SIGXFSZ) && !by_space() {
+                self.refuse(&said);
             }
             return Err(MakeError::Mkfs(said));
         }
@@ -187,7 +219,8 @@ impl Job {
     fn merge(&self) -> Result<PathBuf, MakeError> {
         let private = || -> io::Result<()> {
             unshare(CloneFlags::CLONE_NEWNS)?;
-            mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)?;
+            // What the host unmounts meanwhile goes here as well: else its file system would stay in use until the image is made.
+            mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_SLAVE, None::<&str>)?;
             mount(Some("rvm"), &self.cache_dir, Some("tmpfs"), MsFlags::empty(), Some("mode=0700"))?;
             Ok(())
         };
