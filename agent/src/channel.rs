@@ -8,7 +8,7 @@
 //!     │ ── Ready ───────────────────────────> │   everything is made, execve is next
 //!     │ <───────────────────────── start ──── │
 //!     │ ── (closed by execve) ──────────────> │   the program runs
-//!     │ ── Failed(message) ─────────────────> │   at any point: the step that failed
+//!     │ ── Failed(errno, message) ──────────> │   at any point: the step that failed
 //! ```
 //!
 //! A [`helper`](crate::helper) says `Done(flag, descriptor)` instead of `Ready`.
@@ -201,8 +201,13 @@ impl Child {
 
     /// Reports the step that failed.
     pub fn failed(&self, error: &StepError) {
+        let (errno, text) = match error {
+            StepError::Kernel { step, errno } => (*errno as i32, step),
+            StepError::Refused(text) => (0, text),
+        };
         let mut message = vec![FAILED];
-        message.extend(error.to_string().bytes().take(MAX_MESSAGE));
+        message.extend(errno.to_le_bytes());
+        message.extend(text.bytes().take(MAX_MESSAGE));
         // Where nobody listens any more nobody wants to know.
         let _ = self.say(&message);
     }
@@ -226,12 +231,17 @@ impl AsFd for Child {
     }
 }
 
-fn failed(text: &[u8]) -> StepError {
-    StepError::Refused(String::from_utf8_lossy(text).into_owned())
+fn failed(message: &[u8]) -> StepError {
+    let (errno, text) = message.split_first_chunk().unwrap_or((&[0; 4], message));
+    let text = String::from_utf8_lossy(text).into_owned();
+    match i32::from_le_bytes(*errno) {
+        0 => StepError::Refused(text),
+        errno => StepError::Kernel { step: text, errno: Errno::from_raw(errno) },
+    }
 }
 
 fn receive(socket: &OwnedFd) -> nix::Result<(Vec<u8>, Option<OwnedFd>)> {
-    let mut message = vec![0; 1 + MAX_MESSAGE];
+    let mut message = vec![0; 1 + size_of::<i32>() + MAX_MESSAGE];
     let mut control = cmsg_space!(RawFd);
     let (length, fd) = {
         let mut slices = [IoSliceMut::new(&mut message)];
@@ -305,6 +315,9 @@ mod tests {
             child.failed(&StepError::Kernel { step: "mount \"/proc\"".into(), errno: Errno::EPERM });
             let error = parent.hear().await.unwrap_err();
             assert_eq!(error.to_string(), "mount \"/proc\": operation not permitted");
+            assert!(matches!(error, StepError::Kernel { errno: Errno::EPERM, .. }));
+            child.failed(&StepError::Refused("too long".into()));
+            assert_eq!(parent.hear().await.unwrap_err().to_string(), "too long");
         });
     }
 

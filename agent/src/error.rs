@@ -39,7 +39,7 @@ impl Error {
 }
 
 /// One step that failed. Steps run in children too, where an error crosses a
-/// process boundary as its text; so there is one type for all of them.
+/// process boundary as its number and its text; so there is one type for all of them.
 #[derive(Debug, thiserror::Error)]
 pub enum StepError {
     /// The kernel refused.

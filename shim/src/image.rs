@@ -7,6 +7,7 @@
 //! layers. See docs/decisions/0423. Those of containerd's EROFS snapshotter are there already, one for each
 //! layer ([`layers`], docs/decisions/0425).
 
+mod check;
 mod huge_pages;
 mod layers;
 pub mod maker;
@@ -239,8 +240,13 @@ fn serial(hash: &str) -> String {
 }
 
 /// Removes an image that a guest's kernel finds broken, so that the next start does without. It is made once more;
-/// if that one is broken as well, the fault is in the making, and there is none any more.
+/// if that one is broken as well, the fault is in the making, and there is none any more. One with which nothing is wrong
+/// stays: others have it too, and whoever has taken over a guest says what he likes. May take a minute.
 pub fn refuse(path: &Path, reason: &str) {
+    if check::is_intact(path) {
+        log::warn!("{}: a guest says {reason:?}, and there is nothing wrong with it: kept", path.display());
+        return;
+    }
     let once = path.with_added_extension(BROKEN);
     let mark = if once.exists() { path.with_added_extension(REFUSED) } else { once };
     if let Err(error) = own_file::write(&mark, reason) {

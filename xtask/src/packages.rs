@@ -37,8 +37,8 @@ impl Purpose {
     fn packages(self) -> &'static [&'static str] {
         match self {
             // The linker and C library of Rust's gnu target; the static libc is part of libc6-dev. The
-            // compiler of protobuf is for the client of CRI that tests use.
-            Self::Build => &["gcc", "libc6-dev", "protobuf-compiler"],
+            // compiler of protobuf is for the client of CRI that tests use, and unit tests make images.
+            Self::Build => &["erofs-utils", "gcc", "libc6-dev", "protobuf-compiler"],
             Self::GuestKernel => guest_kernel::BUILD_PACKAGES,
             Self::FullGuestKernel => guest_kernel::FULL_BUILD_PACKAGES,
             Self::Containers => &[

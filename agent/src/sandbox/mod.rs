@@ -217,7 +217,7 @@ impl Sandbox {
         };
         self.find_disks(&request).await?;
         rootfs::check_images(&request.rootfs)?;
-        self.images.mount(&request.rootfs.images, id, &self.reaper).await.map_err(Error::Image)?;
+        self.images.mount(&request.rootfs.images, id, &self.reaper).await?;
         let mut plan = Plan::new(request, scratch, shared)?;
         plan.open_mounts(&self.reaper).await?;
         let (container, preparing) = Container::create(id, &plan, Arc::clone(scratch), &self.reaper)?;

@@ -24,7 +24,7 @@ use super::{
     share::{read_ahead, volume},
 };
 use crate::{
-    error::{Step, StepError, StepResult},
+    error::{Error, Step, StepError, StepResult},
     helper::{self, Outcome},
     init::mounts::make_dir,
     reaper::Reaper,
@@ -52,7 +52,7 @@ pub fn path(name: &str) -> PathBuf {
 impl Images {
     /// Mounts the images a container is to have, where no other one has them yet. What was mounted so far
     /// when one of them fails goes by [`Images::release`].
-    pub async fn mount(&self, all: &[agent::Image], container: &str, reaper: &Reaper) -> StepResult<()> {
+    pub async fn mount(&self, all: &[agent::Image], container: &str, reaper: &Reaper) -> Result<(), Error> {
         if all.is_empty() {
             return Ok(());
         }
@@ -71,7 +71,10 @@ impl Images {
                 if let Err(error) = helper::run(reaper, "mount an image", mount).await {
                     // The error at hand is the one to tell.
                     let _ = fs::remove_dir(&target);
-                    return Err(error);
+                    return Err(match is_of_the_image(&error, image) {
+                        true => Error::Image(error),
+                        false => error.into(),
+                    });
                 }
             }
             images.users.entry(name.clone()).or_default().insert(container.to_owned());
@@ -87,6 +90,19 @@ impl Images {
             }
             !users.is_empty()
         });
+    }
+}
+
+/// Whether the image is to blame, and not what this guest has too little of, or does not know. One that is checked as it is read fails
+/// in many ways.
+fn is_of_the_image(error: &StepError, image: &agent::Image) -> bool {
+    match error {
+        StepError::Kernel { errno: Errno::ENOMEM, .. } => false,
+        StepError::Kernel {
+            errno: Errno::EINVAL | Errno::EUCLEAN | Errno::EOPNOTSUPP | Errno::EBADMSG,
+            ..
+        } => true,
+        StepError::Kernel { .. } | StepError::Refused(_) => image.verity.is_some(),
     }
 }
 

@@ -150,7 +150,7 @@ impl Container {
         };
         if let (Err(error), Some(attached)) = (&created, place.as_ref())
             && error.is_data_loss()
-            && let Some(error) = attached.refused_image(&error.to_string())
+            && let Some(error) = attached.refused_image(&error.to_string()).await
         {
             return Err(SandboxError::from(ShareError::from(error)).into());
         }

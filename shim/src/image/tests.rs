@@ -121,6 +121,29 @@ fn broken_once_is_made_again_and_twice_is_not() {
     }
 }
 
+/// Whoever has taken over a guest says that it cannot mount what all others have too.
+#[test]
+fn a_guests_word_removes_nothing_that_is_whole() {
+    let root = tempfile::tempdir().unwrap();
+    let layers = layers(root.path(), &[]);
+    let Found::Missing(place) = found(&layers) else { panic!("no place") };
+    fs::write(root.path().join("1/fs/file"), [7; 10_000]).unwrap();
+    let made = Command::new(maker::MKFS).arg(place.file()).arg(root.path().join("1/fs")).output().unwrap();
+    assert!(made.status.success(), "{made:?}");
+    for _ in 1..=3 {
+        refuse(&place.file(), "no file system");
+        assert!(matches!(found(&layers), Found::Ready(_)));
+    }
+    fs::File::options()
+        .write(true)
+        .open(place.file())
+        .unwrap()
+        .write_all_at(&[0xff; 4], SUPERBLOCK_AT + 80)
+        .unwrap();
+    refuse(&place.file(), "no file system");
+    assert!(matches!(found(&layers), Found::Missing(_)));
+}
+
 fn erofs(root: &Path, name: &str, options: &[&str]) -> Layer {
     let options = options.iter().map(|option| (*option).to_owned()).collect();
     let source = root.join(name).to_string_lossy().into_owned();

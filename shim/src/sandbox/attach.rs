@@ -131,19 +131,21 @@ impl Preparing {
             }
         };
         let (tell, looking) = oneshot::channel();
+        // From now on: who gives up meanwhile takes out what is put in.
+        let moving = host.moving(&part.container);
         let mounts = spawn_blocking({
             let (host, bundle, layers) = (host.clone(), bundle.clone(), layers.to_vec());
             let timeline = timeline.clone();
             let (images, cache_dir) = (config.images, config.host.cache_dir.clone());
             move || {
-                let found = host.image((images, &cache_dir), &bundle, &layers)?;
+                let found = host.image(&moving, (images, &cache_dir), &bundle, &layers)?;
                 let images = match &found {
                     Found::Ready(images) => Some(images.clone()),
                     Found::Missing(_) | Found::Never => None,
                 };
                 // Nobody waits for it any more.
                 let _ = tell.send(found);
-                let added = host.add(&bundle, &layers, images.as_deref())?;
+                let added = host.add(&moving, &bundle, &layers, images.as_deref())?;
                 timeline.mark("rootfs mounted");
                 Ok(added)
             }
@@ -333,13 +335,17 @@ impl Attached {
         }
     }
 
-    /// The guest cannot mount an image. Nobody is to have one that was made here any more; of one that is a
+    /// The guest cannot mount an image. Nobody is to have one that was made here any more, if it is broken; of one that is a
     /// client's, returns which it was.
-    pub fn refused_image(&self, reason: &str) -> Option<RootfsError> {
+    pub async fn refused_image(&self, reason: &str) -> Option<RootfsError> {
         let Found::Ready(images) = &self.image else { return None };
         for image in images {
             match (&image.origin, image.blobs.first()) {
-                (Origin::Maker, Some(blob)) => image::refuse(&blob.path, reason),
+                (Origin::Maker, Some(blob)) => {
+                    let (path, reason) = (blob.path.clone(), reason.to_owned());
+                    // A panic on that thread is a fault of ours, and has been told.
+                    let _ = spawn_blocking(move || image::refuse(&path, &reason)).await;
+                }
                 (Origin::Mount(index), Some(blob)) if reason.contains(image.name()) => {
                     let problem = format!("{}: {reason}", blob.path.display());
                     return Some(RootfsError::Layer { index: *index, field: "source", problem });

@@ -108,23 +108,23 @@ impl HostSide {
         self.holders.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Says that a container's image is being looked for and its mounts are being made: who takes it out waits for that.
+    pub(super) fn moving(self: &Arc<Self>, container: &str) -> Moving {
+        self.sharing().moving.insert(container.to_owned());
+        Moving { host: self.clone(), container: container.to_owned() }
+    }
+
+    /// Makes a container's mounts.
     pub(super) fn add(
         &self,
+        _: &Moving,
         bundle: &Bundle,
         layers: &[Layer],
         images: Option<&[Image]>,
     ) -> Result<Added, ShareError> {
-        let container = &bundle.container.container_id;
-        let share = {
-            let mut sharing = self.sharing();
-            // Nobody waits for it any more.
-            let Some(share) = sharing.share.clone() else { return Ok(Added::default()) };
-            sharing.moving.insert(container.clone());
-            share
-        };
-        let added = share.add(bundle, layers, images);
-        self.moved(container, share);
-        added
+        // Without it nobody waits for them any more.
+        let share = self.sharing().share.clone();
+        share.map_or_else(|| Ok(Added::default()), |share| share.add(bundle, layers, images))
     }
 
     /// Looks for images in place of `layers`. A machine has slots for some twenty disks, and
@@ -132,6 +132,7 @@ impl HostSide {
     /// layers that are files the smaller ones.
     pub(super) fn image(
         &self,
+        _: &Moving,
         (configured, cache_dir): (Images, &Path),
         bundle: &Bundle,
         layers: &[Layer],
@@ -163,7 +164,7 @@ impl HostSide {
     }
 
     /// Takes a container out of the share, after what is being mounted for it.
-    pub(super) fn remove(&self, container: &str) {
+    pub(super) fn remove(self: &Arc<Self>, container: &str) {
         let is_moving = |sharing: &mut Sharing| sharing.moving.contains(container);
         let sharing = self.done.wait_while(self.sharing(), is_moving);
         let mut sharing = sharing.unwrap_or_else(PoisonError::into_inner);
@@ -171,14 +172,22 @@ impl HostSide {
         let Some(share) = sharing.share.clone() else { return };
         sharing.moving.insert(container.to_owned());
         drop(sharing);
+        let _moving = Moving { host: self.clone(), container: container.to_owned() };
+        // Its mounts and directory go with the last who has it, before [`HostSide::close`] goes on.
         share.remove(container);
-        self.moved(container, share);
-    }
-
-    /// Lets go of the share, whose mounts and directory go with the last who has it, before [`HostSide::close`] goes on.
-    fn moved(&self, container: &str, share: Arc<Share>) {
         drop(share);
-        self.sharing().moving.remove(container);
-        self.done.notify_all();
+    }
+}
+
+/// A container that is being added to the share or taken out, until this is dropped.
+pub(super) struct Moving {
+    host: Arc<HostSide>,
+    container: String,
+}
+
+impl Drop for Moving {
+    fn drop(&mut self) {
+        self.host.sharing().moving.remove(&self.container);
+        self.host.done.notify_all();
     }
 }
