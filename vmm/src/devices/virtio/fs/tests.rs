@@ -1,6 +1,7 @@
 //! The device driven with FUSE messages made by hand.
 
 mod client;
+mod elsewhere;
 mod native;
 mod replay;
 

@@ -141,7 +141,7 @@ impl Inode {
         self.mount.immutable
     }
 
-    /// Whether a file of it is written nowhere else when it is closed.
+    /// Whether nobody but this host's kernel has a say when it is opened, read or closed.
     pub(super) fn is_local(&self) -> bool {
         self.mount.local
     }

@@ -292,6 +292,9 @@ impl Passthrough {
 
     /// What the guest's page cache may do with a file or directory it opens, and whether it waits for it to be
     /// closed. `flags` are those it is opened with.
+    ///
+    /// Another host's server may keep a `close` for as long as it likes, whatever the file was open for. A thread that
+    /// does what nobody waits for has another one's request in hand, and would keep that too.
     fn open_options(&self, inode: &Inode, flags: i32) -> OpenOptions {
         let cache = match (self.policy.constant || inode.is_immutable(), flags & libc::O_DIRECTORY != 0) {
             (true, true) => OpenOptions::KEEP_CACHE | OpenOptions::CACHE_DIR,
@@ -299,7 +302,7 @@ impl Passthrough {
             (false, true) => SHORT_IS_LAST,
             (false, false) => OpenOptions::empty(),
         };
-        match flags & libc::O_ACCMODE == libc::O_RDONLY || inode.is_local() {
+        match inode.is_local() {
             true => cache | UNANSWERED,
             false => cache,
         }

@@ -306,8 +306,8 @@ pub(super) fn raise_descriptor_limit() -> io::Result<u64> {
     }
 }
 
-/// Whether what is written to a file system stays on this host: closing a file of one that is elsewhere may have it
-/// sent there first, and who closes it waits for that.
+/// Whether a file system is served by this host's kernel alone: closing a file of another one may have what was written
+/// sent elsewhere first, or wait for a server that does not answer, and who closes it waits for that.
 pub(super) fn is_local(fd: BorrowedFd<'_>) -> bool {
     const LOCAL: [i64; 9] = [
         libc::EXT4_SUPER_MAGIC,
