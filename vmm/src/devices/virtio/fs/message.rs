@@ -80,7 +80,7 @@ enum Handling {
 }
 
 fn handling(opcode: u32) -> Handling {
-    const LIBRARY: [Opcode; 29] = [
+    const LIBRARY: [Opcode; 30] = [
         Opcode::Lookup,
         Opcode::Forget,
         Opcode::Getattr,
@@ -95,6 +95,7 @@ fn handling(opcode: u32) -> Handling {
         Opcode::Link,
         Opcode::Read,
         Opcode::Statfs,
+        Opcode::Flush,
         Opcode::Fsync,
         Opcode::Setxattr,
         Opcode::Getxattr,

@@ -60,6 +60,9 @@ const UNANSWERED: OpenOptions = unsafe { OpenOptions::from_bits_unchecked(1 << 3
 /// Its `FOPEN_DIR_SHORT_IS_LAST`: where an answer with entries has room for another one, they were the last.
 // SAFETY: as above.
 const SHORT_IS_LAST: OpenOptions = unsafe { OpenOptions::from_bits_unchecked(1 << 30) };
+/// `FOPEN_NOFLUSH`: the guest does not ask at each `close` what became of what was written (FLUSH).
+// SAFETY: as above.
+const NO_FLUSH: OpenOptions = unsafe { OpenOptions::from_bits_unchecked(1 << 5) };
 
 /// How a share is served.
 #[derive(Clone, Copy, Debug)]
@@ -246,6 +249,17 @@ impl Passthrough {
         Ok(file)
     }
 
+    /// What became of what was written to an open file. Where the file system is this host's own, the answers to WRITE
+    /// have said it.
+    fn flush_file(&self, id: u64, handle: u64) -> io::Result<()> {
+        if self.no_open.load(Ordering::Relaxed) {
+            // There are no handles, and the guest asks no more.
+            return Err(io::Error::from_raw_os_error(libc::ENOSYS));
+        }
+        let file = self.handles.file(id, handle)?;
+        if self.inodes.get(id)?.is_local() { Ok(()) } else { sys::flush(file.fd()) }
+    }
+
     /// Closes what the guest has open as `handle` of a node.
     pub fn close(&self, id: u64, handle: u64) -> io::Result<()> {
         self.handles.release(id, handle)
@@ -290,8 +304,8 @@ impl Passthrough {
         result
     }
 
-    /// What the guest's page cache may do with a file or directory it opens, and whether it waits for it to be
-    /// closed. `flags` are those it is opened with.
+    /// What the guest's page cache may do with a file or directory it opens, whether it waits for it to be closed,
+    /// and whether it asks what became of what was written. `flags` are those it is opened with.
     ///
     /// Another host's server may keep a `close` for as long as it likes, whatever the file was open for. A thread that
     /// does what nobody waits for has another one's request in hand, and would keep that too.
@@ -302,9 +316,11 @@ impl Passthrough {
             (false, true) => SHORT_IS_LAST,
             (false, false) => OpenOptions::empty(),
         };
-        match inode.is_local() {
-            true => cache | UNANSWERED,
-            false => cache,
+        // Closing what was not written to says nothing.
+        match (inode.is_local(), flags & libc::O_ACCMODE == libc::O_RDONLY) {
+            (true, _) => cache | UNANSWERED | NO_FLUSH,
+            (false, true) => cache | NO_FLUSH,
+            (false, false) => cache,
         }
     }
 }

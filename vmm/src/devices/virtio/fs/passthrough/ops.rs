@@ -1,7 +1,6 @@
 //! The operations, one per FUSE opcode. Those left out are answered ENOSYS,
 //! and the guest's kernel then does without: locks stay within the guest,
-//! FLUSH and ACCESS are not asked again, `copy_file_range` becomes read and
-//! write.
+//! ACCESS is not asked again, `copy_file_range` becomes read and write.
 
 use std::ffi::CStr;
 use std::fs::File;
@@ -40,7 +39,7 @@ fn signed(value: u64) -> io::Result<i64> {
 /// Takes set-user-id and set-group-id off a file somebody without the right
 /// to keep them is about to write.
 fn kill_privileges(fd: BorrowedFd<'_>) -> io::Result<()> {
-    let mode = sys::stat(fd, c"")?.attr.st_mode;
+    let mode = sys::mode(fd)?;
     let group = if mode & libc::S_IXGRP != 0 { libc::S_ISGID } else { 0 };
     let killed = mode & !(libc::S_ISUID | group);
     if killed == mode { Ok(()) } else { sys::chmod(fd, killed & 0o7777) }
@@ -142,7 +141,8 @@ impl Passthrough {
     }
 
     /// Has `write` write data to an open file: given the file, how much at most, and at which offset, it says how much
-    /// it was. Says what the file was before and is afterwards, too, where that is asked for (`look`).
+    /// it was. Says what the file was before and is afterwards, too, where that is asked for (`look`) and costs nothing:
+    /// a network's file system that is asked for times sends what was written to its server, and waits for it.
     pub fn write_file(
         &self,
         id: u64,
@@ -152,18 +152,20 @@ impl Passthrough {
     ) -> io::Result<(usize, Option<Seen>)> {
         self.change()?;
         let file = self.handles.file(id, args.fh)?;
-        let before = look.then(|| sys::stat(file.fd(), c"")).transpose()?;
+        let look = look && self.inodes.get(id).is_ok_and(|inode| inode.is_local());
+        let before = look.then(|| sys::stat(file.fd(), c"").ok()).flatten();
         file.set_append(args.flags.cast_signed() & libc::O_APPEND != 0)?;
         if args.fuse_flags & WRITE_KILL_PRIV != 0 {
             kill_privileges(file.fd())?;
         }
         let size = args.size.min(MAX_IO_BYTES) as usize;
         let size = write(Lent::new(file.fd()).file(), size, signed(args.offset)?.cast_unsigned())?;
-        let seen = before.map(|sys::Stat { attr: before, .. }| {
-            let (after, timeout) = self.attributes_of_open(id, &file)?;
-            Ok::<_, io::Error>(Seen { mtime: (before.st_mtime, before.st_mtime_nsec), after, timeout })
+        // What was written is written, whatever becomes of the look.
+        let seen = before.and_then(|sys::Stat { attr: before, .. }| {
+            let (after, timeout) = self.attributes_of_open(id, &file).ok()?;
+            Some(Seen { mtime: (before.st_mtime, before.st_mtime_nsec), after, timeout })
         });
-        Ok((size, seen.transpose()?))
+        Ok((size, seen))
     }
 
     /// Has `read` read a file that was just opened; nothing is read where that may take long.
@@ -408,6 +410,10 @@ impl FileSystem for Passthrough {
         let file = self.file(inode, handle)?;
         let size = (size.min(MAX_IO_BYTES) as usize).min(w.available_bytes());
         w.write_from(Lent::new(file.fd()).file(), size, signed(offset)?.cast_unsigned())
+    }
+
+    fn flush(&self, _ctx: &Context, inode: u64, handle: u64, _lock_owner: u64) -> io::Result<()> {
+        self.flush_file(inode, handle)
     }
 
     fn fsync(&self, _ctx: &Context, inode: u64, datasync: bool, handle: u64) -> io::Result<()> {

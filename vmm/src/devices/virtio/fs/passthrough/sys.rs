@@ -10,7 +10,7 @@ use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
 use crate::process::owned;
@@ -81,13 +81,7 @@ pub(super) struct Stat {
 
 /// `statx(2)` of `name` in `dir`, or of `dir` itself if `name` is empty.
 pub(super) fn stat(dir: BorrowedFd<'_>, name: &CStr) -> io::Result<Stat> {
-    let mut buffer = MaybeUninit::<libc::statx>::zeroed();
-    let flags = libc::AT_EMPTY_PATH | libc::AT_SYMLINK_NOFOLLOW | libc::AT_NO_AUTOMOUNT;
-    let mask = libc::STATX_BASIC_STATS | libc::STATX_MNT_ID;
-    // SAFETY: `name` is a C string, `buffer` has room for a statx.
-    check(unsafe { libc::statx(dir.as_raw_fd(), name.as_ptr(), flags, mask, buffer.as_mut_ptr()) })?;
-    // SAFETY: it was zeroed and then filled; any bytes are valid.
-    let from = unsafe { buffer.assume_init() };
+    let from = statx(dir, name, libc::STATX_BASIC_STATS | libc::STATX_MNT_ID)?;
     // SAFETY: any bytes are valid.
     let mut attr: libc::stat64 = unsafe { std::mem::zeroed() };
     attr.st_dev = libc::makedev(from.stx_dev_major, from.stx_dev_minor);
@@ -107,6 +101,20 @@ pub(super) fn stat(dir: BorrowedFd<'_>, name: &CStr) -> io::Result<Stat> {
     attr.st_ctime = from.stx_ctime.tv_sec;
     attr.st_ctime_nsec = from.stx_ctime.tv_nsec.into();
     Ok(Stat { attr, mount: from.stx_mnt_id })
+}
+
+/// Type and permissions of a file. A network's file system that is asked for times first sends what was written.
+pub(super) fn mode(fd: BorrowedFd<'_>) -> io::Result<u32> {
+    Ok(statx(fd, c"", libc::STATX_TYPE | libc::STATX_MODE)?.stx_mode.into())
+}
+
+fn statx(dir: BorrowedFd<'_>, name: &CStr, mask: u32) -> io::Result<libc::statx> {
+    let mut buffer = MaybeUninit::<libc::statx>::zeroed();
+    let flags = libc::AT_EMPTY_PATH | libc::AT_SYMLINK_NOFOLLOW | libc::AT_NO_AUTOMOUNT;
+    // SAFETY: `name` is a C string, `buffer` has room for a statx.
+    check(unsafe { libc::statx(dir.as_raw_fd(), name.as_ptr(), flags, mask, buffer.as_mut_ptr()) })?;
+    // SAFETY: it was zeroed and then filled; any bytes are valid.
+    Ok(unsafe { buffer.assume_init() })
 }
 
 /// `readlinkat(2)` of an `O_PATH` descriptor.
@@ -216,6 +224,19 @@ pub(super) fn set_append(fd: BorrowedFd<'_>, append: bool) -> io::Result<()> {
     let flags = if append { flags | libc::O_APPEND } else { flags & !libc::O_APPEND };
     // SAFETY: touches no memory.
     check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags) }).map(drop)
+}
+
+/// Has a file system say what became of what was written to an open file: that is the result of `close(2)`, of any of
+/// its descriptors.
+pub(super) fn flush(fd: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: touches no memory.
+    let flags = check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) })?;
+    if flags & libc::O_ACCMODE == libc::O_RDONLY {
+        return Ok(());
+    }
+    let other = fd.try_clone_to_owned()?.into_raw_fd();
+    // SAFETY: it is nobody else's, and gone whatever the result is.
+    check(unsafe { libc::close(other) }).map(drop)
 }
 
 /// `syncfs(2)` of the file system of an open file.

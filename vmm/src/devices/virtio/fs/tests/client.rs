@@ -34,9 +34,11 @@ pub(super) const SETXATTR: u32 = 21;
 pub(super) const GETXATTR: u32 = 22;
 pub(super) const LISTXATTR: u32 = 23;
 pub(super) const REMOVEXATTR: u32 = 24;
+pub(super) const FLUSH: u32 = 25;
 pub(super) const INIT: u32 = 26;
 pub(super) const OPENDIR: u32 = 27;
 pub(super) const READDIR: u32 = 28;
+pub(super) const RELEASEDIR: u32 = 29;
 pub(super) const CREATE: u32 = 35;
 pub(super) const DESTROY: u32 = 38;
 pub(super) const BATCH_FORGET: u32 = 42;
@@ -101,6 +103,10 @@ pub(super) fn read_body(handle: u64, offset: u64, size: u32) -> Vec<u8> {
 pub(super) fn write_body(handle: u64, offset: u64, flags: i32, data: &[u8]) -> Vec<u8> {
     let tail = words(&[data.len() as u32, 0, 0, 0, flags as u32, 0]);
     [handle.to_le_bytes().as_slice(), &offset.to_le_bytes(), &tail, data].concat()
+}
+
+pub(super) fn flush_body(handle: u64) -> Vec<u8> {
+    [handle.to_le_bytes(), [0; 8], [0; 8]].concat()
 }
 
 /// The entries of an answer: name, node, and the offset of the one after it.
