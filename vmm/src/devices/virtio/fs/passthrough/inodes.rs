@@ -15,69 +15,32 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use fuse_backend_rs::api::filesystem::ROOT_ID;
 
-use super::files::Recent;
+use super::mounts::{Anchor, Key, Mount, key};
 use super::sys::{self, Fd, Stat};
 use super::{Policy, nodes};
 
-/// Directories of one mount that are kept open.
-const RECENT_DIRS: usize = 64;
-
-/// What tells one file from another.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Key {
-    /// [`Mount::number`].
-    mount: u64,
-    dev: u64,
-    /// Unique while the file is held open, or while nothing changes.
-    ino: u64,
-}
+/// Names from a file up to a directory that is held, at most: as many as a path has (`PATH_MAX`, of which each takes
+/// two bytes). A guest can nest more of them, and each of its requests would look all of them up again.
+const MAX_NAMES: usize = libc::PATH_MAX as usize / 2;
 
 /// How to get at a file.
 enum Place {
-    Name {
-        parent: Arc<Inode>,
-        name: CString,
-    },
+    /// Where it stays.
+    Name(Sighting),
     /// Where it was seen last. It may have gone from there: then it is stale, and the
     /// guest looks its name up again.
     Seen(Mutex<Sighting>),
     Fd(OwnedFd),
     /// The root of the share, always held.
     Root(OwnedFd),
+    /// Nobody knows it any more ([`Inode::drop`]).
+    Gone,
 }
 
 #[derive(Clone)]
 struct Sighting {
     parent: Arc<Inode>,
     name: CString,
-}
-
-/// Some open file of a mount, by which its file system is written out.
-enum Anchor {
-    /// Of a mount that was made for the guest.
-    Held(OwnedFd),
-    /// Of one below a volume, that the host may unmount at any time: it is found
-    /// again each time, as what is held open cannot be unmounted.
-    Found { parent: Arc<Inode>, name: CString },
-}
-
-/// A mount the guest knows files of.
-struct Mount {
-    /// The kernel's number. It is given to another once the mount is gone, which
-    /// one that is held is not.
-    id: u64,
-    /// Our own, which no other gets.
-    number: u64,
-    /// Its file system.
-    dev: u64,
-    anchor: Anchor,
-    /// Nobody changes anything in it.
-    immutable: bool,
-    /// [`sys::is_local`].
-    local: bool,
-    /// Directories found by name and used last, so that what is deep below is not
-    /// looked for from the root each time. By node id.
-    dirs: Recent<u64, Arc<OwnedFd>>,
 }
 
 /// A file the guest knows.
@@ -146,39 +109,94 @@ impl Inode {
         self.mount.local
     }
 
-    /// A descriptor that stands for it, not open for data.
+    /// A descriptor that stands for it, not open for data. Without recursion: how deep it lies the guest says, and
+    /// names that were seen one after another, while the host renamed, may be a circle.
     pub(super) fn path_fd(&self) -> io::Result<Fd<'_>> {
+        if let Some(fd) = self.held() {
+            return Ok(fd);
+        }
+        let (mut way, mut next) = (Vec::new(), self.sighting());
+        let top = loop {
+            way.push(next.filter(|_| way.len() < MAX_NAMES).ok_or_else(stale)?);
+            let parent = way.last().map(|at: &Sighting| &at.parent);
+            match parent.and_then(|parent| parent.held()) {
+                Some(fd) => break fd,
+                None => next = parent.and_then(|parent| parent.sighting()),
+            }
+        };
+        let mut opened: Option<Fd<'static>> = None;
+        for (index, at) in way.iter().enumerate().rev() {
+            let below = index.checked_sub(1).and_then(|below| way.get(below));
+            let inode = below.map_or(self, |below| &*below.parent);
+            let dir = opened.as_ref().map_or(top.as_fd(), Fd::as_fd);
+            opened = Some(inode.open_in(dir, &at.name)?);
+        }
+        opened.ok_or_else(stale)
+    }
+
+    /// What of it is open anyway.
+    fn held(&self) -> Option<Fd<'_>> {
         match &self.place {
-            Place::Fd(fd) | Place::Root(fd) => Ok(Fd::Borrowed(fd.as_fd())),
-            Place::Name { parent, name } => {
-                if let Some(fd) = self.mount.dirs.get(&self.id) {
-                    return Ok(Fd::Shared(fd));
-                }
-                let fd = sys::open_at(parent.path_fd()?.as_fd(), name, libc::O_PATH, 0)?;
-                if self.kind != libc::S_IFDIR {
-                    return Ok(Fd::Owned(fd));
-                }
-                let fd = Arc::new(fd);
-                self.mount.dirs.put(self.id, Arc::clone(&fd));
-                Ok(Fd::Shared(fd))
-            }
-            Place::Seen(at) => {
-                let Sighting { parent, name } = at.lock().unwrap_or_else(PoisonError::into_inner).clone();
-                self.seen_at(&parent, &name).map(Fd::Owned)
-            }
+            Place::Fd(fd) | Place::Root(fd) => Some(Fd::Borrowed(fd.as_fd())),
+            Place::Name(_) => self.mount.dirs.get(&self.id).map(Fd::Shared),
+            Place::Seen(_) | Place::Gone => None,
         }
     }
 
-    /// Opens what is called `name` in `parent`, if it is this file.
-    fn seen_at(&self, parent: &Inode, name: &CStr) -> io::Result<OwnedFd> {
-        let stale = || io::Error::from_raw_os_error(libc::ESTALE);
-        let opened = sys::open_at(parent.path_fd()?.as_fd(), name, libc::O_PATH, 0);
-        let fd = opened.map_err(|error| match error.raw_os_error() {
-            Some(libc::ENOENT | libc::ENOTDIR) => stale(),
-            _ => error,
-        })?;
-        let stat = sys::stat(fd.as_fd(), c"")?;
-        if stat.mount == self.mount.id && key(&self.mount, &stat) == self.key { Ok(fd) } else { Err(stale()) }
+    /// Where it is, unless it is held.
+    fn sighting(&self) -> Option<Sighting> {
+        match &self.place {
+            Place::Name(at) => Some(at.clone()),
+            Place::Seen(at) => Some(at.lock().unwrap_or_else(PoisonError::into_inner).clone()),
+            Place::Fd(_) | Place::Root(_) | Place::Gone => None,
+        }
+    }
+
+    /// Opens what is called `name` in `dir`, its parent, if it is this file.
+    fn open_in(&self, dir: BorrowedFd<'_>, name: &CStr) -> io::Result<Fd<'static>> {
+        let opened = sys::open_at(dir, name, libc::O_PATH, 0);
+        if let Place::Seen(_) = self.place {
+            let fd = opened.map_err(|error| match error.raw_os_error() {
+                Some(libc::ENOENT | libc::ENOTDIR) => stale(),
+                _ => error,
+            })?;
+            let stat = sys::stat(fd.as_fd(), c"")?;
+            let is_it = stat.mount == self.mount.id && key(&self.mount, &stat) == self.key;
+            return if is_it { Ok(Fd::Owned(fd)) } else { Err(stale()) };
+        }
+        let fd = opened?;
+        if self.kind != libc::S_IFDIR {
+            return Ok(Fd::Owned(fd));
+        }
+        let fd = Arc::new(fd);
+        self.mount.dirs.put(self.id, Arc::clone(&fd));
+        Ok(Fd::Shared(fd))
+    }
+
+    /// The directory it is in, unless it is held.
+    fn parent(&self) -> Option<Arc<Inode>> {
+        match &self.place {
+            Place::Name(at) => Some(Arc::clone(&at.parent)),
+            Place::Seen(at) => Some(Arc::clone(&at.lock().unwrap_or_else(PoisonError::into_inner).parent)),
+            Place::Fd(_) | Place::Root(_) | Place::Gone => None,
+        }
+    }
+
+    fn is_in(&self, parent: &Arc<Inode>) -> bool {
+        self.parent().is_some_and(|known| Arc::ptr_eq(&known, parent))
+    }
+
+    /// Whether it is `other`, or was seen somewhere below it; also where it lies too deep to say.
+    fn is_within(&self, other: &Self) -> bool {
+        let (mut id, mut next) = (self.id, self.parent());
+        for _ in 0..MAX_NAMES {
+            match next {
+                _ if id == other.id => return true,
+                Some(parent) => (id, next) = (parent.id, parent.parent()),
+                None => return false,
+            }
+        }
+        true
     }
 
     /// Opens it.
@@ -188,10 +206,33 @@ impl Inode {
         }
         match &self.place {
             Place::Fd(fd) | Place::Root(fd) => sys::reopen(fd.as_fd(), flags),
-            Place::Name { parent, name } => sys::open_at(parent.path_fd()?.as_fd(), name, flags, 0),
-            Place::Seen(_) => sys::reopen(self.path_fd()?.as_fd(), flags),
+            Place::Name(at) => sys::open_at(at.parent.path_fd()?.as_fd(), &at.name, flags, 0),
+            Place::Seen(_) | Place::Gone => sys::reopen(self.path_fd()?.as_fd(), flags),
         }
     }
+
+    /// Takes it from its place; the directory it was in.
+    fn leave(&mut self) -> Option<Arc<Inode>> {
+        match std::mem::replace(&mut self.place, Place::Gone) {
+            Place::Name(at) => Some(at.parent),
+            Place::Seen(at) => Some(at.into_inner().unwrap_or_else(PoisonError::into_inner).parent),
+            Place::Fd(_) | Place::Root(_) | Place::Gone => None,
+        }
+    }
+}
+
+impl Drop for Inode {
+    /// Those above it that nobody else knows go one after another, not each within the one below.
+    fn drop(&mut self) {
+        let mut next = self.leave();
+        while let Some(parent) = next {
+            next = Arc::into_inner(parent).and_then(|mut parent| parent.leave());
+        }
+    }
+}
+
+pub(super) fn stale() -> io::Error {
+    io::Error::from_raw_os_error(libc::ESTALE)
 }
 
 struct Known {
@@ -348,7 +389,7 @@ impl Inodes {
             None => {
                 let place = match at {
                     At::Name { parent, name } => {
-                        Place::Name { parent: Arc::clone(parent), name: name.to_owned() }
+                        Place::Name(Sighting { parent: Arc::clone(parent), name: name.to_owned() })
                     }
                     // A file without a name is held.
                     At::Fd { parent, name, .. } if mount.is_followed() && !name.is_empty() => {
@@ -388,6 +429,9 @@ impl Inodes {
         known.lookups = known.lookups.saturating_add(1);
         if let (Place::Seen(seen), At::Fd { parent, name, .. }) = (&known.inode.place, at)
             && !name.is_empty()
+            // What was found below what it contains itself was moved meanwhile. A circle would never be forgotten: it is
+            // stale until it is looked up again. Places change here alone, one at a time, as the tables are locked.
+            && (kind != libc::S_IFDIR || known.inode.is_in(parent) || !parent.is_within(&known.inode))
         {
             let sighting = Sighting { parent: Arc::clone(parent), name: (*name).to_owned() };
             let old = std::mem::replace(&mut *seen.lock().unwrap_or_else(PoisonError::into_inner), sighting);
@@ -464,64 +508,5 @@ impl Inodes {
     }
 }
 
-impl Mount {
-    /// The mount of `file`, an `O_PATH` descriptor; `again` is how to find it
-    /// where it is not to be held.
-    fn open(
-        policy: Policy,
-        number: u64,
-        file: BorrowedFd<'_>,
-        stat: &Stat,
-        again: Option<Anchor>,
-    ) -> io::Result<Self> {
-        let held = anchor(file, stat)?;
-        let readonly = policy.readonly || sys::is_readonly(file)?;
-        let immutable = policy.constant && readonly || sys::is_layers(file, stat.mount);
-        let local = sys::is_local(file);
-        let anchor = again.unwrap_or(Anchor::Held(held));
-        let dirs = Recent::new(RECENT_DIRS);
-        Ok(Self { id: stat.mount, number, dev: stat.attr.st_dev, anchor, immutable, local, dirs })
-    }
-
-    /// Whether its files are known by the names they were seen under last.
-    fn is_followed(&self) -> bool {
-        !self.immutable && matches!(self.anchor, Anchor::Found { .. })
-    }
-
-    /// Whether it is the one found there now, and not another with its id.
-    fn is_at(&self, place: &Arc<Inode>, at: &CStr, stat: &Stat) -> bool {
-        match &self.anchor {
-            Anchor::Held(_) => true,
-            Anchor::Found { parent, name } => {
-                Arc::ptr_eq(parent, place) && name.as_c_str() == at && self.dev == stat.attr.st_dev
-            }
-        }
-    }
-
-    fn anchor(&self) -> io::Result<Fd<'_>> {
-        let (parent, name) = match &self.anchor {
-            Anchor::Held(fd) => return Ok(Fd::Borrowed(fd.as_fd())),
-            Anchor::Found { parent, name } => (parent, name),
-        };
-        let file = sys::open_at(parent.path_fd()?.as_fd(), name, libc::O_PATH, 0)?;
-        let stat = sys::stat(file.as_fd(), c"")?;
-        if stat.mount != self.id {
-            return Err(io::Error::from_raw_os_error(libc::ESTALE));
-        }
-        anchor(file.as_fd(), &stat).map(Fd::Owned)
-    }
-}
-
-/// A file system is written out by a file that is really open, which nothing but files and
-/// directories may be.
-fn anchor(file: BorrowedFd<'_>, stat: &Stat) -> io::Result<OwnedFd> {
-    match stat.attr.st_mode & libc::S_IFMT {
-        libc::S_IFDIR => sys::open_at(file, c".", libc::O_RDONLY | libc::O_DIRECTORY, 0),
-        libc::S_IFREG => sys::reopen(file, libc::O_RDONLY | libc::O_NONBLOCK),
-        _ => file.try_clone_to_owned(),
-    }
-}
-
-fn key(mount: &Mount, stat: &Stat) -> Key {
-    Key { mount: mount.number, dev: stat.attr.st_dev, ino: stat.attr.st_ino }
-}
+#[cfg(test)]
+mod tests;

@@ -19,6 +19,7 @@
 
 mod files;
 mod inodes;
+mod mounts;
 mod nodes;
 mod ops;
 mod sys;
