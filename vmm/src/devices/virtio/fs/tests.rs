@@ -1,5 +1,6 @@
 //! The device driven with FUSE messages made by hand.
 
+mod below;
 mod client;
 mod elsewhere;
 mod native;

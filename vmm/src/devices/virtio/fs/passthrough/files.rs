@@ -1,13 +1,13 @@
 //! What the guest has open: files and directories by handle, and, where it
 //! opens nothing because nothing changes, the ones it used last.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::sys;
+use super::sys::{self, Fd};
 
 /// Bytes of directory read from the host at once.
 const DIRENT_BYTES: usize = 32 << 10;
@@ -16,13 +16,13 @@ const DIRENT_HEADER: usize = 19;
 
 /// An open file.
 pub(super) struct OpenFile {
-    fd: OwnedFd,
+    fd: Arc<OwnedFd>,
     append: AtomicBool,
 }
 
 impl OpenFile {
     pub(super) fn new(fd: OwnedFd, append: bool) -> Self {
-        Self { fd, append: AtomicBool::new(append) }
+        Self { fd: Arc::new(fd), append: AtomicBool::new(append) }
     }
 
     pub(super) fn fd(&self) -> BorrowedFd<'_> {
@@ -41,7 +41,7 @@ impl OpenFile {
 /// A directory being read: entries fetched from the host and not yet given to
 /// the guest are kept, since it asks for few at a time.
 pub(super) struct DirStream {
-    fd: OwnedFd,
+    fd: Arc<OwnedFd>,
     buffer: Vec<u8>,
     /// Start of the next entry in `buffer`.
     at: usize,
@@ -63,7 +63,7 @@ pub(super) struct Dirent<'a> {
 
 impl DirStream {
     pub(super) fn new(fd: OwnedFd) -> Self {
-        Self { fd, buffer: Vec::new(), at: 0, offset: 0, host_offset: 0 }
+        Self { fd: Arc::new(fd), buffer: Vec::new(), at: 0, offset: 0, host_offset: 0 }
     }
 
     pub(super) fn fd(&self) -> BorrowedFd<'_> {
@@ -132,12 +132,14 @@ fn parse(bytes: &[u8]) -> Option<(Dirent<'_>, usize)> {
 #[derive(Clone)]
 enum Open {
     File(Arc<OpenFile>),
-    Dir(Arc<Mutex<DirStream>>),
+    /// And its descriptor, for which nobody waits until it has been read.
+    Dir(Arc<Mutex<DirStream>>, Arc<OwnedFd>),
 }
 
 /// The guest's open files and directories.
 pub(super) struct Handles {
-    open: Mutex<HashMap<u64, (u64, Open)>>,
+    /// By node id and handle.
+    open: Mutex<BTreeMap<(u64, u64), Open>>,
     next: AtomicU64,
     limit: usize,
 }
@@ -148,7 +150,7 @@ impl Handles {
         Self { open: Mutex::default(), next: AtomicU64::new(1), limit }
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<u64, (u64, Open)>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<(u64, u64), Open>> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -158,7 +160,7 @@ impl Handles {
             return Err(io::Error::from_raw_os_error(libc::ENFILE));
         }
         let handle = self.next.fetch_add(1, Ordering::Relaxed);
-        table.insert(handle, (id, open));
+        table.insert((id, handle), open);
         Ok(handle)
     }
 
@@ -169,42 +171,44 @@ impl Handles {
 
     /// A handle for a directory of node `id`.
     pub(super) fn add_dir(&self, id: u64, dir: DirStream) -> io::Result<u64> {
-        self.insert(id, Open::Dir(Arc::new(Mutex::new(dir))))
+        let fd = Arc::clone(&dir.fd);
+        self.insert(id, Open::Dir(Arc::new(Mutex::new(dir)), fd))
     }
 
     fn get(&self, id: u64, handle: u64) -> io::Result<Open> {
-        match self.lock().get(&handle) {
-            Some((of, open)) if *of == id => Ok(open.clone()),
-            _ => Err(io::Error::from_raw_os_error(libc::EBADF)),
-        }
+        self.lock().get(&(id, handle)).cloned().ok_or_else(|| io::Error::from_raw_os_error(libc::EBADF))
+    }
+
+    /// What is open of a node, whatever for.
+    pub(super) fn any(&self, id: u64) -> Option<Fd<'static>> {
+        let table = self.lock();
+        table.range((id, 0)..=(id, u64::MAX)).next().map(|(_, open)| match open {
+            Open::File(file) => Fd::Shared(Arc::clone(&file.fd)),
+            Open::Dir(_, fd) => Fd::Shared(Arc::clone(fd)),
+        })
     }
 
     /// The open file a handle stands for.
     pub(super) fn file(&self, id: u64, handle: u64) -> io::Result<Arc<OpenFile>> {
         match self.get(id, handle)? {
             Open::File(file) => Ok(file),
-            Open::Dir(_) => Err(io::Error::from_raw_os_error(libc::EISDIR)),
+            Open::Dir(..) => Err(io::Error::from_raw_os_error(libc::EISDIR)),
         }
     }
 
     /// The open directory a handle stands for.
     pub(super) fn dir(&self, id: u64, handle: u64) -> io::Result<Arc<Mutex<DirStream>>> {
         match self.get(id, handle)? {
-            Open::Dir(dir) => Ok(dir),
+            Open::Dir(dir, _) => Ok(dir),
             Open::File(_) => Err(io::Error::from_raw_os_error(libc::ENOTDIR)),
         }
     }
 
     /// Closes a handle.
     pub(super) fn release(&self, id: u64, handle: u64) -> io::Result<()> {
-        let mut table = self.lock();
-        if table.get(&handle).is_none_or(|(of, _)| *of != id) {
-            return Err(io::Error::from_raw_os_error(libc::EBADF));
-        }
-        let closed = table.remove(&handle);
-        drop(table);
-        drop(closed);
-        Ok(())
+        let closed = self.lock().remove(&(id, handle));
+        // It is closed without the lock.
+        closed.map(drop).ok_or_else(|| io::Error::from_raw_os_error(libc::EBADF))
     }
 
     /// Closes all.

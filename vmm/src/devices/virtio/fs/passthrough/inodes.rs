@@ -58,6 +58,11 @@ pub(super) struct Inode {
 }
 
 impl Inode {
+    /// Its node id.
+    pub(super) fn id(&self) -> u64 {
+        self.id
+    }
+
     /// Whether it may be opened: opening anything else has effects of its own.
     pub(super) fn is_file_or_dir(&self) -> bool {
         matches!(self.kind, libc::S_IFREG | libc::S_IFDIR)

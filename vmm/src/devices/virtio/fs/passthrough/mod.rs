@@ -39,6 +39,7 @@ use fuse_backend_rs::api::filesystem::{Entry, FsOptions, OpenOptions};
 use crate::procfs;
 use files::{DirStream, Handles, OpenFile, Recent};
 use inodes::{Found, Inode, Inodes};
+use sys::Fd;
 
 /// How long the guest may keep what does not change.
 const FOR_EVER: Duration = Duration::from_secs(86_400);
@@ -226,6 +227,24 @@ impl Passthrough {
     /// already, and direct I/O is between it and its own page cache.
     const OPEN_FLAGS: i32 = libc::O_ACCMODE | libc::O_TRUNC | libc::O_APPEND | libc::O_SYNC | libc::O_DSYNC;
 
+    /// A descriptor that stands for a file. One that is known by its place may have gone from there, or be nowhere any
+    /// more: as long as the guest has it open, it is that.
+    fn path_fd<'a>(&self, inode: &'a Inode) -> io::Result<Fd<'a>> {
+        inode.path_fd().or_else(|error| self.instead(inode, error))
+    }
+
+    /// Opens it.
+    fn open_inode(&self, inode: &Inode, flags: i32) -> io::Result<OwnedFd> {
+        inode.open(flags).or_else(|error| sys::reopen(self.instead(inode, error)?.as_fd(), flags))
+    }
+
+    fn instead(&self, inode: &Inode, error: io::Error) -> io::Result<Fd<'static>> {
+        match error.raw_os_error() {
+            Some(libc::ESTALE) => self.handles.any(inode.id()).ok_or(error),
+            _ => Err(error),
+        }
+    }
+
     /// Opens a file for the guest's `flags`, as far as they concern the host.
     fn open_for(&self, inode: &Inode, flags: u32) -> io::Result<OpenFile> {
         let flags = flags.cast_signed();
@@ -233,7 +252,7 @@ impl Passthrough {
             self.change()?;
         }
         // Opening never waits, e.g. for a lease to be broken.
-        let fd = inode.open(flags & Self::OPEN_FLAGS | libc::O_NONBLOCK)?;
+        let fd = self.open_inode(inode, flags & Self::OPEN_FLAGS | libc::O_NONBLOCK)?;
         Ok(OpenFile::new(fd, flags & libc::O_APPEND != 0))
     }
 
@@ -272,7 +291,7 @@ impl Passthrough {
     }
 
     fn open_dir(&self, inode: &Inode) -> io::Result<DirStream> {
-        inode.open(libc::O_RDONLY | libc::O_DIRECTORY).map(DirStream::new)
+        self.open_inode(inode, libc::O_RDONLY | libc::O_DIRECTORY).map(DirStream::new)
     }
 
     /// Gives directory entries from `offset` on to `take` until it wants no more.

@@ -47,7 +47,7 @@ fn kill_privileges(fd: BorrowedFd<'_>) -> io::Result<()> {
 
 impl Passthrough {
     fn attributes(&self, inode: &Inode) -> io::Result<(libc::stat64, Duration)> {
-        let path = inode.path_fd()?;
+        let path = self.path_fd(inode)?;
         let mut stat = sys::stat(path.as_fd(), c"")?;
         nodes::restore(path.as_fd(), &mut stat.attr);
         let timeout = self.attributes_timeout(inode.is_immutable(), inode.is_alone(), &stat.attr);
@@ -116,7 +116,10 @@ impl Passthrough {
     fn resize(&self, inode: &Inode, id: u64, handle: Option<u64>, size: i64, kill: bool) -> io::Result<()> {
         let file = match handle {
             Some(handle) => self.handles.file(id, handle)?,
-            None => std::sync::Arc::new(OpenFile::new(inode.open(libc::O_WRONLY | libc::O_NONBLOCK)?, false)),
+            None => std::sync::Arc::new(OpenFile::new(
+                self.open_inode(inode, libc::O_WRONLY | libc::O_NONBLOCK)?,
+                false,
+            )),
         };
         if kill {
             kill_privileges(file.fd())?;
@@ -132,7 +135,7 @@ impl Passthrough {
         let inode = self.inodes.get(id)?;
         if fuse_flags & FOPEN_IN_KILL_SUIDGID != 0 && flags.cast_signed() & libc::O_TRUNC != 0 {
             self.change()?;
-            kill_privileges(inode.path_fd()?.as_fd())?;
+            kill_privileges(self.path_fd(&inode)?.as_fd())?;
         }
         let file = self.open_for(&inode, flags)?;
         let handle = self.handles.add_file(id, file)?;
@@ -245,7 +248,7 @@ impl FileSystem for Passthrough {
     ) -> io::Result<(libc::stat64, Duration)> {
         self.change()?;
         let inode = self.inodes.get(id)?;
-        let path = inode.path_fd()?;
+        let path = self.path_fd(&inode)?;
         let fd = path.as_fd();
         if valid.contains(SetattrValid::MODE) {
             sys::chmod(fd, attr.st_mode & 0o7777)?;
@@ -461,7 +464,7 @@ impl FileSystem for Passthrough {
     }
 
     fn statfs(&self, _ctx: &Context, inode: u64) -> io::Result<libc::statvfs64> {
-        sys::stat_fs(self.inodes.get(inode)?.path_fd()?.as_fd())
+        sys::stat_fs(self.path_fd(&*self.inodes.get(inode)?)?.as_fd())
     }
 
     fn opendir(&self, _ctx: &Context, id: u64, _flags: u32) -> io::Result<(Option<u64>, OpenOptions)> {
@@ -533,14 +536,16 @@ impl FileSystem for Passthrough {
     }
 
     fn getxattr(&self, _ctx: &Context, inode: u64, name: &CStr, size: u32) -> io::Result<GetxattrReply> {
-        Ok(match xattrs::get(&*self.inodes.get(inode)?, name, size)? {
+        let inode = self.inodes.get(inode)?;
+        Ok(match xattrs::get(&inode, || self.path_fd(&inode), name, size)? {
             Found::Len(len) => GetxattrReply::Count(len),
             Found::Bytes(value) => GetxattrReply::Value(value),
         })
     }
 
     fn listxattr(&self, _ctx: &Context, inode: u64, size: u32) -> io::Result<ListxattrReply> {
-        Ok(match xattrs::list(&*self.inodes.get(inode)?, size)? {
+        let inode = self.inodes.get(inode)?;
+        Ok(match xattrs::list(&inode, || self.path_fd(&inode), size)? {
             Found::Len(len) => ListxattrReply::Count(len),
             Found::Bytes(names) => ListxattrReply::Names(names),
         })
@@ -548,12 +553,14 @@ impl FileSystem for Passthrough {
 
     fn setxattr(&self, _ctx: &Context, inode: u64, name: &CStr, value: &[u8], flags: u32) -> io::Result<()> {
         self.change()?;
-        xattrs::set(&*self.inodes.get(inode)?, name, value, flags)
+        let inode = self.inodes.get(inode)?;
+        xattrs::set(&inode, || self.path_fd(&inode), name, value, flags)
     }
 
     fn removexattr(&self, _ctx: &Context, inode: u64, name: &CStr) -> io::Result<()> {
         self.change()?;
-        xattrs::remove(&*self.inodes.get(inode)?, name)
+        let inode = self.inodes.get(inode)?;
+        xattrs::remove(&inode, || self.path_fd(&inode), name)
     }
 }
 

@@ -14,7 +14,8 @@ use std::io;
 use std::os::fd::AsFd;
 
 use super::inodes::Inode;
-use super::{nodes, sys};
+use super::nodes;
+use super::sys::{self, Fd};
 
 /// Bytes of one extended attribute, and of the list of their names (`XATTR_SIZE_MAX`).
 const MAX_BYTES: u32 = 64 << 10;
@@ -83,7 +84,13 @@ fn seen(names: &[u8], immutable: bool, device: bool) -> Vec<u8> {
     list
 }
 
-pub(super) fn get(inode: &Inode, name: &CStr, size: u32) -> io::Result<Found> {
+/// The value of one; `fd` gives a descriptor that stands for the file, where one is needed.
+pub(super) fn get<'a>(
+    inode: &Inode,
+    fd: impl FnOnce() -> io::Result<Fd<'a>>,
+    name: &CStr,
+    size: u32,
+) -> io::Result<Found> {
     let bytes = name.to_bytes();
     if inode.is_device() && name == nodes::ATTRIBUTE {
         return errno(libc::ENODATA);
@@ -102,7 +109,7 @@ pub(super) fn get(inode: &Inode, name: &CStr, size: u32) -> io::Result<Found> {
         return errno(libc::ENODATA);
     }
     let mut value = vec![0; size.min(MAX_BYTES) as usize];
-    match sys::get_xattr(inode.path_fd()?.as_fd(), &asked, &mut value) {
+    match sys::get_xattr(fd()?.as_fd(), &asked, &mut value) {
         Ok(len) if size == 0 => Ok(Found::Len(len as u32)),
         Ok(len) => {
             value.truncate(len);
@@ -117,9 +124,13 @@ pub(super) fn get(inode: &Inode, name: &CStr, size: u32) -> io::Result<Found> {
     }
 }
 
-pub(super) fn list(inode: &Inode, size: u32) -> io::Result<Found> {
+pub(super) fn list<'a>(
+    inode: &Inode,
+    fd: impl FnOnce() -> io::Result<Fd<'a>>,
+    size: u32,
+) -> io::Result<Found> {
     let mut names = vec![0; size.min(MAX_BYTES) as usize];
-    let len = sys::list_xattr(inode.path_fd()?.as_fd(), &mut names)?;
+    let len = sys::list_xattr(fd()?.as_fd(), &mut names)?;
     if size == 0 {
         return Ok(Found::Len(len as u32));
     }
@@ -127,7 +138,13 @@ pub(super) fn list(inode: &Inode, size: u32) -> io::Result<Found> {
     Ok(Found::Bytes(seen(&names, inode.is_immutable(), inode.is_device())))
 }
 
-pub(super) fn set(inode: &Inode, name: &CStr, value: &[u8], flags: u32) -> io::Result<()> {
+pub(super) fn set<'a>(
+    inode: &Inode,
+    fd: impl FnOnce() -> io::Result<Fd<'a>>,
+    name: &CStr,
+    value: &[u8],
+    flags: u32,
+) -> io::Result<()> {
     if inode.is_device() && name == nodes::ATTRIBUTE {
         return errno(libc::EPERM);
     }
@@ -136,15 +153,19 @@ pub(super) fn set(inode: &Inode, name: &CStr, value: &[u8], flags: u32) -> io::R
         return Ok(());
     }
     let name = changeable(name)?;
-    sys::set_xattr(inode.path_fd()?.as_fd(), &name, value, flags.cast_signed())
+    sys::set_xattr(fd()?.as_fd(), &name, value, flags.cast_signed())
 }
 
-pub(super) fn remove(inode: &Inode, name: &CStr) -> io::Result<()> {
+pub(super) fn remove<'a>(
+    inode: &Inode,
+    fd: impl FnOnce() -> io::Result<Fd<'a>>,
+    name: &CStr,
+) -> io::Result<()> {
     if inode.is_device() && name == nodes::ATTRIBUTE {
         return errno(libc::ENODATA);
     }
     let name = changeable(name)?;
-    sys::remove_xattr(inode.path_fd()?.as_fd(), &name)
+    sys::remove_xattr(fd()?.as_fd(), &name)
 }
 
 #[cfg(test)]
