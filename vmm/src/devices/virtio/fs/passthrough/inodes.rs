@@ -236,6 +236,14 @@ impl Drop for Inode {
     }
 }
 
+/// Whether a directory seen in `parent` is to be a file system of its own in the guest: it is on another mount, or its
+/// numbers are of another series than its parent's, as those of each subvolume of Btrfs are. Two files with one number
+/// and one device are taken for one by whatever asks for that (`tar`, `rsync -H`, `find -xdev`).
+fn is_submount(parent: &Inode, mount: &Mount, stat: &Stat) -> bool {
+    let is_dir = stat.attr.st_mode & libc::S_IFMT == libc::S_IFDIR;
+    is_dir && (mount.id != parent.mount.id || stat.attr.st_dev != parent.key.dev)
+}
+
 pub(super) fn stale() -> io::Error {
     io::Error::from_raw_os_error(libc::ESTALE)
 }
@@ -276,7 +284,7 @@ pub(super) struct Found {
     pub immutable: bool,
     /// [`Inode::is_alone`].
     pub is_alone: bool,
-    /// Whether it is a directory something is mounted on.
+    /// [`is_submount`].
     pub is_submount: bool,
 }
 
@@ -368,7 +376,8 @@ impl Inodes {
             return None;
         }
         known.lookups = known.lookups.saturating_add(1);
-        Some(Found { id, stat, immutable: false, is_alone: false, is_submount: false })
+        let is_submount = is_submount(parent, mount, &stat);
+        Some(Found { id, stat, immutable: false, is_alone: false, is_submount })
     }
 
     /// The same of the file `name` of `parent` that is open already, with `O_PATH`.
@@ -386,9 +395,8 @@ impl Inodes {
         let immutable = mount.immutable;
         let key = key(&mount, &stat);
         let kind = stat.attr.st_mode & libc::S_IFMT;
-        let is_mount = mount.id != parent.mount.id;
-        let is_submount = is_mount && kind == libc::S_IFDIR;
-        let is_alone = is_mount && kind == libc::S_IFREG;
+        let is_submount = is_submount(parent, &mount, &stat);
+        let is_alone = mount.id != parent.mount.id && kind == libc::S_IFREG;
         let id = match self.known(&key, kind, &at) {
             Some(id) => id,
             None => {

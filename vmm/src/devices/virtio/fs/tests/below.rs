@@ -1,4 +1,4 @@
-//! Files below a mount of the host's within a volume, which are known by their places.
+//! File systems within a volume. What is below a mount of the host's is known by its place.
 
 use std::ffi::{CStr, CString};
 use std::fs;
@@ -6,44 +6,60 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::process::Command;
 
 use rvm_protocol::vmm::CachePolicy;
+use tempfile::TempDir;
 
 use super::Fs;
 use super::client::*;
 
-/// Has `run` talk to a share in which a file system is mounted below another one, as the host may do below a volume;
-/// it is given the node of that mount and the host's path of it. They are the calling thread's own.
-fn below_a_mount(run: impl FnOnce(&mut Client, u64, &Path) + Send) {
-    let mount = |kind: &CStr, at: &Path, flags| {
-        let at = CString::new(at.as_os_str().as_bytes()).unwrap();
-        // SAFETY: C strings, and no data.
-        let done = unsafe { libc::mount(kind.as_ptr(), at.as_ptr(), kind.as_ptr(), flags, std::ptr::null()) };
-        assert_eq!(done, 0, "{}", io::Error::last_os_error());
-    };
-    let apart = move || {
+/// Has `run` mount things below a directory of its own, for the calling thread alone.
+fn apart(run: impl FnOnce(TempDir) -> Client + Send) {
+    let run = || {
         // SAFETY: takes flags.
         if unsafe { libc::unshare(libc::CLONE_NEWNS) } != 0 {
             return eprintln!("not root: nothing is tried");
         }
         mount(c"none", Path::new("/"), libc::MS_REC | libc::MS_PRIVATE);
-        let root = tempfile::tempdir().unwrap();
+        let client = run(tempfile::tempdir().unwrap());
+        client.queue.stop();
+        let volume = CString::new(client.path("volume").as_os_str().as_bytes()).unwrap();
+        // SAFETY: a C string.
+        unsafe { libc::umount2(volume.as_ptr(), libc::MNT_DETACH) };
+    };
+    std::thread::scope(|scope| scope.spawn(run).join().unwrap());
+}
+
+fn mount(kind: &CStr, at: &Path, flags: libc::c_ulong) {
+    let at = CString::new(at.as_os_str().as_bytes()).unwrap();
+    // SAFETY: C strings, and no data.
+    let done = unsafe { libc::mount(kind.as_ptr(), at.as_ptr(), kind.as_ptr(), flags, std::ptr::null()) };
+    assert_eq!(done, 0, "{}", io::Error::last_os_error());
+}
+
+/// A client of a share of `root`, and the node of `volume` there.
+fn client(root: TempDir) -> (Client, u64) {
+    let device = Fs::new(&share(root.path(), false, CachePolicy::Auto)).unwrap();
+    let mut client = Client::with(device, root);
+    let node = client.lookup(ROOT, "volume").unwrap();
+    (client, node)
+}
+
+/// Has `run` talk to a share in which a file system is mounted below another one, as the host may do below a volume;
+/// it is given the node of that mount and the host's path of it.
+fn below_a_mount(run: impl FnOnce(&mut Client, u64, &Path) + Send) {
+    apart(|root| {
         let (volume, below) = (root.path().join("volume"), root.path().join("volume/below"));
         fs::create_dir(&volume).unwrap();
         mount(c"tmpfs", &volume, 0);
         fs::create_dir(&below).unwrap();
         mount(c"tmpfs", &below, 0);
-        let device = Fs::new(&share(root.path(), false, CachePolicy::Auto)).unwrap();
-        let mut client = Client::with(device, root);
-        let node = client.lookup(ROOT, "volume").unwrap();
-        let node = client.lookup(node, "below").unwrap();
+        let (mut client, volume) = client(root);
+        let node = client.lookup(volume, "below").unwrap();
         run(&mut client, node, &below);
-        client.queue.stop();
-        let volume = CString::new(volume.as_os_str().as_bytes()).unwrap();
-        // SAFETY: a C string.
-        unsafe { libc::umount2(volume.as_ptr(), libc::MNT_DETACH) };
-    };
-    std::thread::scope(|scope| scope.spawn(apart).join().unwrap());
+        client
+    });
 }
 
 /// `FATTR_MODE`, `_SIZE`, `_MTIME`, of a handle.
@@ -112,5 +128,48 @@ fn a_directory_that_is_open_is_looked_at_when_it_has_gone() {
         assert_eq!(client.call(RMDIR, dir, &name("dir")).0, 0);
         let (error, attr) = client.call(GETATTR, removed, &[0; 16]);
         assert_eq!((error, u64_at(&attr, 16)), (0, number));
+    });
+}
+
+/// Each subvolume counts its files from the same number on. Only where Btrfs's tools are installed.
+#[test]
+fn subvolumes_are_file_systems() {
+    const ENTRY_FLAGS: usize = 124;
+    const SUBMOUNT: u32 = 1;
+    if Command::new("mkfs.btrfs").arg("--version").output().is_err() {
+        return eprintln!("there is no mkfs.btrfs: nothing is tried");
+    }
+    apart(|root| {
+        let (image, volume) = (root.path().join("image"), root.path().join("volume"));
+        fs::create_dir(&volume).unwrap();
+        fs::File::create(&image).unwrap().set_len(128 << 20).unwrap();
+        let run = |command: &mut Command| assert!(command.status().unwrap().success(), "{command:?}");
+        run(Command::new("mkfs.btrfs").arg("-q").arg(&image));
+        run(Command::new("mount").args(["-o", "loop"]).args([&image, &volume]));
+        for name in ["one", "two"] {
+            run(Command::new("btrfs").args(["subvolume", "create"]).arg(volume.join(name)));
+            fs::write(volume.join(name).join("file"), name).unwrap();
+        }
+        fs::create_dir(volume.join("dir")).unwrap();
+        let (mut client, node) = client(root);
+        let names = ["one", "two", "dir", "one", "two", "dir"];
+        let entries = names.map(|entry| client.call(LOOKUP, node, &name(entry)).1);
+        let flags = entries.each_ref().map(|entry| u32_at(entry, ENTRY_FLAGS));
+        assert_eq!(flags, [SUBMOUNT, SUBMOUNT, 0, SUBMOUNT, SUBMOUNT, 0]);
+        let files = [0, 1].map(|index| client.call(LOOKUP, u64_at(&entries[index], 0), &name("file")).1);
+        // Of one number, and two files.
+        assert_eq!(u64_at(&files[0], 40), u64_at(&files[1], 40));
+        assert_ne!(u64_at(&files[0], 0), u64_at(&files[1], 0));
+        let (error, dir) = client.call(OPENDIR, node, &words(&[0, 0]));
+        assert_eq!(error, 0);
+        let (_, listed) = client.call(READDIRPLUS, node, &read_body(u64_at(&dir, 0), 0, 4096));
+        let (mut rest, mut submounts) = (listed.as_slice(), 0);
+        while !rest.is_empty() {
+            submounts += u32_at(rest, ENTRY_FLAGS);
+            let len = u32_at(rest, ENTRY_BYTES + 16) as usize;
+            rest = &rest[ENTRY_BYTES + (24 + len).next_multiple_of(8)..];
+        }
+        assert_eq!(submounts, 2);
+        client
     });
 }

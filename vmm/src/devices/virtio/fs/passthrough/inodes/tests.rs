@@ -126,3 +126,26 @@ fn a_directory_is_not_seen_below_itself() {
     seen(&outer, &inner);
     assert!(outer.is_in(&inner));
 }
+
+/// What Btrfs gives each subvolume, which are one mount all the same.
+#[test]
+fn a_directory_of_another_device_than_its_parent_is_a_file_system() {
+    let tree = Tree::new();
+    let root = tree.root();
+    let dir = fs::File::open(tree.dir.path()).unwrap();
+    let elsewhere = tree.seen(&root, Key { dev: root.key.dev + 1, ..root.key });
+    for name in ["dir", "other"] {
+        fs::create_dir(tree.dir.path().join(name)).unwrap();
+    }
+    fs::write(tree.dir.path().join("file"), b"").unwrap();
+    let is_submount = |parent, name| {
+        let found = tree.inodes.look_up(parent, dir.as_fd(), name).unwrap();
+        (found.is_submount, found.is_alone)
+    };
+    // Found, and known already.
+    for _ in 0..2 {
+        assert_eq!(is_submount(&root, c"dir"), (false, false));
+        assert_eq!(is_submount(&elsewhere, c"other"), (true, false));
+        assert_eq!(is_submount(&elsewhere, c"file"), (false, false));
+    }
+}
