@@ -22,7 +22,7 @@ use fuse_backend_rs::api::filesystem::OpenOptions;
 use fuse_backend_rs::api::server::Server;
 use fuse_backend_rs::transport::{Reader, VirtioFsWriter, Writer};
 use virtio_queue::DescriptorChain;
-use vm_memory::ByteValued;
+use vm_memory::{ByteValued, Bytes};
 
 use super::meter::FsMeter;
 use super::passthrough::{Passthrough, Seen};
@@ -125,6 +125,9 @@ fn handling(opcode: u32) -> Handling {
     }
 }
 
+/// The bytes of an answer, where one was given; `None` where the message could not be decoded.
+type Served = Option<Option<usize>>;
+
 /// Answers a guest's messages.
 pub(super) struct FuseServer {
     library: Server<Arc<Passthrough>>,
@@ -144,7 +147,12 @@ impl FuseServer {
 
     /// Answers one request; returns the bytes of the answer, 0 for none.
     pub(super) fn answer(&self, memory: &GuestRam, chain: DescriptorChain<&GuestRam>) -> u32 {
-        let written = self.serve(memory, chain.clone()).unwrap_or_else(|| {
+        let mut served = self.serve(memory, chain.clone());
+        if served == Some(Some(size_of::<OutHeader>())) {
+            // An error, perhaps.
+            served = self.serve_user(memory, &chain).unwrap_or(served);
+        }
+        let written = served.unwrap_or_else(|| {
             // A driver must not take what lies in its buffer for an answer.
             let request = header(memory, chain.clone())?;
             reply(memory, chain.clone(), request.unique, Err(libc::EINVAL))
@@ -154,10 +162,45 @@ impl FuseServer {
         written.and_then(|written| u32::try_from(written).ok()).unwrap_or(0)
     }
 
-    /// The bytes of the answer; `None` where the message could not be decoded.
-    fn serve(&self, memory: &GuestRam, chain: DescriptorChain<&GuestRam>) -> Option<Option<usize>> {
+    fn serve(&self, memory: &GuestRam, chain: DescriptorChain<&GuestRam>) -> Served {
         let request = header(memory, chain.clone())?;
         self.meter.message(request.opcode);
+        self.serve_request(request, memory, chain)
+    }
+
+    /// Does in the name of the process that asked what was refused, where that makes a difference; nothing was done of
+    /// it then. What is asked of an open file is the affair of who opened it, and its errors are told once.
+    fn serve_user(&self, memory: &GuestRam, chain: &DescriptorChain<&GuestRam>) -> Option<Served> {
+        const OF_OPEN: [Opcode; 8] = [
+            Opcode::Read,
+            Opcode::Write,
+            Opcode::Flush,
+            Opcode::Fsync,
+            Opcode::Fallocate,
+            Opcode::Lseek,
+            Opcode::Release,
+            Opcode::Releasedir,
+        ];
+        let room =
+            chain.clone().writable().next().filter(|room| room.len() as usize >= size_of::<OutHeader>())?;
+        let OutHeader { error, .. } = memory.read_obj(room.addr()).ok()?;
+        if ![-libc::EACCES, -libc::EPERM].contains(&error) {
+            return None;
+        }
+        let request = header(memory, chain.clone())?;
+        if request.opcode == SYNCFS || OF_OPEN.iter().any(|known| *known as u32 == request.opcode) {
+            return None;
+        }
+        let serve = || self.serve_request(request, memory, chain.clone());
+        self.tree.for_user(request.nodeid, request.uid, request.gid, serve)
+    }
+
+    fn serve_request(
+        &self,
+        request: InHeader,
+        memory: &GuestRam,
+        chain: DescriptorChain<&GuestRam>,
+    ) -> Served {
         match handling(request.opcode) {
             Handling::Library => {
                 let reader = Reader::from_descriptor_chain(memory, chain.clone()).ok()?;
@@ -190,7 +233,7 @@ impl FuseServer {
     }
 
     /// The answer to an OPEN: a handle, and the content of the file where there is room for it.
-    fn open(&self, memory: &GuestRam, chain: DescriptorChain<&GuestRam>) -> Option<Option<usize>> {
+    fn open(&self, memory: &GuestRam, chain: DescriptorChain<&GuestRam>) -> Served {
         let mut reader = Reader::from_descriptor_chain(memory, chain.clone()).ok()?;
         let InHeader { nodeid, unique, .. } = reader.read_obj().ok()?;
         let OpenIn { flags, fuse_flags } = reader.read_obj().ok()?;
@@ -234,7 +277,7 @@ impl FuseServer {
     }
 
     /// The answer to a WRITE: how much was written, and where there is room for it what the file was before and is now.
-    fn write(&self, memory: &GuestRam, chain: DescriptorChain<&GuestRam>) -> Option<Option<usize>> {
+    fn write(&self, memory: &GuestRam, chain: DescriptorChain<&GuestRam>) -> Served {
         let mut reader = Reader::from_descriptor_chain(memory, chain.clone()).ok()?;
         if reader.available_bytes() > MAX_MESSAGE_BYTES {
             return None;

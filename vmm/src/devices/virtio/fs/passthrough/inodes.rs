@@ -96,7 +96,11 @@ impl Inode {
 
     /// Writes what its file system holds to the host's disk.
     pub(super) fn sync_fs(&self) -> io::Result<()> {
-        sys::sync_fs(self.mount.anchor()?.as_fd())
+        sys::sync_fs(self.mount.anchor()?.as_fd()).map_err(|error| match error.raw_os_error() {
+            // It is not really open, as its server refused that.
+            Some(libc::EBADF) => io::Error::from_raw_os_error(libc::EACCES),
+            _ => error,
+        })
     }
 
     /// Whether it is a file that is a mount of its own, as a volume of one file is.

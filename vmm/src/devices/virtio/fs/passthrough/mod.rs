@@ -39,7 +39,7 @@ use fuse_backend_rs::api::filesystem::{Entry, FsOptions, OpenOptions};
 use crate::procfs;
 use files::{DirStream, Handles, OpenFile, Recent};
 use inodes::{Found, Inode, Inodes};
-use sys::Fd;
+use sys::{ActingFor, Fd};
 
 /// How long the guest may keep what does not change.
 const FOR_EVER: Duration = Duration::from_secs(86_400);
@@ -278,6 +278,16 @@ impl Passthrough {
         }
         let file = self.handles.file(id, handle)?;
         if self.inodes.get(id)?.is_local() { Ok(()) } else { sys::flush(file.fd()) }
+    }
+
+    /// Has `act` done in the name of a user of the guest, where that can make a difference: a server on another host
+    /// grants him what it does not grant root (`root_squash`, the default of NFS exports).
+    pub fn for_user<T>(&self, id: u64, uid: u32, gid: u32, act: impl FnOnce() -> T) -> Option<T> {
+        if uid == 0 || self.inodes.get(id).ok()?.is_local() {
+            return None;
+        }
+        let _acting = ActingFor::user(uid, gid).ok()?;
+        Some(act())
     }
 
     /// Closes what the guest has open as `handle` of a node.

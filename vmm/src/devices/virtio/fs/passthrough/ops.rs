@@ -74,10 +74,10 @@ impl Passthrough {
         let name = component(name)?;
         let parent = self.inodes.get(parent)?;
         let dir = parent.path_fd()?;
-        {
-            let _acting = ActingFor::new(ctx.uid, ctx.gid, umask)?;
-            make(dir.as_fd())?;
-        }
+        let acting = ActingFor::new(ctx.uid, ctx.gid, umask)?;
+        make(dir.as_fd())?;
+        // Root may not be let look for it on another host's server.
+        let _acting = (!parent.is_local()).then_some(acting);
         self.find(&parent, dir.as_fd(), name)
     }
 

@@ -352,13 +352,15 @@ pub(super) fn is_local(fd: BorrowedFd<'_>) -> bool {
 thread_local! {
     /// The calling thread's umask, where it is known.
     static UMASK: Cell<Option<u32>> = const { Cell::new(None) };
+    /// The uid and gid it acts for.
+    static USER: Cell<(u32, u32)> = const { Cell::new((0, 0)) };
 }
 
 /// The calling thread acts for another user while this lives: what it makes is
 /// his. Its capabilities stay (see [`enter_server_thread`]).
 pub(super) struct ActingFor {
-    uid: u32,
-    gid: u32,
+    /// For whom it acts afterwards.
+    before: (u32, u32),
 }
 
 impl ActingFor {
@@ -369,28 +371,36 @@ impl ActingFor {
             // SAFETY: touches no memory; the thread's umask is its own.
             unsafe { libc::umask(umask) };
         }
-        let acting = Self { uid, gid };
-        acting.become_user(gid, uid)?;
-        Ok(acting)
+        Self::user(uid, gid)
     }
 
-    /// Takes ids on; root's are what the thread has anyway.
-    fn become_user(&self, gid: u32, uid: u32) -> io::Result<()> {
-        if self.gid != 0 {
-            set_fs_id(libc::SYS_setfsgid, gid)?;
-        }
-        if self.uid != 0 {
-            set_fs_id(libc::SYS_setfsuid, uid)?;
-        }
-        Ok(())
+    /// Acts for `uid` and `gid`, and makes nothing.
+    pub(super) fn user(uid: u32, gid: u32) -> io::Result<Self> {
+        let acting = Self { before: USER.get() };
+        become_user((uid, gid))?;
+        Ok(acting)
     }
+}
+
+/// Takes on the ids that the thread has not.
+fn become_user((uid, gid): (u32, u32)) -> io::Result<()> {
+    let (old_uid, old_gid) = USER.get();
+    if gid != old_gid {
+        set_fs_id(libc::SYS_setfsgid, gid)?;
+        USER.set((old_uid, gid));
+    }
+    if uid != old_uid {
+        set_fs_id(libc::SYS_setfsuid, uid)?;
+        USER.set((uid, gid));
+    }
+    Ok(())
 }
 
 impl Drop for ActingFor {
     fn drop(&mut self) {
-        if let Err(error) = self.become_user(0, 0) {
+        if let Err(error) = become_user(self.before) {
             // Never go on as somebody else.
-            log::error!("fs: cannot act for root again: {error}");
+            log::error!("fs: cannot act for who it was again: {error}");
             std::process::abort();
         }
     }

@@ -45,7 +45,7 @@ fn what_nobody_waits_for_cannot_hang() {
 /// As with a quota of an NFS server's, or a disk of sshfs's other end that is full.
 #[test]
 fn who_closes_hears_what_became_of_what_was_written() {
-    let Some((mut client, server)) = Server::share() else { return };
+    let Some((mut client, server)) = Server::share(State::default()) else { return };
     let file = client.lookup(ROOT, "file").unwrap();
     let mut open = |flags: i32| {
         let (error, opened) = client.call(OPEN, file, &words(&[flags as u32, 0]));
@@ -73,7 +73,7 @@ fn who_closes_hears_what_became_of_what_was_written() {
 /// A server that is asked for times has to be sent what was written first.
 #[test]
 fn who_writes_does_not_wait_to_hear_of_the_file() {
-    let Some((mut client, server)) = Server::share() else { return };
+    let Some((mut client, server)) = Server::share(State::default()) else { return };
     let file = client.lookup(ROOT, "file").unwrap();
     let handle = client.open(file, libc::O_RDWR).unwrap();
     server.lock().asked.clear();
@@ -84,6 +84,37 @@ fn who_writes_does_not_wait_to_hear_of_the_file() {
         assert_eq!((error, said.len(), u32_at(&said, 0)), (0, 8, 4));
     }
     assert_eq!(server.lock().asked, [WRITE_OP; 4]);
+}
+
+/// `root_squash`, the default of NFS exports: the server's root is nobody there.
+#[test]
+fn who_is_not_root_may_do_what_root_may_not() {
+    let squashes = State { squashes: true, ..State::default() };
+    let Some((mut client, server)) = Server::share(squashes) else { return };
+    (client.uid, client.gid) = (0, 0);
+    assert_eq!(client.lookup(ROOT, "file"), Err(libc::EACCES));
+    assert_eq!(client.call(OPENDIR, ROOT, &words(&[0, 0])).0, libc::EACCES);
+    (client.uid, client.gid) = (1000, 1000);
+    let file = client.lookup(ROOT, "file").unwrap();
+    assert_eq!(client.lookup(ROOT, "none"), Err(libc::ENOENT), "of what he looks for he hears");
+    assert_eq!(client.call(OPENDIR, ROOT, &words(&[0, 0])).0, 0);
+    let handle = client.open(file, libc::O_RDWR).unwrap();
+    assert_eq!(client.call(SETATTR, file, &[vec![1, 0, 0, 0], vec![0; 84]].concat()).0, 0);
+    server.lock().asked.clear();
+    assert_eq!(client.call(MKDIR, ROOT, &[words(&[0o755, 0o022]), name("dir")].concat()).0, 0);
+    let made = std::mem::take(&mut server.lock().asked);
+    assert_eq!(made.iter().filter(|op| **op == MKDIR).count(), 1, "{made:?}");
+    assert_eq!(client.call(UNLINK, ROOT, &name("file")).0, 0);
+    // What a file's server says of what was written is said once.
+    server.lock().flush = libc::EACCES;
+    server.lock().asked.clear();
+    assert_eq!(client.call(FLUSH, file, &flush_body(handle)).0, libc::EACCES);
+    assert_eq!(server.lock().asked.iter().filter(|op| **op == FLUSH).count(), 1);
+    // The next one is not he.
+    (client.uid, client.gid) = (0, 0);
+    assert_eq!(client.call(OPEN, file, &words(&[0, 0])).0, libc::EACCES);
+    (client.uid, client.gid) = (u32::MAX, u32::MAX);
+    assert_eq!(client.call(OPEN, file, &words(&[0, 0])).0, libc::EACCES);
 }
 
 #[test]
@@ -128,13 +159,15 @@ struct Server(Mutex<State>);
 struct State {
     /// What FLUSH is answered with.
     flush: i32,
+    /// Root may do nothing (`root_squash`).
+    squashes: bool,
     /// Opcodes of all it was asked.
     asked: Vec<u32>,
 }
 
 impl Server {
     /// A share of it, unless this is not root.
-    fn share() -> Option<(Client, Arc<Self>)> {
+    fn share(state: State) -> Option<(Client, Arc<Self>)> {
         // SAFETY: takes nothing.
         if unsafe { libc::geteuid() } != 0 {
             eprintln!("not root: nothing is tried");
@@ -144,7 +177,7 @@ impl Server {
         let fd = CString::new(device.as_raw_fd().to_string()).unwrap();
         let options = [(c"fd", &*fd), (c"rootmode", c"40000"), (c"user_id", c"0"), (c"group_id", c"0")];
         let mount = mounts::new_file_system(c"fuse", &options, 0).unwrap();
-        let server = Arc::new(Self(Mutex::default()));
+        let server = Arc::new(Self(Mutex::new(state)));
         let serves = Arc::clone(&server);
         std::thread::spawn(move || serves.serve(device));
         let place = PathBuf::from(format!("/proc/self/fd/{}", mount.as_raw_fd()));
@@ -167,7 +200,8 @@ impl Server {
                 Err(_) => return,
             };
             let (op, unique, node) = (u32_at(&message, 4), u64_at(&message, 8), u64_at(&message, 16));
-            let Some(result) = self.answer(op, node, &message[IN_HEADER..len]) else { continue };
+            let uid = u32_at(&message, 24);
+            let Some(result) = self.answer(op, node, uid, &message[IN_HEADER..len]) else { continue };
             let (error, body) = result.map_or_else(|error| (-error, Vec::new()), |body| (0, body));
             let header = words(&[(OUT_HEADER + body.len()) as u32, error as u32]);
             let answer = [header, unique.to_le_bytes().to_vec(), body].concat();
@@ -177,8 +211,9 @@ impl Server {
     }
 
     /// The answer (`linux/fuse.h`); none where none is due.
-    fn answer(&self, op: u32, node: u64, body: &[u8]) -> Option<Result<Vec<u8>, i32>> {
+    fn answer(&self, op: u32, node: u64, uid: u32, body: &[u8]) -> Option<Result<Vec<u8>, i32>> {
         const NODE: u64 = 2;
+        const DIR: u64 = 3;
         const FOR_LONG: u64 = 3600;
         let longs =
             |numbers: &[u64]| numbers.iter().flat_map(|number| number.to_le_bytes()).collect::<Vec<_>>();
@@ -189,20 +224,27 @@ impl Server {
         let mut state = self.lock();
         state.asked.push(op);
         Some(match op {
+            INIT => Ok([words(&[7, 31, 0, 0, 0, 4096, 1, 0]), vec![0; 32]].concat()),
+            FORGET | BATCH_FORGET => return None,
+            GETATTR => Ok([longs(&[FOR_LONG, 0]), attributes(node)].concat()),
+            STATFS => Ok([longs(&[0; 5]), words(&[4096, 255, 4096, 0]), words(&[0; 6])].concat()),
+            _ if state.squashes && uid == 0 => Err(libc::EACCES),
+            // Looked up each time.
+            MKDIR | LOOKUP if body.ends_with(b"dir\0") && state.asked.contains(&MKDIR) => {
+                Ok([longs(&[DIR, 0, 0, FOR_LONG, 0]), attributes(DIR)].concat())
+            }
+            SETATTR => Ok([longs(&[FOR_LONG, 0]), attributes(node)].concat()),
+            UNLINK => Ok(Vec::new()),
             LOOKUP if body == b"file\0" => {
                 Ok([longs(&[NODE, 0, FOR_LONG, FOR_LONG, 0]), attributes(NODE)].concat())
             }
             LOOKUP => Err(libc::ENOENT),
-            FORGET | BATCH_FORGET => return None,
-            GETATTR => Ok([longs(&[FOR_LONG, 0]), attributes(node)].concat()),
             // Direct I/O: a WRITE is one.
             OPEN => Ok(words(&[7, 0, 1, 0])),
             OPENDIR => Ok(words(&[0; 4])),
             WRITE_OP => Ok(words(&[u32_at(body, 16), 0])),
-            STATFS => Ok([longs(&[0; 5]), words(&[4096, 255, 4096, 0]), words(&[0; 6])].concat()),
             FLUSH if state.flush != 0 => Err(state.flush),
             FLUSH | RELEASE | RELEASEDIR | READDIR => Ok(Vec::new()),
-            INIT => Ok([words(&[7, 31, 0, 0, 0, 4096, 1, 0]), vec![0; 32]].concat()),
             _ => Err(libc::ENOSYS),
         })
     }
