@@ -64,7 +64,7 @@ fn shown(finished: &Result<Finished>) -> String {
 }
 
 /// A volume's file system stops answering under a container that reads it, like one of a network whose server has gone:
-/// others of its processes go on, also those that read another volume; kill and delete come to their ends, and nothing
+/// others of its processes go on, also those that read another volume while what was open of this one is being closed; kill and delete come to their ends, and nothing
 /// stays once it answers.
 #[test]
 fn a_volume_that_hangs() {
@@ -79,16 +79,23 @@ fn a_volume_that_hangs() {
         let run = ctr.container("hangs").with(&["--mount", &mounts[0], "--mount", &mounts[1]]).detached();
         run.run(&["sleep", "100000"])?.success()?;
         let sandbox = Sandbox::find(world.stage(), &run.id)?;
-        let exec_id = unique_id("reader");
+        let [exec_id, holder_id] = ["reader", "holder"].map(unique_id);
         let read = ["task", "exec", "--exec-id", &exec_id, &run.id, "cat", "/v/file"];
         let read = || Job::start(ctr.command(&read), Input::Nothing);
         ensure!(read()?.finish(scale::command())?.success()?.text() == hanging.content());
+        let holds = "sleep 99991 < /v/file & sleep 99992 < /v/file & echo held; wait";
+        let hold = ["task", "exec", "--exec-id", &holder_id, &run.id, "sh", "-c", holds];
+        let holder = Job::start(ctr.command(&hold), Input::Nothing)?;
+        holder.wait_for("held", scale::container())?;
         hanging.hang();
-        let reader = read()?;
+        // What they have open is closed, for which the file system is asked.
+        let kill = ["sh", "-c", "kill -9 $(pgrep -f 'sleep 9999[12]')"];
+        ctr.exec(&run.id, &[], &kill, Input::Nothing)?.finish(scale::command())?.success()?;
         hanging.wait_until_asked(scale::command())?;
-        ctr.exec(&run.id, &[], &["true"], Input::Nothing)?.finish(scale::command())?.success()?;
         let beside = ctr.exec(&run.id, &[], &["cat", "/other/file"], Input::Nothing)?;
         ensure!(beside.finish(scale::command())?.success()?.text() == "another", "of another volume");
+        let reader = read()?;
+        ctr.exec(&run.id, &[], &["true"], Input::Nothing)?.finish(scale::command())?.success()?;
 
         let began = Instant::now();
         ctr.run(&["task", "kill", "-s", "SIGKILL", &run.id], scale::command())?.success()?;
@@ -99,13 +106,15 @@ fn a_volume_that_hangs() {
         hanging.answer();
         let reader = reader.finish(scale::container());
         println!("reader: {}", shown(&reader));
+        println!("holder: {}", shown(&holder.finish(scale::container())));
         told?;
         deleted?;
         ctr.run(&["containers", "rm", &run.id], scale::command())?.success()?;
         sandbox.wait_until_gone(scale::container())?;
         ensure!(world.events(|events| events.exit_once(&run.id))? == 137, "exit code");
-        // Its client was told of an end that it could not delete any more.
+        // Their clients were told of an end that they could not delete any more.
         remove_clients_fifos(&exec_id)?;
+        remove_clients_fifos(&holder_id)?;
         remove_clients_fifos(&run.id)
     });
 }
