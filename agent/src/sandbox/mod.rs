@@ -11,12 +11,16 @@ use std::{
     collections::{HashMap, HashSet},
     os::fd::OwnedFd,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use network::{Network, State as NetworkState};
 use resolver::Resolver;
 use rvm_protocol::{agent, guest::StreamHeader};
-use tokio::sync::{Notify, OnceCell};
+use tokio::{
+    sync::{Notify, OnceCell},
+    time::timeout,
+};
 
 use crate::{
     container::{
@@ -35,6 +39,9 @@ use crate::{
     storage::{self, BlockDevice, Images, Scratch, share},
     sys::{pci, process::SIGNALS},
 };
+
+/// How long the deletion of a container waits for its volumes to be unmounted.
+const UNMOUNT_LIMIT: Duration = Duration::from_secs(10);
 
 /// Everything the agent knows.
 #[derive(Debug, Default)]
@@ -58,6 +65,8 @@ struct State {
     own_sysctl: HashSet<String>,
     /// None: the name is taken by one that is about to be made.
     containers: HashMap<String, Option<Arc<Container>>>,
+    /// Those that are being made, and whether they were deleted meanwhile.
+    making: HashMap<String, bool>,
     volumes: share::Users,
 }
 
@@ -76,7 +85,14 @@ impl State {
             return Err(Error::AlreadyExists(format!("container {id:?} exists")));
         }
         self.containers.insert(id.to_owned(), None);
+        self.making.insert(id.to_owned(), false);
         Ok(())
+    }
+
+    /// Has a container that is being made removed when it is made; whether there is one.
+    fn withdraw(&mut self, id: &str) -> bool {
+        let unwanted = self.making.get_mut(id);
+        unwanted.map(|unwanted| *unwanted = true).is_some()
     }
 }
 
@@ -181,10 +197,36 @@ impl Sandbox {
         let id = request.container_id.clone();
         self.state().reserve(&id)?;
         let made = self.make_container(&id, request).await;
-        if made.is_err() {
-            self.state().containers.remove(&id);
+        let unwanted = self.state().making.remove(&id).unwrap_or_default();
+        match made {
+            Ok(_) if unwanted => {
+                self.remove(&id, &*self.container(&id)?).await?;
+                Err(Error::Precondition(format!("container {id:?} was deleted while it was made")))
+            }
+            Ok(pid) => Ok(pid),
+            Err(error) => {
+                self.state().containers.remove(&id);
+                Err(error)
+            }
         }
-        made
+    }
+
+    /// Lets go of a container's layers and volumes. One that the host's file system keeps stays until that answers, and
+    /// nobody waits for it.
+    async fn release_volumes(&self, id: &str) {
+        let gone = self.state().volumes.release(id);
+        if gone.is_empty() {
+            return;
+        }
+        let unmount = || {
+            share::unmount_all(&gone);
+            Ok(Outcome::default())
+        };
+        match timeout(UNMOUNT_LIMIT, helper::run(&self.reaper, "unmount volumes", unmount)).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => log::warn!("container {id}: {error}"),
+            Err(_) => log::warn!("container {id}: a volume is not unmounted within {UNMOUNT_LIMIT:?}"),
+        }
     }
 
     async fn make_container(&self, id: &str, request: agent::CreateContainerRequest) -> Result<u32, Error> {
@@ -195,7 +237,7 @@ impl Sandbox {
         self.state().volumes.add(&request);
         let made = self.make_container_on(id, request, &scratch).await;
         if made.is_err() {
-            self.state().volumes.release(id);
+            self.release_volumes(id).await;
             if let Err(error) = scratch.discard(&self.reaper).await {
                 log::error!("container {id}: {error}");
             }
@@ -249,7 +291,7 @@ impl Sandbox {
     /// Removes a container with everything it owned in the guest.
     async fn remove(&self, id: &str, container: &Container) -> Result<(), Error> {
         container.remove().await?;
-        self.state().volumes.release(id);
+        self.release_volumes(id).await;
         container.scratch().unmount(&self.reaper).await?;
         self.images.release(id).await;
         self.state().containers.remove(id);
@@ -379,6 +421,10 @@ impl Sandbox {
 
     /// Forgets an exec, or removes a container.
     pub async fn delete_process(&self, process: &agent::ProcessRef) -> Result<(), Error> {
+        if process.exec_id.is_empty() && self.state().withdraw(&process.container_id) {
+            let text = format!("container {:?} is being made, and is removed then", process.container_id);
+            return Err(Error::Precondition(text));
+        }
         let container = self.container(&process.container_id)?;
         if !process.exec_id.is_empty() {
             return container.remove_added(&process.exec_id);

@@ -71,13 +71,25 @@ pub fn volume(relative: &str) -> PathBuf {
     Path::new(VOLUMES_DIR).join(relative)
 }
 
-/// Which containers use which volume, that is, which entry of the volumes' root.
+/// Which containers use what of the shares.
 #[derive(Debug, Default)]
-pub struct Users(BTreeMap<String, BTreeSet<String>>);
+pub struct Users {
+    /// By volume, that is, by entry of the volumes' root.
+    volumes: BTreeMap<String, BTreeSet<String>>,
+    /// Where a container's layers are, or its root among the volumes.
+    roots: BTreeMap<String, PathBuf>,
+}
 
 impl Users {
-    /// Takes note of the volumes `request` asks for.
+    /// Takes note of what `request` asks for.
     pub fn add(&mut self, request: &agent::CreateContainerRequest) {
+        let container = &request.container_id;
+        let dir = match (request.rootfs.on_volumes, request.rootfs.images.is_empty()) {
+            (true, _) => Some(VOLUMES_DIR),
+            (false, true) => Some(LAYERS_DIR),
+            (false, false) => None,
+        };
+        self.roots.extend(dir.map(|dir| (container.clone(), Path::new(dir).join(container))));
         let mounts =
             request.mounts.iter().filter(|mount| mount.from_share).map(|mount| mount.source.as_str());
         let blobs = request.rootfs.images.iter().flat_map(|image| &image.blobs);
@@ -87,22 +99,27 @@ impl Users {
         });
         for path in mounts.chain(images) {
             let volume = path.split('/').next().unwrap_or_default();
-            self.0.entry(volume.to_owned()).or_default().insert(request.container_id.clone());
+            self.volumes.entry(volume.to_owned()).or_default().insert(container.clone());
         }
     }
 
     /// Lets go of a container's layers, of its root among the volumes, and of the volumes that no other one uses.
-    pub fn release(&mut self, container: &str) {
-        for dir in [LAYERS_DIR, VOLUMES_DIR] {
-            unmount(&Path::new(dir).join(container));
-        }
-        self.0.retain(|volume, users| {
+    /// Returns what is to be unmounted ([`unmount_all`]).
+    pub fn release(&mut self, container: &str) -> Vec<PathBuf> {
+        let mut gone: Vec<PathBuf> = self.roots.remove(container).into_iter().collect();
+        self.volumes.retain(|volume, users| {
             if users.remove(container) && users.is_empty() {
-                unmount(&Path::new(VOLUMES_DIR).join(volume));
+                gone.push(Path::new(VOLUMES_DIR).join(volume));
             }
             !users.is_empty()
         });
+        gone
     }
+}
+
+/// Unmounts what no container uses any more. To find it is to ask the host, one of whose file systems may not answer.
+pub fn unmount_all(targets: &[PathBuf]) {
+    targets.iter().for_each(|target| unmount(target));
 }
 
 /// Unmounts both.

@@ -4,7 +4,7 @@ use std::{fs, panic, path::Path, time::Duration};
 
 use protobuf::MessageField;
 use rvm_agent::error::Error;
-use rvm_protocol::agent::{NamespaceType, Process, Rlimit, SignalProcessRequest, User};
+use rvm_protocol::agent::{NamespaceType, Process, ProcessRef, Rlimit, SignalProcessRequest, User};
 use tokio::io::AsyncWriteExt;
 
 use crate::{
@@ -585,6 +585,22 @@ async fn deletion(machine: &Machine) {
     // One that was never started goes without being stopped first.
     let created = machine.create(container("created", program(&["sleep", "1000"]))).await.unwrap();
     created.delete().await.unwrap();
+
+    // One that is being made goes when it is made: what a volume is mounted from is looked for first.
+    let share = Path::new(rvm_protocol::guest::VOLUMES_DIR).join("deletion");
+    fs::create_dir_all(&share).unwrap();
+    let mut request = container("unwanted", program(&["sleep", "1000"]));
+    let mut mount = mount_of("/volume", "bind", "deletion", &["rbind"]);
+    mount.from_share = true;
+    request.mounts.push(mount);
+    let deleted = ProcessRef { container_id: "unwanted".into(), ..Default::default() };
+    let (made, early) =
+        tokio::join!(machine.sandbox.create_container(request), machine.sandbox.delete_process(&deleted));
+    assert!(matches!(early, Err(Error::Precondition(_))), "{early:?}");
+    assert!(matches!(made, Err(Error::Precondition(_))), "{made:?}");
+    let again = machine.create(container("unwanted", program(&["sleep", "1000"]))).await.unwrap();
+    again.delete().await.unwrap();
+    fs::remove_dir_all(&share).unwrap();
 }
 
 async fn standard_output_can_be_opened_again(machine: &Machine) {
