@@ -8,9 +8,10 @@ use std::{sync::Arc, time::Duration};
 use rvm_protocol::{
     agent::{
         AdjustClockRequest, AgentClient, ConsoleSize, ContainerRef, ContainerStats, CreateContainerRequest,
-        CreateExecRequest, Empty, ExitStatus, HugePages, OnlineCpusRequest, Process, ProcessInfo, ProcessRef,
-        RemoveDisksRequest, ResizePtyRequest, Resources, SetUpSandboxRequest, SetUpSandboxResponse,
-        SignalProcessRequest, SyncNetworkRequest, UpdateResourcesRequest, WaitMemoryRequest, WaitOomRequest,
+        CreateExecRequest, Empty, ExitStatus, Hook, HugePages, OnlineCpusRequest, Process, ProcessInfo,
+        ProcessRef, RemoveDisksRequest, ResizePtyRequest, Resources, SetUpSandboxRequest,
+        SetUpSandboxResponse, SignalProcessRequest, SyncNetworkRequest, UpdateResourcesRequest,
+        WaitMemoryRequest, WaitOomRequest,
     },
     guest::AGENT_PORT,
 };
@@ -149,6 +150,14 @@ macro_rules! ask {
     }};
 }
 
+/// The same where hooks run first: each has its own limit, or none, as under runc.
+fn answer_limit(hooks: &[Hook]) -> Option<Duration> {
+    hooks.iter().try_fold(ANSWER_TIMEOUT, |limit, hook| {
+        let timeout = (hook.timeout_s > 0).then(|| Duration::from_secs(hook.timeout_s.into()));
+        Some(limit.saturating_add(timeout?))
+    })
+}
+
 impl Agent {
     /// Connects to a guest whose agent has announced itself.
     pub async fn connect(vsock: &Vsock) -> Result<Self, AgentError> {
@@ -204,7 +213,8 @@ impl Agent {
 
     /// Makes a container; returns its first process's pid in the guest.
     pub async fn create_container(&self, request: &CreateContainerRequest) -> Result<u32, AgentError> {
-        Ok(ask!(self, Some(ANSWER_TIMEOUT), create_container, request)?.pid)
+        let limit = answer_limit(&request.create_container_hooks);
+        Ok(ask!(self, limit, create_container, request)?.pid)
     }
 
     /// Registers an exec.
@@ -224,9 +234,9 @@ impl Agent {
         Ok(())
     }
 
-    /// Starts a created process; returns its pid in the container.
-    pub async fn start(&self, process: &ProcessRef) -> Result<u32, AgentError> {
-        Ok(ask!(self, Some(ANSWER_TIMEOUT), start_process, process)?.pid)
+    /// Starts a created process, before which these hooks run; returns its pid in the container.
+    pub async fn start(&self, process: &ProcessRef, hooks: &[Hook]) -> Result<u32, AgentError> {
+        Ok(ask!(self, answer_limit(hooks), start_process, process)?.pid)
     }
 
     /// Waits for a process's end, however long that takes.
@@ -406,6 +416,8 @@ mod tests {
         let _standing_still = connecting.await.unwrap();
         let process = process_ref("c", "e");
         let create = CreateContainerRequest::default();
+        let hook = |timeout_s| Hook { timeout_s, ..Default::default() };
+        assert_eq!(answer_limit(&[hook(1), hook(0)]), None);
         macro_rules! told {
             ($($call:expr => $words:expr),* $(,)?) => {$(
                 let error = $call.await.map(drop).unwrap_err();
@@ -417,7 +429,8 @@ mod tests {
             agent.adjust_clock(1) => "adjust_clock within 60 s",
             agent.create_container(&create) => "create_container within 60 s",
             agent.create_exec("c", "e", Process::default()) => "create_exec within 60 s",
-            agent.start(&process) => "start_process within 60 s",
+            agent.start(&process, &[]) => "start_process within 60 s",
+            agent.start(&process, &[hook(300), hook(30)]) => "start_process within 390 s",
             agent.signal(process.clone(), 15, false) => "signal_process within 60 s",
             agent.resize(process.clone(), 80, 24) => "resize_pty within 60 s",
             agent.processes("c") => "list_processes within 60 s",

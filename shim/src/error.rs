@@ -60,6 +60,11 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether the agent may have done what it was asked for, and has not said so.
+    pub fn is_unanswered(&self) -> bool {
+        matches!(self, Self::Agent(error) if error.is_unanswered())
+    }
+
     /// Which of ttrpc's codes, which are gRPC's, tells the client best.
     pub fn code(&self) -> Code {
         match self {

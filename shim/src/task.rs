@@ -216,6 +216,8 @@ impl Tasks {
             Err(error) => {
                 let error = better_reason(error, &sandbox).await;
                 match attached {
+                    // It may be in the guest, or come there: it is ended first.
+                    Some(attached) if !sandbox.is_first(&id) && error.is_unanswered() => drop(attached),
                     Some(attached) if !sandbox.is_first(&id) => sandbox.detach(attached).await,
                     _ => sandbox.close().await,
                 }

@@ -268,7 +268,7 @@ impl Run {
         sandbox.timeline().mark("container created");
         let streams = Streams::connect(sandbox.vsock(), &self.id, terminal, self.interactive).await?;
         let init = process_ref(&self.id, "");
-        agent.start(&init).await?;
+        agent.start(&init, &container.start_container_hooks).await?;
         sandbox.timeline().mark("command started");
         hooks.after_start(attached.holder().id().pid).await?;
         sandbox.set_phase(&self.id, Phase::Running);

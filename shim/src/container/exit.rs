@@ -34,6 +34,8 @@ impl Container {
     /// Forgets an ended exec and returns how it ended.
     pub async fn delete_exec(&self, exec_id: &str) -> Result<(u32, Exit), Error> {
         let process = self.process(exec_id)?;
+        // One that is being started is deleted, or refused, when it is known what became of that.
+        let _starting = process.starting.lock().await;
         let exit = match process.phase() {
             Phase::Running => {
                 return Err(Error::FailedPrecondition(format!("exec {exec_id} is still running")));

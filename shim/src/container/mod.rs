@@ -14,7 +14,7 @@ use containerd_shim_protos::{
     events::task::{TaskCreate, TaskExecAdded, TaskExecStarted, TaskIO, TaskStart},
     types::mount::Mount,
 };
-use rvm_protocol::agent::{Device, Namespace};
+use rvm_protocol::agent::{Device, Hook, Namespace};
 use tokio::time::timeout;
 
 use crate::{
@@ -84,6 +84,8 @@ pub struct Container {
     compat: Compat,
     /// Those of its devices that are block devices of the host's.
     block_devices: Vec<Device>,
+    /// Those that run in the guest as it is started.
+    start_hooks: Vec<Hook>,
     /// Held while it is paused or resumed.
     changing: tokio::sync::Mutex<()>,
     paused: AtomicBool,
@@ -185,6 +187,7 @@ impl Container {
             execs: Mutex::default(),
             compat,
             block_devices: request.devices,
+            start_hooks: request.start_container_hooks,
             changing: tokio::sync::Mutex::default(),
             paused: AtomicBool::new(false),
             oom_kills: Mutex::default(),
@@ -240,7 +243,8 @@ impl Container {
                 let _ = self.kill("", libc::SIGKILL as u32, true).await;
                 process.wait().await;
             };
-            if timeout(KILL_TIMEOUT, killed).await.is_err() {
+            // Those that share a machine do not pay for one that stays in its kernel.
+            if timeout(KILL_TIMEOUT, killed).await.is_err() && self.sandbox.is_first(&self.id) {
                 self.sandbox.kill();
             }
         }
@@ -256,7 +260,7 @@ impl Container {
         self.sandbox.follow_network().await?;
         self.timeline.mark("network there");
         self.sandbox.hold_to_quota().await?;
-        self.sandbox.agent().start(&process_ref(&self.id, "")).await?;
+        self.sandbox.agent().start(&process_ref(&self.id, ""), &self.start_hooks).await?;
         self.timeline.mark("started");
         with_sandbox(&self.sandbox, self.hooks.after_start(init.pid())).await?;
         let pid = init.pid();
@@ -280,7 +284,7 @@ impl Container {
         let endpoints = Endpoints::open(&process.stdio, &self.namespace, &self.id).await?;
         let io = ProcessIo::attach(self.sandbox.vsock(), &self.id, exec_id, endpoints).await?;
         process.set_io(io);
-        let guest_pid = match self.sandbox.agent().start(&process_ref(&self.id, exec_id)).await {
+        let guest_pid = match self.sandbox.agent().start(&process_ref(&self.id, exec_id), &[]).await {
             Ok(guest_pid) => guest_pid,
             Err(error) => {
                 if error.is_unanswered() {
@@ -347,6 +351,10 @@ impl Container {
     pub async fn kill(&self, exec_id: &str, signal: u32, all: bool) -> Result<(), Error> {
         let process = self.process(exec_id)?;
         let finished = || Error::NotFound("the process has finished already".into());
+        if !exec_id.is_empty() && matches!(process.phase(), Phase::Created) {
+            // It may just be starting: then it is this signal's.
+            drop(process.starting.lock().await);
+        }
         match process.phase() {
             Phase::Stopped(_) => return Err(finished()),
             Phase::Created if !exec_id.is_empty() => {
@@ -360,6 +368,8 @@ impl Container {
         if signal == 0 {
             return Ok(());
         }
+        // Of one process there are no others.
+        let all = all && exec_id.is_empty();
         let sent = self.sandbox.agent().signal(process_ref(&self.id, exec_id), signal, all);
         let lethal = signal == libc::SIGKILL as u32 && exec_id.is_empty();
         let answer = tokio::select! {

@@ -186,8 +186,10 @@ impl Sandbox {
     /// `changed`; [`Sandbox::update_done`] must follow. On an error it is as it was.
     pub async fn update_begun(&self, container: &str, changed: &Resources) -> Result<Update, SandboxError> {
         let _changing = self.sizing.changing.lock().await;
-        let before = self.sizing.ledger().claim(container).cloned().unwrap_or_default();
-        self.sizing.ledger().set(container, before.with(changed));
+        let before = self.sizing.ledger().claim(container).cloned();
+        if let Some(before) = &before {
+            self.sizing.ledger().set(container, before.with(changed));
+        }
         let limit = changed.memory_max.and_then(|limit| u64::try_from(limit).ok()).filter(|limit| *limit > 0);
         let room = self.sizing.room;
         let fits = room.plugged_for(self.sizing.ledger().wanted_memory_mib()).is_some();
@@ -203,7 +205,7 @@ impl Sandbox {
         match grown {
             Ok(()) => Ok(update),
             Err(error) => {
-                self.sizing.ledger().set(container, update.before);
+                self.undo(update);
                 self.settle().await;
                 Err(error)
             }
@@ -215,10 +217,20 @@ impl Sandbox {
     pub async fn update_done(&self, update: Update, done: bool) -> Result<(), SandboxError> {
         let _changing = self.sizing.changing.lock().await;
         if !done {
-            self.sizing.ledger().set(&update.container, update.before);
+            self.undo(update);
         }
         self.settle().await;
         Ok(self.tell_host().await?)
+    }
+
+    /// Enters again what a container claimed, unless it has been deleted meanwhile.
+    fn undo(&self, Update { container, before }: Update) {
+        let mut ledger = self.sizing.ledger();
+        if let Some(before) = before
+            && ledger.claim(&container).is_some()
+        {
+            ledger.set(&container, before);
+        }
     }
 
     /// Makes the machine as large as the ledger says, where it is smaller.
@@ -445,5 +457,6 @@ async fn given_back<F: Future<Output = Result<u64, MonitorError>>>(
 #[must_use]
 pub struct Update {
     container: String,
-    before: Claim,
+    /// None where it had been deleted already.
+    before: Option<Claim>,
 }
