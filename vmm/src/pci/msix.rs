@@ -188,6 +188,20 @@ impl Msix {
         }
     }
 
+    /// Takes every vector off KVM for good: the function is gone, and nobody is left to
+    /// turn MSI-X on again. Others may still hold the vectors and raise them, which
+    /// reaches nobody; whoever lets go of them last asks nothing of KVM.
+    pub fn disconnect_all(&self) {
+        let mut state = self.lock();
+        state.enabled = false;
+        for line in &self.lines {
+            // What one refuses keeps none of the others connected.
+            if let Err(e) = line.disconnect() {
+                log::error!("interrupt route: {e}");
+            }
+        }
+    }
+
     /// Gives every vector that can be delivered its route and connects it, which
     /// also delivers what waited, and takes the others off.
     fn settle(&self, state: &MsixState) -> Result<(), IrqError> {
@@ -252,6 +266,22 @@ mod tests {
         msix.trigger(2).unwrap();
         assert_eq!(pending(&msix), 0b100);
         msix.trigger(99).unwrap();
+    }
+
+    #[test]
+    fn what_is_disconnected_for_good_is_delivered_no_more() {
+        let (_vm, msix) = msix(2);
+        for vector in 0..2 {
+            write(&msix, vector, 0, 0xfee0_0000);
+            write(&msix, vector, 3, 0);
+        }
+        msix.set_control(CONTROL_ENABLE);
+        msix.trigger(0).unwrap();
+        assert_eq!(pending(&msix), 0, "KVM took it");
+        msix.disconnect_all();
+        msix.trigger(0).unwrap();
+        msix.trigger(1).unwrap();
+        assert_eq!(pending(&msix), 0b11);
     }
 
     #[test]

@@ -561,6 +561,9 @@ impl Drop for VirtioFunction {
     fn drop(&mut self) {
         self.stop();
         self.unpost();
+        // A thread that the host keeps in a system call has a share in the vectors and may be
+        // the last to let go of them: its calls are not KVM's.
+        self.msix.disconnect_all();
     }
 }
 

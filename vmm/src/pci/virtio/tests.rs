@@ -16,7 +16,7 @@ use crate::buses::Buses;
 use crate::devices::legacy::serial::Serial;
 use crate::devices::virtio::ring::Ring;
 use crate::devices::virtio::worker::Handler;
-use crate::devices::virtio::{ActivateError, Activation, StateError, VirtioDevice};
+use crate::devices::virtio::{ActivateError, Activation, Interrupt, StateError, VirtioDevice};
 use crate::jail::Duty;
 use crate::kvm::Host;
 use crate::memory::{self, GuestRam};
@@ -236,6 +236,8 @@ fn notification_reaches_the_device_without_an_exit_and_it_interrupts() {
 struct Slow {
     host: Arc<Mutex<()>>,
     served: Arc<AtomicU16>,
+    /// The configuration's, of a device that is active.
+    interrupt: Arc<Mutex<Option<Arc<dyn Interrupt>>>>,
 }
 
 #[derive(serde::Serialize, serde::Deserialize)]
@@ -284,7 +286,8 @@ impl VirtioDevice for Slow {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation { memory, queues, features, threads, .. } = activation;
+        let Activation { memory, queues, features, config_interrupt, threads } = activation;
+        *self.interrupt.lock().unwrap() = Some(config_interrupt);
         let queue = queues.into_iter().next().flatten().ok_or(ActivateError::MissingQueue(0))?;
         let ring = Ring::new(queue, features);
         let (host, served) = (Arc::clone(&self.host), Arc::clone(&self.served));
@@ -313,7 +316,7 @@ impl Handler for SlowWorker {
 
 fn slow() -> (Guest, Arc<Mutex<()>>, Arc<AtomicU16>) {
     let (host, served) = (Arc::default(), Arc::default());
-    let device = Slow { host: Arc::clone(&host), served: Arc::clone(&served) };
+    let device = Slow { host: Arc::clone(&host), served: Arc::clone(&served), ..Slow::default() };
     (Guest::with(false, Box::new(device)), host, served)
 }
 
@@ -371,6 +374,26 @@ fn a_device_in_the_middle_of_a_request_is_left_behind_at_the_end() {
     within_a_second(|| guest.buses.pci.shut_down(Instant::now() + Duration::from_millis(100)));
     within_a_second(|| drop(guest.buses.pci.remove(0)));
     drop(held);
+}
+
+#[test]
+fn who_still_has_an_interrupt_of_a_device_that_is_gone_has_nothing_of_kvm() {
+    let device = Slow::default();
+    let interrupt = Arc::clone(&device.interrupt);
+    let guest = Guest::with(false, Box::new(device));
+    guest.put(MSIX_TABLE_OFFSET, 4, 0xfee0_0000);
+    guest.put(MSIX_TABLE_OFFSET + 12, 4, 0);
+    guest.set_config(guest.capabilities(0x11)[0], 0x8000 << 16);
+    guest.drive(USED);
+    // As a thread does that the host keeps.
+    let kept = interrupt.lock().unwrap().take().unwrap();
+    let event = kept.event().unwrap().unwrap();
+    let is_left = || event.read().is_ok();
+    kept.trigger().unwrap();
+    assert!(!is_left(), "KVM took it");
+    drop(guest.buses.pci.remove(0));
+    kept.trigger().unwrap();
+    assert!(is_left(), "the last to let go of it would have to ask KVM to");
 }
 
 #[test]
