@@ -518,17 +518,23 @@ fn more_host_programs_than_connections_wait_their_turn() {
     let _listener = UnixListener::bind(guest.dir.path().join("v.sock_99")).unwrap();
     let mut waiting: Vec<UnixStream> = (0..super::MAX_CONNECTIONS_OF_GUEST).map(|_| guest.call()).collect();
     // One more of the host's: when it is answered, all before it have been taken.
-    waiting.push(guest.connect().0);
+    let (stream, port) = guest.connect();
+    waiting.push(stream);
     guest.send(Op::Request, 99, 0);
     assert_eq!(guest.expect(Op::Rst).src_port, 99, "the guest makes no more");
-    waiting.extend((waiting.len()..super::MAX_CONNECTIONS).map(|_| guest.call()));
-    let mut last = guest.call();
-    last.write_all(b"nonsense\n").unwrap();
-    last.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
-    assert_eq!(last.read(&mut [0]).unwrap_err().kind(), ErrorKind::WouldBlock);
-    waiting.pop();
-    last.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-    assert_eq!(last.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
+    let mut one_too_many = |guest: &mut Guest, make_room: &dyn Fn(&mut Guest, &mut Vec<UnixStream>)| {
+        waiting.extend((waiting.len()..super::MAX_CONNECTIONS).map(|_| guest.call()));
+        let mut last = guest.call();
+        last.write_all(b"nonsense\n").unwrap();
+        last.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+        assert_eq!(last.read(&mut [0]).unwrap_err().kind(), ErrorKind::WouldBlock);
+        make_room(guest, &mut waiting);
+        last.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        assert_eq!(last.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
+    };
+    one_too_many(&mut guest, &|_, waiting| drop(waiting.pop()));
+    // The host's program keeps its end, of which nothing is heard any more.
+    one_too_many(&mut guest, &|guest, _| guest.send(Op::Rst, port, 0));
 }
 
 #[test]

@@ -71,12 +71,13 @@ impl Handler for VsockWorker {
                 token => self.muxer.ready(epoll, token, event.event_set()),
             }
         }
-        if self.callers {
-            self.callers = !self.muxer.accept(epoll, &self.listener);
-        }
         self.tell()?;
         self.take(epoll)?;
         self.give()?;
+        // Last, since all of the above makes room for callers, and nobody tells of them again.
+        if self.callers {
+            self.callers = !self.muxer.accept(epoll, &self.listener);
+        }
         Ok(())
     }
 
