@@ -83,7 +83,7 @@ impl Desk<'_> {
                 VIRTIO_NET_CTRL_MAC_TABLE_SET => {
                     has(VIRTIO_NET_F_CTRL_RX)?;
                     let tables = (addresses(&mut command)?, addresses(&mut command)?);
-                    self.shared.filter().set_addresses(tables.0, tables.1);
+                    self.shared.change_filter(|filter| filter.set_addresses(tables.0, tables.1));
                     Ok(())
                 }
                 VIRTIO_NET_CTRL_MAC_ADDR_SET => {
@@ -105,7 +105,8 @@ impl Desk<'_> {
                     _ => return Err(Refused),
                 };
                 let id = u16::from_le_bytes(only(&mut command)?);
-                if self.shared.filter().set_vlan(id, wanted) { Ok(()) } else { Err(Refused) }
+                let done = self.shared.change_filter(|filter| filter.set_vlan(id, wanted));
+                if done { Ok(()) } else { Err(Refused) }
             }
             VIRTIO_NET_CTRL_ANNOUNCE if u32::from(code) == VIRTIO_NET_CTRL_ANNOUNCE_ACK => {
                 has(VIRTIO_NET_F_GUEST_ANNOUNCE)?;
@@ -134,18 +135,19 @@ impl Desk<'_> {
         let basic = matches!(code, VIRTIO_NET_CTRL_RX_PROMISC | VIRTIO_NET_CTRL_RX_ALLMULTI);
         has(if basic { VIRTIO_NET_F_CTRL_RX } else { VIRTIO_NET_F_CTRL_RX_EXTRA })?;
         let [on] = only::<1>(command)?;
-        let mut filter = self.shared.filter();
-        let mode = match code {
-            VIRTIO_NET_CTRL_RX_PROMISC => &mut filter.promiscuous,
-            VIRTIO_NET_CTRL_RX_ALLMULTI => &mut filter.all_multicast,
-            VIRTIO_NET_CTRL_RX_ALLUNI => &mut filter.all_unicast,
-            VIRTIO_NET_CTRL_RX_NOMULTI => &mut filter.no_multicast,
-            VIRTIO_NET_CTRL_RX_NOUNI => &mut filter.no_unicast,
-            VIRTIO_NET_CTRL_RX_NOBCAST => &mut filter.no_broadcast,
-            _ => return Err(Refused),
-        };
-        *mode = on != 0;
-        Ok(())
+        self.shared.change_filter(|filter| {
+            let mode = match code {
+                VIRTIO_NET_CTRL_RX_PROMISC => &mut filter.promiscuous,
+                VIRTIO_NET_CTRL_RX_ALLMULTI => &mut filter.all_multicast,
+                VIRTIO_NET_CTRL_RX_ALLUNI => &mut filter.all_unicast,
+                VIRTIO_NET_CTRL_RX_NOMULTI => &mut filter.no_multicast,
+                VIRTIO_NET_CTRL_RX_NOUNI => &mut filter.no_unicast,
+                VIRTIO_NET_CTRL_RX_NOBCAST => &mut filter.no_broadcast,
+                _ => return Err(Refused),
+            };
+            *mode = on != 0;
+            Ok(())
+        })
     }
 
     fn set_pairs(&self, pairs: u16) -> Result<(), Refused> {

@@ -51,7 +51,7 @@ pub struct Net {
 pub(super) struct Shared {
     slot: u8,
     registers: Mutex<Registers>,
-    filter: Mutex<Filter>,
+    filter: Mutex<Arc<Filter>>,
     pairs: AtomicU16,
     offloads: AtomicU64,
     /// Of a device that is active.
@@ -74,12 +74,37 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Shared {
-    pub(super) fn filter(&self) -> MutexGuard<'_, Filter> {
-        lock(&self.filter)
+    fn new(slot: u8, mac: [u8; 6]) -> Self {
+        Self {
+            slot,
+            registers: Mutex::new(Registers { mac, status: VIRTIO_NET_S_LINK_UP as u16, generation: 0 }),
+            filter: Mutex::new(Arc::new(Filter::new(mac, false))),
+            pairs: AtomicU16::new(1),
+            offloads: AtomicU64::new(0),
+            changed: Mutex::new(None),
+            mover: Mutex::default(),
+            receive: Counters::default(),
+            transmit: Counters::default(),
+        }
+    }
+
+    /// As it is now. Who goes by it for a while holds up no other queue, nor the driver's
+    /// commands.
+    pub(super) fn filter(&self) -> Arc<Filter> {
+        Arc::clone(&lock(&self.filter))
+    }
+
+    /// Those who go by it at present go on with what it was.
+    pub(super) fn change_filter<T>(&self, change: impl FnOnce(&mut Filter) -> T) -> T {
+        change(Arc::make_mut(&mut lock(&self.filter)))
+    }
+
+    fn set_filter(&self, filter: Filter) {
+        *lock(&self.filter) = Arc::new(filter);
     }
 
     pub(super) fn set_mac(&self, mac: [u8; 6]) {
-        self.filter().mac = mac;
+        self.change_filter(|filter| filter.mac = mac);
         self.change(|registers| registers.mac = mac);
     }
 
@@ -168,21 +193,7 @@ impl Net {
         let taps: Taps = taps.into_iter().enumerate().map(queue).collect::<Result<_, _>>()?;
         let uso = taps.first().map_or(Ok(false), |tap| tap.has_uso());
         let uso = uso.map_err(|source| NetError::Tap { index: 0, source })?;
-        let shared = Shared {
-            slot: config.slot,
-            registers: Mutex::new(Registers {
-                mac: config.mac,
-                status: VIRTIO_NET_S_LINK_UP as u16,
-                generation: 0,
-            }),
-            filter: Mutex::new(Filter::new(config.mac, false)),
-            pairs: AtomicU16::new(1),
-            offloads: AtomicU64::new(0),
-            changed: Mutex::new(None),
-            mover: Mutex::default(),
-            receive: Counters::default(),
-            transmit: Counters::default(),
-        };
+        let shared = Shared::new(config.slot, config.mac);
         let limited = config.receive.is_some() || config.transmit.is_some();
         let vhost = match (vhost.is_empty(), limited) {
             (true, _) => None,
@@ -250,7 +261,8 @@ impl Net {
             }
             return;
         }
-        *self.shared.filter() = Filter::new(self.config.mac, features & (1 << VIRTIO_NET_F_CTRL_VLAN) != 0);
+        let by_vlan = features & (1 << VIRTIO_NET_F_CTRL_VLAN) != 0;
+        self.shared.set_filter(Filter::new(self.config.mac, by_vlan));
         self.shared.set_pairs(1);
         self.shared.set_offloads(features & OFFLOADS);
     }
@@ -386,7 +398,7 @@ impl VirtioDevice for Net {
             queue_pairs,
             mtu,
             link: self.shared.status() & VIRTIO_NET_S_LINK_UP as u16 != 0,
-            filter: self.shared.filter().clone(),
+            filter: Filter::clone(&self.shared.filter()),
             pairs: self.shared.pairs(),
             offloads: self.shared.offloads(),
         };
@@ -411,7 +423,7 @@ impl VirtioDevice for Net {
             registers.mac = filter.mac;
             registers.status = if link { VIRTIO_NET_S_LINK_UP as u16 } else { 0 };
         });
-        *self.shared.filter() = filter;
+        self.shared.set_filter(filter);
         self.shared.set_pairs(pairs.clamp(1, self.taps.len() as u16));
         self.shared.set_offloads(offloads & OFFLOADS);
         self.restored = true;
@@ -427,5 +439,23 @@ impl VirtioDevice for Net {
             registers.mac = mac;
             registers.status &= !(VIRTIO_NET_S_ANNOUNCE as u16);
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn queues_go_by_the_filter_side_by_side_and_a_command_waits_for_none() {
+        let (first, second) = ([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]);
+        let shared = Shared::new(0, first);
+        // Each as a queue holds it for a round.
+        let rounds = [shared.filter(), shared.filter()];
+        shared.set_mac(second);
+        shared.change_filter(|filter| filter.promiscuous = false);
+        assert!(rounds.iter().all(|filter| filter.mac == first && filter.promiscuous));
+        let next = shared.filter();
+        assert!(next.mac == second && !next.promiscuous);
     }
 }
