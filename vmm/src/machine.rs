@@ -135,8 +135,18 @@ struct Owned {
 impl Owned {
     fn start(&mut self, vcpu: Vcpu) -> io::Result<()> {
         let (buses, report) = (Arc::clone(&self.buses), Arc::clone(&self.report));
-        self.threads.push(VcpuThread::spawn(vcpu, buses, report, Arc::clone(&self.timeline))?);
-        Ok(())
+        match VcpuThread::spawn(vcpu, buses, report, Arc::clone(&self.timeline)) {
+            Ok(thread) => {
+                self.threads.push(thread);
+                Ok(())
+            }
+            Err((vcpu, error)) => {
+                if let Some(vcpu) = vcpu {
+                    self.more_vcpus.keep(vcpu);
+                }
+                Err(error)
+            }
+        }
     }
 
     /// What the owner's request is answered; `stop` is set where it is to end the machine.

@@ -57,6 +57,8 @@ pub struct VcpuFactory {
     tsc_deadline: bool,
     possible: u8,
     msrs: Arc<[u32]>,
+    /// One that was made and could not be started.
+    kept: Option<Vcpu>,
 }
 
 impl VcpuFactory {
@@ -69,6 +71,7 @@ impl VcpuFactory {
             tsc_deadline: host.has_tsc_deadline(),
             possible,
             msrs: host.msr_indices()?.into(),
+            kept: None,
         })
     }
 
@@ -96,10 +99,24 @@ impl VcpuFactory {
     }
 
     /// A vCPU beside those that run, which the guest can bring up.
-    pub fn create(&self, index: u8) -> Result<Vcpu, VcpuError> {
-        let vcpu = Vcpu::create(&self.vm, index)?;
-        self.configure(&vcpu, None)?;
-        Ok(vcpu)
+    pub fn create(&mut self, index: u8) -> Result<Vcpu, VcpuError> {
+        let vcpu = match self.kept.take_if(|vcpu| vcpu.index == index) {
+            Some(vcpu) => vcpu,
+            None => Vcpu::create(&self.vm, index)?,
+        };
+        match self.configure(&vcpu, None) {
+            Ok(()) => Ok(vcpu),
+            Err(error) => {
+                self.keep(vcpu);
+                Err(error)
+            }
+        }
+    }
+
+    /// Keeps one that could not be started for the next request: KVM has its number taken
+    /// as long as there is the VM, whoever lets go of it.
+    pub fn keep(&mut self, vcpu: Vcpu) {
+        self.kept = Some(vcpu);
     }
 }
 
@@ -154,5 +171,34 @@ impl Vcpu {
         fd.set_regs(&registers::boot_regs(boot.entry)).map_err(KvmError::request("KVM_SET_REGS"))?;
         fd.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE })
             .map_err(KvmError::request("KVM_SET_MP_STATE"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+
+    use super::*;
+
+    #[test]
+    fn a_vcpu_that_could_not_be_started_is_the_next_one() {
+        let host = Host::open().unwrap();
+        let vm = Arc::new(host.create_vm(2).unwrap());
+        let mut factory = VcpuFactory::new(&host, &vm, 2).unwrap();
+        let leaf = kvm_cpuid_entry2 { function: 0x8000_0000, ..Default::default() };
+        let too_many = CpuId::from_entries(&[leaf; KVM_MAX_CPUID_ENTRIES]).unwrap();
+        let supported = std::mem::replace(&mut factory.supported, too_many);
+        for _ in 0..2 {
+            assert!(matches!(factory.create(1), Err(VcpuError::Cpuid(_))));
+        }
+        factory.supported = supported;
+        // It was made, and its thread is not to be had.
+        let vcpu = factory.create(1).unwrap();
+        factory.keep(vcpu);
+        // In nobody else's place.
+        assert_eq!(factory.create(0).unwrap().index, 0);
+        let vcpu = factory.create(1).unwrap();
+        assert_eq!(vcpu.index, 1);
+        assert!(matches!(factory.create(1), Err(VcpuError::Kvm { index: 1, .. })), "it is in use");
     }
 }

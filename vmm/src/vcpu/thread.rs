@@ -95,15 +95,19 @@ pub struct VcpuThread {
 }
 
 impl VcpuThread {
-    /// Starts `vcpu`. The boot vCPU notes its first entry of the guest in the
-    /// timeline.
+    /// Starts `vcpu`, which is given back where that fails. The boot vCPU notes its
+    /// first entry of the guest in the timeline.
     pub fn spawn(
-        mut vcpu: Vcpu,
+        vcpu: Vcpu,
         buses: Arc<Buses>,
         report: Arc<EndReport>,
         timeline: Arc<Timeline>,
-    ) -> io::Result<Self> {
-        install_kick_handler()?;
+    ) -> Result<Self, (Option<Vcpu>, io::Error)> {
+        let index = vcpu.index;
+        let immediate_exit = match install_kick_handler().and_then(|()| ImmediateExit::of(&vcpu.fd)) {
+            Ok(immediate_exit) => immediate_exit,
+            Err(error) => return Err((Some(vcpu), error)),
+        };
         let shared = Arc::new(Shared {
             desk: Mutex::new(Desk {
                 request: Request::Run,
@@ -113,12 +117,16 @@ impl VcpuThread {
                 saved: None,
             }),
             changed: Condvar::new(),
-            immediate_exit: ImmediateExit::of(&vcpu.fd)?,
+            immediate_exit,
             counters: ExitCounters::default(),
         });
         let of_thread = Arc::clone(&shared);
-        let thread = std::thread::Builder::new().name(format!("vcpu{}", vcpu.index)).spawn(move || {
+        // All that a thread that does not start has been given is dropped with it.
+        let seat = Arc::new(Mutex::new(Some(vcpu)));
+        let at_start = Arc::clone(&seat);
+        let run = move || {
             jail::take_up(Duty::Vcpu);
+            let Some(mut vcpu) = take(&at_start) else { return };
             if vcpu.index == 0 {
                 timeline.reached("first_run");
             }
@@ -146,8 +154,11 @@ impl VcpuThread {
             (desk.parked, desk.ended) = (true, true);
             drop(desk);
             of_thread.changed.notify_all();
-        })?;
-        Ok(Self { shared, thread: Some(thread) })
+        };
+        match std::thread::Builder::new().name(format!("vcpu{index}")).spawn(run) {
+            Ok(thread) => Ok(Self { shared, thread: Some(thread) }),
+            Err(error) => Err((take(&seat), error)),
+        }
     }
 
     /// Asks for a pause; [`wait_paused`](Self::wait_paused) tells when it is there.
@@ -211,6 +222,10 @@ impl Drop for VcpuThread {
             log::error!("a vCPU's thread panicked");
         }
     }
+}
+
+fn take(seat: &Mutex<Option<Vcpu>>) -> Option<Vcpu> {
+    seat.lock().unwrap_or_else(PoisonError::into_inner).take()
 }
 
 /// Does what was asked for; false to end.
