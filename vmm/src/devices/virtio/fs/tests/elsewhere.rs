@@ -83,7 +83,10 @@ fn who_writes_does_not_wait_to_hear_of_the_file() {
         let (error, said) = client.call(WRITE_OP, file, &body);
         assert_eq!((error, said.len(), u32_at(&said, 0)), (0, 8, 4));
     }
-    assert_eq!(server.lock().asked, [WRITE_OP; 4]);
+    let mut asked = std::mem::take(&mut server.lock().asked);
+    // The kernel closes what the share was opened by in its own time.
+    asked.retain(|op| ![RELEASE, RELEASEDIR, STATFS, FORGET, BATCH_FORGET].contains(op));
+    assert_eq!(asked, [WRITE_OP; 4]);
 }
 
 /// `root_squash`, the default of NFS exports: the server's root is nobody there.
