@@ -83,14 +83,14 @@ fn a_volume_that_hangs() {
         let read = ["task", "exec", "--exec-id", &exec_id, &run.id, "cat", "/v/file"];
         let read = || Job::start(ctr.command(&read), Input::Nothing);
         ensure!(read()?.finish(scale::command())?.success()?.text() == hanging.content());
-        let holds = "sleep 99991 < /v/file & sleep 99992 < /v/file & echo held; wait";
+        let holds = "sleep 1000 < /v/file & a=$!; sleep 1000 < /v/file & echo held; read x; kill -9 $a $!; echo killed; wait";
         let hold = ["task", "exec", "--exec-id", &holder_id, &run.id, "sh", "-c", holds];
-        let holder = Job::start(ctr.command(&hold), Input::Nothing)?;
+        let mut holder = Job::start(ctr.command(&hold), Input::Open)?;
         holder.wait_for("held", scale::container())?;
         hanging.hang();
         // What they have open is closed, for which the file system is asked.
-        let kill = ["sh", "-c", "kill -9 $(pgrep -f 'sleep 9999[12]')"];
-        ctr.exec(&run.id, &[], &kill, Input::Nothing)?.finish(scale::command())?.success()?;
+        holder.write(b"go\n")?;
+        holder.wait_for("killed", scale::command())?;
         hanging.wait_until_asked(scale::command())?;
         let beside = ctr.exec(&run.id, &[], &["cat", "/other/file"], Input::Nothing)?;
         ensure!(beside.finish(scale::command())?.success()?.text() == "another", "of another volume");
