@@ -64,8 +64,8 @@ fn shown(finished: &Result<Finished>) -> String {
 }
 
 /// A volume's file system stops answering under a container that reads it, like one of a network whose server has gone:
-/// others of its processes go on, also those that read another volume while what was open of this one is being closed; kill and delete come to their ends, and nothing
-/// stays once it answers.
+/// others of its processes go on, also those that read another volume while what was open of this one is being closed;
+/// kill and delete come to their ends, and nothing stays once it answers.
 #[test]
 fn a_volume_that_hangs() {
     case(|world| {

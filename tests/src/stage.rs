@@ -67,6 +67,11 @@ impl Stage {
         Ok(stage)
     }
 
+    /// What containerd keeps its files on, as a report says it.
+    pub fn file_system_name(&self) -> &str {
+        self.file_system.as_deref().unwrap_or("the machine's own")
+    }
+
     /// Whether the runtime under test is rvm, and not another one for comparison.
     pub fn is_rvm(&self) -> bool {
         self.runtime == RUNTIME

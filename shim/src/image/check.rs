@@ -10,16 +10,16 @@ use std::{
 
 use nix::sys::resource::{Resource, setrlimit};
 
+use super::maker::MEMORY_LIMIT;
 use crate::{capabilities, own_file, scratch::search_path};
 
 /// The program that looks at a whole file system (erofs-utils).
 const FSCK: &str = "fsck.erofs";
-/// Of it, in bytes and in seconds of a processor: what it reads may be damaged.
-const MEMORY_LIMIT: u64 = 2 << 30;
+/// Of it, in seconds of a processor: what it reads may be damaged.
 const TIME_LIMIT: u64 = 60;
 
-/// Whether nothing is wrong with the image at `path`, which is not opened by way of a link. One that cannot be looked at is taken to be damaged. May take a
-/// minute.
+/// Whether nothing is wrong with the image at `path`, which is not opened by way of a link. One that cannot be looked at
+/// is taken to be damaged. May take a minute.
 pub(super) fn is_intact(path: &Path) -> bool {
     let looked = own_file::open(path).and_then(fsck);
     looked.inspect_err(|error| log::warn!("{FSCK} {}: {error}", path.display())).unwrap_or(false)

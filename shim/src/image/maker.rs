@@ -42,9 +42,9 @@ pub const ACTION: &str = "make-image";
 /// The program that makes file systems (erofs-utils).
 pub const MKFS: &str = "mkfs.erofs";
 
-/// Of what makes the file system, in bytes: it knows every file of an image at once, and whoever made the image says
-/// how many there are.
-const MEMORY_LIMIT: u64 = 2 << 30;
+/// Of what makes the file system or looks at it, in bytes: it knows every file of an image at once, and whoever made the
+/// image says how many there are.
+pub(super) const MEMORY_LIMIT: u64 = 2 << 30;
 
 /// `IOPRIO_PRIO_VALUE(IOPRIO_CLASS_IDLE, 0)` of linux/ioprio.h, and the kind of id.
 const IDLE_IO: libc::c_int = 3 << 13;
@@ -141,11 +141,7 @@ impl Job {
         }
         let dir = self.file.parent().unwrap_or(Path::new("/"));
         let name = self.file.file_name().ok_or(MakeError::Usage)?;
-        self.look_at_layers().inspect_err(|error| {
-            if let MakeError::Mounted { .. } = error {
-                self.refuse(&error.to_string());
-            }
-        })?;
+        self.look_at_layers()?;
         // Before the tree is over it.
         let index = open(&index, OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW).map_err(failed(&index))?;
         // First: a file and the directory it is to be in have to be of one mount namespace.
@@ -172,7 +168,9 @@ impl Job {
             let path = PathBuf::from(unescape(&dir));
             let of = |path: &Path| Identity::of(path).map_err(failed(path));
             if !of(&path)?.is_on_the_mount_of(&of(path.parent().unwrap_or(&path))?) {
-                return Err(MakeError::Mounted { path });
+                let mounted = MakeError::Mounted { path };
+                self.refuse(&mounted.to_string());
+                return Err(mounted);
             }
         }
         Ok(())

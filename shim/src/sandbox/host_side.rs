@@ -110,7 +110,11 @@ impl HostSide {
 
     /// Says that a container's image is being looked for and its mounts are being made: who takes it out waits for that.
     pub(super) fn moving(self: &Arc<Self>, container: &str) -> Moving {
-        self.sharing().moving.insert(container.to_owned());
+        self.moving_in(self.sharing(), container)
+    }
+
+    fn moving_in(self: &Arc<Self>, mut sharing: MutexGuard<'_, Sharing>, container: &str) -> Moving {
+        sharing.moving.insert(container.to_owned());
         Moving { host: self.clone(), container: container.to_owned() }
     }
 
@@ -170,9 +174,7 @@ impl HostSide {
         let mut sharing = sharing.unwrap_or_else(PoisonError::into_inner);
         sharing.images.remove(container);
         let Some(share) = sharing.share.clone() else { return };
-        sharing.moving.insert(container.to_owned());
-        drop(sharing);
-        let _moving = Moving { host: self.clone(), container: container.to_owned() };
+        let _moving = self.moving_in(sharing, container);
         // Its mounts and directory go with the last who has it, before [`HostSide::close`] goes on.
         share.remove(container);
         drop(share);

@@ -193,7 +193,7 @@ fn compared(world: &World, runs: usize, images: &[(&str, &str)]) -> Result<Value
             "writes": "on the root file system, as the configuration's default has it where nothing is said",
             "writes to": scratches,
             "guest": "vCPUs and memory as the configuration's defaults say",
-            "file system of containerd": world.stage().file_system.as_deref().unwrap_or("the machine's own"),
+            "file system of containerd": world.stage().file_system_name(),
             "host_kernel": std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim(),
             "devhost": std::env::var(rvm_tests::host::DEVHOST_ENV).ok(),
         },

@@ -140,7 +140,7 @@ fn compared(world: &World, runs: usize) -> Result<Value> {
                       or layers are named, else as an image file",
             "volume": "a directory on a tmpfs of the host, bound read-write",
             "counted": "in the last run",
-            "file system of containerd": world.stage().file_system.as_deref().unwrap_or("the machine's own"),
+            "file system of containerd": world.stage().file_system_name(),
             "host_kernel": std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim(),
         },
     }))
